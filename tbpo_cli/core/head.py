@@ -1,0 +1,266 @@
+"""Exact token statistics from hidden states, without a (tokens × vocabulary) tensor for more than one chunk of tokens.
+
+Write z(v) for the policy's logit of token v, a = log π_θ(y) and b = E_ref[log π_θ]. Every statistic that a loss
+differentiates is made of a, b and constants of the reference, and (arXiv 2605.12288 leaves this to the reader)
+
+    ∂a/∂z = e_y − π_θ            ∂b/∂z = π_ref − π_θ
+
+With a linear head z = W h + c whose W is frozen, the gradients with respect to h are known as soon as the
+probabilities are, so the forward pass keeps two H-vectors a token and the backward pass needs no logits at all. If W
+is trained, the backward pass recomputes each chunk.
+
+For the advantage A = r + K alone, the policy's log-partition cancels. With one frozen head for policy and reference
+
+    A(y) = (W_y − E_ref[W_v]) · (h_θ − h_ref)
+
+so the policy side needs no logits, forward or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in fp32, large enough for full matrix-product speed
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = cap(scale · (W h + bias)), cap(x) = softcap · tanh(x / softcap).
+
+    Args:
+        weight: (V, H), in any float type; products run in it and are accumulated in fp32.
+        bias: (V,) or None.
+        scale: constant factor of the logits.
+        softcap: Gemma-2's cap of the logits; None for a linear head.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def frozen(self) -> bool:
+        return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+
+    def shares_weights(self, other: Head) -> bool:
+        """True if both compute the same logits from the same storage."""
+        same_bias = (self.bias is None) == (other.bias is None) and (
+            self.bias is None or self.bias.data_ptr() == other.bias.data_ptr()
+        )
+        same_weight = self.weight.data_ptr() == other.weight.data_ptr() and self.weight.shape == other.weight.shape
+        return same_weight and same_bias and (self.scale, self.softcap) == (other.scale, other.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) → (n, V), at least fp32."""
+        logits = _at_least_fp32(hidden.to(self.weight.dtype) @ self.weight.detach().T)
+        if self.bias is not None:
+            logits += self.bias.detach()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def linear_part(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """∂/∂logits → ∂/∂(W h + bias), both (n, V); `grad` is overwritten."""
+        if self.softcap is not None:
+            grad *= 1 - (logits / self.softcap) ** 2
+        if self.scale != 1.0:
+            grad *= self.scale
+        return grad
+
+    def to_hidden(self, linear_grad: Tensor) -> Tensor:
+        """∂/∂(W h + bias), (n, V) → ∂/∂h, (n, H), at least fp32."""
+        return _at_least_fp32(linear_grad.to(self.weight.dtype) @ self.weight.detach())
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """(N,) tensors in nats, None where not asked for. `reverse_kl` and `entropy` carry no gradient.
+
+    The fields mean what those of `SideScores` mean.
+    """
+
+    logps: Tensor | None = None
+    log_ratio: Tensor | None = None
+    kl: Tensor | None = None
+    advantage: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def token_statistics(
+    needs: frozenset[str],
+    tokens: Tensor,
+    policy_hidden: Tensor,
+    policy_head: Head,
+    reference_hidden: Tensor | None = None,
+    reference_head: Head | None = None,
+) -> TokenStatistics:
+    """The statistics in `needs`, and no others, for N tokens.
+
+    Args:
+        needs: names of fields of `TokenStatistics`.
+        tokens: (N,) int64, the response tokens.
+        policy_hidden: (N, H), the hidden states that predict them; gradients flow here and to the policy head.
+        policy_head: V rows; bias, scale and softcap as they are.
+        reference_hidden: (N, H') of the reference; None if `needs` is within {"logps", "entropy"}.
+        reference_head: its head; never receives a gradient.
+    """
+    if needs == {"advantage"} and uses_identity(policy_head, reference_head):
+        return TokenStatistics(advantage=_advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden))
+    chunks = _ChunkedStatistics.apply(
+        policy_hidden,
+        policy_head.weight,
+        policy_head.bias,
+        policy_head,
+        tokens,
+        reference_hidden,
+        reference_head,
+        needs,
+    )
+    logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = chunks
+    log_ratio = logps - reference_logps  # r_t
+    kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
+    known = {
+        "logps": logps,
+        "log_ratio": log_ratio,
+        "kl": kl,
+        "advantage": log_ratio + kl,  # A_t = r_t + K_t
+        "reverse_kl": reverse_kl,
+        "entropy": entropy,
+    }
+    return TokenStatistics(**{name: known[name] for name in needs})
+
+
+def uses_identity(policy_head: Head, reference_head: Head | None) -> bool:
+    """Whether the advantage can be had without policy logits: one frozen, linear head for policy and reference."""
+    return (
+        reference_head is not None
+        and policy_head.frozen
+        and policy_head.softcap is None
+        and policy_head.shares_weights(reference_head)
+    )
+
+
+def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, reference_hidden: Tensor) -> Tensor:
+    """A = scale · (W_y − E_ref[W_v]) · (h_θ − h_ref), (N,); the bias cancels."""
+    with torch.no_grad():
+        direction = torch.empty(tokens.shape[0], head.weight.shape[1], dtype=_accumulator(head), device=tokens.device)
+        for part in _chunks(tokens, head):
+            reference_probs = head.logits(reference_hidden[part]).softmax(dim=-1)
+            expected = head.to_hidden(reference_probs)  # E_ref[W_v]
+            direction[part] = head.weight[tokens[part]] - expected
+    difference = _at_least_fp32(policy_hidden) - _at_least_fp32(reference_hidden.detach())
+    return head.scale * (direction * difference).sum(dim=-1)
+
+
+class _ChunkedStatistics(torch.autograd.Function):
+    """a, b and the constants of the reference, chunk by chunk; (N,) each, zeros for what `needs` does not want."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        policy_hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        tokens: Tensor,
+        reference_hidden: Tensor | None,
+        reference_head: Head | None,
+        needs: frozenset[str],
+    ) -> tuple[Tensor, ...]:
+        with_mean = bool(needs & {"kl", "advantage"})
+        differentiated = any(ctx.needs_input_grad)
+        keep_directions = differentiated and head.frozen
+        zeros = policy_hidden.new_zeros(tokens.shape[0], dtype=_accumulator(head))
+        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = (zeros.clone() for _ in range(6))
+        directions = zeros.new_zeros(1 + with_mean, *policy_hidden.shape) if keep_directions else None
+        for part in _chunks(tokens, head):
+            logits = head.logits(policy_hidden[part])
+            policy = logits.log_softmax(dim=-1)
+            target = tokens[part, None]
+            logps[part] = policy.gather(-1, target).squeeze(-1)
+            reference_probs = None
+            if reference_head is not None:
+                reference = reference_head.logits(reference_hidden[part]).log_softmax(dim=-1)
+                reference_logps[part] = reference.gather(-1, target).squeeze(-1)
+                if with_mean:
+                    reference_probs = reference.exp()
+                    mean_logps[part] = _dot(reference_probs, policy)
+                    reference_mean[part] = _dot(reference_probs, reference)
+            if "entropy" in needs or "reverse_kl" in needs:
+                probs = policy.exp()
+                entropy[part] = -_dot(probs, policy)
+                if "reverse_kl" in needs:
+                    reverse_kl[part] = -entropy[part] - _dot(probs, reference)
+            if keep_directions:
+                probs = policy.exp_()
+                grad_target = probs.neg().scatter_add_(-1, target, torch.ones_like(probs[:, :1]))  # e_y − π_θ
+                if with_mean:
+                    grad_mean = reference_probs.sub_(probs)  # π_ref − π_θ
+                    directions[1, part] = head.to_hidden(head.linear_part(grad_mean, logits))
+                directions[0, part] = head.to_hidden(head.linear_part(grad_target, logits))
+        if keep_directions:
+            ctx.save_for_backward(directions)
+        elif differentiated:
+            ctx.save_for_backward(policy_hidden, tokens, reference_hidden)
+            ctx.reference_head = reference_head
+        ctx.head, ctx.with_mean, ctx.hidden_dtype = head, with_mean, policy_hidden.dtype
+        ctx.mark_non_differentiable(reference_logps, reference_mean, reverse_kl, entropy)
+        return logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.head.frozen:
+            (directions,) = ctx.saved_tensors
+            grad_hidden = directions[0] * grad_logps[:, None]
+            if ctx.with_mean:
+                grad_hidden += directions[1] * grad_mean[:, None]
+            return grad_hidden.to(ctx.hidden_dtype), *(None,) * 7
+        hidden, tokens, reference_hidden = ctx.saved_tensors
+        head = ctx.head
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(head.weight, dtype=_accumulator(head))
+        grad_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=_accumulator(head))
+        for part in _chunks(tokens, head):
+            logits = head.logits(hidden[part])
+            grad = logits.softmax(dim=-1).mul_(-(grad_logps + grad_mean)[part, None])  # −(g_a + g_b) π_θ
+            grad.scatter_add_(-1, tokens[part, None], grad_logps[part, None])  # + g_a e_y
+            if ctx.with_mean:
+                reference_probs = ctx.reference_head.logits(reference_hidden[part]).softmax(dim=-1)
+                grad.addcmul_(reference_probs, grad_mean[part, None])  # + g_b π_ref
+            grad = head.linear_part(grad, logits)
+            grad_hidden[part] = head.to_hidden(grad).to(hidden.dtype)
+            grad_weight += grad.to(head.weight.dtype).T @ hidden[part].to(head.weight.dtype)
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+        bias_type = None if head.bias is None else head.bias.dtype
+        grad_bias = None if grad_bias is None else grad_bias.to(bias_type)
+        return grad_hidden, grad_weight.to(head.weight.dtype), grad_bias, *(None,) * 5
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row-wise dot product of two (n, V), without their product; (n,)."""
+    return torch.linalg.vecdot(left, right)
+
+
+def _chunks(tokens: Tensor, head: Head) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    for start in range(0, tokens.shape[0], size):
+        yield slice(start, start + size)
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _accumulator(head: Head) -> torch.dtype:
+    return torch.float64 if head.weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,106 @@
+"""What the scorer hands to a loss, and what a loss hands back.
+
+Shape legend, used by every docstring of the project:
+
+    B  pairs of a batch            T  response tokens of one side (columns are response-relative)
+    N  selected response tokens    V  vocabulary
+    H  hidden size                 s_t  the state [prompt, response tokens before t]
+
+Column t of every (B, T) tensor belongs to the t-th response token, on both sides. So "align the two responses by
+position" is a slice, and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SideScores:
+    """Token statistics of one side (chosen or rejected) of a batch of pairs.
+
+    Source: arXiv 2605.12288, section 3, for `log_ratio`, `kl` and `advantage`.
+
+    Args:
+        mask: (B, T) bool, True where column t holds a response token. Response tokens are left-aligned: a row is
+            some True values followed by False values. All other fields are read only where the mask is True.
+        logps: (B, T) nats, log π_θ(y_t | s_t).
+        log_ratio: (B, T) nats, r_t = log π_θ(y_t | s_t) − log π_ref(y_t | s_t).
+        kl: (B, T) nats, K_t = KL(π_ref(·|s_t) ‖ π_θ(·|s_t)), exact over the vocabulary.
+        advantage: (B, T) nats, A_t = r_t + K_t.
+        state_baseline: (B, T), the learned b_φ(s_t) of TBPO-Q.
+        weights: (B, T), the token weights ω_t of TIS-DPO.
+        reverse_kl: (B, T) nats, KL(π_θ(·|s_t) ‖ π_ref(·|s_t)). A diagnostic: no loss differentiates it.
+        entropy: (B, T) nats, the policy's entropy at s_t. A diagnostic.
+
+    Raises:
+        ValueError: if the mask is not a (B, T) bool tensor, or a field has another shape than the mask.
+    """
+
+    mask: Tensor
+    logps: Tensor | None = None
+    log_ratio: Tensor | None = None
+    kl: Tensor | None = None
+    advantage: Tensor | None = None
+    state_baseline: Tensor | None = None
+    weights: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            raise ValueError(f"mask must be a (B, T) bool tensor, got {self.mask.dtype} {tuple(self.mask.shape)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.mask.shape:
+                raise ValueError(f"{field.name} {tuple(value.shape)} differs from the mask {tuple(self.mask.shape)}")
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Both sides of a batch of pairs: B is the same, T may differ."""
+
+    chosen: SideScores
+    rejected: SideScores
+
+    def __post_init__(self) -> None:
+        if self.chosen.mask.shape[0] != self.rejected.mask.shape[0]:
+            raise ValueError(
+                f"{self.chosen.mask.shape[0]} chosen, but {self.rejected.mask.shape[0]} rejected responses"
+            )
+
+    @property
+    def aligned_mask(self) -> Tensor:
+        """(B, min(T_chosen, T_rejected)) bool: positions at which both responses have a token."""
+        length = min(self.chosen.mask.shape[1], self.rejected.mask.shape[1])
+        return self.chosen.mask[:, :length] & self.rejected.mask[:, :length]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss returns.
+
+    Args:
+        per_pair: (B,) loss of each pair, differentiable. The loop, and nobody else, reduces it.
+        log_ratio_aligned: (B, T) log R_t on the aligned positions, detached and not yet clipped; 0 outside
+            `PairScores.aligned_mask`. None for losses that compare whole responses.
+        num_clipped: number of values of log R that the generator's clip (±30) changed; None where no generator is
+            used.
+    """
+
+    per_pair: Tensor
+    log_ratio_aligned: Tensor | None = None
+    num_clipped: Tensor | None = None
+
+
+def sum_over_response(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of (B, T) values over the response tokens, (B,). Masked entries may hold anything, NaN included."""
+    return values.masked_fill(~mask, 0.0).sum(dim=1)
+
+
+def mean_over_response(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T) values over the response tokens, (B,); 0 for a row without tokens."""
+    return sum_over_response(values, mask) / mask.sum(dim=1).clamp(min=1)

@@ -1,0 +1,138 @@
+"""`core/head.py` computes what the dense oracle computes, without dense logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tbpo_cli.core import head as head_module
+from tbpo_cli.core import oracle
+from tbpo_cli.core.head import Head, token_statistics, uses_identity
+
+DIFFERENTIABLE = ("logps", "log_ratio", "kl", "advantage")
+DIAGNOSTICS = ("reverse_kl", "entropy")
+N, H, V = 23, 12, 50
+HEADS = {
+    "linear": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.25},
+    "softcap": {"softcap": 3.0},
+    "everything": {"bias": True, "scale": 2.0, "softcap": 5.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 5 * V)  # 5 tokens a chunk: 23 tokens end in a short one
+
+
+def make_head(generator, *, bias=False, scale=1.0, softcap=None, trained=False, dtype=torch.float64):
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(trained)
+    bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(trained) if bias else None
+    return Head(weight, bias, scale, softcap)
+
+
+def dense_logits(head, hidden):
+    logits = hidden @ head.weight.T
+    logits = head.scale * (logits if head.bias is None else logits + head.bias)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def gradients(statistic, weights, inputs):
+    return torch.autograd.grad((statistic * weights).sum(), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("need", DIFFERENTIABLE)
+def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained):
+    generator = torch.Generator().manual_seed(0)
+    policy_head = make_head(generator, trained=trained, **HEADS[kind])
+    reference_head = replace(policy_head, weight=policy_head.weight.detach() + 0.1 * trained)
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    policy.requires_grad_()
+    tokens = torch.randint(V, (N,), generator=generator)
+    weights = torch.randn(N, generator=generator, dtype=torch.float64)
+    inputs = [policy, *(t for t in (policy_head.weight, policy_head.bias) if trained and t is not None)]
+
+    fast = token_statistics(frozenset({need}), tokens, policy, policy_head, reference, reference_head)
+    dense = oracle.side_scores(
+        dense_logits(policy_head, policy)[None],
+        dense_logits(reference_head, reference)[None],
+        tokens[None],
+        torch.ones(1, N, dtype=torch.bool),
+    )
+
+    torch.testing.assert_close(getattr(fast, need), getattr(dense, need)[0], rtol=1e-9, atol=1e-9)
+    for got, want in zip(
+        gradients(getattr(fast, need), weights, inputs),
+        gradients(getattr(dense, need)[0], weights, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned():
+    generator = torch.Generator().manual_seed(1)
+    head = make_head(generator)
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    tokens = torch.randint(V, (N,), generator=generator)
+    fast = token_statistics(frozenset(DIAGNOSTICS), tokens, policy, head, reference, head)
+    dense = oracle.side_scores(
+        dense_logits(head, policy)[None], dense_logits(head, reference)[None], tokens[None], torch.ones(1, N).bool()
+    )
+    for name in DIAGNOSTICS:
+        torch.testing.assert_close(getattr(fast, name), getattr(dense, name)[0], rtol=1e-9, atol=1e-9)
+    assert fast.logps is None and fast.kl is None
+
+
+def test_the_identity_is_taken_for_one_frozen_linear_head_only():
+    generator = torch.Generator().manual_seed(2)
+    frozen, trained, capped = (
+        make_head(generator),
+        make_head(generator, trained=True),
+        make_head(generator, softcap=9.0),
+    )
+    assert uses_identity(frozen, replace(frozen))
+    assert uses_identity(make := make_head(generator, bias=True, scale=0.5), make)
+    assert not uses_identity(trained, trained)
+    assert not uses_identity(capped, capped)
+    assert not uses_identity(frozen, replace(frozen, weight=frozen.weight.clone()))
+    assert not uses_identity(frozen, None)
+
+
+def test_without_a_reference_only_the_policy_is_read():
+    generator = torch.Generator().manual_seed(3)
+    head = make_head(generator)
+    policy = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(V, (N,), generator=generator)
+    logps = token_statistics(frozenset({"logps"}), tokens, policy, head).logps
+    expected = dense_logits(head, policy).log_softmax(-1)[torch.arange(N), tokens]
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("need", DIFFERENTIABLE)
+def test_half_precision_stays_within_its_rounding_error(need, dtype):
+    """Inputs rounded to `dtype` once; then 12 products of unit size, whose logits round to ±2^-8 of up to ~10."""
+    generator = torch.Generator().manual_seed(4)
+    head = make_head(generator, dtype=dtype)
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    tokens = torch.randint(V, (N,), generator=generator)
+    statistic = getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need)
+    exact_head = Head(head.weight.double())
+    exact = token_statistics(frozenset({need}), tokens, policy.double(), exact_head, reference.double(), exact_head)
+    assert statistic.dtype == torch.float32
+    torch.testing.assert_close(statistic.double(), getattr(exact, need), rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("need", DIFFERENTIABLE)
+def test_extreme_logits_stay_finite(need):
+    head = Head(torch.tensor([[1e4], [-1e4]], dtype=torch.bfloat16))
+    policy = torch.tensor([[1.0], [-1.0], [1.0]], dtype=torch.bfloat16).requires_grad_()
+    reference = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.bfloat16)
+    statistic = getattr(
+        token_statistics(frozenset({need}), torch.tensor([0, 0, 1]), policy, head, reference, head), need
+    )
+    statistic.sum().backward()
+    assert statistic.isfinite().all() and policy.grad.isfinite().all()
