@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 MAX_LOG_RATIO = 30.0  # exp(30) = 1e13: R² and its gradient are still finite in fp32
 
 
+@runtime_checkable
 class Generator(Protocol):
     """A convex function h on ratios R > 0 and the loss it induces."""
 

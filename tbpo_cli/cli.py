@@ -1,0 +1,172 @@
+"""The command line: one thin function a command, and the only place that turns a TbpoError into a message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tbpo_cli.errors import Interrupted, TbpoError
+
+app = typer.Typer(
+    name="tbpo",
+    help="Preference alignment of language models, from raw pairs to a published adapter. Stages share one recipe;"
+    " a stage runs what it needs first and is otherwise done when it is up to date.",
+    epilog="First run: tbpo align recipes/quickstart.toml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q"),
+]
+Directory = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives, instead of runs/NAME.")
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin the stage anew; its old folder is renamed, nothing is deleted.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and do nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+
+
+@app.command()
+def prepare(
+    recipe: RecipePath,
+    sets: Set = None,
+    run_dir: Directory = None,
+    restart: Restart = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rows → checked, tokenized pairs, and a report of what was left out and why.
+
+    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl
+    """
+    _stage("prepare", recipe, sets, run_dir, restart, dry_run, quiet)
+
+
+@app.command()
+def sft(
+    recipe: RecipePath,
+    sets: Set = None,
+    run_dir: Directory = None,
+    restart: Restart = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Supervised fine-tuning on the chosen responses (or on [sft] train).
+
+    Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5
+    """
+    _stage("sft", recipe, sets, run_dir, restart, dry_run, quiet)
+
+
+@app.command()
+def align(
+    recipe: RecipePath,
+    sets: Set = None,
+    run_dir: Directory = None,
+    restart: Restart = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Preference optimisation: TBPO and the losses it is compared with.
+
+    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
+    """
+    _stage("align", recipe, sets, run_dir, restart, dry_run, quiet)
+
+
+@app.command()
+def sample(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
+    """Completions from the policy, and from the reference, side by side. Not built yet."""
+    _not_built("sample", recipe, sets)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
+    """Held-out preference metrics, diversity, win rate, one HTML report. Not built yet."""
+    _not_built("eval", recipe, sets)
+
+
+@app.command()
+def push(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
+    """Adapter (or merged model) and model card → the Hugging Face Hub. Not built yet."""
+    _not_built("push", recipe, sets)
+
+
+@app.command()
+def init(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
+    """Writes a starter recipe into the folder; without NAME, lists them. Not built yet."""
+    _not_built("init")
+
+
+@app.command()
+def show(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
+    """The resolved recipe, the plan, and an estimate of memory and time. Not built yet."""
+    _not_built("show", recipe, sets)
+
+
+def _not_built(command: str, recipe: Path | None = None, sets: list[str] | None = None) -> None:
+    from tbpo_cli.recipe import load_recipe
+
+    if recipe is not None:
+        load_recipe(recipe, tuple(sets or ()))
+    raise TbpoError(
+        f"`tbpo {command}` is not built yet", expected="prepare, sft or align", fix="see the README for what works"
+    )
+
+
+def _stage(
+    name: str, path: Path, sets: list[str] | None, run_dir: Path | None, restart: bool, dry_run: bool, quiet: bool
+) -> None:
+    from tbpo_cli import console
+    from tbpo_cli.recipe import load_recipe
+    from tbpo_cli.run import RunDir
+    from tbpo_cli.stages import run_through, show_plan
+
+    console.err.quiet = quiet
+    recipe = load_recipe(path, tuple(sets or ()))
+    directory = RunDir.of(recipe, run_dir)
+    if dry_run:
+        show_plan(name, recipe, directory)
+        return
+    try:
+        run_through(name, recipe, directory, restart)
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
+
+
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+def main() -> None:
+    """The executable: 0 done, 2 recipe, data or usage, 3 diverged, 130 / 143 interrupted, 1 a bug of ours."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)  # about the insides of libraries, nothing a user can act on
+    try:
+        app()
+    except TbpoError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What a person sees. Results that one would pipe go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    err.print(text, markup=False)
+
+
+def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0, every: int = 1) -> Iterator[Callable[[int, str], None]]:
+    """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
+
+    Yields:
+        update(done, note): tell how far it is, with a few words about it.
+    """
+    if err.is_terminal and not err.quiet:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=err) as bar:
+            task = bar.add_task(label, total=total, completed=done, note="")
+            yield lambda done, note: bar.update(task, completed=done, note=note)
+        return
+    started, first = time.monotonic(), done
+
+    def update(done: int, note: str) -> None:
+        if done % every == 0 or done == total:
+            left = (time.monotonic() - started) / max(1, done - first) * (total - done)
+            say(f"{label} {done}/{total}  {note}  ({left:.0f} s left)")
+
+    yield update

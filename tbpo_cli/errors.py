@@ -1,0 +1,55 @@
+"""The one kind of error that a user sees: what is wrong, where, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class TbpoError(Exception):
+    """Anything that a user can cause. `cli.py` prints it, without a traceback, and exits with `exit_code`.
+
+    Args:
+        what: one sentence, lower case.
+        where: file, line or key.
+        expected: what would have been right.
+        fix: the command or the key to change.
+        also: further faults of the same thing, so that all are reported at once.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, what: str, where: str = "", expected: str = "", fix: str = "", also: tuple[TbpoError, ...] = ()
+    ) -> None:
+        super().__init__(what)
+        self.what, self.where, self.expected, self.fix, self.also = what, where, expected, fix, also
+
+    def __str__(self) -> str:
+        """The message as it is printed, one fault after the other."""
+        lines = [f"error: {self.what}"]
+        for label in ("where", "expected", "fix"):
+            if text := getattr(self, label):
+                lines.append(f"  {label}: {text}")
+        return "\n".join([*lines, *(str(fault) for fault in self.also)])
+
+
+class DivergenceError(TbpoError):
+    """Training left the finite numbers; nothing was written over."""
+
+    exit_code = 3
+
+
+class Interrupted(TbpoError):  # noqa: N818 - an event, not a fault
+    """SIGINT or SIGTERM, after a checkpoint was written. Exit 130 or 143."""
+
+    def __init__(self, signal_number: int, what: str, fix: str) -> None:
+        super().__init__(what, fix=fix)
+        self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return f"interrupted: {self.what}\n  {self.fix}"
+
+
+def gather(faults: list[TbpoError]) -> None:
+    """Raises all faults as one error; returns if there are none."""
+    if faults:
+        first, *rest = faults
+        raise TbpoError(first.what, first.where, first.expected, first.fix, tuple(rest))

@@ -1,0 +1,62 @@
+"""A training stage in this process: from a recipe to trained weights in the stage's folder."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from accelerate import PartialState
+
+from tbpo_cli import console
+from tbpo_cli.core.losses import Loss
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.data.tokens import load_tokenizer
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.scoring import REFERENCE_FREE
+from tbpo_cli.recipe import Recipe
+from tbpo_cli.run import RunDir
+from tbpo_cli.train.loop import TrainingRun
+
+
+def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
+    """Trains one stage and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
+
+    Args:
+        name: "sft" or "align".
+        train_split: the folder under prepare/ with the training pairs.
+
+    Raises:
+        TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
+    """
+    started = time.monotonic()
+    train, evaluation = (PairStore(run_dir.stage("prepare") / split) for split in (train_split, "eval"))
+    if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
+        raise TbpoError(
+            "the rows have no rejected responses",
+            "data.train or data.eval",
+            "preference pairs, with a chosen and a rejected response",
+            "demonstrations are for `tbpo sft`",
+        )
+    folder = run_dir.begin(name, recipe)
+    device = PartialState().device
+    sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
+    policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
+    trained = sum(parameter.numel() for parameter in policy.trained.values())
+    console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
+    if name == "align":
+        console.say(f"the reference is {policy.describe_reference()}")
+    settings = getattr(recipe, name)
+    TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device).run()
+    weights = run_dir.weights(name)
+    outputs = policy.save(weights)
+    load_tokenizer(recipe.model).save_pretrained(weights)
+    run_dir.finish(
+        name,
+        [*outputs, folder / "metrics.jsonl"],
+        {
+            "seed": recipe.run.seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )

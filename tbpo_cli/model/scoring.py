@@ -1,0 +1,142 @@
+"""PairBatch → PairScores: two passes through the model, and one gather of the positions that predict a response."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from tbpo_cli.core import oracle
+from tbpo_cli.core.baseline import StateBaseline
+from tbpo_cli.core.head import Head, TokenStatistics, token_statistics
+from tbpo_cli.core.types import PairScores, SideScores
+from tbpo_cli.data.batches import PairBatch, SideBatch
+from tbpo_cli.model.load import Policy
+
+ALL_STATISTICS = frozenset(field.name for field in fields(TokenStatistics))
+REFERENCE_FREE = frozenset({"logps", "entropy"})
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Computes, for a batch of pairs, the statistics that a loss needs, and no others.
+
+    Args:
+        policy: the model and its reference.
+        head, reference_head: their output heads, None if the head is not of a kind that `core/head.py` knows; the
+            oracle then works from the model's own logits.
+        baseline: b_φ, for losses that need `state_baseline`.
+    """
+
+    policy: Policy
+    head: Head | None
+    reference_head: Head | None
+    baseline: StateBaseline | None = None
+
+    @classmethod
+    def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
+        head = read_head(policy.model)
+        reference_head = head if policy.frozen is None else read_head(policy.frozen)
+        return cls(policy, head, reference_head, baseline)
+
+    def score(self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False) -> PairScores:
+        """Scores of a batch on its device.
+
+        Args:
+            needs: fields of SideScores, computed with gradients (those of `TokenStatistics` and `state_baseline`).
+            diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
+                those that need none.
+        """
+        statistics = needs & ALL_STATISTICS
+        extra = frozenset()
+        if diagnostics:
+            extra = (ALL_STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
+        reference = None
+        if not statistics | extra <= REFERENCE_FREE:
+            with self.policy.reference() as model:
+                reference = self._states(model, batch, self.reference_head)
+        states = self._states(self.policy.model, batch, self.head)
+        columns = self._statistics(statistics, batch, states, reference)
+        if extra:
+            with torch.no_grad():
+                columns |= self._statistics(extra, batch, states.detach(), reference)
+        if "state_baseline" in needs:
+            columns["state_baseline"] = self.baseline(states)
+        return _to_sides(columns, batch)
+
+    def _states(self, model: nn.Module, batch: PairBatch, head: Head | None) -> Tensor:
+        """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
+        predictor = torch.cat([side.predictor[side.mask] for side in (batch.chosen, batch.rejected)])
+        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if head is None:
+            return model(**rows).logits.flatten(0, 1)[predictor]
+        return _backbone(model)(**rows).last_hidden_state.flatten(0, 1)[predictor]
+
+    def _statistics(
+        self, needs: frozenset[str], batch: PairBatch, states: Tensor, reference: Tensor | None
+    ) -> dict[str, Tensor]:
+        tokens = torch.cat([side.tokens[side.mask] for side in (batch.chosen, batch.rejected)])
+        if self.head is not None:
+            computed = token_statistics(needs, tokens, states, self.head, reference, self.reference_head)
+        else:
+            everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
+            logits = states if reference is None else reference
+            computed = oracle.side_scores(states.float()[None], logits.float()[None], tokens[None], everything)
+        return {name: getattr(computed, name).reshape(-1) for name in needs}
+
+
+def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
+    """(N,) statistics, chosen tokens first, as (B, T) of the two sides."""
+    num_chosen = int(batch.chosen.mask.sum())
+
+    def side(of: SideBatch, part: slice) -> SideScores:
+        scattered = {
+            name: torch.zeros(of.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
+                of.mask, values[part]
+            )
+            for name, values in columns.items()
+        }
+        return SideScores(mask=of.mask, **scattered)
+
+    return PairScores(side(batch.chosen, slice(0, num_chosen)), side(batch.rejected, slice(num_chosen, None)))
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that ends with the hidden state which feeds its output head."""
+    return _causal_model(model).base_model
+
+
+def read_head(model: nn.Module) -> Head | None:
+    """What the model's output head can do, checked against the model's own logits; None if it is something else."""
+    causal = _causal_model(model)
+    config, linear = causal.config.get_text_config(), causal.get_output_embeddings()
+    if type(linear) is not nn.Linear:
+        return _unknown_head(f"it is a {type(linear).__name__}")
+    head = Head(
+        weight=linear.weight,
+        bias=linear.bias,
+        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    probe = torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=probe, use_cache=False).logits[0].float()
+        rebuilt = head.logits(_backbone(model)(input_ids=probe, use_cache=False).last_hidden_state[0]).float()
+    model.train(was_training)
+    tolerance = 0.02 if linear.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):
+        return _unknown_head("its logits are not those of a linear layer on the last hidden state")
+    return head
+
+
+def _unknown_head(reason: str) -> None:
+    logging.getLogger("tbpo").warning("the output head is unknown (%s): scoring falls back to dense logits", reason)

@@ -1,0 +1,40 @@
+"""`tbpo sft`: supervised fine-tuning on the chosen responses, or on the rows of [sft] train."""
+
+from __future__ import annotations
+
+from tbpo_cli import console
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.recipe import Recipe
+from tbpo_cli.run import RunDir
+
+
+def run(recipe: Recipe, run_dir: RunDir) -> None:
+    """Trains `sft/adapter` (or `sft/model`).
+
+    Raises:
+        TbpoError: if the recipe has no [sft] table.
+    """
+    if recipe.sft is None:
+        raise TbpoError(
+            "the recipe has no SFT stage", f"run {recipe.run.name}", "a table [sft]", "add [sft], it may be empty"
+        )
+    from tbpo_cli.core.losses import build_loss
+    from tbpo_cli.launch import train_stage
+
+    train_stage("sft", recipe, run_dir, build_loss("sft"), "train" if recipe.sft.train is None else "sft")
+    report(recipe, run_dir)
+
+
+def report(recipe: Recipe, run_dir: RunDir) -> None:
+    """Shows the complete stage's result."""
+    from tbpo_cli.train.metrics import read_metrics
+
+    evaluations = [line for line in read_metrics(run_dir.stage("sft") / "metrics.jsonl") if line["split"] == "eval"]
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        rows = [
+            ["loss (nats a token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}"],
+            ["entropy (nats a token)", f"{before['entropy']:.3f}", f"{after['entropy']:.3f}"],
+        ]
+        console.show_table("SFT on the held-out responses", ["", "before", "after"], rows)
+    console.say(f"weights: {run_dir.weights('sft')}")

@@ -1,0 +1,117 @@
+"""What is reported of a batch, on the same definitions for every loss, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tbpo_cli.core.losses import Loss
+from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
+
+Totals = dict[str, tuple[float, float]]  # name → (sum, number of pairs or tokens it is a mean over)
+
+
+def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
+    """Sums and counts of every metric that the scores allow.
+
+    loss (nats, per pair or per chosen token, as the loss says); reward_chosen, reward_rejected = β Σ r; margin, their
+    difference; accuracy, the share of pairs with margin > 0; token_accuracy, the share of aligned tokens with
+    log R_t < 0; kl = KL(π_ref ‖ π_θ), reverse_kl = KL(π_θ ‖ π_ref) and entropy, per response token of both sides;
+    logps_chosen, logps_rejected, per token; num_clipped, values of log R outside ±30.
+    """
+    chosen, rejected = scores.chosen, scores.rejected
+    num_pairs = len(output.per_pair)
+    weights = chosen.mask.sum(dim=1) if loss.mean_over == "chosen_tokens" else chosen.mask.new_ones(num_pairs).long()
+    totals: dict[str, tuple[Tensor | float, Tensor | float]] = {
+        "loss": ((output.per_pair.detach() * weights).sum(), weights.sum())
+    }
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side.logps is not None and side.mask.shape[1]:
+            totals[f"logps_{name}"] = (sum_over_response(side.logps.detach(), side.mask).sum(), side.mask.sum())
+    for name in ("kl", "reverse_kl", "entropy"):
+        sides = [side for side in (chosen, rejected) if getattr(side, name) is not None]
+        if sides:
+            totals[name] = (
+                sum(sum_over_response(getattr(side, name).detach(), side.mask).sum() for side in sides),
+                sum(side.mask.sum() for side in sides),
+            )
+    if chosen.log_ratio is not None and rejected.mask.shape[1]:
+        beta = getattr(loss, "beta", 1.0)
+        reward_chosen, reward_rejected = (_reward(side, beta) for side in (chosen, rejected))
+        totals["reward_chosen"] = (reward_chosen.sum(), num_pairs)
+        totals["reward_rejected"] = (reward_rejected.sum(), num_pairs)
+        totals["margin"] = ((reward_chosen - reward_rejected).sum(), num_pairs)
+        totals["accuracy"] = ((reward_chosen > reward_rejected).sum(), num_pairs)
+    if (log_ratio := _aligned_log_ratio(scores, output)) is not None:
+        aligned = scores.aligned_mask
+        totals["token_accuracy"] = (((log_ratio < 0) & aligned).sum(), aligned.sum())
+    if output.num_clipped is not None:
+        totals["num_clipped"] = (output.num_clipped, 1)
+    return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
+
+
+def _reward(side: SideScores, beta: float) -> Tensor:
+    return beta * sum_over_response(side.log_ratio.detach(), side.mask)
+
+
+def _aligned_log_ratio(scores: PairScores, output: LossOutput) -> Tensor | None:
+    """log R_t up to a positive factor; for losses of whole responses, with log w = 0."""
+    if output.log_ratio_aligned is not None:
+        return output.log_ratio_aligned
+    if scores.chosen.log_ratio is None:
+        return None
+    length = scores.aligned_mask.shape[1]
+    return (scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]).detach()
+
+
+def average(parts: Iterable[Totals]) -> dict[str, float]:
+    """The means over several batches; counts (num_clipped) are added up."""
+    summed: Totals = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = summed.get(name, (0.0, 0.0))
+            summed[name] = (before[0] + total, before[1] + count)
+    return {
+        name: total if name.startswith("num_") else total / count for name, (total, count) in summed.items() if count
+    }
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step and one an evaluation, {"split": "train" | "eval", "step": …, …}."""
+
+    def __init__(self, path: Path, upto_step: int) -> None:
+        """Opens the log, dropping what an interrupted run wrote after the checkpoint it goes on from."""
+        self.path = path
+        self.lines = [line for line in read_metrics(path) if line["step"] <= upto_step]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(_encode(line) for line in self.lines), encoding="utf-8")
+        temporary.replace(path)
+
+    def append(self, split: str, step: int, values: dict[str, Any]) -> None:
+        line = {"split": split, "step": step, **values}
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_encode(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The evaluation at a step, if it was made."""
+        return next((line for line in self.lines if line["split"] == "eval" and line["step"] == step), None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _encode(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"

@@ -1,0 +1,40 @@
+"""Optimizers, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from tbpo_cli.recipe import Training
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return OPTIMIZERS[settings.optimizer](
+        list(parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+
+
+def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The state baseline's own: AdamW, 1e-3, constant, no decay, untouched by the policy's clipping.
+
+    Source: arXiv 2605.12288, the released code's setting.
+    """
+    return torch.optim.AdamW(list(parameters), lr=1e-3, weight_decay=0.0)
+
+
+def learning_rate(settings: Training, step: int, num_steps: int) -> float:
+    """The rate of a step (from 0): a linear rise over `warmup`, then the schedule, which ends at 0 after the last."""
+    warmup = math.ceil(settings.warmup * num_steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    return settings.learning_rate * SCHEDULES[settings.schedule]((step - warmup) / max(1, num_steps - warmup))
