@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import tomllib
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as validated
+from pydantic import Field
 
+from tbpo_cli.checks import complete_loss, table, validate
 from tbpo_cli.errors import TbpoError, gather
-
-STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
-table = validated(frozen=True, config=STRICT)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -196,9 +192,9 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     if isinstance(raw.setdefault("run", {}), dict):
         raw["run"].setdefault("name", path.stem)
     if isinstance(align := raw.setdefault("align", {}), dict):
-        align["loss"], loss_faults = _complete_loss(align.get("loss", {}), str(path))
+        align["loss"], loss_faults = complete_loss(align.get("loss", {}), str(path))
         faults += loss_faults
-    recipe, recipe_faults = _validate(Recipe, raw, str(path), ())
+    recipe, recipe_faults = validate(Recipe, raw, str(path), ())
     gather(faults + recipe_faults)
     return recipe
 
@@ -277,110 +273,6 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         name, _, leaf = key.partition(".")
         if isinstance(raw.get(name), dict) and leaf in raw[name]:
             raw[name][leaf] = resolve(raw[name][leaf])
-
-
-def _complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:
-    """[align.loss] checked against the fields of the named loss and generator, with their defaults filled in."""
-    from tbpo_cli.core.generators import GENERATORS
-    from tbpo_cli.core.losses import LOSSES
-
-    where = ("align", "loss")
-    if not isinstance(given, dict):
-        return {}, [_error("align.loss is no table", path, where, 'name = "…" and that loss\'s own keys')]
-    given = {"name": "tbpo_a", **given}
-    generator_given = given.pop("generator", None)
-    loss, faults = _named(LOSSES, given, path, where)
-    generator = None
-    if generator_given is not None:
-        owner = LOSSES.get(given["name"]) if isinstance(given["name"], str) else None
-        if owner is not None and "generator" not in {f.name for f in fields(owner)}:
-            faults.append(_unknown_key((*where, "generator"), generator_given, owner, path))
-        else:
-            generator, generator_faults = _named(GENERATORS, generator_given, path, (*where, "generator"))
-            faults += generator_faults
-    if faults:
-        return {}, faults
-    loss = dataclasses.replace(loss, generator=generator) if generator is not None else loss
-    completed = {"name": given["name"], **dataclasses.asdict(loss)}
-    if "generator" in completed:
-        names = {cls: name for name, cls in GENERATORS.items()}
-        completed["generator"] = {"name": names[type(loss.generator)], **completed["generator"]}
-    return completed, []
-
-
-def _named(classes: dict[str, type], given: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
-    """An instance of the class that given["name"] names in a table, from the other fields."""
-    name = given.get("name") if isinstance(given, dict) else given
-    if not isinstance(name, str) or name not in classes:
-        near = difflib.get_close_matches(str(name), classes, n=1)
-        fix = f'name = "{near[0]}"' if near else ""
-        key = (*where, "name")
-        return None, [_error(f"{'.'.join(key)} = {name!r} is unknown", path, key, f"one of {', '.join(classes)}", fix)]
-    return _validate(classes[name], {k: v for k, v in given.items() if k != "name"}, path, where)
-
-
-def _validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
-    """An instance of a dataclass from TOML values, or its faults. `core`'s plain dataclasses are checked alike."""
-    checked = cls if hasattr(cls, "__pydantic_config__") else validated(cls, frozen=True, config=STRICT)
-    try:
-        # By way of JSON, where "strict" takes an array for a tuple and a table for a dataclass, and nothing else.
-        value = TypeAdapter(checked).validate_json(json.dumps(raw, default=str))
-        return (value if checked is cls else cls(**{f.name: getattr(value, f.name) for f in fields(value)})), []
-    except ValidationError as error:
-        faults: dict[tuple[str, ...], TbpoError] = {}
-        for entry in error.errors():
-            keys = tuple(str(part) for part in entry["loc"] if _is_key(part))
-            faults.setdefault(keys, _fault(entry, (*where, *keys), cls, path))
-        return None, list(faults.values())
-
-
-def _is_key(part: Any) -> bool:
-    """Whether a part of pydantic's location is a key of ours, not the name of one member of a union."""
-    return isinstance(part, str) and part.isidentifier() and part not in {"str", "none"}
-
-
-def _error(what: str, path: str, keys: tuple[str, ...], expected: str, fix: str = "") -> TbpoError:
-    where = f"{path}, [{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"{path}, [{keys[0]}]"
-    return TbpoError(what, where, expected, fix or f"change it there, or give --set {'.'.join(keys)}=…")
-
-
-def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError:
-    """One of pydantic's errors in our words."""
-    name, given = ".".join(keys), entry["input"]
-    if entry["type"] == "unexpected_keyword_argument":
-        owner: Any = cls
-        for key in (str(part) for part in entry["loc"][:-1] if _is_key(part)):
-            owner = _table_class(owner, key)
-        return _unknown_key(keys, given, owner, path)
-    if entry["type"] == "missing":
-        fix = f"add {keys[-1]} = … under [{'.'.join(keys[:-1])}]" if len(keys) > 1 else f"add a table [{name}]"
-        return _error(f"{name} is missing", path, keys, "a value: it has no default", fix)
-    expected = entry["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # of a __post_init__, whose messages begin with the key
-        keys = (*keys, expected.split()[0])
-        return _error(f"{'.'.join(keys)} is not possible", path, keys, expected)
-    if entry["type"] in {"dataclass_type", "dataclass_exact_type"}:
-        expected = f"a table: [{name}]"
-    options = str(entry.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
-    near = difflib.get_close_matches(str(given), options, n=1)
-    fix = f'{keys[-1]} = "{near[0]}"' if near else ""
-    return _error(f"{name} = {json.dumps(given, default=str)} is not possible", path, keys, expected, fix)
-
-
-def _unknown_key(keys: tuple[str, ...], value: Any, owner: type, path: str) -> TbpoError:
-    names = [f.name for f in fields(owner)]
-    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-    fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?" if near else "remove it"
-    what = f"{'.'.join(keys)} is an unknown {'table' if isinstance(value, dict) else 'key'}"
-    return _error(what, path, keys, f"one of {', '.join(names)}" if names else "no further keys", fix)
-
-
-def _table_class(owner: type, key: str) -> type:
-    """The dataclass of a nested table, which may be optional."""
-    import typing
-
-    hint = typing.get_type_hints(owner)[key]
-    return next(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
