@@ -188,7 +188,7 @@ class _ChunkedStatistics(torch.autograd.Function):
             target = tokens[part, None]
             logps[part] = policy.gather(-1, target).squeeze(-1)
             reference_probs = None
-            if reference_head is not None:
+            if reference_hidden is not None:
                 reference = reference_head.logits(reference_hidden[part]).log_softmax(dim=-1)
                 reference_logps[part] = reference.gather(-1, target).squeeze(-1)
                 if with_mean:

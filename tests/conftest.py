@@ -1,0 +1,150 @@
+"""A tiny real model, tokenizer and preference data, made on the spot; and a way to run the real command."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_VERBOSITY="error",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    NO_COLOR="1",
+    COLUMNS="100",
+)
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "red green blue one two three four cat dog bird tree house runs jumps sings loves sees".split()  # noqa: SIM905
+
+
+def sentence(rng, low=2, high=9):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high))) + "."
+
+
+def preference_rows(count, seed=0):
+    rng = random.Random(seed)
+    return [
+        {"prompt": f"{sentence(rng)} {number}", "chosen": sentence(rng), "rejected": sentence(rng)}
+        for number in range(count)
+    ]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def train_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    tokenizer.train_from_iterator([sentence(rng) for _ in range(500)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer):
+    """A random Llama of 2 layers, H = 32, saved like any model: config, safetensors, tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """(train.jsonl with 40 pairs, eval.jsonl with 8)."""
+    folder = tmp_path_factory.mktemp("rows")
+    return write_jsonl(folder / "train.jsonl", preference_rows(40)), write_jsonl(
+        folder / "eval.jsonl", preference_rows(8, seed=1)
+    )
+
+
+RECIPE = """
+[model]
+base = "{base}"
+
+[model.lora]
+r = 4
+alpha = 8.0
+dropout = 0.1
+
+[data]
+train = "{train}"
+eval = "{eval}"
+
+[align]
+batch_pairs = 8
+max_steps = 6
+learning_rate = 1e-3
+checkpoint_every = 2
+eval_every = 3
+log_every = 2
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path, base, rows):
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tbpo(tmp_path):
+    """Runs the real command in `tmp_path`; returns the finished process with its text output."""
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "tbpo_cli.cli", *map(str, arguments)],
+            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return run
+
+
+def run_stage(stage, recipe_file, run_dir, *overrides, restart=False):
+    """A stage in this process, as the command runs it; returns the run directory."""
+    from tbpo_cli.recipe import load_recipe
+    from tbpo_cli.run import RunDir
+    from tbpo_cli.stages import run_through
+
+    recipe = load_recipe(Path(recipe_file), overrides)
+    directory = RunDir.of(recipe, Path(run_dir))
+    run_through(stage, recipe, directory, restart)
+    return directory.path

@@ -1,0 +1,139 @@
+"""A recipe is checked as a whole, completed with every default, and means the same when it is written out."""
+
+import pytest
+
+from tbpo_cli.core import GENERATORS, LOSSES
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.recipe import load_recipe
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides):
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return load
+
+
+SMALL = '[model]\nbase = "org/model"\n[data]\ntrain = "org/pairs"\n'
+
+
+def faults(error):
+    first = error.value
+    return [first, *first.also]
+
+
+def test_only_the_base_and_the_training_rows_have_no_default(load):
+    recipe = load(SMALL)
+    assert recipe.run.name == "recipe" and recipe.sft is None and recipe.model.lora is None
+    assert recipe.align.epochs == 1.0 and recipe.align.loss["name"] == "tbpo_a"
+    with pytest.raises(TbpoError) as error:
+        load("")
+    assert [fault.what for fault in faults(error)] == ["model is missing", "data is missing"]
+
+
+def test_the_resolved_recipe_writes_out_every_default_and_loads_to_itself(load, tmp_path):
+    recipe = load(SMALL + "[model.lora]\n[sft]\n")
+    written = tmp_path / "resolved.toml"
+    written.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(written, ("run.name=recipe",)) == recipe
+    assert 'base = "org/model"' in recipe.to_toml() and "label_smoothing = 0.0" in recipe.to_toml()
+
+
+def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
+    with pytest.raises(TbpoError) as error:
+        load(
+            '[model]\nbase = "a/b"\ndtyp = "auto"\n[data]\ntrain = 4\noverlong = "dorp"\n'
+            '[align]\nlearning_rate = "1e-3"\n'
+            '[align.loss]\nname = "tbpo_b"\n[pusj]\nrepo = "x"\n'
+        )
+    message = str(error.value)
+    assert "model.dtyp is an unknown key" in message and "did you mean model.dtype?" in message
+    assert "data.train = 4 is not possible" in message
+    assert 'overlong = "drop"' in message
+    assert 'align.learning_rate = "1e-3" is not possible' in message and "a valid number" in message
+    assert "align.loss.name = 'tbpo_b' is unknown" in message and 'name = "tbpo_q"' in message
+    assert "pusj is an unknown table" in message and "did you mean push?" in message
+    assert message.count("error:") == message.count("  where:") == message.count("  fix:") == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "expected"),
+    [
+        ("[model.lora]\nr = 0\n", "model.lora.r = 0 is not possible", "greater than or equal to 1"),
+        ("[align]\nbatch_pairs = 2.5\n", "align.batch_pairs = 2.5 is not possible", "a valid integer"),
+        ("[align]\nbatch_pairs = true\n", "align.batch_pairs = true is not possible", "a valid integer"),
+        ("[align]\nlearning_rate = nan\n", "align.learning_rate = NaN is not possible", "a finite number"),
+        ("[align]\nepochs = 1\nmax_steps = 2\n", "align.epochs is not possible", "left out where max_steps is given"),
+        ("[align]\nloss = 3\n", "align.loss is no table", "that loss's own keys"),
+        ('[align.loss]\nname = "dpo"\nbeta = -1\n', "align.loss.beta is not possible", "must be positive"),
+        ('[align.loss]\nname = "dpo"\nbeta = "x"\n', 'align.loss.beta = "x" is not possible', "a valid number"),
+        ('[align.loss]\nname = "dpo"\ngama = 1\n', "align.loss.gama is an unknown key", "one of beta"),
+        (
+            '[align.loss]\nname = "dpo"\n[align.loss.generator]\nname = "sba"\n',
+            "align.loss.generator is an unknown table",
+            "one of beta, label_smoothing",
+        ),
+        ('[align.loss.generator]\nname = "sab"\n', "align.loss.generator.name = 'sab' is unknown", "logistic, kliep"),
+        ('[align.loss.generator]\nname = "sba"\nlam = -2\n', "align.loss.generator.lam is not possible", "above -1"),
+        ('[align.loss.generator]\nname = "kliep"\nlam = 0\n', "align.loss.generator.lam is an unknown key", "no fur"),
+        ('[run]\nname = "../x"\n', 'run.name = "../x" is not possible', "match pattern"),
+        ("sft = 3\n", "sft = 3 is not possible", "a table: [sft]"),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_named_with_what_is_expected(load, text, what, expected):
+    with pytest.raises(TbpoError) as error:
+        load(text + SMALL if text.startswith("sft") else SMALL + text)
+    (fault,) = faults(error)
+    assert fault.what == what and expected in fault.expected and fault.exit_code == 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_be_named_with_its_defaults_filled_in(load, name):
+    loss = load(SMALL, f"align.loss.name={name}").align.loss
+    assert loss["name"] == name
+    assert ("generator" in loss) == (name in {"bpo", "tbpo_a", "tbpo_q"})
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_generator_can_be_named(load, name):
+    assert load(SMALL, f"align.loss.generator.name={name}").align.loss["generator"]["name"] == name
+
+
+def test_set_takes_toml_values_and_bare_text(load):
+    recipe = load(SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}")
+    assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (7, "dpo", 1e-4)
+    assert recipe.model.lora.r == 8
+    with pytest.raises(TbpoError, match="--set is not understood"):
+        load(SMALL, "seed")
+
+
+def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_folder(load, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "model").mkdir()
+    text = '[model]\nbase = "model"\n[data]\ntrain = ["rows.jsonl", "org/pairs"]\n'
+    recipe = load(text, "data.eval=more.jsonl")
+    assert recipe.model.base == str(tmp_path / "model")
+    assert recipe.data.train == (str(tmp_path / "rows.jsonl"), "org/pairs")
+    assert recipe.data.eval == str(elsewhere / "more.jsonl")
+    assert load(SMALL).model.base == "org/model", "a Hub id stays a Hub id"
+    assert load('[model]\nbase = "mistralai/Mistral-7B-v0.1"\n[data]\ntrain = "a/b"').model.base.startswith(
+        "mistralai/"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"[model\n", "not valid TOML"), (b"\xff\xfe", "not UTF-8"), (None, "there is no such recipe")],
+)
+def test_an_unreadable_recipe_is_named(tmp_path, content, what):
+    path = tmp_path / "broken.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TbpoError, match=what) as error:
+        load_recipe(path)
+    assert str(path) in error.value.where

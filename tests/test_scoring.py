@@ -1,0 +1,250 @@
+"""From a batch to scores with real models: what the scorer computes, and which model the reference is."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_stage
+
+from tbpo_cli.core import build_loss, oracle
+from tbpo_cli.data.batches import collate_padded, cut_to_span
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.scoring import ALL_STATISTICS, Scorer, read_head
+from tbpo_cli.recipe import Lora, load_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return load_recipe(recipe_file)
+
+
+@pytest.fixture
+def pairs(recipe_file, tmp_path):
+    store = PairStore(run_stage("prepare", recipe_file, tmp_path / "run") / "prepare/train")
+    return [store[i] for i in range(5)]
+
+
+def disturb(policy, scale=0.05):
+    """Moves every trained weight, so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trained.values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def dense_scores(policy, batch):
+    """The oracle on logits of the models themselves, one row at a time, without any padding."""
+    sides = []
+    for side in (batch.chosen, batch.rejected):
+        length = side.mask.shape[1]
+        logits = {"policy": [], "reference": []}
+        for row in range(len(batch.pair_ids)):
+            index = side.predictor[row][side.mask[row]]
+            number = int(index[0]) // batch.input_ids.shape[1]
+            upto = int(index[-1]) % batch.input_ids.shape[1] + 1
+            rows = {"input_ids": batch.input_ids[number : number + 1, :upto]}
+            with policy.reference() as reference:
+                dense = reference(**rows).logits[0, -len(index) :]
+            logits["reference"].append(torch.nn.functional.pad(dense, (0, 0, 0, length - len(index))))
+            dense = policy.model(**rows).logits[0, -len(index) :]
+            logits["policy"].append(torch.nn.functional.pad(dense, (0, 0, 0, length - len(index))))
+        stacked = [torch.stack(logits[name]) for name in ("policy", "reference")]
+        sides.append(oracle.side_scores(*stacked, side.tokens, side.mask))
+    return sides
+
+
+def assert_same_scores(got, want, names, **tolerance):
+    for side, dense in zip((got.chosen, got.rejected), want, strict=True):
+        for name in names:
+            torch.testing.assert_close(
+                getattr(side, name)[side.mask], getattr(dense, name)[side.mask], msg=lambda m, n=name: f"{n}: {m}",
+                **tolerance,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("needs", [{"advantage"}, {"log_ratio"}, {"log_ratio", "kl"}, {"logps"}], ids=str)
+def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(recipe, pairs, lora, needs):
+    if not lora:
+        recipe = replace(recipe, model=replace(recipe.model, lora=None))
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    disturb(policy)
+    policy.model.eval()
+    batch = collate_padded(pairs)
+    scores = Scorer.of(policy).score(batch, frozenset(needs), diagnostics=True)
+    dense = dense_scores(policy, batch)
+    assert_same_scores(scores, dense, ALL_STATISTICS, rtol=1e-4, atol=2e-5)
+
+    parameters = list(policy.trained.values())
+    gradients = []
+    for sides in ((scores.chosen, scores.rejected), dense):
+        value = sum(getattr(side, name)[batch_side.mask].square().sum()
+                    for side, batch_side in zip(sides, (batch.chosen, batch.rejected), strict=True)
+                    for name in needs)  # fmt: skip
+        gradients.append(torch.autograd.grad(value, parameters, allow_unused=True))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_only_what_is_needed_is_computed(recipe, pairs):
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    scores = Scorer.of(policy).score(collate_padded(pairs), frozenset({"logps"}))
+    filled = {name for name in ALL_STATISTICS if getattr(scores.chosen, name) is not None}
+    assert filled == {"logps"}
+
+
+def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(recipe, pairs, caplog):
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    disturb(policy)
+    policy.model.eval()
+    causal = policy.model.get_base_model()
+    head = Doubled(32, causal.config.vocab_size, bias=False)
+    head.weight = causal.lm_head.weight
+    causal.lm_head = head
+    scorer = Scorer.of(policy)
+    assert scorer.head is None and len([r for r in caplog.records if "output head" in r.message]) == 1
+    batch = collate_padded(pairs)
+    scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
+    assert_same_scores(scores, dense_scores(policy, batch), ALL_STATISTICS, rtol=1e-4, atol=2e-5)
+
+
+def test_a_linear_head_with_a_constant_factor_is_recognised(tmp_path, tokenizer):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, logit_scale=0.25, max_position_embeddings=64, bos_token_id=None,
+    )  # fmt: skip
+    assert read_head(CohereForCausalLM(config)).scale == 0.25
+
+
+def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
+    """Cutting the pairs before the forward pass gives the same TBPO loss and gradient as reading them whole."""
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    disturb(policy)
+    policy.model.eval()
+    loss, scorer = build_loss("tbpo_a"), Scorer.of(policy)
+    results = []
+    for batch in (collate_padded(pairs), collate_padded([cut_to_span(p, "aligned") for p in pairs])):
+        per_pair = loss(scorer.score(batch, loss.needs)).per_pair
+        gradient = torch.autograd.grad(per_pair.sum(), list(policy.trained.values()))
+        results.append((per_pair, torch.cat([g.flatten() for g in gradient])))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
+
+
+def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    policy.model.eval()
+    scores = Scorer.of(policy).score(collate_padded(pairs), ALL_STATISTICS - {"reverse_kl", "entropy"})
+    assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
+
+
+def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    disturb(policy)
+    policy.model.train()
+    scorer, batch = Scorer.of(policy), collate_padded(pairs)
+    first, second = (scorer.score(batch, frozenset({"logps", "log_ratio"})).chosen for _ in range(2))
+    assert not torch.equal(first.logps, second.logps), "LoRA dropout draws anew"
+    torch.testing.assert_close(first.logps - first.log_ratio, second.logps - second.log_ratio, rtol=0, atol=1e-5)
+    assert policy.model.training
+
+
+# ------------------------------------------------------------------------------------------- which reference it is
+
+
+def reference_logps(policy, pairs):
+    batch = collate_padded(pairs)
+    with torch.no_grad():
+        side = Scorer.of(policy).score(batch, frozenset({"logps", "log_ratio"})).chosen
+    return (side.logps - side.log_ratio)[side.mask]
+
+
+def plain_logps(model, pairs):
+    """log-probabilities of the chosen responses by the bare transformers model."""
+    found = []
+    for pair in pairs:
+        ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])
+        with torch.no_grad():
+            logps = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+        count = len(pair.chosen_ids)
+        found.append(logps[-count:].gather(-1, ids[0, -count:, None]).squeeze(-1))
+    return torch.cat(found)
+
+
+SETTINGS = {
+    "adapter off": (True, False),
+    "sft adapter": (True, True),
+    "frozen copy": (False, True),
+    "full": (False, False),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, recipe_file, tmp_path, base):
+    """Through the real stages: train, then compare the reference with the base (or what sft made) loaded by itself."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tbpo_cli.stages.align import loss_of
+    from tbpo_cli.train.loop import TrainingRun
+
+    lora, with_sft = SETTINGS[setting]
+    text = recipe_file.read_text()
+    if not lora:
+        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
+    if with_sft:
+        text += "\n[sft]\nbatch_examples = 8\nmax_steps = 3\nlearning_rate = 1e-2\n"
+    recipe_file.write_text(text)
+    recipe, run = load_recipe(recipe_file), tmp_path / "run"
+    run_stage("sft" if with_sft else "prepare", recipe_file, run)
+    sft_output = run / "sft" / ("adapter" if lora else "model") if with_sft else None
+
+    named = AutoModelForCausalLM.from_pretrained(sft_output if with_sft and not lora else base, dtype=torch.float32)
+    untouched = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if with_sft and lora:
+        named = PeftModel.from_pretrained(named, sft_output)
+    stores = [PairStore(run / "prepare" / split) for split in ("train", "eval")]
+    pairs = [stores[1][i] for i in range(len(stores[1]))]
+    expected = plain_logps(named, pairs)
+    assert with_sft == (not torch.allclose(expected, plain_logps(untouched, pairs), atol=1e-3))
+
+    policy = load_policy(recipe, CPU, sft_output, with_reference=True)
+    torch.testing.assert_close(reference_logps(policy, pairs), expected, rtol=1e-4, atol=1e-4)
+    before = reference_logps(policy, pairs)
+    folder = tmp_path / "align"
+    folder.mkdir()
+    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, folder, 0, CPU).run()
+    assert torch.equal(reference_logps(policy, pairs), before), "the reference moved during training"
+    policy.model.eval()
+    moved = plain_logps(policy.model, pairs) - expected
+    assert moved.abs().max() > 1e-3, "the policy did not move"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["split"] == "eval" and abs(lines[0]["kl"]) < 1e-6 < lines[-1]["kl"]
+
+
+def test_full_fine_tuning_saves_in_the_dtype_of_the_base(recipe, tmp_path, base):
+    from safetensors.torch import load_file
+
+    recipe = replace(recipe, model=replace(recipe.model, lora=None))
+    policy = load_policy(recipe, CPU, None, with_reference=False)
+    policy.model.config.dtype = torch.bfloat16
+    policy.save(tmp_path / "model")
+    assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_target_modules_that_do_not_exist_are_refused(recipe):
+    from tbpo_cli.errors import TbpoError
+
+    recipe = replace(recipe, model=replace(recipe.model, lora=Lora(target_modules=("nonsense",))))
+    with pytest.raises(TbpoError, match="adapter does not fit"):
+        load_policy(recipe, CPU, None, with_reference=True)

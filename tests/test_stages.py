@@ -1,0 +1,339 @@
+"""What a user sees of the stages: up to date, going on, changed inputs, exit codes, and what is never lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import preference_rows, run_stage, write_jsonl
+from safetensors.torch import load_file
+
+from tbpo_cli.errors import DivergenceError, TbpoError
+
+
+def adapter(run):
+    return load_file(run / "align/adapter/adapter_model.safetensors")
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+UNSTABLE = ("seconds", "pairs_per_s")
+
+
+def metrics(run, stage="align"):
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in UNSTABLE} for line in lines]
+
+
+def test_align_prepares_first_trains_and_leaves_the_files_of_the_contract(recipe_file, tmp_path):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    for name in ("recipe.toml", "prepare/manifest.json", "prepare/rejects.jsonl", "prepare/train", "prepare/eval",
+                 "align/metrics.jsonl", "align/manifest.json", "align/checkpoints/step-6"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert sorted(p.name for p in (run / "align/adapter").iterdir() if p.suffix != ".md") == [
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert [(line["split"], line["step"]) for line in metrics(run)] == [
+        ("eval", 0), *(("train", s) for s in (1, 2, 3)), ("eval", 3), *(("train", s) for s in (4, 5, 6)), ("eval", 6),
+    ]  # fmt: skip
+    assert not [p for p in run.rglob("*") if p.suffix in {".pt", ".pth", ".pkl", ".bin"}]
+    manifest = json.loads((run / "align/manifest.json").read_text())
+    assert manifest["seed"] == 0 and manifest["device"] == "cpu" and "torch" in manifest["versions"]
+    assert set(manifest["outputs"]) >= {"adapter/adapter_model.safetensors", "metrics.jsonl"}
+
+
+def test_every_log_step_has_all_metrics_and_the_others_what_they_know(recipe_file, tmp_path):
+    lines = metrics(run_stage("align", recipe_file, tmp_path / "run"))
+    every = {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "token_accuracy", "kl", "reverse_kl",
+             "entropy", "logps_chosen", "logps_rejected", "num_clipped"}  # fmt: skip
+    for line in lines:
+        if line["split"] == "eval" or line["step"] % 2 == 0:
+            assert every <= line.keys(), line["step"]
+        else:
+            assert "kl" not in line and {"loss", "token_accuracy", "grad_norm", "learning_rate"} <= line.keys()
+
+
+def test_a_finished_adapter_loads_with_peft_and_gives_the_trained_model(recipe_file, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(run / "align/adapter")
+    assert any("lora" in name for name, _ in model.named_parameters())
+    assert AutoTokenizer.from_pretrained(run / "align/adapter").chat_template
+
+
+@pytest.mark.parametrize("loss", ["tbpo_q", "dpo"])
+def test_other_losses_train_through_the_same_way(recipe_file, tmp_path, loss):
+    run = run_stage("align", recipe_file, tmp_path / "run", f"align.loss.name={loss}")
+    before, after = ([line for line in metrics(run) if line["split"] == "eval"][i] for i in (0, -1))
+    assert before["kl"] == pytest.approx(0, abs=1e-6) and after["kl"] > 1e-6
+    held = load_file(run / "align/checkpoints/step-6/policy.safetensors")
+    assert not any("baseline" in name for name in held)
+    baseline = run / "align/checkpoints/step-6/baseline.safetensors"
+    assert baseline.exists() == (loss == "tbpo_q")
+    assert not any("baseline" in name for name in adapter(run)), "the baseline is never published"
+    if loss == "tbpo_q":
+        assert load_file(baseline)["parameter|out.weight"].abs().max() > 0, "the baseline did not learn"
+
+
+def test_sft_comes_before_align_if_the_recipe_has_it(recipe_file, tmp_path):
+    text = recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 4\nlearning_rate = 1e-2\n"
+    recipe_file.write_text(text)
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    losses = [line["loss"] for line in metrics(run, "sft") if line["split"] == "eval"]
+    assert losses[-1] < losses[0]
+    assert (run / "sft/adapter/adapter_model.safetensors").exists()
+    first = next(line for line in metrics(run) if line["split"] == "eval")
+    assert first["kl"] == pytest.approx(0, abs=1e-6), "align starts where sft ended, and so does its reference"
+
+
+def test_sft_on_demonstrations_of_its_own(recipe_file, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(20, seed=3)]
+    demonstrations = write_jsonl(tmp_path / "demonstrations.jsonl", rows)
+    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 2\n")
+    run = run_stage("sft", recipe_file, tmp_path / "run", f"sft.train={demonstrations}")
+    assert json.loads((run / "prepare/manifest.json").read_text())["counts"]["sft.train"]["kept"] == {"sft": 20}
+    assert len(metrics(run, "sft")) == 4
+
+
+def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 3\n")
+    runs = [
+        run_stage(
+            "sft", recipe_file, tmp_path / str(tokens), f"sft.max_tokens_per_device={tokens}", "model.lora.dropout=0.0"
+        )
+        for tokens in (60, 10_000)
+    ]
+    for first, second in zip(*(metrics(run, "sft") for run in runs), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["tbpo_a", "tbpo_q", "dpo"])
+def test_micro_batches_and_activation_checkpointing_do_not_change_the_result(recipe_file, tmp_path, loss):
+    settings = {
+        "whole": (),
+        "cut": ("align.max_tokens_per_device=120",),
+        "ckpt": ("align.activation_checkpointing=true",),
+    }
+    weights = {}
+    for name, extra in settings.items():
+        run = run_stage(
+            "align", recipe_file, tmp_path / name, "model.lora.dropout=0.0", f"align.loss.name={loss}",
+            "align.optimizer=rmsprop", "align.learning_rate=1e-4", *extra,
+        )  # fmt: skip
+        weights[name] = adapter(run)
+    for name in ("cut", "ckpt"):
+        for key, value in weights["whole"].items():
+            torch.testing.assert_close(weights[name][key], value, rtol=1e-3, atol=2e-6)
+
+
+# ------------------------------------------------------------------------------------------- up to date, or changed
+
+
+def test_a_finished_stage_is_up_to_date_and_is_not_touched(recipe_file, tmp_path, capsys):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    run_stage("align", recipe_file, tmp_path / "run")
+    assert "align is up to date" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "redone"),
+    [
+        ("align.learning_rate=0.002", "align.learning_rate: 0.001 → 0.002", "align"),
+        ("align.loss.beta=0.5", "align.loss.beta: 0.1 → 0.5", "align"),
+        ("data.max_length=300", "data.max_length: 2048 → 300", "prepare and align"),
+        ("run.seed=1", "run.seed: 0 → 1", "prepare and align"),
+    ],
+)
+def test_a_changed_recipe_stops_and_names_the_keys_and_what_they_invalidate(
+    recipe_file, tmp_path, override, line, redone
+):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    before = adapter(run)
+    with pytest.raises(TbpoError) as error:
+        run_stage("align", recipe_file, tmp_path / "run", override)
+    assert (
+        line in str(error.value) and f"--restart redoes {redone}" in error.value.fix and "--run-dir" in error.value.fix
+    )
+    assert_same_weights(adapter(run), before)
+
+
+def test_restart_moves_the_old_folder_aside_and_deletes_nothing(recipe_file, tmp_path):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    before = adapter(run)
+    run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=0.002", restart=True)
+    run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=0.003", restart=True)
+    assert_same_weights(load_file(run / "align.old-1/adapter/adapter_model.safetensors"), before)
+    assert (run / "align.old-2/manifest.json").exists() and not (run / "prepare.old-1").exists()
+
+
+def test_restart_redoes_an_earlier_stage_whose_inputs_changed(recipe_file, tmp_path):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    run_stage("align", recipe_file, tmp_path / "run", "data.max_length=300", restart=True)
+    assert (
+        (run / "prepare.old-1").exists() and (run / "align.old-1").exists() and (run / "align/manifest.json").exists()
+    )
+
+
+@pytest.mark.parametrize("key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device"])
+def test_keys_that_cannot_change_the_result_invalidate_nothing(recipe_file, tmp_path, capsys, key):
+    run_stage("align", recipe_file, tmp_path / "run")
+    run_stage("align", recipe_file, tmp_path / "run", f"align.{key}=77")
+    assert "align is up to date" in capsys.readouterr().err
+
+
+def test_changed_rows_are_noticed_and_touched_or_moved_ones_are_not(recipe_file, tmp_path, rows, capsys):
+    mine = write_jsonl(tmp_path / "mine.jsonl", preference_rows(20, seed=4))
+    source = f"data.train={mine}"
+    run_stage("prepare", recipe_file, tmp_path / "run", source)
+    mine.touch()
+    moved = write_jsonl(tmp_path / "moved.jsonl", preference_rows(20, seed=4))
+    for same in (source, f"data.train={moved}"):
+        run_stage("prepare", recipe_file, tmp_path / "run", same)
+        assert "prepare is up to date" in capsys.readouterr().err
+    write_jsonl(mine, preference_rows(20, seed=5))
+    with pytest.raises(TbpoError) as error:
+        run_stage("prepare", recipe_file, tmp_path / "run", source)
+    assert f"data.train: the content of {mine} changed" in str(error.value)
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_path):
+    result = tbpo("align", recipe_file, "--run-dir", "run", "--dry-run")
+    assert (result.returncode, result.stdout.splitlines()) == (0, ["prepare: would run", "align: would run"])
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------- kill and go on
+
+
+@pytest.fixture
+def started(recipe_file, tmp_path):
+    """Starts the real command and waits until a line of metrics.jsonl says that some steps are done."""
+    processes = []
+
+    def start(run, steps, *overrides):
+        sets = [part for override in overrides for part in ("--set", override)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tbpo_cli.cli", "align", str(recipe_file), "--run-dir", str(run), *sets],
+            cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        processes.append(process)
+        log = run / "align/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count('"train"') >= steps:
+                break
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+LONG = ("align.max_steps=40", "align.eval_every=16", "align.loss.name=tbpo_q", "align.checkpoint_every=3")
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(recipe_file, tmp_path, started):
+    """SIGKILL twice in the middle of a run with LoRA dropout and a state baseline, over several epochs."""
+    killed = tmp_path / "killed"
+    for steps in (5, 17):
+        process = started(killed, steps, *LONG)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    run_stage("align", recipe_file, killed, *LONG)
+    whole = run_stage("align", recipe_file, tmp_path / "whole", *LONG)
+    assert_same_weights(adapter(killed), adapter(whole))
+    assert metrics(killed) == metrics(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_exits_with_its_code(tmp_path, started, number, code):
+    run = tmp_path / "run"
+    process = started(run, 2, "align.max_steps=400", "align.checkpoint_every=300")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "a checkpoint of step" in errors and "Traceback" not in errors
+    (checkpoint,) = (run / "align/checkpoints").iterdir()
+    steps = [json.loads(line)["step"] for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    assert checkpoint.name == f"step-{max(steps)}"
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(recipe_file, tmp_path, capsys):
+    whole = run_stage("align", recipe_file, tmp_path / "whole")
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    (run / "align/manifest.json").unlink()
+    newest = run / "align/checkpoints/step-6/policy.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x00")
+    (run / "align/checkpoints/step-4/checkpoint.json").rename(run / "align/checkpoints/step-4/gone")
+    capsys.readouterr()
+    run_stage("align", recipe_file, tmp_path / "run")
+    errors = capsys.readouterr().err
+    assert "step-6 is skipped: policy.safetensors is damaged" in errors and "step-4 is skipped: it is incom" in errors
+    assert_same_weights(adapter(run), adapter(whole))
+    assert metrics(run) == metrics(whole)
+
+
+def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
+    with pytest.raises(DivergenceError) as error:
+        run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=1e30", "align.max_grad_norm=1e30",
+                  "align.optimizer=rmsprop", "align.max_steps=50")  # fmt: skip
+    assert error.value.exit_code == 3 and "pairs" in error.value.where
+    assert not (tmp_path / "run/align/manifest.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------- the real command
+
+
+def test_the_command_prints_results_to_stdout_and_progress_to_stderr(tbpo, recipe_file, tmp_path):
+    result = tbpo("align", recipe_file, "--run-dir", "run")
+    assert result.returncode == 0
+    assert "reward accuracy" in result.stdout and "KL from the reference" in result.stdout
+    assert "align 6/6" in result.stderr and "next:" in result.stderr and "Warning" not in result.stderr
+    quiet = tbpo("align", recipe_file, "--run-dir", "run", "--quiet")
+    assert (quiet.returncode, quiet.stderr) == (0, "") and "reward accuracy" in quiet.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("align", "nowhere.toml"), 2, "there is no such recipe"),
+        (("align", "{recipe}", "--set", "align.lerning_rate=1"), 2, "did you mean align.learning_rate?"),
+        (("align", "{recipe}", "--set", "data.train=nowhere.jsonl"), 2, "names a file that is not there"),
+        (("align", "{recipe}", "--set", "model.base=./nowhere"), 2, "names a file that is not there"),
+        (("sft", "{recipe}"), 2, "no SFT stage"),
+        (("eval", "{recipe}"), 2, "not built yet"),
+        (("sample", "{recipe}", "--set", "sample.temperature=-1"), 2, "sample.temperature = -1"),
+        (("init",), 2, "not built yet"),
+        (("alin", "{recipe}"), 2, "No such command"),
+        (("align",), 2, "Missing argument"),
+        (("align", "{recipe}", "--run-dir", "/proc/nowhere"), 2, "cannot be written"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_a_message_with_exit_2(tbpo, recipe_file, arguments, code, message):
+    result = tbpo(*(argument.format(recipe=recipe_file) for argument in arguments))
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False)
+    assert message in result.stderr
+    if "not built" not in message and arguments[0] != "alin" and len(arguments) > 1:
+        assert result.stderr.startswith("error: ") and "\n  fix: " in result.stderr
+
+
+def test_help_never_imports_torch(tbpo):
+    """`-X importtime` names every import."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tbpo_cli.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "align" in result.stdout
+    for library in ("torch", "transformers", "pydantic.dataclasses", "datasets"):
+        assert f" {library}\n" not in result.stderr, library
