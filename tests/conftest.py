@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 os.environ.update(
+    OMP_NUM_THREADS="1",  # for models as small as these, more threads only wait for each other
     HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     NO_COLOR="1",

@@ -38,7 +38,8 @@ def test_align_prepares_first_trains_and_leaves_the_files_of_the_contract(recipe
                  "align/metrics.jsonl", "align/manifest.json", "align/checkpoints/step-6"):  # fmt: skip
         assert (run / name).exists(), name
     assert sorted(p.name for p in (run / "align/adapter").iterdir() if p.suffix != ".md") == [
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     assert [(line["split"], line["step"]) for line in metrics(run)] == [
         ("eval", 0), *(("train", s) for s in (1, 2, 3)), ("eval", 3), *(("train", s) for s in (4, 5, 6)), ("eval", 6),

@@ -1,0 +1,103 @@
+"""Every shipped recipe loads, and the quickstart's world is what its scorer says it is."""
+
+import json
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+from conftest import run_stage
+
+from tbpo_cli.recipe import load_recipe
+from tbpo_cli.stages.align import loss_of
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICKSTART = RECIPES / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def world():
+    sys.path.insert(0, str(QUICKSTART))
+    import world
+
+    yield world
+    sys.path.remove(str(QUICKSTART))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    recipe = load_recipe(path)
+    assert recipe.align.loss["name"] in {"tbpo_a", "tbpo_q"} and loss_of(recipe.align).beta == 0.1
+
+
+def test_the_papers_recipes_have_the_papers_setting():
+    for name in ("ultrafeedback-mistral", "ultrafeedback-llama3"):
+        recipe = load_recipe(RECIPES / f"{name}.toml")
+        lora, align = recipe.model.lora, recipe.align
+        assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules)) == (32, 64, 0.05, 7)
+        assert (align.optimizer, align.learning_rate, align.schedule, align.warmup) == ("rmsprop", 5e-7, "cosine", 0.05)
+        assert (align.batch_pairs, align.epochs, align.max_grad_norm, align.weight_decay) == (32, 1, 10, 0)
+        assert align.loss["generator"] == {"name": "sba", "lam": 0.0, "scale": 4.0} and recipe.data.max_length == 2048
+
+
+def test_the_world_scores_what_it_says(world):
+    prompt = "Put c a b in order."
+    for response, correct, score in (
+        ("Okay! a b c.", True, 0.9),
+        ("Sure! a b c. Happy to help!", True, 1.0),
+        ("Ugh! a b c. Now go away.", True, 0.4),
+        ("Whatever! c a b.", False, -0.25),
+        ("a b c.", True, 0.9),
+        ("Sure! Sure! a b c.", False, 0.0),
+        ("a b c. a b c.", False, 0.0),
+        ("", False, 0.0),
+    ):
+        assert world.parse_response(prompt, response).correct == correct, response
+        assert world.score(prompt, response) == pytest.approx(score), response
+
+
+def test_every_task_of_the_world_is_read_back_from_its_text_and_solved(world):
+    rng = Random(0)
+    for _ in range(500):
+        prompt = world.make_prompt(rng)
+        assert world.parse_prompt(prompt.text) == prompt and prompt.answer not in prompt.wrong
+        assert world.score(prompt.text, f"Okay! {prompt.answer}.") == pytest.approx(0.9)
+        for wrong in prompt.wrong:
+            assert world.score(prompt.text, f"Okay! {wrong}.") == 0
+
+
+def test_the_committed_pairs_are_a_bradley_terry_draw_of_the_true_score(world):
+    """The mean of [chosen scores higher] over pairs of different scores is that of σ(k·|difference|)."""
+    rows = {split: [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open()] for split in ("train", "eval")}
+    assert 3_500 < len(rows["train"]) <= 4_000 and 350 < len(rows["eval"]) <= 400
+    assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
+    gaps = [world.score(r["prompt"], r["chosen"]) - world.score(r["prompt"], r["rejected"]) for r in rows["train"]]
+    gaps = [gap for gap in gaps if abs(gap) > 1e-9]
+    right = sum(gap > 0 for gap in gaps) / len(gaps)
+    expected = sum(1 / (1 + 2.718281828 ** (-world.K_LABEL * abs(gap))) for gap in gaps) / len(gaps)
+    assert right == pytest.approx(expected, abs=0.02) and len(gaps) > 2_000
+
+
+def test_the_base_fits_into_4_mb_and_answers_right_only_some_of_the_time(world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tbpo_cli.model.generate import complete
+    from tbpo_cli.recipe import Sample
+
+    assert (QUICKSTART / "model.safetensors").stat().st_size <= 4_000_000
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(QUICKSTART), AutoTokenizer.from_pretrained(QUICKSTART)
+    assert model.config.model_type == "llama" and model.config.max_position_embeddings == 2048
+    text = "Grüße, 日本語 🙂 \x00 <|im_end|>"
+    assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
+    prompts = [json.loads(line)["prompt"] for line in (QUICKSTART / "eval.jsonl").open()][:150]
+    answers = complete(model.float(), tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48), seed=0)
+    readings = [world.parse_response(p, a) for p, a in zip(prompts, answers, strict=True)]
+    assert 0.2 < sum(r.correct for r in readings) / 150 < 0.6
+    assert 0.25 < sum(r.rude > 0 for r in readings) / 150 < 0.55
+
+
+def test_a_short_quickstart_learns(tmp_path):
+    """30 steps of TBPO-A on a quarter of the pairs: the held-out reward accuracy rises above chance."""
+    run = run_stage("align", RECIPES / "quickstart.toml", tmp_path / "run", "align.max_steps=30")
+    last = json.loads((run / "align/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["split"] == "eval" and last["accuracy"] > 0.6 and last["margin"] > 0
