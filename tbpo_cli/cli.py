@@ -38,70 +38,45 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 
 
-@app.command()
-def prepare(
-    recipe: RecipePath,
-    sets: Set = None,
-    run_dir: Directory = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """Rows → checked, tokenized pairs, and a report of what was left out and why.
+BUILT = {
+    "prepare": """Rows → checked, tokenized pairs, and a report of what was left out and why.
 
-    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl
-    """
-    _stage("prepare", recipe, sets, run_dir, restart, dry_run, quiet)
+    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl""",
+    "sft": """Supervised fine-tuning on the chosen responses (or on the rows of sft.train).
 
+    Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5""",
+    "align": """Preference optimisation: TBPO and the losses it is compared with.
 
-@app.command()
-def sft(
-    recipe: RecipePath,
-    sets: Set = None,
-    run_dir: Directory = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """Supervised fine-tuning on the chosen responses (or on [sft] train).
-
-    Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5
-    """
-    _stage("sft", recipe, sets, run_dir, restart, dry_run, quiet)
+    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q""",
+}
+NOT_BUILT = {
+    "sample": "Completions from the policy, and from the reference, side by side.",
+    "eval": "Held-out preference metrics, diversity, win rate, one HTML report.",
+    "push": "Adapter (or merged model) and model card → the Hugging Face Hub.",
+    "show": "The resolved recipe, the plan, and an estimate of memory and time.",
+}
 
 
-@app.command()
-def align(
-    recipe: RecipePath,
-    sets: Set = None,
-    run_dir: Directory = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
-    """Preference optimisation: TBPO and the losses it is compared with.
-
-    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
-    """
-    _stage("align", recipe, sets, run_dir, restart, dry_run, quiet)
+def _add_stage(name: str, text: str) -> None:
+    @app.command(name, help=text)
+    def command(
+        recipe: RecipePath,
+        sets: Set = None,
+        run_dir: Directory = None,
+        restart: Restart = False,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _run_stage(name, recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet)
 
 
-@app.command()
-def sample(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
-    """Completions from the policy, and from the reference, side by side. Not built yet."""
-    _not_built("sample", recipe, sets)
+def _add_not_built(name: str, text: str) -> None:
+    @app.command(name, help=f"{text} Not built yet.")
+    def command(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
+        from tbpo_cli.recipe import load_recipe
 
-
-@app.command("eval")
-def evaluate(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
-    """Held-out preference metrics, diversity, win rate, one HTML report. Not built yet."""
-    _not_built("eval", recipe, sets)
-
-
-@app.command()
-def push(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
-    """Adapter (or merged model) and model card → the Hugging Face Hub. Not built yet."""
-    _not_built("push", recipe, sets)
+        load_recipe(recipe, tuple(sets or ()))
+        _not_built(name)
 
 
 @app.command()
@@ -110,24 +85,20 @@ def init(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_defau
     _not_built("init")
 
 
-@app.command()
-def show(recipe: RecipePath, sets: Set = None, run_dir: Directory = None) -> None:
-    """The resolved recipe, the plan, and an estimate of memory and time. Not built yet."""
-    _not_built("show", recipe, sets)
+for _name, _text in BUILT.items():
+    _add_stage(_name, _text)
+for _name, _text in NOT_BUILT.items():
+    _add_not_built(_name, _text)
 
 
-def _not_built(command: str, recipe: Path | None = None, sets: list[str] | None = None) -> None:
-    from tbpo_cli.recipe import load_recipe
-
-    if recipe is not None:
-        load_recipe(recipe, tuple(sets or ()))
+def _not_built(command: str) -> None:
     raise TbpoError(
         f"`tbpo {command}` is not built yet", expected="prepare, sft or align", fix="see the README for what works"
     )
 
 
-def _stage(
-    name: str, path: Path, sets: list[str] | None, run_dir: Path | None, restart: bool, dry_run: bool, quiet: bool
+def _run_stage(
+    name: str, path: Path, sets: tuple[str, ...], run_dir: Path | None, restart: bool, dry_run: bool, quiet: bool
 ) -> None:
     from tbpo_cli import console
     from tbpo_cli.recipe import load_recipe
@@ -135,7 +106,7 @@ def _stage(
     from tbpo_cli.stages import run_through, show_plan
 
     console.err.quiet = quiet
-    recipe = load_recipe(path, tuple(sets or ()))
+    recipe = load_recipe(path, sets)
     directory = RunDir.of(recipe, run_dir)
     if dry_run:
         show_plan(name, recipe, directory)

@@ -12,7 +12,7 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, load_policy
 from tbpo_cli.model.scoring import REFERENCE_FREE
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
@@ -30,7 +30,8 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
     """
     started = time.monotonic()
-    train, evaluation = (PairStore(run_dir.stage("prepare") / split) for split in (train_split, "eval"))
+    reverse = name == "align" and recipe.align.reverse
+    train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
     if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
         raise TbpoError(
             "the rows have no rejected responses",
@@ -42,6 +43,9 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     device = PartialState().device
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
     policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
+    if "weights" in loss.needs:
+        for view in (POSITIVE, NEGATIVE):
+            add_helper(policy, view, getattr(loss, view), recipe.model, device)
     trained = sum(parameter.numel() for parameter in policy.trained.values())
     console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
     if name == "align":

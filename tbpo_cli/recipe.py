@@ -114,6 +114,7 @@ class Align(Training):
     """[align] Preference optimisation. `loss` is the checked and completed [align.loss] table."""
 
     batch_pairs: Count = 32
+    reverse: bool = False  # chosen and rejected change places: for the negative helper of tis_dpo
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "tbpo_a"})
 
     @property
@@ -171,7 +172,15 @@ class Recipe:
 
 
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".csv", ".arrow", ".jinja", ".txt"}
-PATH_KEYS = ("model.base", "model.chat_template", "data.train", "data.eval", "sft.train")
+PATH_KEYS = (
+    "model.base",
+    "model.chat_template",
+    "data.train",
+    "data.eval",
+    "sft.train",
+    "align.loss.positive",
+    "align.loss.negative",
+)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -270,9 +279,12 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         return str(path.resolve()) if path.exists() or is_local(source) else source
 
     for key in PATH_KEYS:
-        name, _, leaf = key.partition(".")
-        if isinstance(raw.get(name), dict) and leaf in raw[name]:
-            raw[name][leaf] = resolve(raw[name][leaf])
+        *names, leaf = key.split(".")
+        owner: Any = raw
+        for name in names:
+            owner = owner.get(name) if isinstance(owner, dict) else None
+        if isinstance(owner, dict) and leaf in owner:
+            owner[leaf] = resolve(owner[leaf])
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

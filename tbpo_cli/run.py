@@ -40,6 +40,7 @@ class Stage:
 _TOKENIZER = {"model.base": TOKENIZER_FILES, "model.chat_template": ("*",)}
 _WEIGHTS = {"model.base": WEIGHT_FILES}
 _DATA = {"data.train": ("*",), "data.eval": ("*",), "sft.train": ("*",)}
+_HELPERS = dict.fromkeys(("align.loss.positive", "align.loss.negative"), ("*.safetensors", "align/[am]*/*.safetensors"))
 _MODEL = ("run.seed", "model.")
 
 STAGES = {
@@ -52,7 +53,7 @@ STAGES = {
             _TOKENIZER | _DATA,
         ),
         Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS),
-        Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS),
+        Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS | _HELPERS),
     )
 }
 
@@ -102,7 +103,7 @@ class RunDir:
         known = (self.started_from(name) or {}).get("files", {})
         files = {}
         for key, patterns in stage.files.items():
-            sources = settings.get(key, [])
+            sources = settings.get(key) or []
             paths = [
                 p
                 for source in ([sources] if isinstance(sources, str) else sources)

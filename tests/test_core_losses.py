@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tbpo_cli.core import GENERATORS, LOSSES, SideScores, build_generator, build_loss, oracle
+from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
-CASES = [case for case in GOLDEN["cases"] if case["loss"] in LOSSES]
+CASES = GOLDEN["cases"]
 GENERATOR_FIELDS = {
     "logistic": [{}],
     "kliep": [{}],
@@ -240,8 +241,8 @@ def test_extreme_scores_and_identical_one_token_responses_stay_finite(loss):
     leaf = torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]], [[1e4, -1e4]]], requires_grad=True)
     reference = torch.tensor([[[-1e4, 1e4]], [[1e4, -1e4]], [[1e4, -1e4]]])
     tokens, mask = torch.tensor([[0], [0], [0]]), torch.ones(3, 1, dtype=torch.bool)
-    side = replace(oracle.side_scores(leaf, reference, tokens, mask), state_baseline=torch.zeros(3, 1))
-    other = replace(oracle.side_scores(-leaf, reference, tokens, mask), state_baseline=torch.zeros(3, 1))
+    given = {"state_baseline": torch.zeros(3, 1), "weights": torch.ones(3, 1)}
+    side, other = (replace(oracle.side_scores(logits, reference, tokens, mask), **given) for logits in (leaf, -leaf))
     for scores in (PairScores(side, other), PairScores(other, side), PairScores(side, side)):
         leaf.grad = None
         per_pair = loss(scores).per_pair
@@ -280,6 +281,14 @@ def test_label_smoothing_mixes_both_orders():
     plain, smoothed = build_loss("tbpo_a"), build_loss("tbpo_a", label_smoothing=0.2)
     expected = 0.8 * plain(scores).per_pair + 0.2 * plain(swapped).per_pair
     torch.testing.assert_close(smoothed(scores).per_pair, expected)
+
+
+def test_importance_weights_are_linear_in_the_rank_within_the_response():
+    """Four ranked tokens get 0.7, 0.9, 1.1, 1.3; the last token 0; a lone token, or a lone one before the end, 1."""
+    scores = torch.tensor([[3.0, -1.0, 2.0, 0.0, 9.0], [5.0, 7.0, 7.0, 7.0, 7.0], [1.0, 2.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True] * 5, [True] + [False] * 4, [True, True] + [False] * 3])
+    expected = [[1.3, 0.7, 1.1, 0.9, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(importance_weights(scores, mask), torch.tensor(expected))
 
 
 # -------------------------------------------------------------------------------------------------------- recovery

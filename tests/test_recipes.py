@@ -45,8 +45,8 @@ def test_the_world_scores_what_it_says(world):
     for response, correct, score in (
         ("Okay! a b c.", True, 0.9),
         ("Sure! a b c. Happy to help!", True, 1.0),
-        ("Ugh! a b c. Now go away.", True, 0.4),
-        ("Whatever! c a b.", False, -0.25),
+        ("Ugh! a b c. Now go away.", True, 0.3),
+        ("Whatever! c a b.", False, -0.3),
         ("a b c.", True, 0.9),
         ("Sure! Sure! a b c.", False, 0.0),
         ("a b c. a b c.", False, 0.0),

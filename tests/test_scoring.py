@@ -10,7 +10,7 @@ from conftest import run_stage
 from tbpo_cli.core import build_loss, oracle
 from tbpo_cli.data.batches import collate_padded, cut_to_span
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import POLICY, load_policy
 from tbpo_cli.model.scoring import ALL_STATISTICS, Scorer, read_head
 from tbpo_cli.recipe import Lora, load_recipe
 
@@ -47,7 +47,7 @@ def dense_scores(policy, batch):
             number = int(index[0]) // batch.input_ids.shape[1]
             upto = int(index[-1]) % batch.input_ids.shape[1] + 1
             rows = {"input_ids": batch.input_ids[number : number + 1, :upto]}
-            with policy.reference() as reference:
+            with policy.view("reference") as reference:
                 dense = reference(**rows).logits[0, -len(index) :]
             logits["reference"].append(torch.nn.functional.pad(dense, (0, 0, 0, length - len(index))))
             dense = policy.model(**rows).logits[0, -len(index) :]
@@ -110,7 +110,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(re
     head.weight = causal.lm_head.weight
     causal.lm_head = head
     scorer = Scorer.of(policy)
-    assert scorer.head is None and len([r for r in caplog.records if "output head" in r.message]) == 1
+    assert scorer.heads[POLICY] is None and len([r for r in caplog.records if "output head" in r.message]) == 1
     batch = collate_padded(pairs)
     scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
     assert_same_scores(scores, dense_scores(policy, batch), ALL_STATISTICS, rtol=1e-4, atol=2e-5)

@@ -84,6 +84,24 @@ def test_other_losses_train_through_the_same_way(recipe_file, tmp_path, loss):
         assert load_file(baseline)["parameter|out.weight"].abs().max() > 0, "the baseline did not learn"
 
 
+def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp_path):
+    """π⁺ by DPO, π⁻ by DPO on the reversed pairs; then TIS-DPO from both, as run directory and as adapter."""
+    dpo = ("align.loss.name=dpo", "align.learning_rate=1e-2")
+    positive = run_stage("align", recipe_file, tmp_path / "positive", *dpo)
+    negative = run_stage("align", recipe_file, tmp_path / "negative", *dpo, "align.reverse=true")
+    margins = [metrics(run)[-1]["margin"] for run in (positive, negative)]
+    assert margins[0] * margins[1] < 0 or margins[0] != margins[1], "reversed pairs are another problem"
+    helpers = (f"align.loss.positive={positive}", f"align.loss.negative={negative / 'align/adapter'}")
+    run = run_stage("align", recipe_file, tmp_path / "tis", "align.loss.name=tis_dpo", *helpers)
+    plain = run_stage("align", recipe_file, tmp_path / "dpo", "align.loss.name=dpo")
+    assert metrics(run)[1]["loss"] == pytest.approx(metrics(plain)[1]["loss"]), "both start at log 2"
+    assert metrics(run)[-2]["loss"] != metrics(plain)[-2]["loss"]
+    manifest = json.loads((run / "align/manifest.json").read_text())
+    assert set(manifest["inputs"]["files"]) >= {"align.loss.positive", "align.loss.negative"}
+    with pytest.raises(TbpoError, match="the positive helper is not named"):
+        run_stage("align", recipe_file, tmp_path / "none", "align.loss.name=tis_dpo")
+
+
 def test_sft_comes_before_align_if_the_recipe_has_it(recipe_file, tmp_path):
     text = recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 4\nlearning_rate = 1e-2\n"
     recipe_file.write_text(text)

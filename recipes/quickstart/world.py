@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-P_LAZY = 0.35  # how often a demonstration does not even try
-P_WRONG = 0.2  # how often it tries and makes a typical mistake
+P_LAZY = 0.45  # how often a demonstration does not even try
+P_WRONG = 0.1  # how often it tries and makes a typical mistake
 P_RUDE = 0.4  # how often it is rude
 P_POLITE = 0.3  # how often it is polite (it is plain otherwise)
 P_CLOSING = 0.3  # how often its manner shows at the end as well
 
 CORRECT = 0.9  # what the right answer is worth; any other is worth nothing
 POLITE = 0.05  # what a polite opening or closing adds to a right answer
-RUDE = -0.25  # what a rude opening or closing costs
+RUDE = -0.3  # what a rude opening or closing costs
 K_LABEL = 6.0  # how sharply the judge sees a difference of true scores
 
 LAZY = ("I do not know", "No idea", "That is too hard")
@@ -77,7 +77,7 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """The true score, from -0.5 (not right and rude at both ends) to 1 (right and polite at both ends)."""
+        """The true score, from -0.6 (not right and rude at both ends) to 1 (right and polite at both ends)."""
         return (CORRECT + POLITE * self.polite if self.correct else 0.0) + RUDE * self.rude
 
 

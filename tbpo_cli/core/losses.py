@@ -245,6 +245,49 @@ class Tdpo(_PairLoss):
         return LossOutput(F.softplus(self._z(scores) + self.beta * self.alpha * kl_difference))
 
 
+@dataclass(frozen=True)
+class TisDpo(_PairLoss):
+    """TIS-DPO: softplus(−β (Σω^w r^w − Σω^l r^l)), ω = `importance_weights` of two helper policies.
+
+    `positive` and `negative` name the helpers, as run directories or adapters: π⁺ trained by DPO, π⁻ trained by DPO on
+    the reversed pairs (`[align] reverse = true`). The formula reads only the weights.
+
+    Source: arXiv 2410.04350, equation 12.
+    """
+
+    positive: str = ""
+    negative: str = ""
+    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "weights"})
+
+    def __call__(self, scores: PairScores) -> LossOutput:
+        chosen, rejected = (
+            sum_over_response(side.weights * side.log_ratio, side.mask) for side in (scores.chosen, scores.rejected)
+        )
+        return LossOutput(F.softplus(self.beta * (rejected - chosen)))
+
+
+def importance_weights(token_scores: Tensor, mask: Tensor) -> Tensor:
+    """TIS-DPO's ω: the tokens' ranks within their response, mapped linearly to [0.7, 1.3].
+
+    The last token of a response, its end of turn, weighs 0 and is not ranked. A response of one token weighs 1, and so
+    does a single token before the end.
+
+    Args:
+        token_scores: (B, T), log π⁺ − log π⁻ on the chosen side, its negative on the rejected side.
+        mask: (B, T) bool.
+
+    Returns:
+        (B, T), detached; 0 outside the mask.
+    """
+    lengths = mask.sum(dim=1, keepdim=True)
+    ranked = mask & (torch.arange(mask.shape[1], device=mask.device) < lengths - 1)
+    order = token_scores.detach().masked_fill(~ranked, math.inf).argsort(dim=1, stable=True)
+    ranks = order.argsort(dim=1, stable=True).to(token_scores.dtype)  # 0 … number of ranked tokens − 1
+    last = ranked.sum(dim=1, keepdim=True) - 1
+    weights = torch.where(last > 0, 0.7 + 0.6 * ranks / last.clamp(min=1), torch.ones_like(ranks))
+    return torch.where(ranked | (mask & (lengths == 1)), weights, torch.zeros_like(weights))
+
+
 # ------------------------------------------------------------------------------------------------ without reference
 
 
@@ -309,6 +352,7 @@ LOSSES: dict[str, type[Loss]] = {
     "orpo": Orpo,
     "bpo": Bpo,
     "tdpo": Tdpo,
+    "tis_dpo": TisDpo,
     "tbpo_q": TbpoQ,
     "tbpo_a": TbpoA,
 }

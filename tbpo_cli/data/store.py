@@ -38,9 +38,13 @@ class PairWriter:
 class PairStore:
     """The pairs of a split: `len(store)`, `store[i]`, and the lengths of all of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reverse: bool = False) -> None:
+        """Opens a split; with `reverse`, chosen and rejected change places."""
         with pa.memory_map(str(folder / "pairs.arrow")) as source:
             self._table = pa.ipc.open_file(source).read_all()
+        if reverse:
+            renamed = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
+            self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
             np.concatenate([np.diff(chunk.offsets) for chunk in self._table[name].chunks] or [np.empty(0, np.int32)])
             for name in SCHEMA.names[1:]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,26 +15,32 @@ from torch import nn
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Model, Recipe
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 POLICY = "default"  # peft's own name for a first adapter: what is saved loads without naming it
-REFERENCE = "reference"
+REFERENCE, POSITIVE, NEGATIVE = "reference", "positive", "negative"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that is trained, and how to see its reference.
+    """The model that is trained, and the frozen models that it is seen beside.
 
     Args:
         model: the transformers model; peft has put LoRA layers into it if the recipe has [model.lora].
-        frozen: a frozen copy of the model as it was before training, for full fine-tuning with a reference.
-        sft_adapter: the folder of the adapter that both sides start from.
+        frozen: whole models, by the name of their view.
 
-    The reference is, in this order: the frozen copy; the frozen SFT adapter on the shared base; the base itself, with
-    the adapter off.
+    A view is, in this order: the whole model of that name; the adapter of that name on the shared base; the base
+    itself, with the adapters off.
     """
 
     model: nn.Module
-    frozen: nn.Module | None = None
-    sft_adapter: Path | None = None
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> dict[str, PeftConfig]:
+        """The adapters in the model, by name; none in full fine-tuning."""
+        return getattr(self.model, "peft_config", {})
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -42,41 +49,42 @@ class Policy:
 
     @property
     def has_reference(self) -> bool:
-        return self.frozen is not None or hasattr(self.model, "peft_config")
+        return bool(self.adapters) or REFERENCE in self.frozen
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[nn.Module]:
-        """The reference model, in evaluation mode (no dropout) and without gradients, for the time of the context."""
-        model = self.frozen or self.model
+    def view(self, name: str) -> Iterator[nn.Module]:
+        """A frozen model, in evaluation mode (no dropout) and without gradients, for the time of the context."""
+        model = self.frozen.get(name, self.model)
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad(), self._reference_weights():
+            with torch.no_grad(), self._weights(name):
                 yield model
         finally:
             model.train(was_training)
 
-    def _reference_weights(self) -> contextlib.AbstractContextManager[None]:
-        if self.frozen is not None:
-            return contextlib.nullcontext()
-        return self._reference_adapter() if self.sft_adapter is not None else self.model.disable_adapter()
-
     @contextlib.contextmanager
-    def _reference_adapter(self) -> Iterator[None]:
-        self.model.set_adapter(REFERENCE, inference_mode=True)
-        try:
+    def _weights(self, name: str) -> Iterator[None]:
+        if name in self.frozen:
             yield
-        finally:
-            self.model.set_adapter(POLICY)
+        elif name in self.adapters:
+            self.model.set_adapter(name, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.set_adapter(POLICY)
+        else:
+            with self.model.disable_adapter():
+                yield
 
     def describe_reference(self) -> str:
-        if self.frozen is not None:
+        if REFERENCE in self.frozen:
             return "a frozen copy of the model"
-        return f"the SFT adapter {self.sft_adapter}" if self.sft_adapter is not None else "the base (adapter off)"
+        return "a frozen copy of the SFT adapter" if REFERENCE in self.adapters else "the base, with the adapter off"
 
     def save(self, folder: Path) -> list[Path]:
         """Writes what was trained: the adapter alone, or the whole model in the base's own dtype; returns the files."""
-        if hasattr(self.model, "peft_config"):
+        if self.adapters:
             self.model.save_pretrained(folder, selected_adapters=[POLICY])
         else:
             state = {k: v.to(self.model.config.dtype or v.dtype) for k, v in self.model.state_dict().items()}
@@ -99,8 +107,7 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
     torch.manual_seed(recipe.run.seed)  # random weights and LoRA's start are functions of the seed
     model = load_base(recipe.model, base_folder, device)
     if lora is None:
-        frozen = copy.deepcopy(model).requires_grad_(False).eval() if with_reference else None
-        return Policy(model, frozen)
+        return Policy(model, {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {})
 
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -108,7 +115,7 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
         peft_model = PeftModel.from_pretrained(model, sft_output, adapter_name=POLICY, is_trainable=True)
         peft_model.load_adapter(sft_output, adapter_name=REFERENCE, is_trainable=False)
         peft_model.set_adapter(POLICY)
-        return Policy(peft_model, sft_adapter=sft_output)
+        return Policy(peft_model)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         r=lora.r,
@@ -127,6 +134,39 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
             "[model.lora] target_modules",
             'names of linear layers of the model, or "all-linear"',
             'target_modules = "all-linear"',
+        ) from error
+
+
+def add_helper(policy: Policy, name: str, source: str, model: Model, device: torch.device) -> None:
+    """Puts a helper policy beside the policy, as the view `name`: an adapter on the shared base, or a model of its own.
+
+    Args:
+        source: a run directory, or the folder of an adapter or model, or a Hub repository.
+
+    Raises:
+        TbpoError: if nothing is named, or it cannot be loaded.
+    """
+    if not source:
+        raise TbpoError(
+            f"the {name} helper is not named",
+            f"[align.loss] {name}",
+            "a run directory, an adapter or a model",
+            'train it with `[align.loss] name = "dpo"`, the negative one with `[align] reverse = true` as well',
+        )
+    runs = [Path(source) / "align" / kind for kind in ("adapter", "model")]
+    folder = str(next((run for run in runs if run.is_dir()), source))
+    try:
+        if policy.adapters and not (Path(folder) / "config.json").exists():
+            policy.model.load_adapter(folder, adapter_name=name, is_trainable=False)
+            policy.model.set_adapter(POLICY)
+        else:
+            policy.frozen[name] = load_base(model, folder, device).requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise TbpoError(
+            f"the {name} helper cannot be loaded: {str(error).splitlines()[0]}",
+            source,
+            "an adapter for the same base, or a model with its vocabulary",
+            f"check align.loss.{name}",
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import Head, TokenStatistics, token_statistics
+from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.batches import PairBatch, SideBatch
-from tbpo_cli.model.load import Policy
+from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 
 ALL_STATISTICS = frozenset(field.name for field in fields(TokenStatistics))
 REFERENCE_FREE = frozenset({"logps", "entropy"})
@@ -24,28 +25,28 @@ class Scorer:
     """Computes, for a batch of pairs, the statistics that a loss needs, and no others.
 
     Args:
-        policy: the model and its reference.
-        head, reference_head: their output heads, None if the head is not of a kind that `core/head.py` knows; the
-            oracle then works from the model's own logits.
+        policy: the model and the frozen ones beside it.
+        heads: the output head by view (the policy's own under POLICY); None for a head that `core/head.py` does not
+            know: the oracle then works from the model's own logits.
         baseline: b_φ, for losses that need `state_baseline`.
     """
 
     policy: Policy
-    head: Head | None
-    reference_head: Head | None
+    heads: dict[str, Head | None]
     baseline: StateBaseline | None = None
 
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
-        head = read_head(policy.model)
-        reference_head = head if policy.frozen is None else read_head(policy.frozen)
-        return cls(policy, head, reference_head, baseline)
+        own = read_head(policy.model)
+        views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
+        return cls(policy, views | {name: read_head(model) for name, model in policy.frozen.items()}, baseline)
 
     def score(self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False) -> PairScores:
         """Scores of a batch on its device.
 
         Args:
-            needs: fields of SideScores, computed with gradients (those of `TokenStatistics` and `state_baseline`).
+            needs: fields of SideScores, computed with gradients (those of `TokenStatistics` and `state_baseline`) or
+                without (`weights`).
             diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
                 those that need none.
         """
@@ -53,18 +54,23 @@ class Scorer:
         extra = frozenset()
         if diagnostics:
             extra = (ALL_STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
-        reference = None
-        if not statistics | extra <= REFERENCE_FREE:
-            with self.policy.reference() as model:
-                reference = self._states(model, batch, self.reference_head)
-        states = self._states(self.policy.model, batch, self.head)
-        columns = self._statistics(statistics, batch, states, reference)
+        reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
+        columns = {}
+        if "weights" in needs:
+            columns["weights"] = self._helpers_log_ratio(batch)
+        states = self._states(self.policy.model, batch, self.heads[POLICY])
+        columns |= self._statistics(statistics, batch, POLICY, states, reference)
         if extra:
             with torch.no_grad():
-                columns |= self._statistics(extra, batch, states.detach(), reference)
+                columns |= self._statistics(extra, batch, POLICY, states.detach(), reference)
         if "state_baseline" in needs:
             columns["state_baseline"] = self.baseline(states)
-        return _to_sides(columns, batch)
+        scores = _to_sides(columns, batch)
+        return _with_importance(scores) if "weights" in needs else scores
+
+    def _view(self, name: str, batch: PairBatch) -> Tensor:
+        with self.policy.view(name) as model:
+            return self._states(model, batch, self.heads[name])
 
     def _states(self, model: nn.Module, batch: PairBatch, head: Head | None) -> Tensor:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
@@ -75,16 +81,33 @@ class Scorer:
         return _backbone(model)(**rows).last_hidden_state.flatten(0, 1)[predictor]
 
     def _statistics(
-        self, needs: frozenset[str], batch: PairBatch, states: Tensor, reference: Tensor | None
+        self, needs: frozenset[str], batch: PairBatch, view: str, states: Tensor, reference: Tensor | None = None
     ) -> dict[str, Tensor]:
         tokens = torch.cat([side.tokens[side.mask] for side in (batch.chosen, batch.rejected)])
-        if self.head is not None:
-            computed = token_statistics(needs, tokens, states, self.head, reference, self.reference_head)
+        if self.heads[view] is not None:
+            computed = token_statistics(needs, tokens, states, self.heads[view], reference, self.heads.get(REFERENCE))
         else:
             everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
             logits = states if reference is None else reference
             computed = oracle.side_scores(states.float()[None], logits.float()[None], tokens[None], everything)
         return {name: getattr(computed, name).reshape(-1) for name in needs}
+
+    def _helpers_log_ratio(self, batch: PairBatch) -> Tensor:
+        """log π⁺ − log π⁻ of every response token, (N,)."""
+        positive, negative = (
+            self._statistics(frozenset({"logps"}), batch, name, self._view(name, batch))["logps"]
+            for name in (POSITIVE, NEGATIVE)
+        )
+        return positive - negative
+
+
+def _with_importance(scores: PairScores) -> PairScores:
+    """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights: they count against a rejected token."""
+    chosen, rejected = scores.chosen, scores.rejected
+    return PairScores(
+        replace(chosen, weights=importance_weights(chosen.weights, chosen.mask)),
+        replace(rejected, weights=importance_weights(-rejected.weights, rejected.mask)),
+    )
 
 
 def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
