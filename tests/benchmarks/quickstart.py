@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 
+from common import write_results
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +26,6 @@ from tbpo_cli.recipe import Sample
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes/quickstart"
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
     "tbpo_a, β 0.1": ["align.loss.name=tbpo_a"],
     "tbpo_q, β 0.1": ["align.loss.name=tbpo_q"],
@@ -62,7 +60,10 @@ def main() -> None:
     table = markdown(rows)
     print(table)
     if not arguments.no_write:
-        write(rows, table)
+        about = (
+            f"Means ± standard deviations, {arguments.seeds} seeds; an answer to each held-out prompt, temperature 1."
+        )
+        write_results("quickstart", "Quickstart: true score by loss", rows, f"{about}\n\n{table}")
 
 
 def align(run: Path, sets: list[str]) -> None:
@@ -102,20 +103,6 @@ def markdown(rows: list[dict]) -> str:
             cells.append(f"{mean(values):.{0 if name == 'seconds' else 2}f}{spread}" if values else "")
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def write(rows: list[dict], table: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python tests/benchmarks/quickstart.py {' '.join(sys.argv[1:])}".strip(),
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
-    }
-    (RESULTS / "quickstart.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    seeds = sum(row["setting"] == "the base" for row in rows)
-    text = f"# Quickstart: true score by loss\n\n{about['date']}, `{about['command']}`, {about['versions']}. Means ± "
-    text += f"standard deviations over {seeds} seeds; one answer to each held-out prompt, temperature 1.\n\n{table}\n"
-    (RESULTS / "quickstart.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
