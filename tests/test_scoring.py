@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import run_stage
 
-from tbpo_cli.core import build_loss, oracle
+from tbpo_cli.core import StateBaseline, build_loss, oracle
+from tbpo_cli.core.head import STATISTICS
 from tbpo_cli.data.batches import collate_padded, cut_to_span
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.model.load import POLICY, load_policy
-from tbpo_cli.model.scoring import ALL_STATISTICS, Scorer, read_head
+from tbpo_cli.model.scoring import Scorer, read_head
 from tbpo_cli.recipe import Lora, load_recipe
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(re
     batch = collate_padded(pairs)
     scores = Scorer.of(policy).score(batch, frozenset(needs), diagnostics=True)
     dense = dense_scores(policy, batch)
-    assert_same_scores(scores, dense, ALL_STATISTICS, rtol=1e-4, atol=2e-5)
+    assert_same_scores(scores, dense, STATISTICS, rtol=1e-4, atol=2e-5)
 
     parameters = list(policy.trained.values())
     gradients = []
@@ -93,7 +94,7 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(re
 def test_only_what_is_needed_is_computed(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     scores = Scorer.of(policy).score(collate_padded(pairs), frozenset({"logps"}))
-    filled = {name for name in ALL_STATISTICS if getattr(scores.chosen, name) is not None}
+    filled = {name for name in STATISTICS if getattr(scores.chosen, name) is not None}
     assert filled == {"logps"}
 
 
@@ -113,7 +114,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(re
     assert scorer.heads[POLICY] is None and len([r for r in caplog.records if "output head" in r.message]) == 1
     batch = collate_padded(pairs)
     scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
-    assert_same_scores(scores, dense_scores(policy, batch), ALL_STATISTICS, rtol=1e-4, atol=2e-5)
+    assert_same_scores(scores, dense_scores(policy, batch), STATISTICS, rtol=1e-4, atol=2e-5)
 
 
 def test_a_linear_head_with_a_constant_factor_is_recognised(tmp_path, tokenizer):
@@ -141,10 +142,38 @@ def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
 
 
+def test_only_the_positions_that_the_loss_reads_are_scored(recipe, pairs):
+    """TBPO: the first T of each side; DPO: both whole responses; SFT: the chosen ones. Never prompt or padding."""
+    lengths = [(len(p.chosen_ids), len(p.rejected_ids), p.aligned_length) for p in pairs]
+    expected = {
+        "tbpo_a": sum(2 * aligned for *_, aligned in lengths),
+        "dpo": sum(chosen + rejected for chosen, rejected, _ in lengths),
+        "sft": sum(chosen for chosen, *_ in lengths),
+    }
+    assert len(set(expected.values())) == 3
+    for name, count in expected.items():
+        batch = collate_padded([cut_to_span(pair, build_loss(name).span) for pair in pairs])
+        positions = torch.cat([side.predictor[side.mask] for side in (batch.chosen, batch.rejected)])
+        assert len(positions) == len(positions.unique()) == count
+
+
+def test_no_gradient_of_the_state_baseline_reaches_the_policy(recipe, pairs):
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    baseline = StateBaseline(32)
+    torch.nn.init.ones_(baseline.out.weight)
+    scores = Scorer.of(policy, baseline).score(collate_padded(pairs), frozenset({"log_ratio", "state_baseline"}))
+    value = scores.chosen.state_baseline.sum()
+    assert all(
+        g is None
+        for g in torch.autograd.grad(value, list(policy.trained.values()), allow_unused=True, retain_graph=True)
+    )
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(value, list(baseline.parameters())))
+
+
 def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     policy.model.eval()
-    scores = Scorer.of(policy).score(collate_padded(pairs), ALL_STATISTICS - {"reverse_kl", "entropy"})
+    scores = Scorer.of(policy).score(collate_padded(pairs), STATISTICS - {"reverse_kl", "entropy"})
     assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
 
 

@@ -127,11 +127,5 @@ GENERATORS: dict[str, type[Generator]] = {"logistic": Logistic, "kliep": Kliep, 
 
 
 def build_generator(name: str, **fields: float) -> Generator:
-    """The generator of that name in `GENERATORS`, with the given fields.
-
-    Raises:
-        KeyError: for an unknown name.
-        TypeError: for a field that the generator does not have.
-        ValueError: for a value outside the field's range.
-    """
+    """The generator of that name. Raises KeyError, TypeError or ValueError for an unknown name, field or bad value."""
     return GENERATORS[name](**fields)

@@ -1,7 +1,7 @@
 """Exact token statistics from hidden states, without a (tokens × vocabulary) tensor for more than one chunk of tokens.
 
 Write z(v) for the policy's logit of token v, a = log π_θ(y) and b = E_ref[log π_θ]. Every statistic that a loss
-differentiates is made of a, b and constants of the reference, and (arXiv 2605.12288 leaves this to the reader)
+differentiates is made of a, b and constants of the reference, and
 
     ∂a/∂z = e_y − π_θ            ∂b/∂z = π_ref − π_θ
 
@@ -25,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from tbpo_cli.core.types import SideScores
+
+STATISTICS = frozenset({"logps", "log_ratio", "kl", "advantage", "reverse_kl", "entropy"})
 CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in fp32, large enough for full matrix-product speed
 
 
@@ -47,14 +50,6 @@ class Head:
     @property
     def frozen(self) -> bool:
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-
-    def shares_weights(self, other: Head) -> bool:
-        """True if both compute the same logits from the same storage."""
-        same_bias = (self.bias is None) == (other.bias is None) and (
-            self.bias is None or self.bias.data_ptr() == other.bias.data_ptr()
-        )
-        same_weight = self.weight.data_ptr() == other.weight.data_ptr() and self.weight.shape == other.weight.shape
-        return same_weight and same_bias and (self.scale, self.softcap) == (other.scale, other.softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) → (n, V), at least fp32."""
@@ -80,21 +75,6 @@ class Head:
         return _at_least_fp32(linear_grad.to(self.weight.dtype) @ self.weight.detach())
 
 
-@dataclass(frozen=True)
-class TokenStatistics:
-    """(N,) tensors in nats, None where not asked for. `reverse_kl` and `entropy` carry no gradient.
-
-    The fields mean what those of `SideScores` mean.
-    """
-
-    logps: Tensor | None = None
-    log_ratio: Tensor | None = None
-    kl: Tensor | None = None
-    advantage: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    entropy: Tensor | None = None
-
-
 def token_statistics(
     needs: frozenset[str],
     tokens: Tensor,
@@ -102,51 +82,38 @@ def token_statistics(
     policy_head: Head,
     reference_hidden: Tensor | None = None,
     reference_head: Head | None = None,
-) -> TokenStatistics:
+) -> SideScores:
     """The statistics in `needs`, and no others, for N tokens.
 
     Args:
-        needs: names of fields of `TokenStatistics`.
+        needs: names within STATISTICS.
         tokens: (N,) int64, the response tokens.
         policy_hidden: (N, H), the hidden states that predict them; gradients flow here and to the policy head.
-        policy_head: V rows; bias, scale and softcap as they are.
+        policy_head: the policy's output head.
         reference_hidden: (N, H') of the reference; None if `needs` is within {"logps", "entropy"}.
-        reference_head: its head; never receives a gradient.
+        reference_head: its head, the same object if it is the same head; never receives a gradient.
+
+    Returns:
+        One row, (1, N), in nats; `reverse_kl` and `entropy` carry no gradient.
     """
     if needs == {"advantage"} and uses_identity(policy_head, reference_head):
-        return TokenStatistics(advantage=_advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden))
-    chunks = _ChunkedStatistics.apply(
-        policy_hidden,
-        policy_head.weight,
-        policy_head.bias,
-        policy_head,
-        tokens,
-        reference_hidden,
-        reference_head,
-        needs,
-    )
-    logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = chunks
-    log_ratio = logps - reference_logps  # r_t
-    kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
-    known = {
-        "logps": logps,
-        "log_ratio": log_ratio,
-        "kl": kl,
-        "advantage": log_ratio + kl,  # A_t = r_t + K_t
-        "reverse_kl": reverse_kl,
-        "entropy": entropy,
-    }
-    return TokenStatistics(**{name: known[name] for name in needs})
+        known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
+    else:
+        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = _ChunkedStatistics.apply(
+            policy_hidden, policy_head.weight, policy_head.bias, policy_head, tokens, reference_hidden, reference_head,
+            needs,
+        )  # fmt: skip
+        log_ratio = logps - reference_logps  # r_t
+        kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
+        known = {"logps": logps, "log_ratio": log_ratio, "kl": kl, "advantage": log_ratio + kl}  # A_t = r_t + K_t
+        known |= {"reverse_kl": reverse_kl, "entropy": entropy}
+    mask = torch.ones(1, tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    return SideScores(mask, **{name: known[name][None] for name in needs})
 
 
 def uses_identity(policy_head: Head, reference_head: Head | None) -> bool:
     """Whether the advantage can be had without policy logits: one frozen, linear head for policy and reference."""
-    return (
-        reference_head is not None
-        and policy_head.frozen
-        and policy_head.softcap is None
-        and policy_head.shares_weights(reference_head)
-    )
+    return policy_head is reference_head and policy_head.frozen and policy_head.softcap is None
 
 
 def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, reference_hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbpo_cli.core.generators import MAX_LOG_RATIO, Generator, Logistic, Sba
+from tbpo_cli.core.generators import MAX_LOG_RATIO, Generator, Sba
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, mean_over_response, sum_over_response
 
 Span = Literal["aligned", "response", "chosen"]
@@ -45,6 +45,10 @@ class Loss(Protocol):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    _require(0 <= label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class _RatioMatching(_PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        _check_smoothing(self.label_smoothing)
         _require(0 <= self.min_ratio < 1, f"min_ratio must be in [0, 1), got {self.min_ratio}")
 
     def _match(self, z: Tensor) -> Tensor:
@@ -176,13 +180,12 @@ class Dpo(_PairLoss):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        self._bpo()  # checks the fields
-
-    def _bpo(self) -> Bpo:
-        return Bpo(self.beta, Logistic(), self.label_smoothing, min_ratio=0.0)
+        super().__post_init__()
+        _check_smoothing(self.label_smoothing)
 
     def __call__(self, scores: PairScores) -> LossOutput:
-        return self._bpo()(scores)
+        z = self._z(scores)
+        return LossOutput((1 - self.label_smoothing) * F.softplus(z) + self.label_smoothing * F.softplus(-z))
 
 
 @dataclass(frozen=True)
@@ -359,11 +362,5 @@ LOSSES: dict[str, type[Loss]] = {
 
 
 def build_loss(name: str, **fields: Any) -> Loss:
-    """The loss of that name in `LOSSES`, with the given fields.
-
-    Raises:
-        KeyError: for an unknown name.
-        TypeError: for a field that the loss does not have.
-        ValueError: for a value outside the field's range.
-    """
+    """The loss of that name. Raises KeyError, TypeError or ValueError for an unknown name, field or bad value."""
     return LOSSES[name](**fields)

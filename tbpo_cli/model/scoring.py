@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.core.head import Head, TokenStatistics, token_statistics
+from tbpo_cli.core.head import STATISTICS, Head, token_statistics
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.batches import PairBatch, SideBatch
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 
-ALL_STATISTICS = frozenset(field.name for field in fields(TokenStatistics))
 REFERENCE_FREE = frozenset({"logps", "entropy"})
 
 
@@ -45,15 +44,15 @@ class Scorer:
         """Scores of a batch on its device.
 
         Args:
-            needs: fields of SideScores, computed with gradients (those of `TokenStatistics` and `state_baseline`) or
+            needs: fields of SideScores, computed with gradients (those in STATISTICS and `state_baseline`) or
                 without (`weights`).
             diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
                 those that need none.
         """
-        statistics = needs & ALL_STATISTICS
+        statistics = needs & STATISTICS
         extra = frozenset()
         if diagnostics:
-            extra = (ALL_STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
+            extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
         reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
         columns = {}
         if "weights" in needs:

@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -90,8 +89,8 @@ def step(statistics, loss: Loss, baseline: StateBaseline, head: Head, policy, re
 
 
 def chunked(needs, tokens, policy, head, reference) -> dict[str, torch.Tensor]:
-    computed = token_statistics(needs, tokens, policy, head, reference, replace(head))
-    return {f.name: getattr(computed, f.name) for f in fields(computed) if getattr(computed, f.name) is not None}
+    computed = token_statistics(needs, tokens, policy, head, reference, head)
+    return {name: getattr(computed, name) for name in needs}
 
 
 def dense(needs, tokens, policy, head, reference) -> dict[str, torch.Tensor]:
