@@ -39,7 +39,7 @@ class Stage:
 
 _TOKENIZER = {"model.base": TOKENIZER_FILES, "model.chat_template": ("*",)}
 _WEIGHTS = {"model.base": WEIGHT_FILES}
-_DATA = {"data.train": ("*",), "data.eval": ("*",), "sft.train": ("*",)}
+_DATA = dict.fromkeys(("data.train", "data.eval", "sft.train"), ("**/*",))
 _HELPERS = dict.fromkeys(("align.loss.positive", "align.loss.negative"), ("*.safetensors", "align/[am]*/*.safetensors"))
 _MODEL = ("run.seed", "model.")
 

@@ -1,6 +1,7 @@
 """From a batch to scores with real models: what the scorer computes, and which model the reference is."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -261,14 +262,22 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, re
     assert lines[0]["split"] == "eval" and abs(lines[0]["kl"]) < 1e-6 < lines[-1]["kl"]
 
 
-def test_full_fine_tuning_saves_in_the_dtype_of_the_base(recipe, tmp_path, base):
+@pytest.mark.parametrize("initial_weights", ["pretrained", "random"])
+def test_full_fine_tuning_computes_in_fp32_on_cpu_and_saves_in_the_dtype_of_the_base(
+    recipe, tmp_path, base, initial_weights
+):
     from safetensors.torch import load_file
 
-    recipe = replace(recipe, model=replace(recipe.model, lora=None))
-    policy = load_policy(recipe, CPU, None, with_reference=False)
-    policy.model.config.dtype = torch.bfloat16
+    folder = tmp_path / "bf16"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    model = replace(recipe.model, base=str(folder), lora=None, initial_weights=initial_weights)
+    policy = load_policy(replace(recipe, model=model), CPU, None, with_reference=False)
+    assert {p.dtype for p in policy.trained.values()} == {torch.float32}
     policy.save(tmp_path / "model")
     assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_target_modules_that_do_not_exist_are_refused(recipe):

@@ -35,10 +35,15 @@ def complete(
     draw = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     completions = []
     for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
-        rows = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": text}] for text in prompts[start : start + PROMPTS_AT_A_TIME]],
-            add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True,
-        ).to(model.device)  # fmt: skip
+        rendered = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in prompts[start : start + PROMPTS_AT_A_TIME]
+        ]
+        rows = tokenizer(rendered, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
         generated = model.generate(
             **rows,
             **(draw if settings.temperature > 0 else {"do_sample": False}),

@@ -176,22 +176,16 @@ def load_base(model: Model, folder_or_id: str, device: torch.device) -> nn.Modul
 
     attention = None if model.attention == "auto" else model.attention
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    compute = compute_dtype(model, device)
     try:
+        config = AutoConfig.from_pretrained(folder_or_id, **options)
+        own_dtype = config.dtype
         if model.initial_weights == "random" and folder_or_id == model.base:
-            config = AutoConfig.from_pretrained(folder_or_id, **options)
-            loaded = AutoModelForCausalLM.from_config(
-                config, dtype=compute_dtype(model, device), attn_implementation=attention
-            )
-            loaded.config.dtype = config.dtype
+            loaded = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation=attention)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder_or_id,
-                dtype=compute_dtype(model, device),
-                attn_implementation=attention,
-                use_safetensors=True,
-                **options,
+                folder_or_id, dtype=compute, attn_implementation=attention, use_safetensors=True, **options
             )
-            loaded.config.dtype = AutoConfig.from_pretrained(folder_or_id, **options).dtype
     except (OSError, ValueError) as error:
         raise TbpoError(
             f"the model cannot be loaded: {str(error).splitlines()[0]}",
@@ -199,7 +193,7 @@ def load_base(model: Model, folder_or_id: str, device: torch.device) -> nn.Modul
             "a folder with config.json and *.safetensors, or the id of a Hub repository",
             "check model.base (and model.revision), and that the Hub can be reached",
         ) from error
-    loaded.config.use_cache = False
+    loaded.config.dtype = own_dtype  # what it is saved in
     return loaded.to(device)
 
 

@@ -29,6 +29,7 @@ QUICKSTART = ROOT / "recipes/quickstart"
 SETTINGS = {
     "tbpo_a, β 0.1": ["align.loss.name=tbpo_a"],
     "tbpo_q, β 0.1": ["align.loss.name=tbpo_q"],
+    "tbpo_a, β 0.1, min_ratio 0.6, lr 5e-4": ["align.loss.min_ratio=0.6", "align.learning_rate=5e-4"],
     "dpo, β 0.1": ["align.loss={name = 'dpo', beta = 0.1}"],
     "dpo, β 0.5": ["align.loss={name = 'dpo', beta = 0.5}"],
 }
