@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from conftest import run_stage
 
+from tbpo_cli.core import LOSSES
 from tbpo_cli.recipe import load_recipe
 from tbpo_cli.stages.align import loss_of
 
@@ -28,6 +29,12 @@ def world():
 def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path)
     assert recipe.align.loss["name"] in {"tbpo_a", "tbpo_q"} and loss_of(recipe.align).beta == 0.1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_of_a_shipped_recipe_can_be_changed_by_its_name_alone(name):
+    for path in RECIPES.glob("*.toml"):
+        assert load_recipe(path, (f"align.loss.name={name}",)).align.loss["name"] == name
 
 
 def test_the_papers_recipes_have_the_papers_setting():

@@ -12,11 +12,7 @@ class StateBaseline(nn.Module):
     It has no target of its own: the TBPO-Q loss trains it, through its own optimizer. Its last layer starts at zero,
     so that training starts with log w = 0 and with the policy equal to the reference.
 
-    Source: arXiv 2605.12288, section 3.1 and appendix; sizes of the released code.
-
-    Args:
-        hidden_size: H of the policy.
-        seed: decides the first layer's start, whatever the global random state is.
+    Source: arXiv 2605.12288, section 3.1. `seed` decides the first layer's start, whatever the global random state.
     """
 
     WIDTH = 1024

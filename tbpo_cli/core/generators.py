@@ -31,10 +31,6 @@ class Generator(Protocol):
         """L_h(z), elementwise, at z = log R in nats, clipped to ±30 (zero gradient outside)."""
 
 
-def _clip(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
 def _check_lam(lam: float) -> None:
     if not (math.isfinite(lam) and lam > -1):
         raise ValueError(f"lam must be above -1, where h is convex; got {lam}")
@@ -48,7 +44,7 @@ class Logistic:
         return (ratio * ratio.log() - (1 + ratio) * (1 + ratio).log()) / 2
 
     def loss(self, log_ratio: Tensor) -> Tensor:
-        return F.softplus(_clip(log_ratio))
+        return F.softplus(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Kliep:
         return ratio * ratio.log() - ratio
 
     def loss(self, log_ratio: Tensor) -> Tensor:
-        z = _clip(log_ratio)
+        z = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return z.exp() + z
 
 
@@ -71,7 +67,7 @@ class Lsif:
         return (ratio - 1) ** 2
 
     def loss(self, log_ratio: Tensor) -> Tensor:
-        z = _clip(log_ratio)
+        z = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return (2 * z).exp() - 2 * (-z).exp()
 
 
@@ -95,7 +91,7 @@ class Ba:
     def loss(self, log_ratio: Tensor) -> Tensor:
         if self.lam == 0:
             return Kliep().loss(log_ratio)
-        z = _clip(log_ratio)
+        z = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return ((1 + self.lam) * z).exp() - (1 + self.lam) / self.lam * (-self.lam * z).exp()
 
 

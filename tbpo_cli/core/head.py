@@ -160,13 +160,13 @@ class _ChunkedStatistics(torch.autograd.Function):
                 reference_logps[part] = reference.gather(-1, target).squeeze(-1)
                 if with_mean:
                     reference_probs = reference.exp()
-                    mean_logps[part] = _dot(reference_probs, policy)
-                    reference_mean[part] = _dot(reference_probs, reference)
+                    mean_logps[part] = torch.linalg.vecdot(reference_probs, policy)
+                    reference_mean[part] = torch.linalg.vecdot(reference_probs, reference)
             if "entropy" in needs or "reverse_kl" in needs:
                 probs = policy.exp()
-                entropy[part] = -_dot(probs, policy)
+                entropy[part] = -torch.linalg.vecdot(probs, policy)
                 if "reverse_kl" in needs:
-                    reverse_kl[part] = -entropy[part] - _dot(probs, reference)
+                    reverse_kl[part] = -entropy[part] - torch.linalg.vecdot(probs, reference)
             if keep_directions:
                 probs = policy.exp_()
                 grad_target = probs.neg().scatter_add_(-1, target, torch.ones_like(probs[:, :1]))  # e_y − π_θ
@@ -193,8 +193,7 @@ class _ChunkedStatistics(torch.autograd.Function):
                 grad_hidden += directions[1] * grad_mean[:, None]
             return grad_hidden.to(ctx.hidden_dtype), *(None,) * 7
         hidden, tokens, reference_hidden = ctx.saved_tensors
-        head = ctx.head
-        grad_hidden = torch.empty_like(hidden)
+        head, grad_hidden = ctx.head, torch.empty_like(hidden)
         grad_weight = torch.zeros_like(head.weight, dtype=_accumulator(head))
         grad_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=_accumulator(head))
         for part in _chunks(tokens, head):
@@ -209,14 +208,8 @@ class _ChunkedStatistics(torch.autograd.Function):
             grad_weight += grad.to(head.weight.dtype).T @ hidden[part].to(head.weight.dtype)
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
-        bias_type = None if head.bias is None else head.bias.dtype
-        grad_bias = None if grad_bias is None else grad_bias.to(bias_type)
-        return grad_hidden, grad_weight.to(head.weight.dtype), grad_bias, *(None,) * 5
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise dot product of two (n, V), without their product; (n,)."""
-    return torch.linalg.vecdot(left, right)
+        grads = [grad if grad is None else grad.to(head.weight.dtype) for grad in (grad_weight, grad_bias)]
+        return grad_hidden, *grads, *(None,) * 5
 
 
 def _chunks(tokens: Tensor, head: Head) -> Iterator[slice]:

@@ -5,15 +5,14 @@ A loss's fields are the keys of `[align.loss]`, its `__call__` is the mathematic
 A new loss is one class and one line in `LOSSES`.
 
 Below, w is the chosen and l the rejected side, Σ the sum over all tokens of a response, mean the mean over them, and
-z the log of the ratio "rejected over chosen": a small z means that the policy prefers the chosen response. β scales
-log-ratios to rewards; the generators' clip of z is counted in `LossOutput.num_clipped`.
+z the log of the ratio "rejected over chosen": a small z means that the policy prefers the chosen response.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,9 @@ from torch import Tensor
 from tbpo_cli.core.generators import MAX_LOG_RATIO, Generator, Sba
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, mean_over_response, sum_over_response
 
-Span = Literal["aligned", "response", "chosen"]
-Unit = Literal["pairs", "chosen_tokens"]
 
-
-class Loss(Protocol):
+@dataclass(frozen=True)
+class Loss:
     """Maps the token statistics of a batch of pairs to one number a pair.
 
     `span` is "aligned" if only the first min(|y^w|, |y^l|) tokens of both sides are read, "chosen" if the rejected
@@ -34,12 +31,13 @@ class Loss(Protocol):
     tokens (each pair then weighs by its number of them).
     """
 
-    needs: frozenset[str]
-    span: Span
-    mean_over: Unit
+    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
+    span: ClassVar[Literal["aligned", "response", "chosen"]] = "response"
+    mean_over: ClassVar[Literal["pairs", "chosen_tokens"]] = "pairs"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         """The loss of each pair, from the statistics in `needs`."""
+        raise NotImplementedError
 
 
 def _require(condition: bool, message: str) -> None:
@@ -52,13 +50,10 @@ def _check_smoothing(label_smoothing: float) -> None:
 
 
 @dataclass(frozen=True)
-class _PairLoss:
-    """Defaults: β 0.1, the log-ratios of whole responses are read, and a step is the mean over its pairs."""
+class _PairLoss(Loss):
+    """A loss with an inverse temperature β."""
 
     beta: float = 0.1
-    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
-    span: ClassVar[Span] = "response"
-    mean_over: ClassVar[Unit] = "pairs"
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}")
@@ -120,22 +115,19 @@ def _num_clipped(z: Tensor) -> Tensor:
     return (z.detach().abs() > MAX_LOG_RATIO).sum()
 
 
-# ---------------------------------------------------------------------------------------------- token level: TBPO
-
-
 @dataclass(frozen=True)
 class TbpoA(_RatioMatching):
     """TBPO-A: the mean over aligned t of L_h(log R_t), log R_t = β (A_t^l − A_t^w).
 
-    The gradient flows through the exact K_t inside A_t = r_t + K_t. With sba, λ = 0, the loss is unbounded below:
-    negative values are normal, and the gradient never saturates.
+    The gradient flows through the exact K_t inside A_t = r_t + K_t. With sba, λ = 0, it never saturates, and the loss
+    is unbounded below: negative values are normal.
 
     Source: arXiv 2605.12288, section 3.2. The exact KL is that of the released code; the K3 estimate of the paper's
     text, evaluated on the data's own token, would cancel the log-ratio.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    span: ClassVar[Span] = "aligned"
+    span: ClassVar[str] = "aligned"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return self._match_tokens(scores, self.beta * _aligned_difference(scores, "advantage"))
@@ -146,15 +138,14 @@ class TbpoQ(_RatioMatching):
     """TBPO-Q: the mean over aligned t of L_h(log R_t), log R_t = β (r_t^l − r_t^w + log w_t), with a learned
     log w_t = clamp(c_t − mean_t c_t, ±baseline_clip), c_t = b_φ(s_t^l) − b_φ(s_t^w).
 
-    The baseline b_φ is fitted by this same loss. The centring is essential: without it, b_φ lowers the loss by
-    sending log w to −∞. Negative values are normal, as for TBPO-A.
+    The baseline b_φ is fitted by this same loss. Without the centring, it would lower the loss by sending log w to −∞.
 
     Source: arXiv 2605.12288, section 3.1.
     """
 
     baseline_clip: float = 10.0
     needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "state_baseline"})
-    span: ClassVar[Span] = "aligned"
+    span: ClassVar[str] = "aligned"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,9 +156,6 @@ class TbpoQ(_RatioMatching):
         centred = c - mean_over_response(c, scores.aligned_mask)[:, None]
         log_w = centred.clamp(-self.baseline_clip, self.baseline_clip)
         return self._match_tokens(scores, self.beta * (_aligned_difference(scores, "log_ratio") + log_w))
-
-
-# --------------------------------------------------------------------------------- whole responses, with reference
 
 
 @dataclass(frozen=True)
@@ -270,17 +258,10 @@ class TisDpo(_PairLoss):
 
 
 def importance_weights(token_scores: Tensor, mask: Tensor) -> Tensor:
-    """TIS-DPO's ω: the tokens' ranks within their response, mapped linearly to [0.7, 1.3].
+    """TIS-DPO's ω, (B, T), detached: the tokens' ranks within their response, mapped linearly to [0.7, 1.3].
 
     The last token of a response, its end of turn, weighs 0 and is not ranked. A response of one token weighs 1, and so
-    does a single token before the end.
-
-    Args:
-        token_scores: (B, T), log π⁺ − log π⁻ on the chosen side, its negative on the rejected side.
-        mask: (B, T) bool.
-
-    Returns:
-        (B, T), detached; 0 outside the mask.
+    does a single token before the end. `token_scores`, (B, T): log π⁺ − log π⁻ if chosen, its negative if rejected.
     """
     lengths = mask.sum(dim=1, keepdim=True)
     ranked = mask & (torch.arange(mask.shape[1], device=mask.device) < lengths - 1)
@@ -289,9 +270,6 @@ def importance_weights(token_scores: Tensor, mask: Tensor) -> Tensor:
     last = ranked.sum(dim=1, keepdim=True) - 1
     weights = torch.where(last > 0, 0.7 + 0.6 * ranks / last.clamp(min=1), torch.ones_like(ranks))
     return torch.where(ranked | (mask & (lengths == 1)), weights, torch.zeros_like(weights))
-
-
-# ------------------------------------------------------------------------------------------------ without reference
 
 
 @dataclass(frozen=True)
@@ -308,7 +286,7 @@ class SimPo(_PairLoss):
 
 
 @dataclass(frozen=True)
-class Orpo:
+class Orpo(Loss):
     """ORPO: −mean log π_θ(y^w) + λ softplus(−log-odds-ratio) of the length-normalised probabilities.
 
     Source: arXiv 2403.07691, equations 6 and 7.
@@ -316,8 +294,6 @@ class Orpo:
 
     lam: float = 0.1
     needs: ClassVar[frozenset[str]] = frozenset({"logps"})
-    span: ClassVar[Span] = "response"
-    mean_over: ClassVar[Unit] = "pairs"
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}")
@@ -335,12 +311,12 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(Loss):
     """Supervised fine-tuning: −mean over the chosen response's tokens of log π_θ; a step is the mean over tokens."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logps"})
-    span: ClassVar[Span] = "chosen"
-    mean_over: ClassVar[Unit] = "chosen_tokens"
+    span: ClassVar[str] = "chosen"
+    mean_over: ClassVar[str] = "chosen_tokens"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return LossOutput(-_mean(scores.chosen, "logps"))

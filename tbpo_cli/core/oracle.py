@@ -1,7 +1,6 @@
-"""Every statistic from dense logits: slow, memory-hungry, and easy to check by eye.
+"""Every statistic from dense logits: slow, and easy to check by eye. The tests compare everything else with it.
 
-The tests compare everything else with this. It is also what the scorer falls back to for an output head that
-`core/head.py` does not know.
+It is also what the scorer falls back to for an output head that `core/head.py` does not know.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ Shape legend, used by every docstring of the project:
     N  selected response tokens    V  vocabulary
     H  hidden size                 s_t  the state [prompt, response tokens before t]
 
-Column t of every (B, T) tensor belongs to the t-th response token, on both sides. So "align the two responses by
-position" is a slice, and nothing else.
+Column t of every (B, T) tensor belongs to the t-th response token, on both sides: aligning two responses is a slice.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class SideScores:
         reverse_kl: (B, T) nats, KL(π_θ(·|s_t) ‖ π_ref(·|s_t)). A diagnostic: no loss differentiates it.
         entropy: (B, T) nats, the policy's entropy at s_t. A diagnostic.
 
-    Raises:
-        ValueError: if the mask is not a (B, T) bool tensor, or a field has another shape than the mask.
+    Raises ValueError if the mask is not a (B, T) bool tensor, or a field has another shape than the mask.
     """
 
     mask: Tensor
@@ -85,10 +83,9 @@ class LossOutput:
 
     Args:
         per_pair: (B,) loss of each pair, differentiable. The loop, and nobody else, reduces it.
-        log_ratio_aligned: (B, T) log R_t on the aligned positions, detached and not yet clipped; 0 outside
-            `PairScores.aligned_mask`. None for losses that compare whole responses.
-        num_clipped: number of values of log R that the generator's clip (±30) changed; None where no generator is
-            used.
+        log_ratio_aligned: (B, T) log R_t, detached and not clipped; 0 outside `PairScores.aligned_mask`. None for
+            losses that compare whole responses.
+        num_clipped: number of values of log R outside the generator's clip (±30); None without a generator.
     """
 
     per_pair: Tensor

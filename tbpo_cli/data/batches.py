@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbpo_cli.core.losses import Span
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 
@@ -59,7 +58,7 @@ class PairBatch:
         )
 
 
-def cut_to_span(pair: TokenizedPair, span: Span) -> TokenizedPair:
+def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
     """Only what a loss with that span reads: with causal attention, a dropped tail cannot matter."""
     if span == "aligned":
         length = pair.aligned_length
@@ -126,7 +125,7 @@ def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: 
     return max_steps if max_steps is not None else max(1, round(epochs * num_pairs / batch_size))
 
 
-def micro_batches(store: PairStore, indices: Sequence[int], max_tokens: int, span: Span) -> list[list[TokenizedPair]]:
+def micro_batches(store: PairStore, indices: Sequence[int], max_tokens: int, span: str) -> list[list[TokenizedPair]]:
     """A step's pairs, cut to the span, sorted by length and split so that no batch has more padded tokens than allowed
     (a pair that is longer on its own stays alone)."""
     pairs = [cut_to_span(store[index], span) for index in indices]
