@@ -70,6 +70,16 @@ def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("need", DIFFERENTIABLE)
+def test_no_gradient_reaches_the_reference(need):
+    generator = torch.Generator().manual_seed(6)
+    head = make_head(generator)
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    tokens = torch.randint(V, (N,), generator=generator)
+    getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need).sum().backward()
+    assert policy.grad.abs().sum() > 0 and reference.grad is None
+
+
 def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned():
     generator = torch.Generator().manual_seed(1)
     head = make_head(generator)
