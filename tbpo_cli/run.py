@@ -52,7 +52,7 @@ STAGES = {
             ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
             _TOKENIZER | _DATA,
         ),
-        Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS),
+        Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS | {"sft.train": ("**/*",)}),
         Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS | _HELPERS),
     )
 }
