@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import preference_rows, run_stage, write_jsonl
+from conftest import CHATML, preference_rows, run_stage, write_jsonl
 
 from tbpo_cli.data.batches import collate_padded, cut_to_span, micro_batches, num_steps, step_indices
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
@@ -123,6 +123,12 @@ def test_control_tokens_in_a_users_text_are_text(tokenizer):
     assert list(pair.chosen_ids).count(tokenizer.eos_token_id) == 1
     assert trick in tokenizer.decode(pair.prompt_ids)
     assert tokenizer.decode(pair.chosen_ids) == f"A {trick}<|im_end|>"
+
+
+def test_the_response_ends_with_the_first_control_token_after_its_text(tokenizer, monkeypatch):
+    """A template may close the whole conversation with one more token, which inference never sees."""
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML + "{% if not add_generation_prompt %}<|pad|>{% endif %}")
+    assert tokenizer.decode(tokens_of(tokenizer, ROWS["prompt"]).chosen_ids) == "hi<|im_end|>"
 
 
 def test_text_without_control_tokens_is_tokenized_as_in_one_piece(tokenizer):

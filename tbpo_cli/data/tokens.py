@@ -174,16 +174,20 @@ def _unmasked(text: str) -> str:
 
 
 def _up_to_end_of_turn(response: str, controls: re.Pattern[str]) -> str:
-    """The response up to its last control token: what a template adds after it (a newline) is never generated."""
-    ends = [match.end() for match in controls.finditer(response)]
-    if not ends or response[ends[-1] :].strip():
+    """The response up to the first control token after its text: what a template adds behind it is never generated."""
+    cut, end = None, len(response)
+    for match in reversed(list(controls.finditer(response))):
+        if response[match.end() : end].strip():
+            break
+        cut, end = match.end(), match.start()
+    if cut is None:
         raise TbpoError(
             "the chat template ends an answer without an end-of-turn token",
             f"the answer renders as …{response[-80:]!r}",
             "a control token after the answer, so that the model learns to stop",
             "give a template of your own as model.chat_template",
         )
-    return response[: ends[-1]]
+    return response[:cut]
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
