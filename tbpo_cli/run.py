@@ -93,6 +93,10 @@ class RunDir:
         """The inputs a stage was started with; None if it was never started."""
         return read_json(self.stage(name) / "inputs.json")
 
+    def has_results(self, name: str) -> bool:
+        """Whether a stage is complete or has a checkpoint: something that a new start would lose."""
+        return self.manifest(name) is not None or any(self.stage(name).glob("checkpoints/step-*"))
+
     def inputs(self, name: str, recipe: Recipe) -> dict[str, Any]:
         """The inputs a stage would be started with now: settings, hashes of files, outputs of other stages.
 

@@ -203,6 +203,17 @@ def test_restart_redoes_an_earlier_stage_whose_inputs_changed(recipe_file, tmp_p
     )
 
 
+def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, tmp_path):
+    rows = [{"question": row["prompt"], **row} for row in preference_rows(20, seed=4)]
+    train = write_jsonl(tmp_path / "odd.jsonl", [{k: v for k, v in row.items() if k != "prompt"} for row in rows])
+    with pytest.raises(TbpoError, match="none of the known formats"):
+        run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
+    run = run_stage(
+        "prepare", recipe_file, tmp_path / "run", f"data.train={train}", 'data.columns={prompt = "question"}'
+    )
+    assert json.loads((run / "prepare/manifest.json").read_text())["counts"]["data.train"]["kept"] == {"train": 20}
+
+
 @pytest.mark.parametrize("key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device"])
 def test_keys_that_cannot_change_the_result_invalidate_nothing(recipe_file, tmp_path, capsys, key):
     run_stage("align", recipe_file, tmp_path / "run")

@@ -14,13 +14,16 @@ from tbpo_cli.run import RunDir
 
 
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
-    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "changed", what changed)."""
+    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
+
+    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
+    """
     states: dict[str, tuple[str, list[str]]] = {}
     for name in [*run_dir.needed(target, recipe), target]:
         if run_dir.started_from(name) is None:
             states[name] = ("new", [])
         elif changes := run_dir.changes(name, recipe):
-            states[name] = ("changed", changes)
+            states[name] = ("changed" if run_dir.has_results(name) else "stale", changes)
         elif run_dir.manifest(name) is not None:
             states[name] = ("done", [])
         else:
@@ -32,6 +35,7 @@ WORDS = {
     "done": "up to date",
     "new": "would run",
     "begun": "would go on where it stopped",
+    "stale": "would begin anew, since its inputs changed:",
     "changed": "made from other inputs; --restart would redo it:",
 }
 
@@ -68,7 +72,8 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> 
         importlib.import_module(f"tbpo_cli.stages.{target}").report(recipe, run_dir)
         return
     for name, (state, _) in states.items():
-        if restart and (name == target or state == "changed") and (old := run_dir.set_aside(name)):
+        anew = state in ("stale", "changed") or (restart and name == target)
+        if anew and (old := run_dir.set_aside(name)):
             console.say(f"the old {name} is kept as {old}")
         if run_dir.manifest(name) is None:
             importlib.import_module(f"tbpo_cli.stages.{name}").run(recipe, run_dir)
@@ -80,7 +85,7 @@ def _check_unmoved(done: str, target: str, recipe: Recipe, run_dir: RunDir, rest
     """After a needed stage was redone: a later one that was begun from its old result cannot go on from it."""
     for later in [*run_dir.needed(target, recipe), target]:
         if done in run_dir.needed(later, recipe) and run_dir.changes(later, recipe):
-            if not restart:
+            if run_dir.has_results(later) and not restart:
                 raise TbpoError(
                     f"the result of {done} is another one than {later} was begun from",
                     str(run_dir.stage(later)),
