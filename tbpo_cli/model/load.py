@@ -87,8 +87,11 @@ class Policy:
         if self.adapters:
             self.model.save_pretrained(folder, selected_adapters=[POLICY])
         else:
-            state = {k: v.to(self.model.config.dtype or v.dtype) for k, v in self.model.state_dict().items()}
+            dtype = self.model.config.dtype
+            state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.model.state_dict().items()}
             self.model.save_pretrained(folder, state_dict=state)
+            self.model.config.dtype = dtype  # save_pretrained notes the dtype of the weights in memory
+            self.model.config.save_pretrained(folder)
         return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
 
 
