@@ -23,7 +23,7 @@ HEADS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 5 * V)  # 5 tokens a chunk: 23 tokens end in a short one
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 5)  # 23 tokens end in a short chunk
 
 
 def make_head(generator, *, bias=False, scale=1.0, softcap=None, trained=False, dtype=torch.float64):
