@@ -320,6 +320,13 @@ def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_
     }
 
 
+def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
+    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
+    run = run_stage("align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1")
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in lines] == ["train"] and len(PairStore(run / "prepare/eval")) == 0
+
+
 def test_preparing_twice_gives_the_same_bytes(recipe_file, tmp_path):
     first, second = (run_stage("prepare", recipe_file, tmp_path / name) for name in ("a", "b"))
     for split in ("train", "eval"):

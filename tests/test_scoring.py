@@ -12,6 +12,7 @@ from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import STATISTICS
 from tbpo_cli.data.batches import collate_padded, cut_to_span
 from tbpo_cli.data.store import PairStore
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, load_policy
 from tbpo_cli.model.scoring import Scorer, read_head
 from tbpo_cli.recipe import Lora, load_recipe
@@ -113,6 +114,8 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(re
     causal.lm_head = head
     scorer = Scorer.of(policy)
     assert scorer.heads[POLICY] is None and len([r for r in caplog.records if "output head" in r.message]) == 1
+    with pytest.raises(TbpoError, match="needs a model with a linear output head"):
+        Scorer.of(policy, StateBaseline(32))
     batch = collate_padded(pairs)
     scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
     assert_same_scores(scores, dense_scores(policy, batch), STATISTICS, rtol=1e-4, atol=2e-5)
@@ -281,8 +284,6 @@ def test_full_fine_tuning_computes_in_fp32_on_cpu_and_saves_in_the_dtype_of_the_
 
 
 def test_target_modules_that_do_not_exist_are_refused(recipe):
-    from tbpo_cli.errors import TbpoError
-
     recipe = replace(recipe, model=replace(recipe.model, lora=Lora(target_modules=("nonsense",))))
     with pytest.raises(TbpoError, match="adapter does not fit"):
         load_policy(recipe, CPU, None, with_reference=True)

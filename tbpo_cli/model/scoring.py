@@ -14,6 +14,7 @@ from tbpo_cli.core.head import STATISTICS, Head, token_statistics
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.batches import PairBatch, SideBatch
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 
 REFERENCE_FREE = frozenset({"logps", "entropy"})
@@ -36,7 +37,15 @@ class Scorer:
 
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
+        """Reads the heads. Raises TbpoError if a baseline is given, but the policy's head is unknown."""
         own = read_head(policy.model)
+        if baseline is not None and own is None:
+            raise TbpoError(
+                "the state baseline needs a model with a linear output head",
+                "align.loss",
+                "logits that are a linear function of the last hidden state",
+                "take a loss without a baseline: align.loss.name = tbpo_a",
+            )
         views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
         return cls(policy, views | {name: read_head(model) for name, model in policy.frozen.items()}, baseline)
 

@@ -59,7 +59,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
                 "data.eval", read_rows(data.eval, data.eval_split, "data.eval"), ("eval",)
             )
         rows = read_rows(data.train, data.train_split, "data.train")
-        splits = ("train", "eval") if data.eval is None and data.eval_fraction > 0 else ("train",)
+        splits = ("train", "eval") if data.eval is None else ("train",)
         counts["data.train"] = work.prepare("data.train", rows, splits)
         if recipe.sft is not None and recipe.sft.train is not None:
             rows = read_rows(recipe.sft.train, data.train_split, "sft.train")
