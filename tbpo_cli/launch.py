@@ -8,12 +8,12 @@ import torch
 from accelerate import PartialState
 
 from tbpo_cli import console
+from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, load_policy
-from tbpo_cli.model.scoring import REFERENCE_FREE
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.loop import TrainingRun

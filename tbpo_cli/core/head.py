@@ -28,6 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from tbpo_cli.core.types import SideScores
 
 STATISTICS = frozenset({"logps", "log_ratio", "kl", "advantage", "reverse_kl", "entropy"})
+REFERENCE_FREE = frozenset({"logps", "entropy"})
 CHUNK_TOKENS = 320  # rows enough for the full speed of a matrix product
 
 
@@ -90,7 +91,7 @@ def token_statistics(
         tokens: (N,) int64, the response tokens.
         policy_hidden: (N, H), the hidden states that predict them; gradients flow here and to the policy head.
         policy_head: the policy's output head.
-        reference_hidden: (N, H') of the reference; None if `needs` is within {"logps", "entropy"}.
+        reference_hidden: (N, H') of the reference; None if `needs` is within REFERENCE_FREE.
         reference_head: its head, the same object if it is the same head; never receives a gradient.
 
     Returns:
@@ -142,7 +143,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         reference_head: Head | None,
         needs: frozenset[str],
     ) -> tuple[Tensor, ...]:
-        with_mean = bool(needs & {"kl", "advantage"})
+        with_reference, with_mean = bool(needs - REFERENCE_FREE), bool(needs & {"kl", "advantage"})
         differentiated = any(ctx.needs_input_grad)
         keep_directions = differentiated and head.frozen
         zeros = policy_hidden.new_zeros(tokens.shape[0], dtype=_accumulator(head))
@@ -150,7 +151,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         directions = zeros.new_zeros(1 + with_mean, *policy_hidden.shape) if keep_directions else None
         for part in _chunks(tokens):
             target, reference, reference_probs = tokens[part, None], None, None
-            if reference_hidden is not None:
+            if with_reference:
                 reference = reference_head.logits(reference_hidden[part]).log_softmax(dim=-1)
                 reference_logps[part] = reference.gather(-1, target).squeeze(-1)
                 if with_mean:

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.core.head import STATISTICS, Head, token_statistics
+from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS, Head, token_statistics
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.batches import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
-
-REFERENCE_FREE = frozenset({"logps", "entropy"})
 
 
 @dataclass(frozen=True)
