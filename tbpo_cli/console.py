@@ -44,7 +44,7 @@ def progress(label: str, total: int, done: int = 0, every: int = 1) -> Iterator[
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=err) as bar:
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, transient=True) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
             yield lambda done, note: bar.update(task, completed=done, note=note)
         return
