@@ -76,7 +76,7 @@ def test_every_task_of_the_world_is_read_back_from_its_text_and_solved(world):
 def test_the_committed_pairs_are_a_bradley_terry_draw_of_the_true_score(world):
     """The mean of [chosen scores higher] over pairs of different scores is that of σ(k·|difference|)."""
     rows = {split: [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open()] for split in ("train", "eval")}
-    assert 3_500 < len(rows["train"]) <= 4_000 and 350 < len(rows["eval"]) <= 400
+    assert 3_800 < len(rows["train"]) <= 4_000 and len(rows["eval"]) == 400
     assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
     gaps = [world.score(r["prompt"], r["chosen"]) - world.score(r["prompt"], r["rejected"]) for r in rows["train"]]
     gaps = [gap for gap in gaps if abs(gap) > 1e-9]

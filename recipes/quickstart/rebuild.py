@@ -2,7 +2,7 @@
 
     python recipes/quickstart/rebuild.py
 
-1. Prompts: 400 to evaluate, 4,000 for pairs, 60,000 for demonstrations, no text twice.
+1. Prompts: 440 to evaluate (400 are kept), 4,000 for pairs, 60,000 for demonstrations, no text twice.
 2. A byte-level BPE tokenizer, trained on demonstrations and the ordinary English of english.txt.
 3. `tbpo sft base.toml` in a temporary folder: a Llama of random weights learns the demonstrations, whose quality is
    mixed, so the base answers right only some of the time.
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from tbpo_cli.recipe import Sample
 
 HERE = Path(__file__).parent
 NUM_EVAL, NUM_PAIRS, NUM_DEMONSTRATIONS = 400, 4_000, 60_000
+NUM_SPARE = 40  # further prompts to evaluate, in place of those whose two samples are the same
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -54,19 +56,22 @@ def main() -> None:
         for made in (folder / "run/sft/model").iterdir():
             shutil.copy(made, HERE)
     model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)
-    for file, prompts, seed in (("train.jsonl", compared, 0), ("eval.jsonl", evaluated, 1)):
-        write_jsonl(HERE / file, preference_rows(model, tokenizer, [prompt.text for prompt in prompts], seed))
+    for file, prompts, count, seed in (("train.jsonl", compared, NUM_PAIRS, 0), ("eval.jsonl", evaluated, NUM_EVAL, 1)):
+        rows = preference_rows(model, tokenizer, [prompt.text for prompt in prompts], seed)
+        write_jsonl(HERE / file, itertools.islice(rows, count))
 
 
 def split_prompts() -> tuple[list[world.Prompt], list[world.Prompt], list[world.Prompt]]:
     """Prompts to evaluate, to compare and to demonstrate."""
     rng, texts, prompts = Random(0), set(), []
-    while len(prompts) < NUM_EVAL + NUM_PAIRS + NUM_DEMONSTRATIONS:
+    used = NUM_EVAL + NUM_PAIRS + NUM_DEMONSTRATIONS
+    while len(prompts) < used + NUM_SPARE:
         prompt = world.make_prompt(rng)
         if prompt.text not in texts:
             texts.add(prompt.text)
             prompts.append(prompt)
-    return prompts[:NUM_EVAL], prompts[NUM_EVAL : NUM_EVAL + NUM_PAIRS], prompts[NUM_EVAL + NUM_PAIRS :]
+    first, second = NUM_EVAL, NUM_EVAL + NUM_PAIRS
+    return prompts[:first] + prompts[used:], prompts[first:second], prompts[second:used]
 
 
 def train_tokenizer(demonstrations: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
