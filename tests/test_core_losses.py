@@ -283,6 +283,18 @@ def test_label_smoothing_mixes_both_orders():
     torch.testing.assert_close(smoothed(scores).per_pair, expected)
 
 
+def test_pair_scores_are_the_scores_of_both_sides_whose_lengths_may_differ():
+    generator = torch.Generator().manual_seed(7)
+    sides = []
+    for length in (3, 5):
+        logits = [torch.randn(2, length, 4, generator=generator) for _ in range(2)]
+        sides.append((*logits, torch.zeros(2, length, dtype=torch.int64), torch.ones(2, length, dtype=torch.bool)))
+    scores = oracle.pair_scores(*sides[0], *sides[1])
+    for side, arguments in zip((scores.chosen, scores.rejected), sides, strict=True):
+        assert torch.equal(side.advantage, oracle.side_scores(*arguments).advantage)
+    assert scores.aligned_mask.shape == (2, 3)
+
+
 def test_importance_weights_are_linear_in_the_rank_within_the_response():
     """Four ranked tokens get 0.7, 0.9, 1.1, 1.3; the last token 0; a lone token, or a lone one before the end, 1."""
     scores = torch.tensor([[3.0, -1.0, 2.0, 0.0, 9.0], [5.0, 7.0, 7.0, 7.0, 7.0], [1.0, 2.0, 0.0, 0.0, 0.0]])

@@ -92,11 +92,6 @@ def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> tuple[
     return 0, skipped
 
 
-def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint in a folder, 0 if there is none."""
-    return max(_steps(folder), default=0)
-
-
 def _steps(folder: Path) -> list[int]:
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
     return [int(match.group(1)) for match in names if match]
