@@ -115,6 +115,8 @@ def _unknown_key(keys: tuple[str, ...], value: Any, owner: type, path: str) -> T
 
 
 def _table_class(owner: type, key: str) -> type:
-    """The dataclass of a nested table, which may be optional."""
-    hint = typing.get_type_hints(owner)[key]
-    return next(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
+    """The dataclass of a nested table, which may be optional, or one of several."""
+    hints = [typing.get_type_hints(owner)[key]]
+    while not dataclasses.is_dataclass(hints[0]):
+        hints = [*hints[1:], *typing.get_args(hints[0])]
+    return hints[0]

@@ -7,11 +7,15 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tbpo_cli.errors import Interrupted, TbpoError
+
+if TYPE_CHECKING:
+    from tbpo_cli.recipe import Recipe
+    from tbpo_cli.run import RunDir
 
 app = typer.Typer(
     name="tbpo",
@@ -39,9 +43,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results 
 
 
 BUILT = {
-    "prepare": """Rows → checked, tokenized pairs, and a report of what was left out and why.
-
-    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl""",
     "sft": """Supervised fine-tuning on the chosen responses (or on the rows of sft.train).
 
     Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5""",
@@ -55,6 +56,28 @@ NOT_BUILT = {
     "push": "Adapter (or merged model) and model card → the Hugging Face Hub.",
     "show": "The resolved recipe, the plan, and an estimate of memory and time.",
 }
+
+
+@app.command()
+def prepare(
+    recipe: RecipePath,
+    sets: Set = None,
+    run_dir: Directory = None,
+    restart: Restart = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    show: Annotated[int, typer.Option("--show", metavar="N", help="Print N pairs as the model sees them.")] = 0,
+    ids: Annotated[bool, typer.Option("--ids", help="With --show: the token ids as well.")] = False,
+) -> None:
+    """Rows → checked, tokenized pairs, and a report of what was left out and why.
+
+    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl --show 3
+    """
+    loaded, directory = _run_stage("prepare", recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet)
+    if show and not dry_run:
+        from tbpo_cli.stages.prepare import show_pairs
+
+        show_pairs(loaded, directory, show, ids)
 
 
 def _add_stage(name: str, text: str) -> None:
@@ -99,7 +122,7 @@ def _not_built(command: str) -> None:
 
 def _run_stage(
     name: str, path: Path, sets: tuple[str, ...], run_dir: Path | None, restart: bool, dry_run: bool, quiet: bool
-) -> None:
+) -> tuple[Recipe, RunDir]:
     from tbpo_cli import console
     from tbpo_cli.recipe import load_recipe
     from tbpo_cli.run import RunDir
@@ -110,11 +133,12 @@ def _run_stage(
     directory = RunDir.of(recipe, run_dir)
     if dry_run:
         show_plan(name, recipe, directory)
-        return
+        return recipe, directory
     try:
         run_through(name, recipe, directory, restart)
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
+    return recipe, directory
 
 
 QUIET_LIBRARIES = {

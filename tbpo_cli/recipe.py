@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from dataclasses import field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Source = str | tuple[str, ...]  # file, folder or Hub data set; several are read one after the other
 
 
 @table
@@ -55,11 +55,25 @@ class Model:
 
 
 @table
+class Source:
+    """An entry of data.train, data.eval or sft.train: a path, or a table, as in [[data.train]]. Several are a list."""
+
+    path: str  # a file, a folder, or the id of a Hub data set
+    config: str | None = None
+    split: str | None = None  # absent: data.train_split or data.eval_split
+    revision: str | None = None
+    weight: Positive = 1.0  # how often an epoch shows each pair; 0.5: a half of the pairs, always the same
+
+
+Sources = Annotated[tuple[Source, ...], Field(min_length=1)]  # read one after the other
+
+
+@table
 class Data:
     """[data] Rows, and which of them are used."""
 
-    train: Source
-    eval: Source | None = None  # absent: `eval_fraction` of the training rows
+    train: Sources
+    eval: Sources | None = None  # absent: `eval_fraction` of the training rows
     train_split: str = "train"
     eval_split: str = "test"
     format: Literal["auto", "prompt", "messages", "hh", "sft_prompt", "sft_messages"] = "auto"
@@ -69,6 +83,14 @@ class Data:
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     dedup: bool = True
     max_reject_fraction: Fraction = 0.1
+    template_date: str = "2026-01-01"  # what chat templates that print today's date print
+    workers: Count = 1  # processes; with 1, the tokenizer's own threads use the other cores
+
+    def __post_init__(self) -> None:
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ValueError("template_date must be a day, YYYY-MM-DD") from None
 
 
 @table
@@ -100,7 +122,7 @@ class Training:
 class Sft(Training):
     """[sft] Supervised fine-tuning, on the chosen responses or on the rows of `train`."""
 
-    train: Source | None = None
+    train: Sources | None = None
     batch_examples: Count = 32
     learning_rate: Positive = 2e-5
 
@@ -172,15 +194,8 @@ class Recipe:
 
 
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".csv", ".arrow", ".jinja", ".txt"}
-PATH_KEYS = (
-    "model.base",
-    "model.chat_template",
-    "data.train",
-    "data.eval",
-    "sft.train",
-    "align.loss.positive",
-    "align.loss.negative",
-)
+SOURCE_KEYS = ("data.train", "data.eval", "sft.train")
+PATH_KEYS = ("model.base", "model.chat_template", "align.loss.positive", "align.loss.negative", *SOURCE_KEYS)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -268,28 +283,38 @@ def is_local(source: str) -> bool:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Makes the local paths among PATH_KEYS absolute, seen from `folder`. A Hub id stays as it is."""
+    """Makes the local paths among PATH_KEYS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
 
     def resolve(source: Any) -> Any:
-        if isinstance(source, list):
-            return [resolve(one) for one in source]
         if not isinstance(source, str) or not source:
             return source
         path = folder / Path(source).expanduser()
         return str(path.resolve()) if path.exists() or is_local(source) else source
+
+    def as_table(source: Any) -> Any:
+        source = {"path": source} if isinstance(source, str) else source
+        return source | {"path": resolve(source["path"])} if isinstance(source, dict) and "path" in source else source
 
     for key in PATH_KEYS:
         *names, leaf = key.split(".")
         owner: Any = raw
         for name in names:
             owner = owner.get(name) if isinstance(owner, dict) else None
-        if isinstance(owner, dict) and leaf in owner:
+        if not isinstance(owner, dict) or leaf not in owner:
+            continue
+        if key not in SOURCE_KEYS:
             owner[leaf] = resolve(owner[leaf])
+        elif isinstance(owner[leaf], str | dict | list):
+            listed = owner[leaf] if isinstance(owner[leaf], list) else [owner[leaf]]
+            owner[leaf] = [as_table(source) for source in listed]
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"table.key": value}; the n-th table of a list is "table.key.n", from 1."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value, 1)}
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         elif value is not None:
@@ -297,9 +322,9 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _without_none(nested: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in nested.items()
-        if value is not None
-    }
+def _without_none(nested: Any) -> Any:
+    if isinstance(nested, list):
+        return [_without_none(item) for item in nested]
+    if isinstance(nested, dict):
+        return {key: _without_none(value) for key, value in nested.items() if value is not None}
+    return nested

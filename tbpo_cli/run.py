@@ -60,6 +60,7 @@ STAGES = {
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
 FREE_KEYS = {
     "data.max_reject_fraction",
+    "data.workers",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "checkpoint_every", "eval_every", "log_every", "activation_checkpointing")),
 }  # fmt: skip
@@ -105,21 +106,19 @@ class RunDir:
         """
         stage, settings = STAGES[name], recipe.settings()
         known = (self.started_from(name) or {}).get("files", {})
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
+        hashed = set()
         for key, patterns in stage.files.items():
-            sources = settings.get(key) or []
-            paths = [
-                p
-                for source in ([sources] if isinstance(sources, str) else sources)
-                for p in _files_of(key, source, patterns)
-            ]
-            if paths:
-                files[key] = {str(path): _fingerprint(path, known.get(key, {}).get(str(path))) for path in paths}
+            for setting in (s for s in settings if s == key or (s.startswith(f"{key}.") and s.endswith(".path"))):
+                for path in _files_of(key, settings[setting], patterns):
+                    before = known.get(key, {}).get(str(path))
+                    files.setdefault(key, {})[str(path)] = _fingerprint(path, before)
+                    hashed.add(setting)
         return {
             "settings": {
-                key: value
-                for key, value in settings.items()
-                if key.startswith(stage.tables) and key not in FREE_KEYS and key not in files
+                setting: value
+                for setting, value in settings.items()
+                if setting.startswith(stage.tables) and setting not in FREE_KEYS | hashed
             },
             "files": files,
             "outputs": {need: self._outputs_hash(need) for need in self.needed(name, recipe)},

@@ -2,20 +2,26 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import CHATML, preference_rows, run_stage, write_jsonl
+from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_jsonl
+from hub_server import COMMIT, hub
 
 from tbpo_cli.data.batches import collate_padded, cut_to_span, micro_batches, num_steps, step_indices
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
 from tbpo_cli.data.sources import Row, read_rows
-from tbpo_cli.data.store import PairStore, PairWriter
+from tbpo_cli.data.store import PairStore, pair_writer, record_batch
+from tbpo_cli.data.template import Chat
 from tbpo_cli.data.tokens import TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data
+from tbpo_cli.recipe import Data, Source, load_recipe
+from tbpo_cli.run import RunDir
+from tbpo_cli.stages.prepare import show_pairs
 
-DATA = Data(train="unused")
+UNUSED = (Source("unused"),)
+DATA = Data(train=UNUSED)
 USER, ANSWER, OTHER = (
     {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "assistant", "content": "go"}
 )  # fmt: skip
@@ -26,32 +32,62 @@ ROWS = {
     "sft_prompt": {"prompt": "hello", "completion": "hi"},
     "sft_messages": {"messages": [USER, ANSWER]},
 }
+VARIANTS = {
+    "responses as messages, prompt as text": {"prompt": "hello", "chosen": [ANSWER], "rejected": [OTHER]},
+    "responses as text, prompt as messages": {"prompt": [USER], "chosen": "hi", "rejected": "go"},
+    "responses and prompt as messages": {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+    "UltraFeedback": {"prompt": "hello", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "score_chosen": 8.0},
+    "HH with the prompt cut off": {"prompt": "\n\nHuman: hello\n\nAssistant:", "chosen": " hi", "rejected": " go"},
+    "nulls of a columnar file": {
+        "chosen": [USER | {"tool_calls": None}, ANSWER | {"name": None}], "rejected": [USER, OTHER], "tools": None,
+    },
+}  # fmt: skip
 
 
 def pair_of(content, **data):
-    row, data = Row("here", 1, content), Data(train="unused", **data)
-    return to_pair(row, recognise(row, data), data.columns)
+    row, data = Row("here", 1, content), Data(train=UNUSED, **data)
+    return to_pair(row, recognise([row], data), data.columns)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_recognised_and_read(name):
     pair = pair_of(ROWS[name])
-    assert recognise(Row("here", 1, ROWS[name]), DATA) == name
-    assert (pair.prompt, pair.chosen) == ((USER,), (ANSWER,))
-    assert pair.rejected == (() if name.startswith("sft") else (OTHER,))
+    assert recognise([Row("here", 1, ROWS[name])], DATA) == name
+    assert (pair.prompt, pair.chosen) == ((USER,), ANSWER)
+    assert pair.rejected == (None if name.startswith("sft") else OTHER)
 
 
-def test_the_same_texts_have_the_same_id_in_every_format():
-    assert len({pair_of(ROWS[name]).pair_id for name in ("prompt", "messages", "hh")}) == 1
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_same_texts_are_the_same_pair_however_they_are_written(name):
+    assert pair_of(VARIANTS[name]).pair_id == pair_of(ROWS["prompt"]).pair_id
+    assert len({pair_of(ROWS[format_name]).pair_id for format_name in ("prompt", "messages", "hh")}) == 1
+
+
+def test_a_pair_knows_its_reverse_and_its_score_margin():
+    row = {"prompt": "hello", "chosen": "hi", "rejected": "go", "score_chosen": 7.5, "score_rejected": 9}
+    pair, other = pair_of(row), pair_of(row | {"chosen": "go", "rejected": "hi"})
+    assert (pair.reversed_id, pair.pair_id) == (other.pair_id, other.reversed_id)
+    assert pair.score_margin == -1.5 and pair_of(ROWS["prompt"]).score_margin is None
+    assert pair_of(row | {"score_chosen": "seven"}).score_margin is None
+
+
+def test_a_system_column_comes_before_the_prompt():
+    pair = pair_of({"system": "Be kind.", **ROWS["prompt"]})
+    assert pair.prompt == ({"role": "system", "content": "Be kind."}, USER)
+
+
+def test_the_format_is_that_of_the_first_row_that_has_one():
+    rows = [Row("here", 1, {"prompt": "p", "chosen": None, "rejected": "b"}), Row("here", 2, ROWS["prompt"])]
+    assert recognise(rows, DATA) == "prompt"
 
 
 def test_the_implicit_prompt_is_what_both_conversations_begin_with():
     turns = [USER, ANSWER, {"role": "user", "content": "again"}]
     for extra in ({}, {"prompt": "hello"}, {"prompt": turns}):
         pair = pair_of({"chosen": [*turns, ANSWER], "rejected": [*turns, OTHER], **extra})
-        assert (list(pair.prompt), pair.chosen, pair.rejected) == (turns, (ANSWER,), (OTHER,))
+        assert (list(pair.prompt), pair.chosen, pair.rejected) == (turns, ANSWER, OTHER)
     bare = pair_of({"prompt": turns, "chosen": [ANSWER], "rejected": [OTHER]})
-    assert (list(bare.prompt), bare.chosen) == (turns, (ANSWER,))
+    assert (list(bare.prompt), bare.chosen) == (turns, ANSWER)
 
 
 def test_columns_are_named_by_the_recipe():
@@ -74,12 +110,33 @@ def test_columns_are_named_by_the_recipe():
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical"),
         ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "invalid_text"),
         ("no table", "wrong_type"),
+        ({"prompt": [USER, USER], "chosen": "a", "rejected": "b"}, "roles"),
+        ({"prompt": [ANSWER], "chosen": "a", "rejected": "b"}, "roles"),
+        ({"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "roles"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "wrong_type"),
     ],
 )
 def test_an_unusable_row_has_a_reason(row, reason):
     with pytest.raises(RejectedRow) as rejected:
         to_pair(Row("here", 1, row), "prompt", {})
     assert rejected.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        ([USER, ANSWER], [USER | {"content": "other"}, OTHER], "prompts_differ"),
+        ([USER, ANSWER, USER, OTHER], [USER, OTHER, USER, OTHER], "extra_messages"),
+        ([USER, ANSWER], [], "empty_response"),
+        ([USER, ANSWER], [USER, {"role": "assistant", "content": 3}], "wrong_type"),
+        ([USER, ANSWER], None, "null_column"),
+    ],
+)
+def test_unusable_conversations_have_a_reason(chosen, rejected, reason):
+    with pytest.raises(RejectedRow) as error:
+        to_pair(Row("here", 1, {"chosen": chosen, "rejected": rejected}), "messages", {})
+    assert error.value.reason == reason
 
 
 @pytest.mark.parametrize(
@@ -101,7 +158,7 @@ def test_an_unusable_hh_dialogue_has_a_reason(row, reason):
 
 
 def tokens_of(tokenizer, content, **data):
-    (result,) = tokenize_pairs([pair_of(content)], tokenizer, Data(train="unused", **data))
+    (result,) = tokenize_pairs([pair_of(content)], Chat(tokenizer, "2026-01-01"), Data(train=UNUSED, **data))
     return result
 
 
@@ -173,16 +230,17 @@ def test_a_template_that_cannot_be_cut_is_refused(tokenizer, template, what):
 
 def make_store(tmp_path, lengths):
     """Pairs whose token ids tell where they come from: 100·pair + position, prompts from 1, rejected from 50."""
-    with PairWriter(tmp_path) as writer:
-        writer.write(
-            TokenizedPair(
-                f"{n:02}",
-                [100 * n + i for i in range(p)],
-                [100 * n + 20 + i for i in range(c)],
-                [100 * n + 50 + i for i in range(r)],
-            )
-            for n, (p, c, r) in enumerate(lengths, 1)
+    pairs = [
+        TokenizedPair(
+            f"{n:02}",
+            [100 * n + i for i in range(p)],
+            [100 * n + 20 + i for i in range(c)],
+            [100 * n + 50 + i for i in range(r)],
         )
+        for n, (p, c, r) in enumerate(lengths, 1)
+    ]
+    with pair_writer(tmp_path) as writer:
+        writer.write_batch(record_batch([(pair, None) for pair in pairs]))
     return PairStore(tmp_path)
 
 
@@ -241,8 +299,9 @@ def test_jsonl_is_read_line_by_line_also_compressed(tmp_path):
     plain = write_jsonl(tmp_path / "a.jsonl", rows)
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    read = list(read_rows((str(plain), str(packed)), "train", "data.train"))
-    assert [row.content for row in read] == rows * 2 and [row.number for row in read] == [1, 2, 3] * 2
+    for path in (plain, packed):
+        read = list(read_rows(Source(str(path)), "train", "data.train"))
+        assert [row.content for row in read] == rows and [row.number for row in read] == [1, 2, 3]
 
 
 def test_other_files_go_through_datasets(tmp_path):
@@ -254,7 +313,7 @@ def test_other_files_go_through_datasets(tmp_path):
     Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     for name in ("a.parquet", "a.csv", "a.json", "folder"):
-        assert [row.content for row in read_rows(str(tmp_path / name), "train", "data.train")] == rows, name
+        assert [row.content for row in read_rows(Source(str(tmp_path / name)), "train", "data.train")] == rows, name
 
 
 def test_a_broken_source_names_file_and_line(tmp_path):
@@ -266,10 +325,10 @@ def test_a_broken_source_names_file_and_line(tmp_path):
     undecodable.write_bytes(b'{"prompt": "\xe9"}\n')
     for path, where in ((broken, "line 2"), (cut, "after line"), (undecodable, "line 1")):
         with pytest.raises(TbpoError) as error:
-            list(read_rows(str(path), "train", "data.train"))
+            list(read_rows(Source(str(path)), "train", "data.train"))
         assert str(path) in error.value.where and where in error.value.where
     with pytest.raises(TbpoError, match="unknown kind"):
-        list(read_rows(str(write_jsonl(tmp_path / "rows.xyz", [])), "train", "data.train"))
+        list(read_rows(Source(str(write_jsonl(tmp_path / "rows.xyz", []))), "train", "data.train"))
 
 
 # --------------------------------------------------------------------------------------------------------- prepare
@@ -290,8 +349,9 @@ def test_prepare_keeps_or_accounts_for_every_row(recipe_file, tmp_path, rows):
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.max_reject_fraction=0.5")
     manifest = json.loads((run / "prepare/manifest.json").read_text())
     rejects = [json.loads(line) for line in (run / "prepare/rejects.jsonl").read_text().splitlines()]
-    counts = manifest["counts"]["data.train"]
+    (counts,) = [count for count in manifest["counts"] if count["key"] == "data.train"]
     assert (counts["rows"], counts["kept"]) == (36, {"train": 30})
+    assert counts["rejected"] == dict.fromkeys(r["reason"] for r in rejects) | dict.fromkeys(counts["rejected"], 1)
     assert [(r["row"], r["reason"]) for r in sorted(rejects, key=lambda r: r["row"])] == [
         (31, "identical"), (32, "empty_response"), (33, "missing_column"), (34, "duplicate"), (35, "in_eval"),
         (36, "overlong"),
@@ -335,8 +395,117 @@ def test_preparing_twice_gives_the_same_bytes(recipe_file, tmp_path):
         ).read_bytes()
 
 
+def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
+    """2,500 rows are three chunks; some are unusable, so that the rows' order in rejects.jsonl is tested as well."""
+    rows = preference_rows(2500, seed=5)
+    for number in range(0, 2500, 100):
+        rows[number]["chosen"] = ""
+    train = write_jsonl(tmp_path / "many.jsonl", rows)
+    runs = [
+        run_stage("prepare", recipe_file, tmp_path / str(n), f"data.train={train}", f"data.workers={n}") for n in (1, 3)
+    ]
+    for name in ("train/pairs.arrow", "eval/pairs.arrow", "rejects.jsonl"):
+        assert len({(run / "prepare" / name).read_bytes() for run in runs}) == 1, name
+    manifests = [json.loads((run / "prepare/manifest.json").read_text()) for run in runs]
+    assert manifests[0]["outputs"] == manifests[1]["outputs"]
+    assert manifests[0]["counts"][-1]["rejected"] == {"empty_response": 25}
+
+
+def test_a_reversed_pair_is_kept_and_counted(recipe_file, tmp_path):
+    rows = preference_rows(10, seed=5)
+    turned = {"prompt": rows[3]["prompt"], "chosen": rows[3]["rejected"], "rejected": rows[3]["chosen"]}
+    train = write_jsonl(tmp_path / "rows.jsonl", [*rows, turned])
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    assert (counts["kept"], counts["noted"]["reversed"]) == ({"train": 11}, 1)
+
+
+def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
+    """200 pairs at weight 2.5 are 400 and about a half of 200 more; 200 at weight 0.25 about 50, always the same."""
+    a, b = (write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6))
+    sources = f'data.train=[{{path = "{a}", weight = 2.5}}, {{path = "{b}", weight = 0.25}}]'
+    runs = [run_stage("prepare", recipe_file, tmp_path / name, sources) for name in ("x", "y")]
+    _, first, second = json.loads((runs[0] / "prepare/manifest.json").read_text())["counts"]
+    assert 460 < first["kept"]["train"] < 540 and 30 < second["kept"]["train"] < 75
+    assert second["noted"]["unsampled"] == 200 - second["kept"]["train"] and not second["rejected"]
+    ids = [[pair.pair_id for pair in PairStore(run / "prepare/train")] for run in runs]
+    assert ids[0] == ids[1] and len(ids[0]) == first["kept"]["train"] + second["kept"]["train"]
+    with pytest.raises(TbpoError, match="the inputs of a stage changed"):
+        run_stage("prepare", recipe_file, tmp_path / "x", sources.replace("0.25", "0.5"))
+
+
+def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe_file, tmp_path):
+    """The second file is damaged: the stage stops after it has read the first, and has written no split."""
+    good, bad = write_jsonl(tmp_path / "a.jsonl", preference_rows(1500, seed=5)), tmp_path / "b.jsonl"
+    bad.write_text('{"prompt": \n', encoding="utf-8")
+    sources = f'data.train=["{good}", "{bad}"]'
+    with pytest.raises(TbpoError) as error:
+        run_stage("prepare", recipe_file, tmp_path / "run", sources)
+    assert f"{bad}, line 1" in error.value.where
+    folder = tmp_path / "run/prepare/train"
+    assert not list(folder.iterdir())
+    (folder / "pairs.arrow.partial").write_bytes(b"of a process that was killed")
+    write_jsonl(bad, preference_rows(10, seed=6))
+    run_stage("prepare", recipe_file, tmp_path / "run", sources)
+    assert len(PairStore(folder)) == 1510 and [path.name for path in folder.iterdir()] == ["pairs.arrow"]
+
+
+def test_show_prints_pairs_as_the_model_sees_them(recipe_file, tmp_path, capsys):
+    """Every token, a bar after each, a double one where the aligned part ends; with ids their numbers."""
+    train = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red", "chosen": "a b", "rejected": "a b c [x]"}])
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
+    show_pairs(load_recipe(recipe_file), RunDir(run), 3, with_ids=False)
+    shown = capsys.readouterr().out
+    assert "chosen, 3 tokens\na│ b│<|im_end|>│" in shown
+    assert "rejected, 9 tokens\na│ b│ ‖c│ │[│x│]│<|im_end|>│" in shown
+    show_pairs(load_recipe(recipe_file), RunDir(run), 3, with_ids=True)
+    assert f"<|im_end|>⟨{train_tokenizer().eos_token_id}⟩" in capsys.readouterr().out
+
+
+def test_the_report_is_self_contained_and_escapes_what_users_wrote(recipe_file, tmp_path):
+    attack = "<script>alert(1)</script>"
+    rows = [row | {"score_chosen": 5, "score_rejected": 3.0} for row in preference_rows(20, seed=5)]
+    rows[0]["prompt"] = attack
+    train = write_jsonl(tmp_path / "a&b.jsonl", [*rows, {"prompt": "p", "chosen": "", "rejected": "a"}])
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
+    page = (run / "prepare/report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "&lt;" in page and "a&amp;b.jsonl" in page
+    for what in ("empty_response", "prompt, tokens", "aligned, tokens", "score of chosen − score of rejected"):
+        assert what in page, what
+    assert page.count("<h3>") == 10 and "{% for" in page.replace("&#39;", "'"), "ten examples, and the template"
+
+
 def test_padding_and_masks_have_the_documented_types(tmp_path):
     batch = collate_padded([make_store(tmp_path, [(3, 2, 4)])[0]])
     assert (
         batch.chosen.mask.dtype == torch.bool and batch.input_ids.dtype == batch.chosen.predictor.dtype == torch.int64
     )
+
+
+def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(recipe_file, tmp_path, base, tbpo):
+    """Over HTTP, from a server that answers as the Hub does."""
+    rows, repo = preference_rows(20, seed=5), tmp_path / "hub/datasets/org/pairs"
+    repo.mkdir(parents=True)
+    write_jsonl(repo / "train_prefs.jsonl", rows)
+    write_jsonl(repo / "test_prefs.jsonl", preference_rows(5, seed=6))
+    (repo / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train_prefs, path: train_prefs.jsonl}\n"
+        "  - {split: test_prefs, path: test_prefs.jsonl}\n---\n"
+    )
+    shutil.copytree(base, tmp_path / "hub/models/org/base")
+    sources = [
+        f'data.{key}={{path = "org/pairs", config = "main", split = "{split}", revision = "{COMMIT}"}}'
+        for key, split in (("train", "train_prefs"), ("eval", "test_prefs"))
+    ]
+    overrides = [part for one in ("model.base=org/base", *sources) for part in ("--set", one)]
+    with hub(tmp_path / "hub") as (address, requests):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        done = tbpo("prepare", recipe_file, "--run-dir", "run", *overrides, **environment)
+        assert done.returncode == 0, done.stderr
+        assert [p.aligned_length > 0 for p in PairStore(tmp_path / "run/prepare/train")] == [True] * 20
+        assert len(PairStore(tmp_path / "run/prepare/eval")) == 5
+        assert any(f"/datasets/org/pairs/resolve/{COMMIT}/train_prefs.jsonl" in line for line in requests)
+        lost = tbpo("prepare", recipe_file, "--run-dir", "b", *overrides, "--set", "data.train=org/none", **environment)
+    assert lost.returncode == 2 and "org/none" in lost.stderr and "data.train cannot be read" in lost.stderr
+    assert "Traceback" not in lost.stderr

@@ -4,7 +4,7 @@ import pytest
 
 from tbpo_cli.core import GENERATORS, LOSSES
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import load_recipe
+from tbpo_cli.recipe import Source, load_recipe
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_fo
     text = '[model]\nbase = "model"\n[data]\ntrain = ["rows.jsonl", "org/pairs"]\n'
     recipe = load(text, "data.eval=more.jsonl")
     assert recipe.model.base == str(tmp_path / "model")
-    assert recipe.data.train == (str(tmp_path / "rows.jsonl"), "org/pairs")
-    assert recipe.data.eval == str(elsewhere / "more.jsonl")
+    assert recipe.data.train == (Source(str(tmp_path / "rows.jsonl")), Source("org/pairs"))
+    assert recipe.data.eval == (Source(str(elsewhere / "more.jsonl")),)
     assert load(SMALL).model.base == "org/model", "a Hub id stays a Hub id"
     assert load('[model]\nbase = "mistralai/Mistral-7B-v0.1"\n[data]\ntrain = "a/b"').model.base.startswith(
         "mistralai/"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,62 +13,115 @@ from tbpo_cli.data.sources import Row
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data
 
-Messages = tuple[dict[str, str], ...]
+Message = dict[str, Any]  # role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
+Messages = tuple[Message, ...]
+
+# What a template may render of a message; any other key is left out.
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# The roles that may come before each role; "" is the start of the conversation.
+ROLES_BEFORE = {
+    "system": {""},
+    "user": {"", "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
 
 
 class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
     """A row that cannot be used. `reason` is a stable code, `detail` says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison as chat messages, {"role", "content"} each.
+    """One comparison as chat messages.
 
     Args:
-        pair_id: 16 hex digits of the hash of the texts: the same row has the same id everywhere.
+        pair_id: 16 hex digits of the hash of the texts: the same comparison has the same id everywhere.
+        reversed_id: the id it would have with chosen and rejected exchanged; of a demonstration, its pair_id.
+        prompt_hash: 16 hex digits of the hash of prompt and tools.
         prompt: the messages before the response.
-        chosen: the preferred response, one message or more.
-        rejected: the other one; () for a demonstration, which only `sft` can use.
+        chosen: the preferred response, an assistant's message.
+        rejected: the other one; None for a demonstration, which only `sft` can use.
+        tools: JSON schemas of the functions that the assistant may call.
+        score_margin: score_chosen − score_rejected, for rows that have both.
     """
 
     pair_id: str
+    reversed_id: str
+    prompt_hash: str
     prompt: Messages
-    chosen: Messages
-    rejected: Messages
-
-    @property
-    def prompt_hash(self) -> str:
-        return _hash(self.prompt)
+    chosen: Message
+    rejected: Message | None
+    tools: tuple[dict[str, Any], ...] = ()
+    score_margin: float | None = None
 
 
-def make_pair(prompt: Messages, chosen: Messages, rejected: Messages) -> PreferencePair:
-    """A checked pair.
+def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: Message | None) -> PreferencePair:
+    """A checked pair, with the row's `tools`, `score_chosen` and `score_rejected` if it has them.
 
     Raises:
-        RejectedRow: empty_prompt, empty_response, invalid_text, or identical (the two responses are the same).
+        RejectedRow: roles, empty_prompt, empty_response, identical, invalid_text, or wrong_type (of the tools).
     """
-    if not prompt or not any(message["content"].strip() for message in prompt):
+    _check_roles((*prompt, chosen))
+    if not any(message["content"].strip() for message in prompt):
         raise RejectedRow("empty_prompt")
     for side, response in (("chosen", chosen), ("rejected", rejected)):
-        if response and not response[-1]["content"].strip():
+        if response and not (response["content"].strip() or response.get("tool_calls")):
             raise RejectedRow("empty_response", f"{side} is empty")
-    for message in (*prompt, *chosen, *rejected):
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise RejectedRow("invalid_text", f"{message['role']}: {error.reason}") from None
     if chosen == rejected:
         raise RejectedRow("identical", "chosen and rejected are the same")
-    return PreferencePair(_hash((prompt, chosen, rejected)), prompt, chosen, rejected)
+    tools = _tools(row)
+    prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
+    pair_id, reversed_id = (
+        _hash((prompt_hash, *order)) for order in (responses, responses[::-1] if rejected else responses)
+    )
+    return PreferencePair(
+        pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score(row, "chosen", "rejected")
+    )
+
+
+def _check_roles(messages: Messages) -> None:
+    before = ""
+    for number, message in enumerate(messages, 1):
+        if before not in ROLES_BEFORE[message["role"]]:
+            raise RejectedRow("roles", f"message {number} is of {message['role']}, after {before or 'no message'}")
+        before = message["role"]
+
+
+def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The `tools` column: a list of schemas, or that list as JSON text."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RejectedRow("wrong_type", "tools is no list of JSON schemas")
+    return tuple(_without_nulls(tools))
+
+
+def _score(row: dict[str, Any], chosen: str, rejected: str) -> float | None:
+    scores = [row.get(f"score_{side}") for side in (chosen, rejected)]
+    return float(scores[0] - scores[1]) if all(isinstance(score, int | float) for score in scores) else None
 
 
 def _hash(content: Any) -> str:
-    text = json.dumps(content, ensure_ascii=True)  # ASCII, so that a lone surrogate can be hashed as well
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        raise RejectedRow("invalid_text", error.reason) from None
+
+
+def _without_nulls(content: Any) -> Any:
+    """JSON without null members: columnar files fill the keys that other rows have with them."""
+    if isinstance(content, dict):
+        return {key: _without_nulls(value) for key, value in content.items() if value is not None}
+    return [_without_nulls(item) for item in content] if isinstance(content, list) else content
 
 
 # --------------------------------------------------------------------------------------------------------- formats
@@ -89,47 +142,64 @@ def _messages(row: dict[str, Any], column: str) -> Messages:
         raise RejectedRow("null_column", column)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RejectedRow("wrong_type", f"{column} is no list of messages")
-    messages = []
-    for message in value:
-        role, content = message.get("role"), message.get("content")
-        if role not in {"system", "user", "assistant"}:
-            raise RejectedRow("unknown_role", f"{column}: {role!r}")
-        if not isinstance(content, str):
-            raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
-        messages.append({"role": role, "content": content})
-    return tuple(messages)
+    return tuple(_message(message, column) for message in value)
 
 
-def _user(text: str) -> Messages:
-    return ({"role": "user", "content": text},)
+def _message(given: dict[str, Any], column: str) -> Message:
+    role, content = given.get("role"), given.get("content")
+    if not isinstance(role, str) or role not in ROLES_BEFORE:
+        raise RejectedRow("unknown_role", f"{column}: {role!r}")
+    if content is None and given.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
+    if len(given) == 2:
+        return {"role": role, "content": content}
+    return _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
 
 
-def _assistant(text: str) -> Messages:
-    return ({"role": "assistant", "content": text},)
+def _prompt(row: dict[str, Any]) -> Messages:
+    """The `prompt` column, text or messages, after the `system` column's text."""
+    if isinstance(row["prompt"], list):
+        prompt = _messages(row, "prompt")
+    else:
+        prompt = ({"role": "user", "content": _text(row, "prompt")},)
+    return ({"role": "system", "content": row["system"]}, *prompt) if row.get("system") else prompt
+
+
+def _answer(row: dict[str, Any], column: str) -> Message:
+    if not isinstance(row[column], list):
+        return {"role": "assistant", "content": _text(row, column)}
+    messages = _messages(row, column)
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise RejectedRow("roles", f"{column} is not one message of the assistant")
+    return messages[0]
 
 
 def _from_prompt(row: dict[str, Any]) -> PreferencePair:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    return make_pair(_user(_text(row, "prompt")), _assistant(chosen), _assistant(rejected))
+    return make_pair(row, _prompt(row), _answer(row, "chosen"), _answer(row, "rejected"))
 
 
 def _from_messages(row: dict[str, Any]) -> PreferencePair:
-    """Whole conversations or bare responses; the prompt is the `prompt` column's messages, or what both begin with."""
+    """Whole conversations, whose prompt is what both begin with, or bare responses to the `prompt` column."""
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
-    prompt = _messages(row, "prompt") if isinstance(row.get("prompt"), list) else ()
-    if not prompt or chosen[: len(prompt)] == prompt:
+    if not chosen or not rejected:
+        raise RejectedRow("empty_response", "no message in it")
+    if row.get("prompt") and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        prompt = _prompt(row)
+    else:
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not chosen or not rejected:
-        raise RejectedRow("empty_response", "no message after the prompt")
     if any(response[0]["role"] != "assistant" for response in (chosen, rejected)):
-        raise RejectedRow("prompts_differ", "the conversations part at a message that is not the assistant's")
-    return make_pair(prompt, chosen, rejected)
+        raise RejectedRow("prompts_differ", "the conversations part before the assistant's message")
+    if len(chosen) > 1 or len(rejected) > 1:
+        raise RejectedRow("extra_messages", "messages follow the one in which the conversations part")
+    return make_pair(row, prompt, chosen[0], rejected[0])
 
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -145,24 +215,26 @@ def _hh_messages(text: str) -> Messages:
 
 
 def _from_hh(row: dict[str, Any]) -> PreferencePair:
-    chosen, rejected = _hh_messages(_text(row, "chosen")), _hh_messages(_text(row, "rejected"))
+    """Whole dialogues, or the `prompt` column's dialogue and how it goes on."""
+    prompt = _text(row, "prompt") if row.get("prompt") else ""
+    chosen, rejected = (_hh_messages(prompt + _text(row, side)) for side in ("chosen", "rejected"))
     for side in (chosen, rejected):
         if side[-1]["role"] != "assistant":
             raise RejectedRow("roles", "the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("prompts_differ")
-    return make_pair(chosen[:-1], chosen[-1:], rejected[-1:])
+    return make_pair(row, chosen[:-1], chosen[-1], rejected[-1])
 
 
 def _from_sft_prompt(row: dict[str, Any]) -> PreferencePair:
-    return make_pair(_user(_text(row, "prompt")), _assistant(_text(row, "completion")), ())
+    return make_pair(row, _prompt(row), _answer(row, "completion"), None)
 
 
 def _from_sft_messages(row: dict[str, Any]) -> PreferencePair:
     messages = _messages(row, "messages")
     if not messages or messages[-1]["role"] != "assistant":
         raise RejectedRow("roles", "the conversation does not end with the assistant")
-    return make_pair(messages[:-1], messages[-1:], ())
+    return make_pair(row, messages[:-1], messages[-1], None)
 
 
 @dataclass(frozen=True)
@@ -174,31 +246,36 @@ class Format:
     parse: Callable[[dict[str, Any]], PreferencePair]
 
 
+def _is_dialogue(row: dict[str, Any]) -> bool:
+    return HH_TURN.match(str(row.get("prompt") or row["chosen"]).lstrip("\n")) is not None
+
+
 FORMATS = {
+    "hh": Format(("chosen", "rejected"), _is_dialogue, _from_hh),
     "prompt": Format(("prompt", "chosen", "rejected"), lambda row: isinstance(row["chosen"], str), _from_prompt),
     "messages": Format(("chosen", "rejected"), lambda row: isinstance(row["chosen"], list), _from_messages),
-    "hh": Format(("chosen", "rejected"), lambda row: HH_TURN.search(str(row["chosen"])) is not None, _from_hh),
     "sft_prompt": Format(("prompt", "completion"), lambda row: True, _from_sft_prompt),
     "sft_messages": Format(("messages",), lambda row: True, _from_sft_messages),
 }
 
 
-def recognise(row: Row, data: Data) -> str:
-    """The name of the row's format: `data.format`, or the first of FORMATS that fits.
+def recognise(rows: Sequence[Row], data: Data) -> str:
+    """The name of the rows' format: `data.format`, or the first of FORMATS that fits the first row that any fits.
 
     Raises:
-        TbpoError: if none fits, with the columns that are there.
+        TbpoError: if none fits, with the columns of the first row.
     """
     if data.format != "auto":
         return data.format
-    content = _renamed(row.content, data.columns)
-    for name, candidate in FORMATS.items():
-        if isinstance(content, dict) and all(c in content for c in candidate.columns) and candidate.recognise(content):
-            return name
-    columns = ", ".join(content) if isinstance(content, dict) else f"no columns: {type(content).__name__}"
+    contents = [_renamed(row.content, data.columns) for row in rows]
+    for content in contents:
+        for name, known in FORMATS.items():
+            if isinstance(content, dict) and all(c in content for c in known.columns) and known.recognise(content):
+                return name
+    columns = ", ".join(contents[0]) if isinstance(contents[0], dict) else f"none, it is {type(contents[0]).__name__}"
     raise TbpoError(
-        "the row has none of the known formats",
-        f"{row.source}, row {row.number}; its columns: {columns}",
+        "the rows have none of the known formats",
+        f"{rows[0].source}, row {rows[0].number}; its columns: {columns}",
         "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items()),
         'name the columns, e.g. [data.columns] prompt = "question"',
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +25,21 @@ class Row:
     content: Any
 
 
-def read_rows(sources: Source, split: str, key: str) -> Iterator[Row]:
-    """The rows of all sources, one source after the other.
+def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
+    """The rows of a source, in order, never all in memory.
 
     Args:
-        sources: paths of .jsonl[.gz], .json, .parquet, .csv or .arrow files, folders that `datasets` saved, or ids of
-            Hub data sets.
-        split: the split of a Hub data set.
-        key: the recipe key that names the sources, for messages.
+        source: its path is a .jsonl[.gz], .json, .parquet, .csv or .arrow file, a folder that `datasets` saved, or the
+            id of a Hub data set.
+        split: of a Hub data set or a saved folder, if the source names none.
+        key: the recipe key that names the source, for messages.
 
     Raises:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
-    for source in [sources] if isinstance(sources, str) else sources:
-        name = source.removesuffix(".gz")
-        rows = _read_jsonl(Path(source)) if name.endswith(".jsonl") else _read_dataset(source, split, key)
-        yield from (Row(source, number, content) for number, content in rows)
+    is_jsonl = source.path.removesuffix(".gz").endswith(".jsonl")
+    rows = _read_jsonl(Path(source.path)) if is_jsonl else _read_dataset(source, source.split or split, key)
+    yield from (Row(source.path, number, content) for number, content in rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -49,14 +49,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSON that is broken, not UTF-8, or nested beyond reason
         raise TbpoError(
             f"the line is not JSON: {error}",
             f"{path}, line {number}",
             "one JSON object a line, in UTF-8",
             "mend or remove that line",
         ) from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TbpoError(
             f"the compressed file is damaged: {error}",
             f"{path}, after line {number}",
@@ -67,35 +67,35 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise TbpoError(f"the file cannot be read: {error.strerror}", str(path), "a readable file") from None
 
 
-def _read_dataset(source: str, split: str, key: str) -> Iterator[tuple[int, Any]]:
-    """Everything that is no JSONL goes through `datasets`, without loading it into memory."""
+def _read_dataset(source: Source, split: str, key: str) -> Iterator[tuple[int, Any]]:
+    """Everything that is no JSONL goes through `datasets`: files are streamed, a Hub data set is downloaded once."""
     import datasets
 
-    path = Path(source)
+    path, number = Path(source.path), 0
     try:
         if path.is_dir():
-            loaded = datasets.load_from_disk(source)
+            loaded = datasets.load_from_disk(source.path)
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         elif path.is_file():
             if path.suffix not in DATASETS_BUILDERS:
                 raise TbpoError(
                     f"{key} is of an unknown kind",
-                    source,
+                    source.path,
                     f"one of .jsonl, .jsonl.gz, {', '.join(DATASETS_BUILDERS)}",
                     "convert the file, or rename it if its ending is wrong",
                 )
-            rows = datasets.load_dataset(
-                DATASETS_BUILDERS[path.suffix], data_files=source, split="train", streaming=True
-            )
+            builder = DATASETS_BUILDERS[path.suffix]
+            rows = datasets.load_dataset(builder, data_files=source.path, split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(source, split=split, streaming=True)
-        yield from enumerate(rows, 1)
+            rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
+        for number, row in enumerate(rows, 1):
+            yield number, row
     except TbpoError:
         raise
     except Exception as error:  # whatever `datasets` and the Hub raise is about the source that was named
         raise TbpoError(
             f"{key} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            source,
+            f"{source.path}{f', after row {number}' if number else ''}",
             f"a local file, a folder, or a Hub data set with the split {split!r}",
             f"check {key} in the recipe",
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +12,37 @@ import pyarrow as pa
 
 from tbpo_cli.data.tokens import TokenizedPair
 
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCHEMA = pa.schema(
-    {"pair_id": pa.string()} | {name: pa.list_(pa.int32()) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    {"pair_id": pa.string()} | {name: pa.list_(pa.int32()) for name in ID_COLUMNS} | {"score_margin": pa.float64()}
 )
 
 
-class PairWriter:
-    """Appends pairs to a split's file, in batches; a context manager."""
+def record_batch(pairs: Sequence[tuple[TokenizedPair, float | None]]) -> pa.RecordBatch:
+    """Pairs and their score margins as Arrow columns of SCHEMA."""
+    id_columns = [_list_array([getattr(pair, name) for pair, _ in pairs]) for name in ID_COLUMNS]
+    pair_ids = pa.array([pair.pair_id for pair, _ in pairs], pa.string())
+    margins = pa.array([margin for _, margin in pairs], pa.float64())
+    return pa.RecordBatch.from_arrays([pair_ids, *id_columns, margins], schema=SCHEMA)
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "pairs.arrow"
-        self._writer = pa.ipc.new_file(self.path, SCHEMA)
 
-    def __enter__(self) -> PairWriter:
-        return self
+def _list_array(lists: list[Sequence[int]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
+    return pa.ListArray.from_arrays(offsets, values)
 
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
 
-    def write(self, pairs: Iterable[TokenizedPair]) -> None:
-        rows = [{name: getattr(pair, name) for name in SCHEMA.names} for pair in pairs]
-        if rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+@contextmanager
+def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
+    """Writes the record batches of a split. Its file appears when it is whole, and not at all after an exception."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "pairs.arrow.partial"
+    try:
+        with pa.ipc.new_file(partial, SCHEMA) as writer:
+            yield writer
+        partial.replace(folder / "pairs.arrow")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class PairStore:
@@ -47,15 +57,20 @@ class PairStore:
             self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
             np.concatenate([np.diff(chunk.offsets) for chunk in self._table[name].chunks] or [np.empty(0, np.int32)])
-            for name in SCHEMA.names[1:]
+            for name in ID_COLUMNS
         )
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> TokenizedPair:
-        pair_id, *ids = (self._table[name][index] for name in SCHEMA.names)
-        return TokenizedPair(pair_id.as_py(), *(column.values.to_numpy() for column in ids))
+        ids = (self._table[name][index].values.to_numpy() for name in ID_COLUMNS)
+        return TokenizedPair(self._table["pair_id"][index].as_py(), *ids)
+
+    @property
+    def score_margins(self) -> np.ndarray:
+        """score_chosen − score_rejected of the pairs whose row had both."""
+        return self._table["score_margin"].drop_null().to_numpy()
 
     @property
     def has_rejected(self) -> bool:

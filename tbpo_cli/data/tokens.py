@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.data.template import CLOSE, OPEN, Chat, render_pair, unmask
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Private-use characters that stand for control tokens written in a user's text while the template is rendered.
-_OPEN, _CLOSE = "\ue0fa", "\ue0fb"
+TAIL_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise TbpoError(
             f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
             f"model.base = {model.base!r}",
@@ -91,128 +91,85 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tokenize_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerFast, data: Data
-) -> list[TokenizedPair | RejectedRow]:
+def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[TokenizedPair | RejectedRow]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
     Raises:
         TbpoError: if the chat template does not allow the cut between prompt and response.
     """
-    results: list[TokenizedPair | RejectedRow | None] = [None] * len(pairs)
-    texts: list[str] = []
-    wanted: list[int] = []
-    for number, pair in enumerate(pairs):
+    rendered: list[tuple[str, str, str] | RejectedRow] = []
+    for pair in pairs:
         try:
-            rendered = _render(pair, tokenizer)
-        except RejectedRow as rejected:
-            results[number] = rejected
-            continue
-        wanted.append(number)
-        texts += rendered
-    ids = _encode(texts, tokenizer)
-    for position, number in enumerate(wanted):
-        prompt, chosen, rejected = ids[3 * position : 3 * position + 3]
-        try:
-            results[number] = _fit(pairs[number].pair_id, prompt, chosen, rejected, data)
+            rendered.append(render_pair(pair, chat))
         except RejectedRow as reason:
-            results[number] = reason
-    return [result for result in results if result is not None]
+            rendered.append(reason)
+    prompts = [texts[0] for texts in rendered if isinstance(texts, tuple)]
+    responses = [(texts[0], text) for texts in rendered if isinstance(texts, tuple) for text in texts[1:]]
+    prompt_ids = iter(_encode(prompts, chat))
+    response_ids = iter(_encode_after(responses, chat))
+    results: list[TokenizedPair | RejectedRow] = []
+    for pair, texts in zip(pairs, rendered, strict=True):
+        if isinstance(texts, RejectedRow):
+            results.append(texts)
+            continue
+        try:
+            results.append(_fit(pair, next(prompt_ids), next(response_ids), next(response_ids), data))
+        except RejectedRow as reason:
+            results.append(reason)
+    return results
 
 
-def _render(pair: PreferencePair, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, str]:
-    """(prompt with the generation prompt, what chosen adds, what rejected adds), control tokens of users masked."""
-    from jinja2 import TemplateError
-
-    controls = _controls(tokenizer)
-    try:
-        prompt = tokenizer.apply_chat_template(
-            _masked(pair.prompt, controls), tokenize=False, add_generation_prompt=True
-        )
-        responses = [
-            tokenizer.apply_chat_template(_masked(pair.prompt + response, controls), tokenize=False) if response else ""
-            for response in (pair.chosen, pair.rejected)
-        ]
-    except TemplateError as error:
-        raise RejectedRow("template_error", str(error)) from None
-    for full in filter(None, responses):
-        if not full.startswith(prompt):
-            raise TbpoError(
-                "the chat template renders the prompt differently once an answer follows",
-                f"pair {pair.pair_id}\n    prompt alone: …{_around_split(prompt, full)!r}\n"
-                f"    with answer:  …{_around_split(full, prompt)!r}",
-                "the full rendering begins with the rendering of the prompt and its generation prompt",
-                "give a template of your own as model.chat_template",
-            )
-    chosen, rejected = (_up_to_end_of_turn(full[len(prompt) :], controls) if full else "" for full in responses)
-    return prompt, chosen, rejected
-
-
-def _around_split(text: str, other: str) -> str:
-    """The part of a text around the place where it leaves the other."""
-    split = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return text[max(0, split - 80) : split + 80]
-
-
-def _controls(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Matches the tokenizer's control tokens, the longest first."""
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
-
-
-def _masked(messages: Messages, controls: re.Pattern[str]) -> list[dict[str, str]]:
-    """The messages with each control token inside a content written as private-use characters."""
-    return [
-        message | {"content": controls.sub(lambda m: _OPEN + m.group().encode().hex() + _CLOSE, message["content"])}
-        for message in messages
-    ]
-
-
-def _unmasked(text: str) -> str:
-    return re.sub(f"{_OPEN}([0-9a-f]+){_CLOSE}", lambda m: bytes.fromhex(m.group(1)).decode(), text)
-
-
-def _up_to_end_of_turn(response: str, controls: re.Pattern[str]) -> str:
-    """The response up to the first control token after its text: what a template adds behind it is never generated."""
-    cut, end = None, len(response)
-    for match in reversed(list(controls.finditer(response))):
-        if response[match.end() : end].strip():
-            break
-        cut, end = match.end(), match.start()
-    if cut is None:
-        raise TbpoError(
-            "the chat template ends an answer without an end-of-turn token",
-            f"the answer renders as …{response[-80:]!r}",
-            "a control token after the answer, so that the model learns to stop",
-            "give a template of your own as model.chat_template",
-        )
-    return response[:cut]
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:
     """Ids of rendered texts. One with masked control tokens is encoded piece by piece, between the real ones."""
-    if not texts:
-        return []
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    controls = _controls(tokenizer)
+    ids = chat.encode(texts)
     for number, text in enumerate(texts):
-        if _OPEN in text:
-            ids[number] = [i for piece in _pieces(text, controls) for i in _encode_piece(piece, tokenizer, controls)]
+        if OPEN in text:
+            ids[number] = _encode_masked(text, chat)
     return ids
 
 
-def _pieces(text: str, controls: re.Pattern[str]) -> list[str]:
-    return [piece for piece in re.split(f"({controls.pattern})", text) if piece]
+def _encode_masked(text: str, chat: Chat) -> list[int]:
+    before, *rest = re.split(f"({chat.controls.pattern})", text)  # text, control token, text, control token, text, …
+    ids = chat.encode([unmask(before)], controls_as_text=True)[0]
+    for control, after in zip(rest[::2], rest[1::2], strict=True):
+        token = chat.control_tokens[control]
+        after = after.lstrip() if token.rstrip else after  # some control tokens swallow the white space around them
+        ids += [chat.tokenizer.convert_tokens_to_ids(control)]
+        ids += chat.encode([unmask(after)], controls_as_text=True)[0]
+    return ids
 
 
-def _encode_piece(piece: str, tokenizer: PreTrainedTokenizerFast, controls: re.Pattern[str]) -> list[int]:
-    if controls.fullmatch(piece):
-        return [tokenizer.convert_tokens_to_ids(piece)]
-    return tokenizer(_unmasked(piece), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def _encode_after(responses: Sequence[tuple[str, str]], chat: Chat) -> list[list[int]]:
+    """Ids of responses, each tokenized on its own, given as (prompt, response).
+
+    A tokenizer that puts a space before whatever it is given (SentencePiece) is shown the end of the prompt as well,
+    whose tokens are then taken away: the space is not in the text, and inference will not see it.
+    """
+    alone = [response for _, response in responses]
+    if not _adds_prefix(chat):
+        return _encode(alone, chat)
+    tails = [_tail(prompt, chat) for prompt, _ in responses]
+    tail_ids = _encode(tails, chat)
+    joint = _encode([tail + response for tail, response in zip(tails, alone, strict=True)], chat)
+    return [
+        ids[len(before) :] if ids[: len(before)] == before else _encode([response], chat)[0]
+        for ids, before, response in zip(joint, tail_ids, alone, strict=True)
+    ]
 
 
-def _fit(pair_id: str, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> TokenizedPair:
+def _adds_prefix(chat: Chat) -> bool:
+    newline, word, both = _encode(["\n", "ab", "\nab"], chat)
+    return newline + word != both
+
+
+def _tail(prompt: str, chat: Chat) -> str:
+    """The last characters of a prompt, from its last control token on if that is near."""
+    start = max(len(prompt) - TAIL_CHARACTERS, prompt.rfind(CLOSE) + 1)
+    last = max((match.start() for match in chat.controls.finditer(prompt, start)), default=start)
+    return prompt[last:]
+
+
+def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> TokenizedPair:
     """The pair within `data.max_length` tokens, dropped or with its responses cut, as `data.overlong` says."""
     longest = len(prompt) + max(len(chosen), len(rejected))
     if longest > data.max_length:
@@ -220,4 +177,6 @@ def _fit(pair_id: str, prompt: list[int], chosen: list[int], rejected: list[int]
         if data.overlong == "drop" or room < 1:
             raise RejectedRow("overlong", f"{longest} tokens, max_length is {data.max_length}")
         chosen, rejected = chosen[:room], rejected[:room]
-    return TokenizedPair(pair_id, prompt, chosen, rejected)
+    if chosen == rejected:
+        raise RejectedRow("identical", "chosen and rejected are the same tokens")
+    return TokenizedPair(pair.pair_id, prompt, chosen, rejected)

@@ -1,43 +1,49 @@
-"""`tbpo prepare`: rows → checked, tokenized pairs, and a report of what was dropped and why."""
+"""`tbpo prepare`: rows → checked, tokenized pairs, and a report of what was left out and why."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
+
+import pyarrow as pa
 
 from tbpo_cli import console
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow, recognise, to_pair
-from tbpo_cli.data.sources import Row, read_rows
-from tbpo_cli.data.store import PairStore, PairWriter
-from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer, tokenize_pairs
+from tbpo_cli.data import preview
+from tbpo_cli.data.chunks import Chunk, Kept, prepare_rows, workers
+from tbpo_cli.data.pairs import RejectedRow
+from tbpo_cli.data.sources import read_rows
+from tbpo_cli.data.store import PairStore, pair_writer
+from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Recipe
+from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-ROWS_AT_A_TIME = 1000
 EXCERPT_CHARACTERS = 200
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one recipe key. `kept` is by split, `rejected` by reason."""
+    """What became of the rows of one source. `kept` is by split, `rejected` by reason.
 
+    `noted` counts pairs that are kept, or left out on the recipe's own word: reversed (the same comparison is there the
+    other way round as well), unsampled (a weight below 1).
+    """
+
+    key: str
+    source: str
+    format: str = ""
     rows: int = 0
-    formats: dict[str, str] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -48,64 +54,85 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     started = time.monotonic()
     folder = run_dir.begin("prepare", recipe)
+    load_tokenizer(recipe.model)  # before the workers do, whose errors could not be told
     for leftover in ("train", "eval", "sft"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
-    data = recipe.data
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
-        work = _Work(recipe, load_tokenizer(recipe.model), folder, rejects)
-        counts = {}
-        if data.eval is not None:
-            counts["data.eval"] = work.prepare(
-                "data.eval", read_rows(data.eval, data.eval_split, "data.eval"), ("eval",)
-            )
-        rows = read_rows(data.train, data.train_split, "data.train")
-        splits = ("train", "eval") if data.eval is None else ("train",)
-        counts["data.train"] = work.prepare("data.train", rows, splits)
-        if recipe.sft is not None and recipe.sft.train is not None:
-            rows = read_rows(recipe.sft.train, data.train_split, "sft.train")
-            counts["sft.train"] = work.prepare("sft.train", rows, ("sft",))
-    for key, count in counts.items():
-        _check(key, count, data.max_reject_fraction, folder)
-    run_dir.finish(
-        "prepare",
-        [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"],
-        {
-            "counts": {key: vars(count) for key, count in counts.items()},
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
+    data, sft = recipe.data, recipe.sft
+    work = [("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))]
+    if data.eval is not None:  # first, so that its prompts are known
+        work.insert(0, ("data.eval", data.eval, data.eval_split, ("eval",)))
+    if sft is not None and sft.train is not None:
+        work.append(("sft.train", sft.train, data.train_split, ("sft",)))
+    counts: list[Counts] = []
+    eval_prompts: set[str] = set()
+    with workers(recipe.model, data) as pool, (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+        for key, sources, split, into in work:
+            sifter = _Sifter(recipe, key, into, eval_prompts, rejects, pool)
+            with ExitStack() as stack:
+                writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
+                counts += [sifter.sift(source, split, writers) for source in sources]
+    for key, *_ in work:
+        _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
+    facts = {"counts": [vars(count) for count in counts], "seconds": round(time.monotonic() - started, 1)}
+    preview.write_report(recipe, folder, facts["counts"])
+    outputs = [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"]
+    run_dir.finish("prepare", outputs, facts)
     report(recipe, run_dir)
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the counts of the complete stage."""
     folder = run_dir.stage("prepare")
+    counts = run_dir.manifest("prepare")["counts"]
+    rows = [
+        [split, count["source"].rpartition("/")[2], count["format"], f"{count['rows']:,}", f"{pairs:,}"]
+        for count in counts
+        for split, pairs in count["kept"].items()
+    ]
+    console.show_table("Prepared pairs", ["split", "from", "format", "rows", "pairs"], rows)
+    _show_rejected(counts, folder)
     rows = []
-    for key, counts in run_dir.manifest("prepare")["counts"].items():
-        for split in counts["kept"]:
-            store = PairStore(folder / split)
-            lengths = [store.prompt_lengths, store.chosen_lengths, store.rejected_lengths]
-            means = [f"{values.mean():.0f}" if len(values) else "" for values in lengths]
-            formats = ", ".join(sorted(set(counts["formats"].values())))
-            rows.append([split, key, formats, f"{counts['rows']:,}", f"{len(store):,}", *means])
-    headings = ["split", "from", "format", "rows", "pairs", "prompt", "chosen", "rejected"]
-    console.show_table("Prepared pairs (prompt, chosen, rejected: mean tokens)", headings, rows)
-    _show_rejected({k: c["rejected"] for k, c in run_dir.manifest("prepare")["counts"].items()}, folder)
+    for split in dict.fromkeys(split for count in counts for split in count["kept"]):
+        store = PairStore(folder / split)
+        lengths = (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
+        rows.append([split, *(f"{x.mean():.0f}" if len(x) else "" for x in lengths)])
+    console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
+    console.say(f"more about them: {folder / 'report.html'}")
 
 
-def _show_rejected(rejected: dict[str, dict[str, int]], folder: Path) -> None:
-    rows = [[key, reason, f"{n:,}"] for key, reasons in rejected.items() for reason, n in reasons.items()]
+def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
+    """Prints the first training pairs of the complete stage as the model sees them."""
+    preview.show_pairs(PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model), num_pairs, with_ids)
+
+
+def _show_rejected(counts: list[dict], folder: Path) -> None:
+    rows = [
+        [reason, count["source"].rpartition("/")[2], f"{number:,}"]
+        for count in counts
+        for reason, number in sorted(count["rejected"].items())
+    ]
     if rows:
-        console.show_table("Rows that were left out", ["from", "reason", "rows"], rows)
+        console.show_table("Rows that were left out", ["reason", "from", "rows"], rows)
         console.say(f"each with its number and text: {folder / 'rejects.jsonl'}")
+    for count in counts:
+        for note, number in count["noted"].items():
+            if number:
+                console.say(f"{count['source'].rpartition('/')[2]}: {NOTES[note].format(number)}")
 
 
-def _check(key: str, counts: Counts, max_reject_fraction: float, folder: Path) -> None:
-    rejected = counts.rejected.total()
-    if rejected > max_reject_fraction * counts.rows or not counts.kept.total():
-        _show_rejected({key: counts.rejected}, folder)
+NOTES = {
+    "reversed": "{:,} pairs are there the other way round as well (kept)",
+    "unsampled": "{:,} pairs are left out by the source's weight",
+}
+
+
+def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: Path) -> None:
+    rejected = sum(count.rejected.total() for count in counts)
+    rows = sum(count.rows for count in counts)
+    if rejected > max_reject_fraction * rows or not any(count.kept.total() for count in counts):
+        _show_rejected([vars(count) for count in counts], folder)
         raise TbpoError(
-            f"{rejected:,} of {counts.rows:,} rows of {key} cannot be used",
+            f"{rejected:,} of {rows:,} rows of {key} cannot be used",
             str(folder / "rejects.jsonl"),
             f"at least one usable row, and at most {max_reject_fraction:.0%} left out",
             "mend the rows, name the columns under [data.columns], or raise data.max_reject_fraction",
@@ -113,78 +140,80 @@ def _check(key: str, counts: Counts, max_reject_fraction: float, folder: Path) -
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all sources of a recipe are prepared with."""
+class _Sifter:
+    """Decides, row after row, which pairs of a recipe key are kept, and in which split.
+
+    Args:
+        splits: where the pairs go; if there are two, `eval_fraction` of the prompts to the second.
+        eval_prompts: hashes of the evaluation prompts, filled by the key that makes them.
+        seen: ids of the pairs that were kept.
+    """
 
     recipe: Recipe
-    tokenizer: PreTrainedTokenizerFast
-    folder: Path
+    key: str
+    splits: tuple[str, ...]
+    eval_prompts: set[str]
     rejects: TextIO
-    eval_prompts: set[str] = field(default_factory=set)
+    pool: Executor
+    seen: set[str] = field(default_factory=set)
 
-    def prepare(self, key: str, rows: Iterator[Row], splits: tuple[str, ...]) -> Counts:
-        """Writes the rows of one key to `splits`; if there are two, `eval_fraction` of the prompts to the second."""
-        counts = Counts(kept=Counter(dict.fromkeys(splits, 0)))
-        seen: set[str] = set()
-        with ExitStack() as stack:
-            writers = {split: stack.enter_context(PairWriter(self.folder / split)) for split in splits}
-            for batch in _batched(rows, ROWS_AT_A_TIME):
-                counts.rows += len(batch)
-                usable: list[tuple[Row, PreferencePair]] = []
-                for row in batch:
-                    try:
-                        usable.append((row, self._pair(row, counts, seen, leave_out=self._held_out(splits))))
-                    except RejectedRow as reason:
-                        self._reject(key, row, reason, counts)
-                kept: dict[str, list[TokenizedPair]] = {split: [] for split in splits}
-                tokenized = tokenize_pairs([pair for _, pair in usable], self.tokenizer, self.recipe.data)
-                for (row, pair), result in zip(usable, tokenized, strict=True):
-                    if isinstance(result, RejectedRow):
-                        self._reject(key, row, result, counts)
-                    else:
-                        kept[self._split_of(pair, splits)].append(result)
-                for split, pairs in kept.items():
-                    writers[split].write(pairs)
-                    counts.kept[split] += len(pairs)
+    def sift(self, source: Source, split: str, writers: dict[str, pa.RecordBatchFileWriter]) -> Counts:
+        """Writes the pairs of one source."""
+        counts = Counts(self.key, source.path, kept=Counter(dict.fromkeys(self.splits, 0)))
+        for chunk in prepare_rows(read_rows(source, split, self.key), self.recipe.data, self.pool):
+            counts.format = chunk.format_name
+            counts.rows += len(chunk.rows)
+            rejected = dict(chunk.rejected)
+            taken: dict[str, list[int]] = {name: [] for name in self.splits}
+            for index, kept in enumerate(chunk.kept):
+                if reason := self._reason_against(kept):
+                    rejected[kept.position] = reason
+                    continue
+                self.seen.add(kept.pair_id)
+                copies = self._copies(kept, source.weight)
+                counts.noted["reversed"] += kept.reversed_id != kept.pair_id and kept.reversed_id in self.seen
+                counts.noted["unsampled"] += not copies
+                taken[self._split_of(kept)] += [index] * copies
+            for name, indices in taken.items():
+                counts.kept[name] += len(indices)
+                if indices:
+                    writers[name].write_batch(chunk.pairs.take(pa.array(indices)))
+            self._note_rejected(chunk, rejected, counts)
         return counts
 
-    def _pair(self, row: Row, counts: Counts, seen: set[str], leave_out: set[str]) -> PreferencePair:
-        if row.source not in counts.formats:
-            counts.formats[row.source] = recognise(row, self.recipe.data)
-        pair = to_pair(row, counts.formats[row.source], self.recipe.data.columns)
-        if pair.prompt_hash in leave_out:
-            raise RejectedRow("in_eval", "the prompt is among the evaluation prompts")
-        if self.recipe.data.dedup and pair.pair_id in seen:
-            raise RejectedRow("duplicate")
-        seen.add(pair.pair_id)
-        return pair
+    def _reason_against(self, kept: Kept) -> RejectedRow | None:
+        if self.splits != ("eval",) and kept.prompt_hash in self.eval_prompts:
+            return RejectedRow("in_eval", "the prompt is among the evaluation prompts")
+        if self.recipe.data.dedup and kept.pair_id in self.seen:
+            return RejectedRow("duplicate", "the same comparison came before")
+        return None
 
-    def _held_out(self, splits: tuple[str, ...]) -> set[str]:
-        return set() if splits == ("eval",) else self.eval_prompts
-
-    def _split_of(self, pair: PreferencePair, splits: tuple[str, ...]) -> str:
+    def _split_of(self, kept: Kept) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
-        if splits == ("eval",):
-            self.eval_prompts.add(pair.prompt_hash)
-        if len(splits) == 1:
-            return splits[0]
-        digest = hashlib.sha256(f"{self.recipe.run.seed} {pair.prompt_hash}".encode()).digest()
-        return splits[int.from_bytes(digest[:8], "big") < self.recipe.data.eval_fraction * 2**64]
+        if self.splits == ("eval",):
+            self.eval_prompts.add(kept.prompt_hash)
+        held_out = len(self.splits) > 1 and self._draw(kept.prompt_hash) < self.recipe.data.eval_fraction
+        return self.splits[held_out]
 
-    def _reject(self, key: str, row: Row, reason: RejectedRow, counts: Counts) -> None:
-        counts.rejected[reason.reason] += 1
-        line = {
-            "from": key,
-            "source": row.source,
-            "row": row.number,
-            "reason": reason.reason,
-            "detail": reason.detail,
-            "excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS],
-        }
-        self.rejects.write(json.dumps(line) + "\n")
+    def _copies(self, kept: Kept, weight: float) -> int:
+        whole = int(weight)
+        return whole + (self._draw(kept.pair_id) < weight - whole)
 
+    def _draw(self, text: str) -> float:
+        """A number in [0, 1) that the text and the seed decide."""
+        digest = hashlib.sha256(f"{self.recipe.run.seed} {text}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
-def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+    def _note_rejected(self, chunk: Chunk, rejected: dict[int, RejectedRow], counts: Counts) -> None:
+        for position, reason in sorted(rejected.items()):
+            row = chunk.rows[position]
+            counts.rejected[reason.reason] += 1
+            line = {
+                "from": self.key,
+                "source": row.source,
+                "row": row.number,
+                "reason": reason.reason,
+                "detail": reason.detail,
+                "excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS],
+            }
+            self.rejects.write(json.dumps(line) + "\n")

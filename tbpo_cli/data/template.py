@@ -1,0 +1,141 @@
+"""A pair as the chat template renders it: the prompt as inference will see it, and what each answer adds to it.
+
+Control tokens come from the template only. Those written in a user's text are masked while the template is rendered,
+so that whatever a template does with the text, they stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.errors import TbpoError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+# Private-use characters around the hexadecimal form of a masked control token.
+OPEN, CLOSE = "\ue0fa", "\ue0fb"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer with its chat template.
+
+    Args:
+        tokenizer: a fast one.
+        template_date: YYYY-MM-DD, what templates that print today's date print.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    template_date: str
+
+    @cached_property
+    def control_tokens(self) -> dict[str, AddedToken]:
+        """The tokenizer's control tokens by their text, the longest first."""
+        tokens = {token.content: token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+    @cached_property
+    def controls(self) -> re.Pattern[str]:
+        """Matches any control token."""
+        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+
+    def mask(self, content: Any) -> Any:
+        """Messages, or anything in them, with every control token in a text written as private-use characters."""
+        if isinstance(content, str):
+            if OPEN in content or CLOSE in content:
+                content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
+            return self.controls.sub(_masked, content)
+        if isinstance(content, dict):
+            return {key: self.mask(value) for key, value in content.items()}
+        return [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
+
+    def encode(self, texts: Sequence[str], controls_as_text: bool = False) -> list[list[int]]:
+        """Ids of texts as they stand: nothing is added, cut or padded."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = controls_as_text
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
+        """The messages, masked, as text. Raises what the template raises."""
+        tools = self.mask(tools) or None
+        template = _with_date(self.tokenizer.get_chat_template(tools=tools), self.template_date)
+        return self.tokenizer.apply_chat_template(
+            self.mask(messages), tools, chat_template=template, tokenize=False, **options
+        )
+
+
+@lru_cache
+def _with_date(template: str, day: str) -> str:
+    """The template with the calls that print today's date replaced by the text for that day."""
+    day = date.fromisoformat(day)
+    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(day.strftime(call.group(2))), template)
+
+
+def _masked(match: re.Match[str]) -> str:
+    return OPEN + match.group().encode().hex() + CLOSE
+
+
+def unmask(text: str) -> str:
+    return re.sub(f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text)
+
+
+def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
+    """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
+
+    Raises:
+        RejectedRow: template_error, if the template refuses the messages.
+        TbpoError: if the template does not allow the cut between prompt and response.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
+        chosen, rejected = (
+            chat.render((*pair.prompt, response), pair.tools) if response else ""
+            for response in (pair.chosen, pair.rejected)
+        )
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
+    for full in filter(None, (chosen, rejected)):
+        if not full.startswith(prompt):
+            raise TbpoError(
+                "the chat template renders the prompt differently once an answer follows",
+                f"pair {pair.pair_id}\n    prompt alone: …{_around_split(prompt, full)!r}\n"
+                f"    with answer:  …{_around_split(full, prompt)!r}",
+                "the full rendering begins with the rendering of the prompt and its generation prompt",
+                "give a template of your own as model.chat_template",
+            )
+    return prompt, *(_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+
+
+def _around_split(text: str, other: str) -> str:
+    """The part of a text around the place where it leaves the other."""
+    split = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return text[max(0, split - 80) : split + 80]
+
+
+def _up_to_end_of_turn(response: str, chat: Chat) -> str:
+    """The response up to the first control token after its text: what a template adds behind it is never generated."""
+    cut, end = None, len(response)
+    for match in reversed(list(chat.controls.finditer(response))):
+        if response[match.end() : end].strip():
+            break
+        cut, end = match.end(), match.start()
+    if cut is None:
+        raise TbpoError(
+            "the chat template ends an answer without an end-of-turn token",
+            f"the answer renders as …{response[-80:]!r}",
+            "a control token after the answer, so that the model learns to stop",
+            "give a template of your own as model.chat_template",
+        )
+    return response[:cut]
