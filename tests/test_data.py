@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_jsonl
+from datasets import Dataset
 from hub_server import COMMIT, hub
 
 from tbpo_cli.data.batches import collate_padded, cut_to_span, micro_batches, num_steps, step_indices
@@ -305,13 +306,14 @@ def test_jsonl_is_read_line_by_line_also_compressed(tmp_path):
 
 
 def test_other_files_go_through_datasets(tmp_path):
-    from datasets import Dataset
-
     rows = preference_rows(3)
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(rows).to_csv(tmp_path / "a.csv")
     Dataset.from_list(rows).save_to_disk(tmp_path / "folder")
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "text.csv").write_text('\ufeffprompt,chosen\n007,"NA,\nyes"\n', encoding="utf-8")
+    (row,) = read_rows(Source(str(tmp_path / "text.csv")), "train", "data.train")
+    assert (row.content, row.number) == ({"prompt": "007", "chosen": "NA,\nyes"}, 3), "a field is text as it stands"
     for name in ("a.parquet", "a.csv", "a.json", "folder"):
         assert [row.content for row in read_rows(Source(str(tmp_path / name)), "train", "data.train")] == rows, name
 
@@ -323,7 +325,17 @@ def test_a_broken_source_names_file_and_line(tmp_path):
     cut.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 1000)[:-20])
     undecodable = tmp_path / "latin.jsonl"
     undecodable.write_bytes(b'{"prompt": "\xe9"}\n')
-    for path, where in ((broken, "line 2"), (cut, "after line"), (undecodable, "line 1")):
+    latin_csv, ragged_csv = tmp_path / "latin.csv", tmp_path / "ragged.csv"
+    latin_csv.write_bytes(b"prompt,chosen\na,b\n\xe9,c\n")
+    ragged_csv.write_text("prompt,chosen\na,b\nc\n")
+    deep, cut_parquet = tmp_path / "deep.jsonl", tmp_path / "cut.parquet"
+    deep.write_text("{}\n" + "[" * 100_000)
+    Dataset.from_list(preference_rows(3)).to_parquet(cut_parquet)
+    cut_parquet.write_bytes(cut_parquet.read_bytes()[:-50])
+    for path, where in (
+        (broken, "line 2"), (cut, "after line"), (undecodable, "line 1"), (latin_csv, "line 3"), (ragged_csv, "line 3"),
+        (deep, "line 2"), (cut_parquet, ""),
+    ):  # fmt: skip
         with pytest.raises(TbpoError) as error:
             list(read_rows(Source(str(path)), "train", "data.train"))
         assert str(path) in error.value.where and where in error.value.where

@@ -79,9 +79,7 @@ def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: 
     pair_id, reversed_id = (
         _hash((prompt_hash, *order)) for order in (responses, responses[::-1] if rejected else responses)
     )
-    return PreferencePair(
-        pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score(row, "chosen", "rejected")
-    )
+    return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row))
 
 
 def _check_roles(messages: Messages) -> None:
@@ -105,9 +103,11 @@ def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(_without_nulls(tools))
 
 
-def _score(row: dict[str, Any], chosen: str, rejected: str) -> float | None:
-    scores = [row.get(f"score_{side}") for side in (chosen, rejected)]
-    return float(scores[0] - scores[1]) if all(isinstance(score, int | float) for score in scores) else None
+def _score_margin(row: dict[str, Any]) -> float | None:
+    try:
+        return float(row["score_chosen"]) - float(row["score_rejected"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def _hash(content: Any) -> str:

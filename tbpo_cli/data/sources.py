@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source
 
-DATASETS_BUILDERS = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+DATASETS_BUILDERS = {".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,59 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     Raises:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
-    is_jsonl = source.path.removesuffix(".gz").endswith(".jsonl")
-    rows = _read_jsonl(Path(source.path)) if is_jsonl else _read_dataset(source, source.split or split, key)
+    suffixes = Path(source.path).suffixes
+    if suffixes and suffixes[-1] in READERS and Path(source.path).is_file():
+        rows = READERS[suffixes[-1]](Path(source.path))
+    else:
+        rows = _read_dataset(source, source.split or split, key)
     yield from (Row(source.path, number, content) for number, content in rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
+    opened = gzip.open if path.suffix == ".gz" else open
+    with _told(path, lambda: number, "one JSON object a line, in UTF-8"), opened(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, json.loads(line)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Every field is text, as it stands."""
+    csv.field_size_limit(2**31 - 1)
+    number = 1
+    with _told(path, lambda: number, "rows with as many fields as the first line, in UTF-8"), path.open("rb") as file:
+        reader = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
+        names = next(reader, [])
+        for fields in reader:
+            number = reader.line_num
+            if len(fields) != len(names):
+                raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
+            yield number, dict(zip(names, fields, strict=True))
+            number += 1
+
+
+@contextmanager
+def _told(path: Path, line: Callable[[], int], expected: str) -> Iterator[None]:
+    """Turns what reading a text file can raise into a TbpoError that names the line."""
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSON that is broken, not UTF-8, or nested beyond reason
+        yield
+    except (ValueError, RecursionError, csv.Error) as error:
         raise TbpoError(
-            f"the line is not JSON: {error}",
-            f"{path}, line {number}",
-            "one JSON object a line, in UTF-8",
-            "mend or remove that line",
+            f"the line cannot be read: {error}", f"{path}, line {line()}", expected, "mend or remove that line"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TbpoError(
             f"the compressed file is damaged: {error}",
-            f"{path}, after line {number}",
+            f"{path}, after line {line()}",
             "a whole .gz file",
             "copy or download it again",
         ) from None
     except OSError as error:
         raise TbpoError(f"the file cannot be read: {error.strerror}", str(path), "a readable file") from None
+
+
+READERS = {".jsonl": _read_jsonl, ".gz": _read_jsonl, ".csv": _read_csv}
 
 
 def _read_dataset(source: Source, split: str, key: str) -> Iterator[tuple[int, Any]]:
@@ -81,7 +108,7 @@ def _read_dataset(source: Source, split: str, key: str) -> Iterator[tuple[int, A
                 raise TbpoError(
                     f"{key} is of an unknown kind",
                     source.path,
-                    f"one of .jsonl, .jsonl.gz, {', '.join(DATASETS_BUILDERS)}",
+                    f"one of .jsonl, .jsonl.gz, .csv, {', '.join(DATASETS_BUILDERS)}",
                     "convert the file, or rename it if its ending is wrong",
                 )
             builder = DATASETS_BUILDERS[path.suffix]

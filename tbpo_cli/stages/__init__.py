@@ -17,7 +17,14 @@ def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, l
     """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
 
     A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
+
+    Raises:
+        TbpoError: for `sft`, if the recipe has no [sft].
     """
+    if target == "sft" and recipe.sft is None:
+        raise TbpoError(
+            "the recipe has no SFT stage", f"run {recipe.run.name}", "a table [sft]", "add [sft], it may be empty"
+        )
     states: dict[str, tuple[str, list[str]]] = {}
     for name in [*run_dir.needed(target, recipe), target]:
         if run_dir.started_from(name) is None:

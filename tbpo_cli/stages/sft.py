@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from tbpo_cli import console
-from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
-    """Trains `sft/adapter` (or `sft/model`).
-
-    Raises:
-        TbpoError: if the recipe has no [sft] table.
-    """
-    if recipe.sft is None:
-        raise TbpoError(
-            "the recipe has no SFT stage", f"run {recipe.run.name}", "a table [sft]", "add [sft], it may be empty"
-        )
+    """Trains `sft/adapter` (or `sft/model`) of a recipe with an [sft] table."""
     from tbpo_cli.core.losses import build_loss
     from tbpo_cli.launch import train_stage
 
