@@ -107,6 +107,7 @@ class Training:
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 10.0
     checkpoint_every: Count = 100
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the newest, and those before it in case it is damaged
     eval_every: Count = 100
     log_every: Count = 10
     activation_checkpointing: bool = False

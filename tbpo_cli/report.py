@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_cli.run import write_whole
+from tbpo_cli.files import write_whole
 
 NUM_BINS = 40
 

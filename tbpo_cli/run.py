@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
 from tbpo_cli.recipe import Recipe, is_local
 
 LIBRARIES = ("tbpo", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -62,7 +67,8 @@ FREE_KEYS = {
     "data.max_reject_fraction",
     "data.workers",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
-        "max_tokens_per_device", "checkpoint_every", "eval_every", "log_every", "activation_checkpointing")),
+        "max_tokens_per_device", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
+        "activation_checkpointing")),
 }  # fmt: skip
 
 
@@ -86,13 +92,48 @@ class RunDir:
         lora = any(key.startswith("model.lora.") for key in started["settings"])
         return self.stage(name) / ("adapter" if lora else "model")
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Makes this process the one writer of the run for the time of the context. The kernel ends the lock with it.
+
+        Raises:
+            TbpoError: if another process has it, with its pid and host.
+        """
+        with told_as_unwritable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+", encoding="utf-8")
+        with file:
+            file.seek(0)
+            owner, host = file.read(), platform.node()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = owner or "an unknown process"
+            else:
+                # A file system may not share locks between machines: then only what is written there tells.
+                if not owner or owner.endswith(f"on {host}"):
+                    if owner:
+                        console.say(f"taking over the run from {owner}, which ended without a word")
+                    _rewrite(file, f"process {os.getpid()} on {host}")
+                    try:
+                        yield
+                    finally:
+                        _rewrite(file, "")
+                    return
+        raise TbpoError(
+            f"the run is in use by {owner}",
+            str(self.path),
+            "one process a run directory",
+            f"wait for it, or give another --run-dir; if it is gone, remove {self.path / 'lock'}",
+        )
+
     def manifest(self, name: str) -> dict[str, Any] | None:
         """What a complete stage says of itself; None if it is not complete."""
-        return read_json(self.stage(name) / "manifest.json")
+        return read_sealed(self.stage(name) / "manifest.json")
 
     def started_from(self, name: str) -> dict[str, Any] | None:
         """The inputs a stage was started with; None if it was never started."""
-        return read_json(self.stage(name) / "inputs.json")
+        return read_sealed(self.stage(name) / "inputs.json")
 
     def has_results(self, name: str) -> bool:
         """Whether a stage is complete or has a checkpoint: something that a new start would lose."""
@@ -155,24 +196,16 @@ class RunDir:
     def begin(self, name: str, recipe: Recipe) -> Path:
         """Makes a stage's folder and notes its inputs, unless it was begun before; returns the folder."""
         folder = self.stage(name)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "recipe.toml", recipe.to_toml())
-            if self.started_from(name) is None:
-                write_json(folder / "inputs.json", self.inputs(name, recipe))
-        except OSError as error:
-            raise TbpoError(
-                f"the run directory cannot be written: {error.strerror}",
-                str(error.filename or folder),
-                "a folder with room that you may write to",
-                "give another one with --run-dir DIR",
-            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "recipe.toml", recipe.to_toml())
+        if self.started_from(name) is None:
+            write_sealed(folder / "inputs.json", self.inputs(name, recipe))
         return folder
 
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:
         """Writes a stage's manifest, its last act: from now on it is complete."""
         folder = self.stage(name)
-        write_json(
+        write_sealed(
             folder / "manifest.json",
             {
                 "stage": name,
@@ -197,39 +230,6 @@ class RunDir:
     def _outputs_hash(self, name: str) -> str:
         manifest = self.manifest(name)
         return "" if manifest is None else hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise TbpoError(
-            f"a file of the run cannot be read: {error}",
-            str(path),
-            "the JSON that tbpo wrote",
-            "redo the stage with --restart, or give another --run-dir",
-        ) from None
 
 
 def _files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -267,3 +267,9 @@ def _names(files: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return "(not set)" if value is None else json.dumps(value)
+
+
+def _rewrite(file: TextIO, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tbpo_cli"
-ANYWHERE = {"errors", "console", "recipe", "checks", "report", "run"}  # may be imported by everything except core
+# These may be imported by everything except core.
+ANYWHERE = {"errors", "files", "console", "recipe", "checks", "report", "run"}
+    "errors",
+    "files",
+    "console",
+    "recipe",
+    "checks",
+    "report",
+    "run",
+}  # may be imported by everything except core
 LAYERS = {  # room: the rooms it may import
     "core": set(),
     "report": set(),
@@ -17,6 +26,7 @@ LAYERS = {  # room: the rooms it may import
     "stages": {"core", "data", "model", "train", "launch"},
     "cli": {"stages"},
     "errors": set(),
+    "files": set(),
     "console": set(),
     "checks": {"core"},
     "recipe": set(),

@@ -9,6 +9,7 @@ import importlib
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import told_as_unwritable
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 
@@ -60,8 +61,18 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> 
         restart: move the folders of `target`, and of needed stages whose inputs changed, aside, and begin anew.
 
     Raises:
-        TbpoError: if a stage on the way was made from other inputs and `restart` is False.
+        TbpoError: if a stage on the way was made from other inputs and `restart` is False, if another process works
+            in the run directory, or if that cannot be written.
     """
+    if not restart and all(state == "done" for state, _ in plan(target, recipe, run_dir).values()):
+        console.say(f"{target} is up to date: {run_dir.stage(target)}")
+        importlib.import_module(f"tbpo_cli.stages.{target}").report(recipe, run_dir)
+        return
+    with run_dir.lock(), told_as_unwritable(run_dir.path):
+        _run_through(target, recipe, run_dir, restart)
+
+
+def _run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> None:
     states = plan(target, recipe, run_dir)
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
     if changed and not restart:
@@ -74,10 +85,6 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> 
             f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), or --run-dir DIR "
             "starts another run",
         )
-    if states[target][0] == "done" and not restart:
-        console.say(f"{target} is up to date: {run_dir.stage(target)}")
-        importlib.import_module(f"tbpo_cli.stages.{target}").report(recipe, run_dir)
-        return
     for name, (state, _) in states.items():
         anew = state in ("stale", "changed") or (restart and name == target)
         if anew and (old := run_dir.set_aside(name)):

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tbpo_cli.run import read_json, sha256, write_json
-
-KEPT = 2  # the newest, and the one before it in case the newest is damaged
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import read_sealed, sha256, write_sealed
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,39 @@ class Trainee:
             }
 
 
-def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee]) -> None:
-    """Writes `folder/step-N`: beside first, to the disk, then renamed. Keeps the newest KEPT."""
+def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], keep: int) -> None:
+    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest `keep` stay.
+
+    Raises:
+        OSError: if there is no room; the checkpoints that were there are as they were.
+    """
     final = folder / f"step-{step}"
     partial = folder / f".step-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, trainee in trainees.items():
-        path = partial / f"{name}.safetensors"
-        save_file(trainee.state(), path)
-        _sync(path)
-    hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
-    write_json(partial / "checkpoint.json", {"step": step, "files": hashes})
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(folder)
-    for old in sorted(_steps(folder))[:-KEPT]:
+    try:
+        partial.mkdir(parents=True)
+        for name, trainee in trainees.items():
+            path = partial / f"{name}.safetensors"
+            _save(trainee.state(), path)
+            _sync(path)
+        hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+        write_sealed(partial / "checkpoint.json", {"step": step, "files": hashes})
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in sorted(_steps(folder))[:-keep]:
         shutil.rmtree(folder / f"step-{old}")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its text is all that is left of the system's error
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from None
 
 
 def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> tuple[int, list[str]]:
@@ -76,15 +91,15 @@ def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> tuple[
     for step in sorted(_steps(folder), reverse=True):
         path = folder / f"step-{step}"
         try:
-            listed = (read_json(path / "checkpoint.json") or {}).get("files", {})
+            listed = (read_sealed(path / "checkpoint.json") or {"files": {}})["files"]
             if set(listed) != {f"{name}.safetensors" for name in trainees}:
                 raise ValueError("it is incomplete")
             for file, digest in listed.items():
                 if sha256(path / file) != digest:
                     raise ValueError(f"{file} is damaged")
             states = {name: load_file(path / f"{name}.safetensors") for name in trainees}
-        except (OSError, ValueError, SafetensorError) as error:
-            skipped.append(f"{path} is skipped: {error}")
+        except (OSError, ValueError, SafetensorError, TbpoError) as error:
+            skipped.append(f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}")
             continue
         for name, trainee in trainees.items():
             trainee.restore(states[name])

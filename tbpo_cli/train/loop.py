@@ -90,7 +90,7 @@ class TrainingRun:
                 log.append("train", step, values)
                 update(step, f"loss {values['loss']:.4f}  {values['pairs_per_s']:.1f} pairs/s")
                 if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stop:
-                    save_checkpoint(checkpoints, step, trainees)
+                    save_checkpoint(checkpoints, step, trainees, self.settings.keep_checkpoints)
                 if stop:
                     raise Interrupted(
                         stop[0], f"a checkpoint of step {step} is kept", "the same command goes on from there"

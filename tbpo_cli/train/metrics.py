@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
+from tbpo_cli.errors import TbpoError
 
 Totals = dict[str, tuple[float, float]]  # name → (sum, number of pairs or tokens it is a mean over)
 
@@ -109,8 +110,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        try:
+            line = json.loads(text) if text.endswith(b"\n") else None
+            lines += [] if line is None else [line | {"step": int(line["step"]), "split": str(line["split"])}]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise TbpoError(
+                "a line of the metrics is damaged",
+                f"{path}, line {number}",
+                '{"split": …, "step": …, …}, as tbpo wrote it',
+                "remove that line",
+            ) from None
+    return lines
 
 
 def _encode(line: dict[str, Any]) -> str:

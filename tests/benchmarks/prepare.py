@@ -11,6 +11,7 @@ two alternate. Writes results/prepare.{json,md}.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -125,7 +126,7 @@ def bare(folder: Path, num_rows: int, workers: int) -> float:
 def batches(path: Path, num_rows: int) -> Iterator[list[dict[str, str]]]:
     rows = []
     with path.open() as file:
-        for _, line in zip(range(num_rows), file, strict=False):
+        for line in itertools.islice(file, num_rows):
             rows.append(json.loads(line))
             if len(rows) == 1000:
                 yield rows
@@ -140,8 +141,8 @@ def prepare(folder: Path, num_rows: int, workers: int) -> float:
 
     rows = folder / f"rows-{num_rows}.jsonl"
     if not rows.exists():
-        with (folder / "rows.jsonl").open() as file:
-            rows.write_text("".join(line for _, line in zip(range(num_rows), file, strict=False)))
+        with (folder / "rows.jsonl").open() as file, rows.open("w") as first:
+            first.writelines(itertools.islice(file, num_rows))
     recipe = folder / "recipe.toml"
     recipe.write_text(f'[model]\nbase = "{folder}/base"\n[data]\ntrain = "{rows}"\nworkers = {workers}\n')
     settings = load_recipe(recipe)

@@ -1,0 +1,81 @@
+"""Files that appear whole or not at all, and say so when they are not as they were written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tbpo_cli.errors import TbpoError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def told_as_unwritable(folder: Path) -> Iterator[None]:
+    """Turns the errors of a disk that is full, read-only or gone into one that a user understands."""
+    try:
+        yield
+    except OSError as error:
+        is_ours = error.filename is not None and Path(error.filename).is_relative_to(folder)
+        if not is_ours and error.errno not in DISK_ERRORS:
+            raise
+        raise TbpoError(
+            f"the run directory cannot be written: {error.strerror}",
+            str(error.filename or folder),
+            "a folder with room that you may write to",
+            "make room and give the same command again, which goes on from the last checkpoint; or give another one "
+            "with --run-dir DIR",
+        ) from None
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object that carries the hash of itself."""
+    sealed = {**content, "seal": _seal(content)}
+    write_whole(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None if there is no such file.
+
+    Raises:
+        TbpoError: if it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("seal", None) != _seal(content):
+            raise ValueError("it is not as it was written")
+        return content
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TbpoError(
+            f"a file of the run is damaged: {error}",
+            str(path),
+            "the JSON that tbpo wrote",
+            f"move {path.parent} away and give the same command again, or give another --run-dir",
+        ) from None
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
