@@ -75,7 +75,8 @@ class Data:
 class Training:
     """Keys that [sft] and [align] share."""
 
-    max_tokens_per_device: Count = 16384  # padded tokens of a micro-batch; never changes the result
+    max_tokens_per_device: Count | Literal["auto"] = "auto"  # of a micro-batch; never changes the result
+    layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"  # of rows; never changes the result
     epochs: Positive | None = None
     max_steps: Count | None = None
     optimizer: Literal["adamw", "rmsprop"] = "adamw"

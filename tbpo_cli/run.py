@@ -61,7 +61,7 @@ STAGES = {
 FREE_KEYS = {
     "data.max_reject_fraction",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
-        "max_tokens_per_device", "checkpoint_every", "eval_every", "log_every", "activation_checkpointing")),
+        "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every", "activation_checkpointing")),
 }  # fmt: skip
 
 

@@ -80,16 +80,16 @@ class Scorer:
 
     def _states(self, model: nn.Module, batch: PairBatch, head: Head | None) -> Tensor:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
-        predictor = torch.cat([side.predictor[side.mask] for side in (batch.chosen, batch.rejected)])
         rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        if head is None:
-            return model(**rows).logits.flatten(0, 1)[predictor]
-        return _backbone(model)(**rows).last_hidden_state.flatten(0, 1)[predictor]
+        if batch.sequences is not None:
+            rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
+        states = model(**rows).logits if head is None else _backbone(model)(**rows).last_hidden_state
+        return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
         self, needs: frozenset[str], batch: PairBatch, view: str, states: Tensor, reference: Tensor | None = None
     ) -> dict[str, Tensor]:
-        tokens = torch.cat([side.tokens[side.mask] for side in (batch.chosen, batch.rejected)])
+        tokens = batch.tokens
         if self.heads[view] is not None:
             computed = token_statistics(needs, tokens, states, self.heads[view], reference, self.heads.get(REFERENCE))
         else:
@@ -118,18 +118,16 @@ def _with_importance(scores: PairScores) -> PairScores:
 
 def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
     """(N,) statistics, chosen tokens first, as (B, T) of the two sides."""
-    num_chosen = int(batch.chosen.mask.sum())
 
-    def side(of: SideBatch, part: slice) -> SideScores:
+    def side(of: SideBatch, part: int) -> SideScores:
         scattered = {
-            name: torch.zeros(of.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
-                of.mask, values[part]
-            )
+            name: values.new_zeros(of.mask.numel()).scatter(0, of.slots, values.split(lengths)[part]).view_as(of.mask)
             for name, values in columns.items()
         }
         return SideScores(mask=of.mask, **scattered)
 
-    return PairScores(side(batch.chosen, slice(0, num_chosen)), side(batch.rejected, slice(num_chosen, None)))
+    lengths = [len(batch.chosen.slots), len(batch.rejected.slots)]
+    return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
 
 
 def _causal_model(model: nn.Module) -> nn.Module:
