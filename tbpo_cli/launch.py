@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 
 import torch
@@ -13,7 +15,7 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, load_policy
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.loop import TrainingRun
@@ -51,7 +53,8 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
     settings = getattr(recipe, name)
-    TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device).run()
+    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
+    TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference).run()
     weights = run_dir.weights(name)
     outputs = policy.save(weights)
     load_tokenizer(recipe.model).save_pretrained(weights)
@@ -64,3 +67,19 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+
+
+def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
+    """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
+    started = run_dir.started_from(name)
+    settings = {
+        key: value
+        for key, value in started["settings"].items()
+        if key.startswith(("run.seed", "model.")) and not key.startswith("model.lora.")
+    }
+    base = started["files"].get("model.base", {})
+    parts = {
+        "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
+        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

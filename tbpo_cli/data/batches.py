@@ -39,6 +39,8 @@ class PairBatch:
         tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
         predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
+        num_tokens: of the pairs, each prompt once, without padding.
+        indices: the B places of the pairs in their store, if they are from one.
     """
 
     pair_ids: tuple[str, ...]
@@ -49,6 +51,8 @@ class PairBatch:
     predictor: Tensor
     chosen: SideBatch
     rejected: SideBatch
+    num_tokens: int
+    indices: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
         """The batch on a device, by one transfer that the host does not wait for."""
@@ -102,6 +106,7 @@ def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
         torch.from_numpy(tokens),
         torch.from_numpy(rows.predictor),
         *(_side(np.array([len(ids) for ids in side])) for side in responses),
+        num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
     )
 
 
@@ -110,7 +115,8 @@ def collate_all(
 ) -> Iterator[PairBatch]:
     """The micro-batches of some pairs, cut to the span; see `micro_batches`."""
     for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
-        yield collate([cut_to_span(store[indices[number]], span) for number in group], layout)
+        places = tuple(indices[number] for number in group)
+        yield replace(collate([cut_to_span(store[place], span) for place in places], layout), indices=places)
 
 
 def _side(lengths: np.ndarray) -> SideBatch:

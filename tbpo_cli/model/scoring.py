@@ -47,7 +47,9 @@ class Scorer:
         views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
         return cls(policy, views | {name: read_head(model) for name, model in policy.frozen.items()}, baseline)
 
-    def score(self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False) -> PairScores:
+    def score(
+        self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False, reference_logps: Tensor | None = None
+    ) -> PairScores:
         """Scores of a batch on its device.
 
         Args:
@@ -55,8 +57,12 @@ class Scorer:
                 without (`weights`).
             diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
                 those that need none.
+            reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is then not run. Only
+                without diagnostics, and for `needs` within `from_reference_logps`.
         """
         statistics = needs & STATISTICS
+        if reference_logps is not None:
+            statistics = frozenset({"logps"})
         extra = frozenset()
         if diagnostics:
             extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
@@ -66,6 +72,8 @@ class Scorer:
             columns["weights"] = self._helpers_log_ratio(batch)
         states = self._states(self.policy.model, batch, self.heads[POLICY])
         columns |= self._statistics(statistics, batch, POLICY, states, reference)
+        if reference_logps is not None:
+            columns["log_ratio"] = columns["logps"] - reference_logps
         if extra:
             with torch.no_grad():
                 columns |= self._statistics(extra, batch, POLICY, states.detach(), reference)
@@ -73,6 +81,10 @@ class Scorer:
             columns["state_baseline"] = self.baseline(states)
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
+
+    def reference_logps(self, batch: PairBatch) -> Tensor:
+        """log π_ref of the batch's tokens, (N,), on its device."""
+        return self._statistics(frozenset({"logps"}), batch, REFERENCE, self._view(REFERENCE, batch))["logps"]
 
     def _view(self, name: str, batch: PairBatch) -> Tensor:
         with self.policy.view(name) as model:
@@ -105,6 +117,11 @@ class Scorer:
             for name in (POSITIVE, NEGATIVE)
         )
         return positive - negative
+
+
+def from_reference_logps(needs: frozenset[str]) -> bool:
+    """Whether log π_ref of the data's tokens is all that a loss takes from the reference."""
+    return needs & STATISTICS == {"log_ratio"}
 
 
 def _with_importance(scores: PairScores) -> PairScores:

@@ -14,7 +14,7 @@ from tbpo_cli.data.batches import PairBatch
 from tbpo_cli.errors import TbpoError
 
 T = TypeVar("T")
-TOKENS_ON_CPU = 4096  # enough for the full speed of its matrix products
+TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
 LEAST_TOKENS, MOST_TOKENS = 64, 65536
 
 
