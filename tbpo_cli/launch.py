@@ -43,6 +43,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         )
     folder = run_dir.begin(name, recipe)
     device = PartialState().device
+    torch.backends.cuda.matmul.allow_tf32 = True
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
     policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
     if "weights" in loss.needs:

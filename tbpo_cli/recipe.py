@@ -51,7 +51,12 @@ class Model:
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own template
     trust_remote_code: bool = False
     initial_weights: Literal["pretrained", "random"] = "pretrained"
+    quantization: Literal["nf4"] | None = None  # of the frozen base's weights, in 4 bits: QLoRA
     lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and (self.lora is None or self.initial_weights == "random"):
+            raise ValueError("quantization is for a pretrained base under [model.lora]")
 
 
 @table

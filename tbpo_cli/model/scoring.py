@@ -95,7 +95,9 @@ class Scorer:
         rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.sequences is not None:
             rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
-        states = model(**rows).logits if head is None else _backbone(model)(**rows).last_hidden_state
+        dtype = self.policy.autocast
+        with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
+            states = model(**rows).logits if head is None else _backbone(model)(**rows).last_hidden_state
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
