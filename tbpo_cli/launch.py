@@ -19,6 +19,7 @@ from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, l
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.trackers import open_trackers
 
 
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
@@ -55,7 +56,9 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         console.say(f"the reference is {policy.describe_reference()}")
     settings = getattr(recipe, name)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
-    TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference).run()
+    trackers = open_trackers(recipe.run.trackers, recipe.run.name, folder / "logs", recipe.settings())
+    with trackers as tell:
+        TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, tell).run()
     weights = run_dir.weights(name)
     outputs = policy.save(weights)
     load_tokenizer(recipe.model).save_pretrained(weights)

@@ -28,6 +28,7 @@ class Run:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 @table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
 from tbpo_cli.train.step import Stepper
+from tbpo_cli.train.trackers import Tell
 
 SHOWN = (  # beside the bar, as far as it is known: every step, or since the last one that reported all
     ("loss", "loss {:.4f}"),
@@ -63,7 +64,7 @@ class TrainingRun:
     seed: int
     device: torch.device
     reference: Path | None = None
-    tell: Callable[[str, int, dict[str, float]], None] = lambda *_: None
+    tell: Tell = lambda split, step, values: None
 
     @property
     def num_steps(self) -> int:
