@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 
 import torch
@@ -13,10 +15,11 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, load_policy
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.trackers import open_trackers
 
 
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
@@ -41,6 +44,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         )
     folder = run_dir.begin(name, recipe)
     device = PartialState().device
+    torch.backends.cuda.matmul.allow_tf32 = True
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
     policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
     if "weights" in loss.needs:
@@ -51,7 +55,10 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
     settings = getattr(recipe, name)
-    TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device).run()
+    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
+    trackers = open_trackers(recipe.run.trackers, recipe.run.name, folder / "logs", recipe.settings())
+    with trackers as tell:
+        TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, tell).run()
     weights = run_dir.weights(name)
     outputs = policy.save(weights)
     load_tokenizer(recipe.model).save_pretrained(weights)
@@ -64,3 +71,19 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+
+
+def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
+    """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
+    started = run_dir.started_from(name)
+    settings = {
+        key: value
+        for key, value in started["settings"].items()
+        if key.startswith(("run.seed", "model.")) and not key.startswith("model.lora.")
+    }
+    base = started["files"].get("model.base", {})
+    parts = {
+        "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
+        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ class Run:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 @table
@@ -51,7 +52,12 @@ class Model:
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's own template
     trust_remote_code: bool = False
     initial_weights: Literal["pretrained", "random"] = "pretrained"
+    quantization: Literal["nf4"] | None = None  # of the frozen base's weights, in 4 bits: QLoRA
     lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and (self.lora is None or self.initial_weights == "random"):
+            raise ValueError("quantization is for a pretrained base under [model.lora]")
 
 
 @table
@@ -97,7 +103,8 @@ class Data:
 class Training:
     """Keys that [sft] and [align] share."""
 
-    max_tokens_per_device: Count = 16384  # padded tokens of a micro-batch; never changes the result
+    max_tokens_per_device: Count | Literal["auto"] = "auto"  # of a micro-batch; never changes the result
+    layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"  # of rows; never changes the result
     epochs: Positive | None = None
     max_steps: Count | None = None
     optimizer: Literal["adamw", "rmsprop"] = "adamw"

@@ -67,7 +67,7 @@ FREE_KEYS = {
     "data.max_reject_fraction",
     "data.workers",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
-        "max_tokens_per_device", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
+        "max_tokens_per_device", "layout", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
         "activation_checkpointing")),
 }  # fmt: skip
 

@@ -5,12 +5,11 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_jsonl
 from datasets import Dataset
 from hub_server import COMMIT, hub
 
-from tbpo_cli.data.batches import collate_padded, cut_to_span, micro_batches, num_steps, step_indices
+from tbpo_cli.data.batches import cut_to_span, num_steps, step_indices
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
@@ -252,18 +251,6 @@ def test_the_store_gives_back_what_was_written(tmp_path):
     assert store.prompt_lengths.tolist() == [3, 1] and store.rejected_lengths.tolist() == [4, 1]
 
 
-def test_a_padded_batch_predicts_every_response_token_from_the_one_before_it(tmp_path):
-    store = make_store(tmp_path, [(3, 2, 4), (2, 5, 1)])
-    batch = collate_padded([store[0], store[1]])
-    flat = batch.input_ids.flatten()
-    for side, offset in ((batch.chosen, 20), (batch.rejected, 50)):
-        for row, (number, prompt) in enumerate(((1, 3), (2, 2))):
-            tokens = side.tokens[row][side.mask[row]].tolist()
-            assert tokens == [100 * number + offset + i for i in range(len(tokens))]
-            before = flat[side.predictor[row][side.mask[row]]].tolist()
-            assert before == [100 * number + prompt - 1, *tokens[:-1]]
-
-
 def test_spans_cut_what_a_loss_does_not_read(tmp_path):
     pair = make_store(tmp_path, [(3, 2, 4)])[0]
     assert [len(x) for x in (cut_to_span(pair, "aligned").chosen_ids, cut_to_span(pair, "aligned").rejected_ids)] == [
@@ -271,16 +258,6 @@ def test_spans_cut_what_a_loss_does_not_read(tmp_path):
         2,
     ]
     assert len(cut_to_span(pair, "chosen").rejected_ids) == 0 and cut_to_span(pair, "response") is pair
-    assert collate_padded([cut_to_span(pair, "chosen")]).input_ids.shape[0] == 1, "no row for a side that is not read"
-
-
-def test_micro_batches_hold_every_pair_once_within_the_token_budget(tmp_path):
-    store = make_store(tmp_path, [(3, 2, 4), (1, 1, 1), (9, 9, 2), (4, 4, 4), (2, 2, 2)])
-    batches = micro_batches(store, range(5), max_tokens=24, span="response")
-    assert sorted(pair.pair_id for batch in batches for pair in batch) == ["01", "02", "03", "04", "05"]
-    for batch in batches:
-        padded = 2 * len(batch) * max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in batch)
-        assert padded <= 24 or len(batch) == 1
 
 
 def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():
@@ -486,13 +463,6 @@ def test_the_report_is_self_contained_and_escapes_what_users_wrote(recipe_file, 
     for what in ("empty_response", "prompt, tokens", "aligned, tokens", "score of chosen − score of rejected"):
         assert what in page, what
     assert page.count("<h3>") == 10 and "{% for" in page.replace("&#39;", "'"), "ten examples, and the template"
-
-
-def test_padding_and_masks_have_the_documented_types(tmp_path):
-    batch = collate_padded([make_store(tmp_path, [(3, 2, 4)])[0]])
-    assert (
-        batch.chosen.mask.dtype == torch.bool and batch.input_ids.dtype == batch.chosen.predictor.dtype == torch.int64
-    )
 
 
 def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(recipe_file, tmp_path, base, tbpo):

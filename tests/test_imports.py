@@ -8,14 +8,6 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tbpo_cli"
 # These may be imported by everything except core.
 ANYWHERE = {"errors", "files", "console", "recipe", "checks", "report", "run"}
-    "errors",
-    "files",
-    "console",
-    "recipe",
-    "checks",
-    "report",
-    "run",
-}  # may be imported by everything except core
 LAYERS = {  # room: the rooms it may import
     "core": set(),
     "report": set(),

@@ -10,7 +10,7 @@ from conftest import run_stage
 
 from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import STATISTICS
-from tbpo_cli.data.batches import collate_padded, cut_to_span
+from tbpo_cli.data.batches import collate, cut_to_span
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, load_policy
@@ -39,24 +39,24 @@ def disturb(policy, scale=0.05):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def dense_scores(policy, batch):
-    """The oracle on logits of the models themselves, one row at a time, without any padding."""
+def dense_scores(policy, pairs):
+    """The oracle on logits of the models themselves, one response at a time: no layout, no padding of rows."""
     sides = []
-    for side in (batch.chosen, batch.rejected):
-        length = side.mask.shape[1]
+    for responses in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]):
+        width = max(map(len, responses))
+        mask = torch.arange(width) < torch.tensor([len(r) for r in responses])[:, None]
+        tokens = torch.zeros(mask.shape, dtype=torch.int64)
+        tokens[mask] = torch.cat([torch.tensor(r, dtype=torch.int64) for r in responses])
         logits = {"policy": [], "reference": []}
-        for row in range(len(batch.pair_ids)):
-            index = side.predictor[row][side.mask[row]]
-            number = int(index[0]) // batch.input_ids.shape[1]
-            upto = int(index[-1]) % batch.input_ids.shape[1] + 1
-            rows = {"input_ids": batch.input_ids[number : number + 1, :upto]}
+        for pair, response in zip(pairs, responses, strict=True):
+            ids = torch.tensor([[*pair.prompt_ids, *response[:-1]]])
             with policy.view("reference") as reference:
-                dense = reference(**rows).logits[0, -len(index) :]
-            logits["reference"].append(torch.nn.functional.pad(dense, (0, 0, 0, length - len(index))))
-            dense = policy.model(**rows).logits[0, -len(index) :]
-            logits["policy"].append(torch.nn.functional.pad(dense, (0, 0, 0, length - len(index))))
+                dense = {"reference": reference(ids).logits[0]}
+            dense["policy"] = policy.model(ids).logits[0]
+            for name, rows in dense.items():
+                logits[name].append(torch.nn.functional.pad(rows[-len(response) :], (0, 0, 0, width - len(response))))
         stacked = [torch.stack(logits[name]) for name in ("policy", "reference")]
-        sides.append(oracle.side_scores(*stacked, side.tokens, side.mask))
+        sides.append(oracle.side_scores(*stacked, tokens, mask))
     return sides
 
 
@@ -77,9 +77,9 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(re
     policy = load_policy(recipe, CPU, None, with_reference=True)
     disturb(policy)
     policy.model.eval()
-    batch = collate_padded(pairs)
+    batch = collate(pairs, "padded")
     scores = Scorer.of(policy).score(batch, frozenset(needs), diagnostics=True)
-    dense = dense_scores(policy, batch)
+    dense = dense_scores(policy, pairs)
     assert_same_scores(scores, dense, STATISTICS, rtol=1e-4, atol=2e-5)
 
     parameters = list(policy.trained.values())
@@ -95,7 +95,7 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(re
 
 def test_only_what_is_needed_is_computed(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
-    scores = Scorer.of(policy).score(collate_padded(pairs), frozenset({"logps"}))
+    scores = Scorer.of(policy).score(collate(pairs, "padded"), frozenset({"logps"}))
     filled = {name for name in STATISTICS if getattr(scores.chosen, name) is not None}
     assert filled == {"logps"}
 
@@ -116,9 +116,9 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(re
     assert scorer.heads[POLICY] is None and len([r for r in caplog.records if "output head" in r.message]) == 1
     with pytest.raises(TbpoError, match="needs a model with a linear output head"):
         Scorer.of(policy, StateBaseline(32))
-    batch = collate_padded(pairs)
+    batch = collate(pairs, "padded")
     scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
-    assert_same_scores(scores, dense_scores(policy, batch), STATISTICS, rtol=1e-4, atol=2e-5)
+    assert_same_scores(scores, dense_scores(policy, pairs), STATISTICS, rtol=1e-4, atol=2e-5)
 
 
 def test_a_linear_head_with_a_constant_factor_is_recognised(tmp_path, tokenizer):
@@ -138,7 +138,7 @@ def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
     policy.model.eval()
     loss, scorer = build_loss("tbpo_a"), Scorer.of(policy)
     results = []
-    for batch in (collate_padded(pairs), collate_padded([cut_to_span(p, "aligned") for p in pairs])):
+    for batch in (collate(pairs, "padded"), collate([cut_to_span(p, "aligned") for p in pairs], "padded")):
         per_pair = loss(scorer.score(batch, loss.needs)).per_pair
         gradient = torch.autograd.grad(per_pair.sum(), list(policy.trained.values()))
         results.append((per_pair, torch.cat([g.flatten() for g in gradient])))
@@ -156,16 +156,15 @@ def test_only_the_positions_that_the_loss_reads_are_scored(recipe, pairs):
     }
     assert len(set(expected.values())) == 3
     for name, count in expected.items():
-        batch = collate_padded([cut_to_span(pair, build_loss(name).span) for pair in pairs])
-        positions = torch.cat([side.predictor[side.mask] for side in (batch.chosen, batch.rejected)])
-        assert len(positions) == len(positions.unique()) == count
+        batch = collate([cut_to_span(pair, build_loss(name).span) for pair in pairs], "padded")
+        assert len(batch.predictor) == len(batch.predictor.unique()) == count
 
 
 def test_no_gradient_of_the_state_baseline_reaches_the_policy(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     baseline = StateBaseline(32)
     torch.nn.init.ones_(baseline.out.weight)
-    scores = Scorer.of(policy, baseline).score(collate_padded(pairs), frozenset({"log_ratio", "state_baseline"}))
+    scores = Scorer.of(policy, baseline).score(collate(pairs, "padded"), frozenset({"log_ratio", "state_baseline"}))
     value = scores.chosen.state_baseline.sum()
     assert all(
         g is None
@@ -177,7 +176,7 @@ def test_no_gradient_of_the_state_baseline_reaches_the_policy(recipe, pairs):
 def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     policy.model.eval()
-    scores = Scorer.of(policy).score(collate_padded(pairs), STATISTICS - {"reverse_kl", "entropy"})
+    scores = Scorer.of(policy).score(collate(pairs, "padded"), STATISTICS - {"reverse_kl", "entropy"})
     assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
 
 
@@ -185,7 +184,7 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     disturb(policy)
     policy.model.train()
-    scorer, batch = Scorer.of(policy), collate_padded(pairs)
+    scorer, batch = Scorer.of(policy), collate(pairs, "padded")
     first, second = (scorer.score(batch, frozenset({"logps", "log_ratio"})).chosen for _ in range(2))
     assert not torch.equal(first.logps, second.logps), "LoRA dropout draws anew"
     torch.testing.assert_close(first.logps - first.log_ratio, second.logps - second.log_ratio, rtol=0, atol=1e-5)
@@ -196,7 +195,7 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
 
 
 def reference_logps(policy, pairs):
-    batch = collate_padded(pairs)
+    batch = collate(pairs, "padded")
     with torch.no_grad():
         side = Scorer.of(policy).score(batch, frozenset({"logps", "log_ratio"})).chosen
     return (side.logps - side.log_ratio)[side.mask]

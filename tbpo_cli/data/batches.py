@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tbpo_cli.data.layouts import LAYOUTS, Sequences
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 
 
 @dataclass(frozen=True)
 class SideBatch:
-    """One side of a batch of pairs, response-relative.
+    """Where the response tokens of one side belong.
 
     Args:
-        tokens: (B, T) int64 response tokens, 0 where the mask is False.
         mask: (B, T) bool, left-aligned.
-        predictor: (B, T) int64, the flat index (row · L + column) of the position that predicts each token.
+        slots: the flat indices (pair · T + t) of the True values of the mask, int64.
     """
 
-    tokens: Tensor
     mask: Tensor
-    predictor: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,41 @@ class PairBatch:
 
     Args:
         pair_ids: B ids.
-        input_ids: (R, L) int64. Rows are padded on the right, where causal attention never looks.
-        position_ids: (R, L) int64.
+        input_ids, position_ids: (R, L) int64.
+        sequences: what sees what within a row; None for rows of one sequence each (see `data/layouts.py`).
+        tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
+        predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
+        num_tokens: of the pairs, each prompt once, without padding.
+        indices: the B places of the pairs in their store, if they are from one.
     """
 
     pair_ids: tuple[str, ...]
     input_ids: Tensor
     position_ids: Tensor
+    sequences: Sequences | None
+    tokens: Tensor
+    predictor: Tensor
     chosen: SideBatch
     rejected: SideBatch
+    num_tokens: int
+    indices: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> PairBatch:
-        def side(batch: SideBatch) -> SideBatch:
-            return SideBatch(*(getattr(batch, name).to(device) for name in ("tokens", "mask", "predictor")))
-
-        return PairBatch(
-            self.pair_ids,
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            side(self.chosen),
-            side(self.rejected),
-        )
+        """The batch on a device, by one transfer that the host does not wait for."""
+        if device.type == "cpu":
+            return self
+        sides = (self.chosen, self.rejected)
+        parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
+        parts += [part for side in sides for part in (side.mask, side.slots)]
+        whole = torch.cat([part.flatten().long() for part in parts]).pin_memory().to(device, non_blocking=True)
+        moved = [
+            flat.view(part.shape).to(part.dtype)
+            for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
+        ]
+        names = ("input_ids", "position_ids", "tokens", "predictor")
+        chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
+        return replace(self, **dict(zip(names, moved, strict=False)), chosen=chosen, rejected=rejected)
 
 
 def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
@@ -68,42 +81,50 @@ def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
     return pair
 
 
-def collate_padded(pairs: Sequence[TokenizedPair]) -> PairBatch:
-    """One row a response, padded on the right: all chosen rows, then all rejected ones (if there are any)."""
-    rows: list[np.ndarray] = []
-    sides = []
-    for responses in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]):
-        if any(len(response) for response in responses):
-            sides.append((responses, len(rows)))
-            rows += [np.concatenate([pair.prompt_ids, r]) for pair, r in zip(pairs, responses, strict=True)]
-        else:
-            sides.append((responses, 0))
-    # The last token of a row predicts nothing.
-    length = max(len(row) for row in rows) - 1
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row) - 1] = row[:-1]
-    positions = torch.arange(length).expand(len(rows), length)
-    chosen, rejected = (_side(pairs, responses, first, length) for responses, first in sides)
-    return PairBatch(tuple(pair.pair_id for pair in pairs), torch.from_numpy(input_ids), positions, chosen, rejected)
+def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndarray:
+    """(n, 3) tokens of prompt, chosen and rejected that a loss with that span reads, of n pairs."""
+    index = np.asarray(indices, dtype=np.int64)
+    columns = (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
+    lengths = np.stack([column[index] for column in columns], axis=1).astype(np.int64)
+    if span == "aligned":
+        lengths[:, 1:] = lengths[:, 1:].min(axis=1, keepdims=True)
+    elif span == "chosen":
+        lengths[:, 2] = 0
+    return lengths
 
 
-def _side(
-    pairs: Sequence[TokenizedPair], responses: Sequence[Sequence[int]], first_row: int, row_length: int
-) -> SideBatch:
-    width = max(len(response) for response in responses)
-    tokens = np.zeros((len(pairs), width), dtype=np.int64)
-    mask = np.zeros((len(pairs), width), dtype=bool)
-    predictor = np.zeros((len(pairs), width), dtype=np.int64)
-    for number, (pair, response) in enumerate(zip(pairs, responses, strict=True)):
-        count = len(response)
-        tokens[number, :count] = response
-        mask[number, :count] = True
-        start = (first_row + number) * row_length + len(pair.prompt_ids) - 1  # the token before y_t predicts y_t
-        predictor[number, :count] = np.arange(start, start + count)
-    return SideBatch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(predictor))
+def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
+    """The tensors of some pairs, in rows of the named layout."""
+    rows = LAYOUTS[layout].build(pairs)
+    responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
+    return PairBatch(
+        tuple(pair.pair_id for pair in pairs),
+        torch.from_numpy(rows.input_ids.astype(np.int64)),
+        torch.from_numpy(np.array(rows.position_ids)),
+        rows.sequences,
+        torch.from_numpy(tokens),
+        torch.from_numpy(rows.predictor),
+        *(_side(np.array([len(ids) for ids in side])) for side in responses),
+        num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
+    )
 
 
+def collate_all(
+    store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
+) -> Iterator[PairBatch]:
+    """The micro-batches of some pairs, cut to the span; see `micro_batches`."""
+    for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
+        places = tuple(indices[number] for number in group)
+        yield replace(collate([cut_to_span(store[place], span) for place in places], layout), indices=places)
+
+
+def _side(lengths: np.ndarray) -> SideBatch:
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    return SideBatch(torch.from_numpy(mask), torch.from_numpy(np.flatnonzero(mask)))
+
+
+@functools.lru_cache(maxsize=2)
 def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits the pairs: a function of its arguments alone."""
     return np.random.default_rng((seed, epoch)).permutation(num_pairs)
@@ -125,20 +146,20 @@ def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: 
     return max_steps if max_steps is not None else max(1, round(epochs * num_pairs / batch_size))
 
 
-def micro_batches(store: PairStore, indices: Sequence[int], max_tokens: int, span: str) -> list[list[TokenizedPair]]:
-    """A step's pairs, cut to the span, sorted by length and split so that no batch has more padded tokens than allowed
-    (a pair that is longer on its own stays alone)."""
-    pairs = [cut_to_span(store[index], span) for index in indices]
-    pairs.sort(key=lambda pair: (_row_length(pair), pair.pair_id))
-    batches: list[list[TokenizedPair]] = []
-    for pair in pairs:
-        rows = 1 + bool(len(pair.rejected_ids))
-        if batches and (len(batches[-1]) + 1) * rows * _row_length(pair) <= max_tokens:
-            batches[-1].append(pair)
-        else:
-            batches.append([pair])
-    return batches
+def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.ndarray]:
+    """A step's pairs, sorted by length and cut so that no batch has more tokens than allowed, padding included (a pair
+    that is longer on its own stays alone).
 
+    Args:
+        lengths: (n, 3) tokens of prompt, chosen and rejected, from `span_lengths`.
 
-def _row_length(pair: TokenizedPair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    Returns:
+        The numbers of the pairs of each micro-batch, within 0 … n − 1.
+    """
+    order = np.argsort(lengths.sum(axis=1), kind="stable")
+    cuts, first = [], 0
+    for last in range(1, len(order)):
+        if LAYOUTS[layout].num_tokens(lengths[order[first : last + 1]]) > max_tokens:
+            cuts.append(last)
+            first = last
+    return np.split(order, cuts)

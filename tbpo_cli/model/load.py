@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.lora import fuse_lora
 from tbpo_cli.recipe import Model, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import BitsAndBytesConfig
 
 POLICY = "default"  # peft's own name for a first adapter: what is saved loads without naming it
 REFERENCE, POSITIVE, NEGATIVE = "reference", "positive", "negative"
@@ -29,6 +32,7 @@ class Policy:
     Args:
         model: the transformers model; peft has put LoRA layers into it if the recipe has [model.lora].
         frozen: whole models, by the name of their view.
+        autocast: the dtype that products run in where the weights are kept in a wider one; None: that of the weights.
 
     A view is, in this order: the whole model of that name; the adapter of that name on the shared base; the base
     itself, with the adapters off.
@@ -36,6 +40,7 @@ class Policy:
 
     model: nn.Module
     frozen: dict[str, nn.Module] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
 
     @property
     def adapters(self) -> dict[str, PeftConfig]:
@@ -108,9 +113,12 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
     lora = recipe.model.lora
     base_folder = str(sft_output) if lora is None and sft_output is not None else recipe.model.base
     torch.manual_seed(recipe.run.seed)  # random weights and LoRA's start are functions of the seed
-    model = load_base(recipe.model, base_folder, device)
-    if lora is None:
-        return Policy(model, {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {})
+    compute = compute_dtype(recipe.model, device)
+    if lora is None:  # bf16 would round small updates of the weights away: they are kept in fp32
+        model = load_base(recipe.model, base_folder, device, torch.float32)
+        frozen = {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {}
+        return Policy(model, frozen, None if compute == torch.float32 else compute)
+    model = load_base(recipe.model, base_folder, device, compute)
 
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -118,7 +126,7 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
         peft_model = PeftModel.from_pretrained(model, sft_output, adapter_name=POLICY, is_trainable=True)
         peft_model.load_adapter(sft_output, adapter_name=REFERENCE, is_trainable=False)
         peft_model.set_adapter(POLICY)
-        return Policy(peft_model)
+        return _with_adapter(peft_model, recipe.model, compute)
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         r=lora.r,
@@ -130,7 +138,7 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
         revision=recipe.model.revision,
     )
     try:
-        return Policy(get_peft_model(model, config))
+        return _with_adapter(get_peft_model(model, config), recipe.model, compute)
     except ValueError as error:
         raise TbpoError(
             f"the adapter does not fit the model: {error}",
@@ -138,6 +146,12 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
             'names of linear layers of the model, or "all-linear"',
             'target_modules = "all-linear"',
         ) from error
+
+
+def _with_adapter(peft_model: nn.Module, model: Model, compute: torch.dtype) -> Policy:
+    fuse_lora(peft_model)
+    half = compute != torch.float32
+    return Policy(peft_model, autocast=compute if model.quantization is not None and half else None)
 
 
 def add_helper(policy: Policy, name: str, source: str, model: Model, device: torch.device) -> None:
@@ -163,7 +177,7 @@ def add_helper(policy: Policy, name: str, source: str, model: Model, device: tor
             policy.model.load_adapter(folder, adapter_name=name, is_trainable=False)
             policy.model.set_adapter(POLICY)
         else:
-            policy.frozen[name] = load_base(model, folder, device).requires_grad_(False)
+            policy.frozen[name] = load_base(model, folder, device, compute_dtype(model, device)).requires_grad_(False)
     except (OSError, ValueError) as error:
         raise TbpoError(
             f"the {name} helper cannot be loaded: {str(error).splitlines()[0]}",
@@ -173,21 +187,23 @@ def add_helper(policy: Policy, name: str, source: str, model: Model, device: tor
         ) from error
 
 
-def load_base(model: Model, folder_or_id: str, device: torch.device) -> nn.Module:
+def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = None if model.attention == "auto" else model.attention
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    compute = compute_dtype(model, device)
+    trusted = model.trust_remote_code
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": trusted}
+    if model.quantization is not None:
+        options |= {"quantization_config": _quantization(dtype, device), "device_map": {"": device}}
     try:
-        config = AutoConfig.from_pretrained(folder_or_id, **options)
+        config = AutoConfig.from_pretrained(folder_or_id, revision=model.revision, trust_remote_code=trusted)
         own_dtype = config.dtype
         if model.initial_weights == "random" and folder_or_id == model.base:
-            loaded = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation=attention)
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder_or_id, dtype=compute, attn_implementation=attention, use_safetensors=True, **options
+                folder_or_id, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
             )
     except (OSError, ValueError) as error:
         raise TbpoError(
@@ -197,7 +213,25 @@ def load_base(model: Model, folder_or_id: str, device: torch.device) -> nn.Modul
             "check model.base (and model.revision), and that the Hub can be reached",
         ) from error
     loaded.config.dtype = own_dtype  # what it is saved in
-    return loaded.to(device)
+    return loaded if model.quantization is not None else loaded.to(device)
+
+
+def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    key = 'model.quantization = "nf4"'
+    if device.type == "cpu":  # bitsandbytes has no gradients there once a layer was used for inference
+        raise TbpoError("4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TbpoError(
+            "4-bit weights need bitsandbytes, which is not installed",
+            key,
+            "the optional extra `quantization`",
+            "pip install 'tbpo[quantization]'",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:

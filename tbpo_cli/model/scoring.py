@@ -47,7 +47,9 @@ class Scorer:
         views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
         return cls(policy, views | {name: read_head(model) for name, model in policy.frozen.items()}, baseline)
 
-    def score(self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False) -> PairScores:
+    def score(
+        self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False, reference_logps: Tensor | None = None
+    ) -> PairScores:
         """Scores of a batch on its device.
 
         Args:
@@ -55,8 +57,12 @@ class Scorer:
                 without (`weights`).
             diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
                 those that need none.
+            reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is then not run. Only
+                without diagnostics, and for `needs` within `from_reference_logps`.
         """
         statistics = needs & STATISTICS
+        if reference_logps is not None:
+            statistics = frozenset({"logps"})
         extra = frozenset()
         if diagnostics:
             extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
@@ -66,6 +72,8 @@ class Scorer:
             columns["weights"] = self._helpers_log_ratio(batch)
         states = self._states(self.policy.model, batch, self.heads[POLICY])
         columns |= self._statistics(statistics, batch, POLICY, states, reference)
+        if reference_logps is not None:
+            columns["log_ratio"] = columns["logps"] - reference_logps
         if extra:
             with torch.no_grad():
                 columns |= self._statistics(extra, batch, POLICY, states.detach(), reference)
@@ -74,22 +82,28 @@ class Scorer:
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
 
+    def reference_logps(self, batch: PairBatch) -> Tensor:
+        """log π_ref of the batch's tokens, (N,), on its device."""
+        return self._statistics(frozenset({"logps"}), batch, REFERENCE, self._view(REFERENCE, batch))["logps"]
+
     def _view(self, name: str, batch: PairBatch) -> Tensor:
         with self.policy.view(name) as model:
             return self._states(model, batch, self.heads[name])
 
     def _states(self, model: nn.Module, batch: PairBatch, head: Head | None) -> Tensor:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
-        predictor = torch.cat([side.predictor[side.mask] for side in (batch.chosen, batch.rejected)])
         rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        if head is None:
-            return model(**rows).logits.flatten(0, 1)[predictor]
-        return _backbone(model)(**rows).last_hidden_state.flatten(0, 1)[predictor]
+        if batch.sequences is not None:
+            rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
+        dtype = self.policy.autocast
+        with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
+            states = model(**rows).logits if head is None else _backbone(model)(**rows).last_hidden_state
+        return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
         self, needs: frozenset[str], batch: PairBatch, view: str, states: Tensor, reference: Tensor | None = None
     ) -> dict[str, Tensor]:
-        tokens = torch.cat([side.tokens[side.mask] for side in (batch.chosen, batch.rejected)])
+        tokens = batch.tokens
         if self.heads[view] is not None:
             computed = token_statistics(needs, tokens, states, self.heads[view], reference, self.heads.get(REFERENCE))
         else:
@@ -107,6 +121,11 @@ class Scorer:
         return positive - negative
 
 
+def from_reference_logps(needs: frozenset[str]) -> bool:
+    """Whether log π_ref of the data's tokens is all that a loss takes from the reference."""
+    return needs & STATISTICS == {"log_ratio"}
+
+
 def _with_importance(scores: PairScores) -> PairScores:
     """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights: they count against a rejected token."""
     chosen, rejected = scores.chosen, scores.rejected
@@ -118,18 +137,16 @@ def _with_importance(scores: PairScores) -> PairScores:
 
 def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
     """(N,) statistics, chosen tokens first, as (B, T) of the two sides."""
-    num_chosen = int(batch.chosen.mask.sum())
 
-    def side(of: SideBatch, part: slice) -> SideScores:
+    def side(of: SideBatch, part: int) -> SideScores:
         scattered = {
-            name: torch.zeros(of.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
-                of.mask, values[part]
-            )
+            name: values.new_zeros(of.mask.numel()).scatter(0, of.slots, values.split(lengths)[part]).view_as(of.mask)
             for name, values in columns.items()
         }
         return SideScores(mask=of.mask, **scattered)
 
-    return PairScores(side(batch.chosen, slice(0, num_chosen)), side(batch.rejected, slice(num_chosen, None)))
+    lengths = [len(batch.chosen.slots), len(batch.rejected.slots)]
+    return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
 
 
 def _causal_model(model: nn.Module) -> nn.Module:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tbpo_cli import console
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.losses import Loss
-from tbpo_cli.data.batches import collate_padded, micro_batches, num_steps, step_indices
+from tbpo_cli.data.batches import num_steps, span_lengths
+from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import TokenizedPair
-from tbpo_cli.errors import DivergenceError, Interrupted
+from tbpo_cli.errors import Interrupted
+from tbpo_cli.files import write_whole
+from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import Policy
-from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.recipe import Align, Sft
 from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
-from tbpo_cli.train.metrics import MetricsLog, Totals, average, measure
-from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer, learning_rate
+from tbpo_cli.train.curves import curves_svg
+from tbpo_cli.train.feed import TokenBudget
+from tbpo_cli.train.metrics import MetricsLog
+from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
+from tbpo_cli.train.step import Stepper
+from tbpo_cli.train.trackers import Tell
+
+SHOWN = (  # beside the bar, as far as it is known: every step, or since the last one that reported all
+    ("loss", "loss {:.4f}"),
+    ("accuracy", "accuracy {:.0%}"),
+    ("kl", "KL {:.4f}"),
+    ("tokens_per_s", "{:,.0f} tokens/s"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class TrainingRun:
         folder: the stage's folder, for metrics.jsonl and checkpoints/.
         seed: with the step it decides the order of pairs and every random number.
         device: where the model is.
+        reference: the file for log π_ref of the training pairs, named by what it depends on; used by losses that read
+            nothing else of the reference, if pairs are visited more than once.
+        tell: is told ("train" or "eval", step, metrics) as they are written.
     """
 
     policy: Policy
@@ -49,6 +63,8 @@ class TrainingRun:
     folder: Path
     seed: int
     device: torch.device
+    reference: Path | None = None
+    tell: Tell = lambda split, step, values: None
 
     @property
     def num_steps(self) -> int:
@@ -58,43 +74,50 @@ class TrainingRun:
         """Trains to the last step, from the newest checkpoint if there is one.
 
         Raises:
-            DivergenceError: on a loss or gradient that is not finite, before the optimizer step.
+            DivergenceError: on a gradient that is not finite, before the optimizer step.
             Interrupted: on SIGINT or SIGTERM, after a checkpoint.
         """
-        baseline = self._build_baseline()
-        scorer = Scorer.of(self.policy, baseline)
-        trainees = {
-            "policy": Trainee(self.policy.trained, build_optimizer(self.settings, self.policy.trained.values()))
-        }
-        if baseline is not None:
-            parameters = dict(baseline.named_parameters())
-            trainees["baseline"] = Trainee(parameters, build_baseline_optimizer(parameters.values()))
-        if self.settings.activation_checkpointing:
-            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        checkpoints = self.folder / "checkpoints"
-        step, skipped = load_newest_checkpoint(checkpoints, trainees)
+        stepper, checkpoints = self._build(), self.folder / "checkpoints"
+        step, skipped = load_newest_checkpoint(checkpoints, stepper.trainees)
         for line in skipped:
             console.say(line)
         if step:
             console.say(f"going on from step {step}")
-        log = MetricsLog(self.folder / "metrics.jsonl", step)
-        every = self.settings.log_every
-        with _signals() as stop, console.progress(self.folder.name, self.num_steps, step, every) as update:
+        log, latest = MetricsLog(self.folder / "metrics.jsonl", step), {}
+        progress = console.progress(self.folder.name, self.num_steps, step, self.settings.log_every)
+        with closing(stepper.ahead), _signals() as stop, progress as update:
             while True:
                 if self._evaluation_is_due(step) and log.evaluation(step) is None:
-                    log.append("eval", step, self._evaluate(scorer))
+                    self._note(log, "eval", step, stepper.evaluate())
+                    write_whole(self.folder / "curves.svg", curves_svg(log.lines))
                 if step == self.num_steps:
+                    write_whole(self.folder / "curves.svg", curves_svg(log.lines))
                     return log
-                values = self._step(scorer, trainees, step)
+                values = stepper.step(step)
                 step += 1
-                log.append("train", step, values)
-                update(step, f"loss {values['loss']:.4f}  {values['pairs_per_s']:.1f} pairs/s")
+                self._note(log, "train", step, values)
+                latest |= values
+                update(step, "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest))
                 if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stop:
-                    save_checkpoint(checkpoints, step, trainees, self.settings.keep_checkpoints)
+                    save_checkpoint(checkpoints, step, stepper.trainees, self.settings.keep_checkpoints)
                 if stop:
                     raise Interrupted(
                         stop[0], f"a checkpoint of step {step} is kept", "the same command goes on from there"
                     )
+
+    def _build(self) -> Stepper:
+        """The parts of the training, in their state before the first step."""
+        settings, model = self.settings, self.policy.model
+        baseline = self._build_baseline()
+        trainees = {"policy": Trainee(self.policy.trained, build_optimizer(settings, self.policy.trained.values()))}
+        if baseline is not None:
+            parameters = dict(baseline.named_parameters())
+            trainees["baseline"] = Trainee(parameters, build_baseline_optimizer(parameters.values()))
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        budget = TokenBudget(settings.max_tokens_per_device, model, settings.activation_checkpointing)
+        scorer = Scorer.of(self.policy, baseline)
+        return Stepper(self, scorer, trainees, self._choose_layout(), budget, self._open_cache())
 
     def _build_baseline(self) -> StateBaseline | None:
         if "state_baseline" not in self.loss.needs:
@@ -102,75 +125,26 @@ class TrainingRun:
         hidden_size = self.policy.model.get_output_embeddings().weight.shape[1]
         return StateBaseline(hidden_size, self.seed).to(self.device)
 
+    def _open_cache(self) -> ReferenceCache | None:
+        again = self.num_steps * self.settings.batch_size > len(self.train)
+        if self.reference is None or not again or not from_reference_logps(self.loss.needs):
+            return None
+        return ReferenceCache(self.reference, span_lengths(self.train, range(len(self.train)), self.loss.span))
+
+    def _choose_layout(self) -> str:
+        models = [self.policy.model, *self.policy.frozen.values()]
+        lengths = [span_lengths(store, range(len(store)), "response") for store in (self.train, self.evaluation)]
+        longest = max(int((each[:, 0] + each[:, 1:].max(axis=1)).max()) for each in lengths if len(each))
+        layout, reason = choose_layout(models, self.settings.layout, longest)
+        console.say(f"rows are {layout}: {reason}")
+        return layout
+
     def _evaluation_is_due(self, step: int) -> bool:
         return len(self.evaluation) > 0 and (step % self.settings.eval_every == 0 or step == self.num_steps)
 
-    def _step(self, scorer: Scorer, trainees: dict[str, Trainee], step: int) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Every `log_every` steps it reads whole responses and reports all."""
-        started = time.monotonic()
-        full = (step + 1) % self.settings.log_every == 0
-        indices = step_indices(len(self.train), self.settings.batch_size, self.seed, step)
-        span = "response" if full and self.loss.span == "aligned" else self.loss.span
-        batches = micro_batches(self.train, indices, self.settings.max_tokens_per_device, span)
-        normaliser = len(indices)
-        if self.loss.mean_over == "chosen_tokens":
-            normaliser = int(self.train.chosen_lengths[indices].sum())
-        scorer.policy.model.train()
-        totals, num_tokens = [], 0
-        for number, pairs in enumerate(batches):
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, step, number)).generate_state(1)[0]))
-            totals.append(self._backward(scorer, pairs, normaliser, full))
-            num_tokens += sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-        policy = trainees["policy"]
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), self.settings.max_grad_norm).item()
-        if not np.isfinite(norm):
-            raise self._diverged(step, "the gradient is not finite", batches)
-        rate = learning_rate(self.settings, step, self.num_steps)
-        for group in policy.optimizer.param_groups:
-            group["lr"] = rate
-        for trainee in trainees.values():
-            trainee.optimizer.step()
-            trainee.optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - started
-        return {
-            **average(totals),
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "response_tokens": num_tokens,
-            "pairs_per_s": len(indices) / seconds,
-            "seconds": seconds,
-        }
-
-    def _backward(self, scorer: Scorer, pairs: list[TokenizedPair], normaliser: int, full: bool) -> Totals:
-        batch = collate_padded(pairs).to(self.device)
-        scores = scorer.score(batch, self.loss.needs, diagnostics=full)
-        output = self.loss(scores)
-        weights = scores.chosen.mask.sum(dim=1) if self.loss.mean_over == "chosen_tokens" else 1
-        (output.per_pair * weights).sum().div(normaliser).backward()
-        return measure(scores, output, self.loss)
-
-    @torch.no_grad()
-    def _evaluate(self, scorer: Scorer) -> dict[str, float]:
-        """All metrics on the held-out pairs."""
-        self.policy.model.eval()
-        span = "chosen" if self.loss.span == "chosen" else "response"
-        batches = micro_batches(self.evaluation, range(len(self.evaluation)), self.settings.max_tokens_per_device, span)
-        totals = []
-        with console.progress("evaluating", len(batches), every=len(batches)) as update:
-            for number, pairs in enumerate(batches, 1):
-                scores = scorer.score(collate_padded(pairs).to(self.device), self.loss.needs, diagnostics=True)
-                totals.append(measure(scores, self.loss(scores), self.loss))
-                update(number, "")
-        return average(totals)
-
-    def _diverged(self, step: int, what: str, batches: list[list[TokenizedPair]]) -> DivergenceError:
-        ids = ", ".join(pair.pair_id for batch in batches for pair in batch)
-        return DivergenceError(
-            f"training diverged: {what}",
-            f"step {step + 1}, pairs {ids}",
-            "finite numbers; nothing was written over",
-            "lower the learning rate, or look at those pairs; checkpoints/ holds the last good state",
-        )
+    def _note(self, log: MetricsLog, split: str, step: int, values: dict[str, float]) -> None:
+        log.append(split, step, values)
+        self.tell(split, step, values)
 
 
 @contextmanager

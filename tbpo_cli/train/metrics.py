@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
 from tbpo_cli.errors import TbpoError
 
-Totals = dict[str, tuple[float, float]]  # name → (sum, number of pairs or tokens it is a mean over)
+Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # name → (sum, number of pairs or tokens it is a mean over)
 
 
 def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
-    """Sums and counts of every metric that the scores allow.
+    """Sums and counts of every metric that the scores allow, still on their device.
 
     loss (nats, per pair or per chosen token, as the loss says); reward_chosen, reward_rejected = β Σ r; margin, their
     difference; accuracy, the share of pairs with margin > 0; token_accuracy, the share of aligned tokens with
@@ -28,9 +29,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     chosen, rejected = scores.chosen, scores.rejected
     num_pairs = len(output.per_pair)
     weights = chosen.mask.sum(dim=1) if loss.mean_over == "chosen_tokens" else chosen.mask.new_ones(num_pairs).long()
-    totals: dict[str, tuple[Tensor | float, Tensor | float]] = {
-        "loss": ((output.per_pair.detach() * weights).sum(), weights.sum())
-    }
+    totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side.logps is not None and side.mask.shape[1]:
             totals[f"logps_{name}"] = (sum_over_response(side.logps.detach(), side.mask).sum(), side.mask.sum())
@@ -53,7 +52,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
         totals["token_accuracy"] = (((log_ratio < 0) & aligned).sum(), aligned.sum())
     if output.num_clipped is not None:
         totals["num_clipped"] = (output.num_clipped, 1)
-    return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
+    return totals
 
 
 def _reward(side: SideScores, beta: float) -> Tensor:
@@ -70,11 +69,14 @@ def _aligned_log_ratio(scores: PairScores, output: LossOutput) -> Tensor | None:
     return (scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]).detach()
 
 
-def average(parts: Iterable[Totals]) -> dict[str, float]:
-    """The means over several batches; counts (num_clipped) are added up."""
-    summed: Totals = {}
+def average(parts: Sequence[Totals]) -> dict[str, float]:
+    """The means over several batches; counts (num_clipped) are added up. Waits for the device, once."""
+    tensors = [value for part in parts for pair in part.values() for value in pair if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
+    summed: dict[str, tuple[float, float]] = {}
     for part in parts:
-        for name, (total, count) in part.items():
+        for name, pair in part.items():
+            total, count = (next(numbers) if isinstance(value, Tensor) else value for value in pair)
             before = summed.get(name, (0.0, 0.0))
             summed[name] = (before[0] + total, before[1] + count)
     return {

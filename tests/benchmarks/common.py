@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from tbpo_cli.data.store import PairStore, PairWriter
+from tbpo_cli.data.tokens import TokenizedPair
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,3 +32,31 @@ def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     said = "; ".join(f"{key}: {value}" for key, value in about.items())
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{said}\n\n{table}\n", encoding="utf-8")
+
+
+# UltraFeedback-like token counts: mean, σ of the log
+LENGTHS = {"prompt": (180, 0.8), "chosen": (300, 0.6), "rejected": (270, 0.7)}
+
+
+def make_store(folder: Path, num_pairs: int, max_length: int, vocab_size: int, seed: int = 0) -> PairStore:
+    """Random pairs of UltraFeedback-like lengths, cut at `max_length`; a response ends with token 2."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for number in range(num_pairs):
+        prompt, *responses = (
+            max(2, round(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma))) for mean, sigma in LENGTHS.values()
+        )
+        prompt = min(prompt, max_length // 2)
+        ids = [rng.integers(3, vocab_size, size=min(length, max_length - prompt)) for length in responses]
+        ids = [np.append(response[:-1], 2) for response in ids]
+        pairs.append(TokenizedPair(f"{number:06d}", rng.integers(3, vocab_size, size=prompt), *ids))
+    with PairWriter(folder) as writer:
+        for start in range(0, num_pairs, 1000):
+            writer.write(pairs[start : start + 1000])
+    return PairStore(folder)
+
+
+def about_lengths(store: PairStore) -> str:
+    means = [lengths.mean() for lengths in (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)]
+    words = ", ".join(f"{name} {mean:.0f}" for name, mean in zip(LENGTHS, means, strict=True))
+    return f"{len(store):,} pairs; mean tokens of {words}."

@@ -1,0 +1,126 @@
+"""Attention over rows of several sequences, and which row layout a model can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tbpo_cli.data.batches import collate
+from tbpo_cli.data.layouts import LAYOUTS, Sequences
+from tbpo_cli.data.tokens import TokenizedPair
+from tbpo_cli.errors import TbpoError
+
+BY_SEQUENCE = "tbpo_by_sequence"
+WINDOWS = ("sliding_window", "attention_chunk_size")  # the config's names for "sees no further back than"
+
+
+def attend_by_sequence(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    sequences: Sequences | None = None, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention, one call of torch's fused kernel a sequence: no mask, no padding, nothing computed across.
+
+    A sequence that continues another one is attended together with it, so that the kernel sees a plain causal square.
+
+    Args:
+        query: (1, heads, L, head size); key and value may have fewer heads.
+        sequences: what sees what in the row; None for rows of one sequence each.
+
+    Returns:
+        (1, L, heads, head size), and no attention weights.
+    """
+    if sequences is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    parts = [states.split(sequences.lengths, dim=2) for states in (query, key, value)]
+    attended: dict[int, Tensor] = {}
+    for number, prefix in enumerate(sequences.continues):
+        own = [states[number] for states in parts]
+        if number != prefix:
+            own = [torch.cat((states[prefix], part), dim=2) for states, part in zip(parts, own, strict=True)]
+        elif number in sequences.continues[number + 1 :]:
+            continue  # its own outputs come with the first sequence that continues it
+        result, _ = sdpa_attention_forward(module, *own, None, is_causal=True, **options)
+        if number != prefix:
+            before, result = result.split((sequences.lengths[prefix], sequences.lengths[number]), dim=1)
+            attended.setdefault(prefix, before)
+        attended[number] = result
+    return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1), None
+
+
+AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
+
+
+def choose_layout(models: Iterable[nn.Module], wanted: str, longest: int) -> tuple[str, str]:
+    """The row layout for some models, which are made ready for it.
+
+    Args:
+        models: that will read the same rows.
+        wanted: "auto", or a name in LAYOUTS.
+        longest: tokens of the longest sequence, prompt and response.
+
+    Returns:
+        The layout's name, and why it is that one.
+
+    Raises:
+        TbpoError: if a model cannot take the wanted layout.
+    """
+    if wanted == "padded":
+        return wanted, "as the recipe says"
+    for model in models:
+        if obstacle := _obstacle(model, longest):
+            if wanted == "auto":
+                return "padded", obstacle
+            raise TbpoError(
+                f"the model cannot take rows of several sequences: {obstacle}",
+                f"layout = {wanted!r}",
+                "full causal attention through transformers' attention interface",
+                'layout = "auto"',
+            )
+    if wanted == "auto":
+        return next(iter(LAYOUTS)), "every prompt is read once, nothing is padded"
+    return wanted, "as the recipe says"
+
+
+def _obstacle(model: nn.Module, longest: int) -> str | None:
+    """Why a model cannot attend by sequence; if it can, it does from now on."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal.config.get_text_config()
+    windows = [window for name in WINDOWS if isinstance(window := getattr(config, name, None), int)]
+    if windows and min(windows) < longest:
+        return f"its attention window of {min(windows):,} tokens is shorter than the longest pair, {longest:,}"
+    before = causal.config._attn_implementation
+    if before not in ("sdpa", BY_SEQUENCE):
+        return f"its attention is {before}"
+    causal.set_attn_implementation(BY_SEQUENCE)
+    if _reads_sequences_apart(causal):
+        return None
+    causal.set_attn_implementation(before)
+    return "its layers carry more from token to token than causal attention does"
+
+
+@torch.no_grad()
+def _reads_sequences_apart(causal: nn.Module) -> bool:
+    """Whether two made-up pairs give the same hidden states in one row as in rows of their own."""
+    vocab_size = causal.config.get_text_config().vocab_size
+    ids = [(7 * number + 3) % vocab_size for number in range(24)]
+    pairs = [TokenizedPair("0", ids[:5], ids[5:11], ids[11:15]), TokenizedPair("1", ids[15:18], ids[18:20], ids[20:])]
+    device, was_training = next(causal.parameters()).device, causal.training
+    causal.eval()
+    try:
+        states = []
+        for layout in ("shared_prompt", "padded"):
+            batch = collate(pairs, layout).to(device)
+            rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+            hidden = causal.base_model(**rows, sequences=batch.sequences).last_hidden_state
+            states.append(hidden.flatten(0, 1)[batch.predictor].float())
+    except TypeError:  # a model of its own making, which takes no further arguments
+        return False
+    finally:
+        causal.train(was_training)
+    tolerance = 1e-3 if causal.dtype == torch.float32 else 0.05
+    return bool((states[0] - states[1]).norm() <= tolerance * states[1].norm())

@@ -1,0 +1,100 @@
+"""What feeds a training: batches collated ahead, of as many tokens as the device's memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from tbpo_cli import console
+from tbpo_cli.data.batches import PairBatch
+from tbpo_cli.errors import TbpoError
+
+T = TypeVar("T")
+TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
+LEAST_TOKENS, MOST_TOKENS = 64, 65536
+
+
+class TokenBudget:
+    """`max_tokens_per_device`, and what becomes of it when memory runs out.
+
+    Attributes:
+        tokens: of a micro-batch, padding included.
+    """
+
+    def __init__(self, wanted: int | Literal["auto"], model: nn.Module, activation_checkpointing: bool) -> None:
+        self.tokens = estimate_tokens(model, activation_checkpointing) if wanted == "auto" else wanted
+        self._fixed = wanted != "auto"
+
+    def attempt(self, work: Callable[[int], T]) -> T:
+        """The result of `work(tokens)`, which is repeated with half as many tokens for as long as memory runs out.
+
+        Raises:
+            TbpoError: if the number is the recipe's, or cannot be halved any more.
+        """
+        while True:
+            try:
+                return work(self.tokens)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                what = str(error).splitlines()[0]
+            # Only here has the failed attempt let go of its tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self._fixed or self.tokens < 2 * LEAST_TOKENS:
+                raise TbpoError(
+                    f"out of memory: {what}",
+                    f"max_tokens_per_device = {self.tokens}",
+                    "a micro-batch that fits into memory",
+                    'max_tokens_per_device = "auto"'
+                    if self._fixed
+                    else "activation_checkpointing = true, or a smaller data.max_length",
+                )
+            self.tokens //= 2
+            console.say(f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def estimate_tokens(model: nn.Module, activation_checkpointing: bool) -> int:
+    """Tokens of a first micro-batch: a power of two that depends on model and device, not on what else runs there."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return TOKENS_ON_CPU
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = 24 * config.hidden_size + 6 * inner  # values that one layer keeps of a token for its backward pass
+    kept = config.num_hidden_layers * config.hidden_size + layer
+    if not activation_checkpointing:
+        kept = config.num_hidden_layers * layer
+    free = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+    tokens = int(free / 2 / (kept * 2))
+    return min(MOST_TOKENS, max(LEAST_TOKENS, 2 ** (tokens.bit_length() - 1)))
+
+
+class Ahead:
+    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed."""
+
+    def __init__(self, collate_step: Callable[[int, int], list[PairBatch]]) -> None:
+        """`collate_step(step, tokens)` is a pure function."""
+        self._collate_step = collate_step
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[tuple[int, int], Future[list[PairBatch]]] | None = None
+
+    def batches(self, step: int, tokens: int) -> list[PairBatch]:
+        wanted = (step, tokens)
+        if self._next is None or self._next[0] != wanted:
+            self._next = (wanted, self._thread.submit(self._collate_step, *wanted))
+        batches = self._next[1].result()
+        self._next = ((step + 1, tokens), self._thread.submit(self._collate_step, step + 1, tokens))
+        return batches
+
+    def close(self) -> None:
+        """Waits for what is being made."""
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,315 @@
+"""Optimizer steps on UltraFeedback-like pairs: this project, the dense way of research code, and TRL's DPOTrainer.
+
+    pip install trl && python tests/benchmarks/train_step.py      # about 40 minutes on two CPU cores
+    python tests/benchmarks/train_step.py --shapes qwen2.5-0.5b llama-3.2-1b mistral-7b     # on a CUDA device
+
+Every measurement is a process of its own; the ways take turns. All read the same pairs, in the same steps, with the
+same weights and the same LoRA (r 16, all linear layers). Memory is the peak of the process (on a GPU, of the device's
+allocator). The roofline is the time of the floating-point operations that this project's step needs, done as bare
+matrix products of the same shapes in the same process. Writes results/train_step.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from common import about_lengths, make_store, write_results
+from roofline import roofline_seconds
+
+from tbpo_cli.core import PairScores, SideScores, StateBaseline, build_loss
+from tbpo_cli.data.batches import collate, step_indices
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.recipe import load_recipe
+
+PAIRS, LENGTH_ON_CPU, LENGTH_ON_GPU, RANK, WARM_UP = 4, 1024, 2048, 16, 1
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "cpu-32k": (384, 1024, 6, 6, 6, 32_000, True),
+    "cpu-128k": (384, 1024, 6, 6, 6, 128_256, True),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151_936, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128_256, True),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 32_768, False),
+}
+LOSSES = ("tbpo_a", "tbpo_q", "dpo")
+TARGETS = {("tbpo_a", "dense"): 8, ("tbpo_q", "dense"): 4, ("dpo", "dense"): 3}
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=4, metavar=("WAY", "LOSS", "SHAPE", "STEPS"), help="one measurement, as JSON")
+    parser.add_argument("--shapes", nargs="*", default=["cpu-32k", "cpu-128k"], choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ways", nargs="*", default=["tbpo", "dense", "trl", "trl-defaults"])
+    parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--name", default="train_step", help="of the files under results/")
+    arguments = parser.parse_args()
+    if arguments.one:
+        way, loss, shape, steps = arguments.one
+        print(json.dumps(measure(way, loss, shape, int(steps))))
+        return
+    if importlib.util.find_spec("trl") is None and any(way.startswith("trl") for way in arguments.ways):
+        print("trl is missing: its rows are left out (pip install trl)")
+        arguments.ways = [way for way in arguments.ways if not way.startswith("trl")]
+    rows = []
+    for shape in arguments.shapes:
+        for loss in arguments.losses:
+            for way in arguments.ways:
+                if not way.startswith("trl") or loss == "dpo":
+                    rows.append({"shape": shape, "loss": loss, "way": way, **child(way, loss, shape, arguments.steps)})
+                    print(json.dumps(rows[-1]), flush=True)
+    table = markdown(rows)
+    print(table)
+    title = "A training step: this project, the dense way, and TRL"
+    write_results(arguments.name, title, rows, f"{about_lengths(the_store(arguments.steps))}\n\n{table}")
+
+
+def child(way: str, loss: str, shape: str, steps: int) -> dict:
+    command = [sys.executable, __file__, "--one", way, loss, shape, str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------ what all ways share
+
+
+def the_store(steps: int) -> PairStore:
+    length = LENGTH_ON_GPU if ON_GPU else LENGTH_ON_CPU
+    return make_store(Path(tempfile.mkdtemp()), PAIRS * (steps + WARM_UP), length, vocab_size=32_000)
+
+
+def the_recipe(shape: str, loss: str, steps: int, folder: Path):
+    hidden, inner, layers, heads, kv_heads, vocab_size, tied = SHAPES[shape]
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab_size, "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text(json.dumps(config))
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n'
+        f"[model.lora]\nr = {RANK}\nalpha = {2.0 * RANK}\ndropout = 0.0\n"
+        f'[data]\ntrain = "unused"\n'
+        f"[align]\nbatch_pairs = {PAIRS}\nmax_steps = {steps + WARM_UP}\nlearning_rate = 1e-5\nwarmup = 0.0\n"
+        f'schedule = "constant"\nlog_every = 1000000\ncheckpoint_every = 1000000\n'
+        f'[align.loss]\nname = "{loss}"\n'
+    )
+    return load_recipe(recipe)
+
+
+def measure(way: str, loss: str, shape: str, steps: int) -> dict:
+    """Seconds a step, pairs/s, tokens/s, peak GB, and the losses of the steps (so that the ways are seen to agree)."""
+    store = the_store(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = the_recipe(shape, loss, steps, Path(folder))
+        found = {"tbpo": tbpo, "dense": dense, "trl": trl, "trl-defaults": trl}[way](way, recipe, store, Path(folder))
+    seconds, losses = found["seconds"][WARM_UP:], found["losses"]
+    indices = [step_indices(len(store), PAIRS, 0, step) for step in range(WARM_UP, steps + WARM_UP)]
+    tokens = sum(
+        int(lengths[index].sum()) for index in indices
+        for lengths in (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
+    )  # fmt: skip
+    result = {
+        "seconds": seconds,
+        "pairs_per_s": PAIRS * steps / sum(seconds),
+        "tokens_per_s": tokens / sum(seconds),
+        "peak_gb": peak_gb(),
+        "losses": losses,
+    }
+    if way == "tbpo":
+        bare = [roofline_seconds(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE) for index in indices]
+        result["roofline"] = sum(bare) / sum(seconds)
+    return result
+
+
+def peak_gb() -> float:
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------- the three ways
+
+
+def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
+    """The product's own loop, as `tbpo align` runs it."""
+    from tbpo_cli.stages.align import loss_of
+    from tbpo_cli.train.loop import TrainingRun
+
+    policy = load_policy(recipe, DEVICE, None, with_reference=True)
+    nothing = make_store(folder / "nothing", 0, 1, 3)
+    run = folder / "align"
+    run.mkdir()
+    log = TrainingRun(policy, loss_of(recipe.align), recipe.align, store, nothing, run, 0, DEVICE).run()
+    return {"seconds": [line["seconds"] for line in log.lines], "losses": [line["loss"] for line in log.lines]}
+
+
+def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
+    """Padded rows of chosen and rejected; the full logits of policy and reference in fp32, by autograd."""
+    loss = build_loss(recipe.align.loss["name"])
+    policy = load_policy(recipe, DEVICE, None, with_reference=True)
+    baseline = StateBaseline(policy.model.config.hidden_size, 0).to(DEVICE)
+    optimizers = [torch.optim.AdamW(policy.trained.values(), lr=1e-5, weight_decay=0.0)]
+    if "state_baseline" in loss.needs:
+        optimizers.append(torch.optim.AdamW(baseline.parameters(), lr=1e-3, weight_decay=0.0))
+    policy.model.train()
+    at_once = pairs_at_once(policy.model.config.vocab_size)
+    seconds, losses = [], []
+    for step in range(recipe.align.max_steps):
+        started = time.perf_counter()
+        pairs = [store[i] for i in step_indices(len(store), PAIRS, 0, step)]
+        total = 0.0
+        for start in range(0, PAIRS, at_once):
+            value = loss(dense_scores(policy, baseline, loss, pairs[start : start + at_once])).per_pair.sum() / PAIRS
+            value.backward()
+            total += value.item()
+        torch.nn.utils.clip_grad_norm_(policy.trained.values(), 10.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+        losses.append(total)
+    return {"seconds": seconds, "losses": losses}
+
+
+def pairs_at_once(vocab_size: int) -> int:
+    """All pairs of a step, or as many as dense logits leave room for: some 14 tensors of (rows × length × V)."""
+    if ON_GPU:
+        room = torch.cuda.get_device_properties(0).total_memory
+    else:
+        room = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    return max(1, min(PAIRS, int(0.85 * room / (14 * 2 * 850 * vocab_size * 4))))
+
+
+def dense_scores(policy, baseline, loss, pairs) -> PairScores:
+    batch = collate(pairs, "padded").to(DEVICE)
+    rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    with_baseline = "state_baseline" in loss.needs
+    output = policy.model(**rows, output_hidden_states=with_baseline)
+    log_policy = output.logits.float().log_softmax(-1)
+    with policy.view("reference") as reference:
+        log_reference = reference(**rows).logits.float().log_softmax(-1)
+    index = batch.predictor
+    labels = torch.zeros(log_policy.shape[:2].numel(), dtype=torch.int64, device=DEVICE)
+    labels[index] = batch.tokens
+    logps, reference_logps = (
+        log.gather(-1, labels.view(*log.shape[:2], 1)).flatten()[index] for log in (log_policy, log_reference)
+    )
+    columns = {"log_ratio": logps - reference_logps}
+    if loss.needs & {"kl", "advantage"}:
+        columns["kl"] = (log_reference.exp() * (log_reference - log_policy)).sum(-1).flatten()[index]
+        columns["advantage"] = columns["log_ratio"] + columns["kl"]
+    if with_baseline:
+        columns["state_baseline"] = baseline(output.hidden_states[-1].flatten(0, 1)[index])
+    sides, start = [], 0
+    for side in (batch.chosen, batch.rejected):
+        part = slice(start, start := start + len(side.slots))
+        shaped = {
+            name: values.new_zeros(side.mask.numel()).scatter(0, side.slots, values[part]).view_as(side.mask)
+            for name, values in columns.items() if name in loss.needs
+        }  # fmt: skip
+        sides.append(SideScores(side.mask, **shaped))
+    return PairScores(*sides)
+
+
+def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
+    """TRL's DPOTrainer: "trl" with the settings of the others, "trl-defaults" with its own activation checkpointing."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    logging.disable(logging.WARNING)
+    config = AutoConfig.from_pretrained(recipe.model.base)
+    torch.manual_seed(recipe.run.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if ON_GPU else torch.float32)
+    words = {f"w{i}": i for i in range(3, 32_000)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", pad_token="<pad>")
+
+    def text(ids) -> str:
+        return "".join("</s>" if i == 2 else f"w{i} " for i in ids)
+
+    steps = recipe.align.max_steps
+    order = [i for step in range(steps) for i in step_indices(len(store), PAIRS, 0, step)]
+    pairs = [store[i] for i in order]
+    rows = Dataset.from_list(
+        [{"prompt": text(p.prompt_ids), "chosen": text(p.chosen_ids), "rejected": text(p.rejected_ids)} for p in pairs]
+    )
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            if ON_GPU:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_, **__):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    settings = {} if way == "trl-defaults" else {"gradient_checkpointing": False}
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=PAIRS, max_steps=steps, learning_rate=1e-5,
+        lr_scheduler_type="constant", beta=0.1, max_length=None, report_to="none", save_strategy="no", logging_steps=1,
+        bf16=ON_GPU, use_cpu=not ON_GPU, disable_tqdm=True, max_grad_norm=10.0, weight_decay=0.0, **settings,
+    )  # fmt: skip
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = InOrder(model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora,
+                      callbacks=[Clock()])  # fmt: skip
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {"seconds": seconds, "losses": losses}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "| shape | loss | way | s a step | pairs/s | tokens/s | peak GB | tbpo is faster by | and smaller by "
+        "| of the roofline |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ours = {(row["shape"], row["loss"]): row for row in rows if row["way"] == "tbpo" and "failed" not in row}
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} |||||||")
+            continue
+        mine = ours.get((row["shape"], row["loss"]))
+        faster = f"{mine['pairs_per_s'] / row['pairs_per_s']:.1f}" if mine and row is not mine else ""
+        smaller = f"{row['peak_gb'] / mine['peak_gb']:.1f}" if mine and row is not mine else ""
+        roofline = f"{row['roofline']:.2f}" if "roofline" in row else ""
+        lines.append(
+            f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} | {row['pairs_per_s']:.3f} "
+            f"| {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} | {faster} | {smaller} | {roofline} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    main()

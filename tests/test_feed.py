@@ -1,0 +1,83 @@
+"""What feeds a training: the token budget, what becomes of it when memory runs out, and batches made ahead."""
+
+import threading
+
+import pytest
+import torch
+from conftest import run_stage
+
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.recipe import load_recipe
+from tbpo_cli.stages.align import loss_of
+from tbpo_cli.train.feed import Ahead
+from tbpo_cli.train.loop import TrainingRun
+
+OUT_OF_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+}
+
+
+def train(recipe_file, run, *overrides, room=None, error=None):
+    """`tbpo align` on a device that holds micro-batches of `room` tokens; returns the trained weights."""
+    recipe = load_recipe(recipe_file, ("model.lora.dropout=0.0", "align.layout=padded", *overrides))
+    run_stage("prepare", recipe_file, run)
+    stores = [PairStore(run / "prepare" / split) for split in ("train", "eval")]
+    policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+
+    def allocate(_module, inputs):
+        if room is not None and inputs[0].numel() > room:
+            raise error
+
+    policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
+    (run / "align").mkdir()
+    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, run / "align", 0, torch.device("cpu")).run()
+    return {name: p.detach() for name, p in policy.trained.items()}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_result(recipe_file, tmp_path, capsys, kind):
+    """A step has some 400 tokens; the device holds 200, so the budget goes 1024 → … → 128 in the first evaluation. The
+    trained weights are those of a device with room for all."""
+    whole = train(recipe_file, tmp_path / "whole")
+    assert "out of memory" not in capsys.readouterr().err
+    cut = train(recipe_file, tmp_path / "cut", room=200, error=OUT_OF_MEMORY[kind])
+    said = capsys.readouterr().err
+    assert "the same step again with max_tokens_per_device = 256" in said and said.count("out of memory") == 3
+    for name, weight in whole.items():
+        torch.testing.assert_close(cut[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [((), "activation_checkpointing"), (("align.max_tokens_per_device=500",), 'max_tokens_per_device = "auto"')],
+)
+def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_name_a_fix(
+    recipe_file, tmp_path, settings, fix
+):
+    with pytest.raises(TbpoError, match="out of memory") as error:
+        train(recipe_file, tmp_path / "run", *settings, room=10, error=OUT_OF_MEMORY["gpu"])
+    assert fix in error.value.fix and error.value.exit_code == 2
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe_file, tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(recipe_file, tmp_path / "run", room=10, error=RuntimeError("a bug"))
+
+
+def test_the_next_step_is_made_while_this_one_is_computed_and_only_as_it_is_wanted():
+    made, here = [], threading.get_ident()
+
+    def collate_step(step, tokens):
+        made.append((step, tokens, threading.get_ident() != here))
+        return [step * tokens]
+
+    ahead = Ahead(collate_step)
+    assert ahead.batches(5, 100) == [500] and ahead.batches(6, 100) == [600]
+    assert ahead.batches(6, 50) == [300], "the same step with another budget"
+    assert ahead.batches(7, 50) == [350]
+    ahead.close()
+    assert made[:2] == [(5, 100, True), (6, 100, True)] and (6, 50, True) in made
+    assert [entry[:2] for entry in made].count((7, 50)) == 1

@@ -1,0 +1,154 @@
+"""Row layouts: the same losses and gradients from each, for every loss, in every model that can take it."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tbpo_cli.core import LOSSES, StateBaseline, build_loss
+from tbpo_cli.data.batches import collate, cut_to_span, micro_batches
+from tbpo_cli.data.layouts import LAYOUTS
+from tbpo_cli.data.tokens import TokenizedPair
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.attention import BY_SEQUENCE, choose_layout
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
+from tbpo_cli.model.scoring import Scorer
+
+LENGTHS = [(5, 6, 4), (3, 1, 7), (9, 4, 1), (2, 5, 5), (1, 1, 1)]  # tokens of prompt, chosen, rejected
+SMALL = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+WINDOW = {"sliding_window": 8}
+MODELS = {  # model type, further settings, and whether one row can hold several sequences
+    "llama": ("llama", {}, True),
+    "qwen2": ("qwen2", {}, True),
+    "qwen3": ("qwen3", {}, True),
+    "mistral": ("mistral", {"sliding_window": None}, True),
+    "mistral, long window": ("mistral", {"sliding_window": 16}, True),
+    "mistral, short window": ("mistral", WINDOW, False),
+    "gemma2": ("gemma2", {**WINDOW, "query_pre_attn_scalar": 4}, False),
+    "gemma3": ("gemma3_text", WINDOW, False),
+    "mamba": ("mamba", {"state_size": 4}, False),
+    "linear attention": ("qwen3_next", {
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, False),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    rng = np.random.default_rng(0)
+    return [
+        TokenizedPair(str(number), *(rng.integers(3, 61, size=length).tolist() for length in lengths))
+        for number, lengths in enumerate(LENGTHS)
+    ]
+
+
+def make_model(kind, seed=0):
+    name, settings, _ = MODELS[kind]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **SMALL | settings)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def make_scorer(kind="llama"):
+    """A policy and other frozen models beside it, all different, and a baseline that is not zero."""
+    policy = Policy(make_model(kind), {name: make_model(kind, seed).requires_grad_(False) for seed, name in enumerate(
+        ("reference", POSITIVE, NEGATIVE), start=1)})  # fmt: skip
+    baseline = StateBaseline(16)
+    torch.nn.init.normal_(baseline.out.weight)
+    return Scorer.of(policy, baseline)
+
+
+def losses_and_gradients(scorer, loss, batches):
+    """({pair: loss}, all gradients), over micro-batches."""
+    per_pair = {}
+    scorer.policy.model.zero_grad(set_to_none=True)
+    scorer.baseline.zero_grad(set_to_none=True)
+    for batch in batches:
+        values = loss(scorer.score(batch, loss.needs)).per_pair
+        values.sum().backward()
+        per_pair |= dict(zip(batch.pair_ids, values.tolist(), strict=True))
+    named = [*scorer.policy.model.named_parameters(), *scorer.baseline.named_parameters()]
+    return per_pair, {name: p.grad for name, p in named if p.grad is not None}
+
+
+def assert_same(got, want):
+    assert got[0] == pytest.approx(want[0], rel=1e-4, abs=1e-5)
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    made = make_scorer()
+    assert choose_layout([made.policy.model, *made.policy.frozen.values()], "auto", 20)[0] == "shared_prompt"
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_the_same_values_and_gradients_in_every_layout_and_split(scorer, pairs, name, checkpointing):
+    loss = build_loss(name)
+    cut = [cut_to_span(pair, loss.span) for pair in pairs]
+    one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
+    model = scorer.policy.model.train()  # activation checkpointing is for training; there is no dropout here
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layout in LAYOUTS:
+        for split in ([cut], [cut[:2], cut[2:]]):
+            assert_same(losses_and_gradients(scorer, loss, [collate(part, layout) for part in split]), one_by_one)
+    model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_is_given_the_layout_that_it_can_take(pairs, kind):
+    *_, capable = MODELS[kind]
+    scorer = make_scorer(kind)
+    models = [scorer.policy.model, *scorer.policy.frozen.values()]
+    loss = build_loss("tbpo_a")
+    cut = [cut_to_span(pair, loss.span) for pair in pairs]
+    one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
+    layout, reason = choose_layout(models, "auto", longest=15)
+    assert (layout, scorer.policy.model.config._attn_implementation == BY_SEQUENCE) == (
+        ("shared_prompt", True) if capable else ("padded", False)
+    ), reason
+    for each in LAYOUTS if capable else ["padded"]:
+        assert_same(losses_and_gradients(scorer, loss, [collate(cut, each)]), one_by_one)
+    if not capable:
+        with pytest.raises(TbpoError, match="cannot take rows of several sequences"):
+            choose_layout(models, "packed", longest=15)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("span", ["response", "chosen"])
+def test_every_response_token_is_predicted_from_the_one_before_it(pairs, layout, span):
+    cut = [cut_to_span(pair, span) for pair in pairs]
+    batch = collate(cut, layout)
+    responses = [
+        (pair, ids) for side in ("chosen_ids", "rejected_ids") for pair in cut for ids in [getattr(pair, side)]
+    ]
+    assert batch.tokens.tolist() == [token for _, ids in responses for token in ids]
+    before = [token for pair, ids in responses if ids for token in [pair.prompt_ids[-1], *ids[:-1]]]
+    assert batch.input_ids.flatten()[batch.predictor].tolist() == before
+    positions = [len(pair.prompt_ids) - 1 + t for pair, ids in responses for t in range(len(ids))]
+    assert batch.position_ids.flatten()[batch.predictor].tolist() == positions
+    lengths = np.array([[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in cut])
+    assert batch.input_ids.numel() <= LAYOUTS[layout].num_tokens(lengths)
+    for side, column in ((batch.chosen, 1), (batch.rejected, 2)):
+        assert side.mask.sum(dim=1).tolist() == lengths[:, column].tolist()
+        assert side.mask.flatten().nonzero().flatten().tolist() == side.slots.tolist()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_hold_every_pair_once_within_the_token_budget(layout):
+    lengths = np.array([(3, 2, 4), (1, 1, 1), (9, 9, 2), (4, 4, 4), (2, 2, 2), (2, 3, 2)])
+    for budget in (10, 24, 60, 1000):
+        groups = micro_batches(lengths, budget, layout)
+        assert sorted(number for group in groups for number in group) == list(range(len(lengths)))
+        assert all(len(group) == 1 or LAYOUTS[layout].num_tokens(lengths[group]) <= budget for group in groups)
+    assert len(groups) == 1

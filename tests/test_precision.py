@@ -1,0 +1,126 @@
+"""Number types: fused LoRA layers, bf16 with fp32 adapters, fp32 weights in full fine-tuning, 4-bit bases."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_stage
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.lora import fuse_lora
+from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.recipe import load_recipe
+
+CPU = torch.device("cpu")
+
+
+def lora_layer(dtype, dropout, bias):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 20, bias=bias)).to(dtype)
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["0"]))
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fused_layer_is_pefts_layer(dtype, dropout, bias):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(2, 7, 12, generator=generator).to(dtype)
+    weights = torch.randn(2, 7, 20, generator=generator)
+    found = []
+    for fused in (False, True):
+        model, x = lora_layer(dtype, dropout, bias), rows.clone().requires_grad_()
+        if fused:
+            fuse_lora(model)
+            assert "forward" in vars(model.base_model.model[0])
+        torch.manual_seed(2)  # the same tokens are dropped
+        y = model(x)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in parameters} == {torch.float32} and y.dtype == dtype
+        gradients = torch.autograd.grad((y.float() * weights).sum(), [x, *parameters])
+        with model.disable_adapter():
+            plain = model(x)
+        found.append([y, plain, *gradients])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.15}
+    for got, want in zip(found[1], found[0], strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_a_frozen_input_and_frozen_weights_get_no_gradient():
+    model = lora_layer(torch.float32, 0.0, True)
+    fuse_lora(model)
+    model(torch.ones(3, 12)).sum().backward()
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "weights", "autocast"),
+    [(True, torch.bfloat16, None), (False, torch.float32, torch.bfloat16)],
+    ids=["lora", "full"],
+)
+def test_bf16_computes_in_bf16_and_trains_fp32(recipe_file, tmp_path, lora, weights, autocast):
+    text = recipe_file.read_text().replace("[model]", '[model]\ndtype = "bfloat16"')
+    if not lora:
+        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
+    recipe_file.write_text(text)
+    policy = load_policy(load_recipe(recipe_file), CPU, None, with_reference=True)
+    assert {p.dtype for p in policy.trained.values()} == {torch.float32}
+    assert policy.model.get_output_embeddings().weight.dtype == weights and policy.autocast == autocast
+    run = run_stage("align", recipe_file, tmp_path / "bf16", "model.lora.dropout=0.0" if lora else "run.seed=0")
+    recipe_file.write_text(text.replace('dtype = "bfloat16"', 'dtype = "float32"'))
+    exact = run_stage("align", recipe_file, tmp_path / "fp32", "model.lora.dropout=0.0" if lora else "run.seed=0")
+    for got, want in zip(evaluations(run), evaluations(exact), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=2e-3) and got["kl"] == pytest.approx(want["kl"], abs=2e-3)
+        assert got["logps_chosen"] == pytest.approx(want["logps_chosen"], abs=0.03)
+
+
+def evaluations(run):
+    from tbpo_cli.train.metrics import read_metrics
+
+    return [line for line in read_metrics(run / "align/metrics.jsonl") if line["split"] == "eval"]
+
+
+def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
+    """LoRA's B is zero, and full fine-tuning computes both models in the same way: log-ratios are zero, not nearly."""
+    from test_layouts import LENGTHS
+
+    from tbpo_cli.data.batches import collate
+    from tbpo_cli.data.tokens import TokenizedPair
+
+    ids = [list(range(n, n + 20)) for n in (5, 50, 100)]
+    pairs = [TokenizedPair("", *(own[:n] for own, n in zip(ids, lengths, strict=True))) for lengths in LENGTHS]
+    recipe = load_recipe(recipe_file, ("model.dtype=bfloat16",))
+    for one in (recipe, replace(recipe, model=replace(recipe.model, lora=None))):
+        policy = load_policy(one, CPU, None, with_reference=True)
+        policy.model.eval()
+        scores = Scorer.of(policy).score(collate(pairs, "padded"), frozenset({"log_ratio"}))
+        assert scores.chosen.log_ratio.abs().max() == 0 == scores.rejected.log_ratio.abs().max()
+
+
+def test_quantization_is_for_lora_on_a_pretrained_base(recipe_file):
+    for overrides in (("model.initial_weights=random",), ()):
+        text = recipe_file.read_text()
+        if not overrides:
+            recipe_file.write_text(text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", ""))
+        with pytest.raises(TbpoError, match="quantization"):
+            load_recipe(recipe_file, ("model.quantization=nf4", *overrides))
+
+
+def test_without_bitsandbytes_4_bit_weights_name_the_command_that_installs_it(recipe_file, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(TbpoError, match=r"pip install 'tbpo\[quantization\]'"):
+        load_policy(load_recipe(recipe_file, ("model.quantization=nf4",)), torch.device("cuda"), None, True)
+
+
+def test_4_bit_weights_are_refused_on_a_cpu(recipe_file):
+    """There, bitsandbytes packs a layer for inference as soon as the reference is asked, without a gradient."""
+    with pytest.raises(TbpoError, match="need a GPU"):
+        load_policy(load_recipe(recipe_file, ("model.quantization=nf4",)), CPU, None, with_reference=True)

@@ -1,0 +1,83 @@
+"""What one can watch of a training: curves.svg, trackers, the line of each step, and what the bar says."""
+
+import importlib.util
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import run_stage
+
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.train.curves import curves_svg
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    return [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_curves_have_a_panel_a_metric_with_labelled_axes_and_every_finite_value(tmp_path):
+    lines = [{"split": "train", "step": step, "loss": 1 / step, "kl": math.nan} for step in range(1, 6)]
+    lines += [{"split": "eval", "step": step, "loss": 0.5, "accuracy": 0.75} for step in (0, 5)]
+    svg = curves_svg(lines)
+    root = ElementTree.fromstring(svg)
+    assert {"loss (nats)", "reward accuracy (share of pairs)", "optimizer step", "0", "5", "1", "0.2"} <= set(
+        texts(svg)
+    )
+    assert "reward (nats)" not in texts(svg), "no panel without a value"
+    loss = root.findall(f".//{SVG}g")[0]
+    points = [line.get("points").split() for line in loss.iter(f"{SVG}polyline")]
+    assert [len(line) for line in points] == [5, 2]
+    heights = [float(point.split(",")[1]) for point in points[0]]
+    assert heights == sorted(heights), "a falling loss goes down the page"
+    assert "nan" not in svg and texts(curves_svg([])) == []
+
+
+def test_a_training_draws_its_curves_and_says_how_it_goes(recipe_file, tmp_path, capsys):
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    svg = (run / "align/curves.svg").read_text()
+    assert {"loss (nats)", "KL from the reference (nats a token)", "log-probability (nats a token)"} <= set(texts(svg))
+    said = capsys.readouterr().err
+    assert "rows are shared_prompt: every prompt is read once" in said
+    (last,) = (line for line in said.splitlines() if line.startswith("align 6/6"))
+    assert all(word in last for word in ("loss ", "accuracy ", "KL ", "tokens/s", "s left"))
+
+
+@pytest.mark.parametrize("loss", ["tbpo_a", "dpo"])
+def test_the_line_of_a_step_says_what_was_done_and_what_it_cost(recipe_file, tmp_path, loss):
+    """TBPO reads the aligned tokens only, except in steps that report all metrics."""
+    run = run_stage("align", recipe_file, tmp_path / "run", f"align.loss.name={loss}", "align.log_every=3")
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == "train"]
+    for line in lines:
+        assert line["pairs"] == 8 and line["tokens"] > 8 * 20 and line["learning_rate"] >= 0 and line["grad_norm"] > 0
+        assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"])
+        assert 0.1 < line["peak_memory_gb"] < 20
+    assert ("kl" in lines[2]) and ("kl" not in lines[1])
+
+
+def test_sft_draws_its_curves_too(recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 2\n")
+    run = run_stage("sft", recipe_file, tmp_path / "run")
+    assert "loss (nats)" in texts((run / "sft/curves.svg").read_text())
+
+
+def test_tensorboard_gets_every_line(recipe_file, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = run_stage("align", recipe_file, tmp_path / "run", 'run.trackers=["tensorboard"]')
+    accumulator = EventAccumulator(str(run / "align/logs/tiny")).Reload()
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    for split in ("train", "eval"):
+        expected = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
+        got = [(event.step, event.value) for event in accumulator.Scalars(f"{split}/loss")]
+        assert got == [(step, pytest.approx(loss)) for step, loss in expected]
+
+
+def test_a_tracker_that_is_not_installed_names_the_command_that_installs_it(recipe_file, tmp_path):
+    (missing, *_) = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    with pytest.raises(TbpoError, match=f"pip install {missing}"):
+        run_stage("align", recipe_file, tmp_path / "run", f'run.trackers=["{missing}"]')
