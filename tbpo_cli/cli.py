@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.launch import ALONE, Processes, processes_of
 
 if TYPE_CHECKING:
     from tbpo_cli.recipe import Recipe
@@ -37,6 +38,16 @@ Directory = Annotated[
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin the stage anew; its old folder is renamed, nothing is deleted.")
+]
+Flags = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="One process a GPU, on this machine.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="On the CPU; with --gpus N, in N processes.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", min=1, help="Machines that run this command.")]
+NodeRank = Annotated[int | None, typer.Option("--node-rank", metavar="K", min=0, help="This machine's number, from 0.")]
+MainAddress = Annotated[
+    str | None, typer.Option("--main-address", metavar="HOST:PORT", help="Of machine 0, reached by all.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and do nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
@@ -84,13 +95,20 @@ def _add_stage(name: str, text: str) -> None:
     @app.command(name, help=text)
     def command(
         recipe: RecipePath,
+        flags: Flags = None,
         sets: Set = None,
         run_dir: Directory = None,
+        gpus: Gpus = None,
+        cpu: Cpu = False,
+        nodes: Nodes = None,
+        node_rank: NodeRank = None,
+        main_address: MainAddress = None,
         restart: Restart = False,
         dry_run: DryRun = False,
         quiet: Quiet = False,
     ) -> None:
-        _run_stage(name, recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet)
+        processes = processes_of(gpus, cpu, nodes, node_rank, main_address, tuple(flags or ()), dict(os.environ))
+        _run_stage(name, recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet, processes)
 
 
 def _add_not_built(name: str, text: str) -> None:
@@ -121,9 +139,15 @@ def _not_built(command: str) -> None:
 
 
 def _run_stage(
-    name: str, path: Path, sets: tuple[str, ...], run_dir: Path | None, restart: bool, dry_run: bool, quiet: bool
+    name: str,
+    path: Path,
+    sets: tuple[str, ...],
+    run_dir: Path | None,
+    restart: bool,
+    dry_run: bool,
+    quiet: bool,
+    processes: Processes = ALONE,
 ) -> tuple[Recipe, RunDir]:
-    from tbpo_cli import console
     from tbpo_cli.recipe import load_recipe
     from tbpo_cli.run import RunDir
     from tbpo_cli.stages import run_through, show_plan
@@ -135,32 +159,19 @@ def _run_stage(
         show_plan(name, recipe, directory)
         return recipe, directory
     try:
-        run_through(name, recipe, directory, restart)
+        run_through(name, recipe, directory, restart, processes)
     except KeyboardInterrupt:
         raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
     return recipe, directory
 
 
-QUIET_LIBRARIES = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "DATASETS_VERBOSITY": "critical",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-}
-
-
 def main() -> None:
     """The executable: 0 done, 2 recipe, data or usage, 3 diverged, 130 / 143 interrupted, 1 a bug of ours."""
-    for name, value in QUIET_LIBRARIES.items():
-        os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore", FutureWarning)  # about the insides of libraries, nothing a user can act on
+    console.quiet_libraries()
     try:
         app()
     except TbpoError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{error}\n" if str(error) else "")
         sys.exit(error.exit_code)
 
 

@@ -37,6 +37,17 @@ class DivergenceError(TbpoError):
     exit_code = 3
 
 
+class ToldError(TbpoError):
+    """A failure that another process has told about already; only its exit code is left."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("a worker process failed")
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return ""
+
+
 class Interrupted(TbpoError):  # noqa: N818 - an event, not a fault
     """SIGINT or SIGTERM, after a checkpoint was written. Exit 130 or 143."""
 

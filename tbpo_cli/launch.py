@@ -1,89 +1,228 @@
-"""A training stage in this process: from a recipe to trained weights in the stage's folder."""
+"""Starts the processes of a stage: on GPUs by `accelerate launch`, on the CPU by torch's elastic launcher."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-
-import torch
-from accelerate import PartialState
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tbpo_cli import console
-from tbpo_cli.core.head import REFERENCE_FREE
-from tbpo_cli.core.losses import Loss
-from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import load_tokenizer
-from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
-from tbpo_cli.train.loop import TrainingRun
-from tbpo_cli.train.trackers import open_trackers
+from tbpo_cli.errors import TbpoError, ToldError
+
+if TYPE_CHECKING:
+    from tbpo_cli.recipe import Recipe
+    from tbpo_cli.run import RunDir
 
 
-def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
-    """Trains one stage and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
+# In a stage's folder, while its workers run: the first machine has launched it; a worker has said why it failed.
+LAUNCHED, TOLD = ".launched", ".told"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes a stage runs in, and where.
 
     Args:
-        name: "sft" or "align".
-        train_split: the folder under prepare/ with the training pairs.
+        per_machine: processes on this machine; None for this process alone.
+        cpu: on the CPU, also where there is a GPU.
+        machines: how many machines run the same command.
+        machine_rank: the number of this one, from 0.
+        main_address: HOST:PORT of machine 0; "" for one machine.
+        flags: for `accelerate launch`, as they are.
+    """
+
+    per_machine: int | None = None
+    cpu: bool = False
+    machines: int = 1
+    machine_rank: int = 0
+    main_address: str = ""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def is_alone(self) -> bool:
+        return (self.per_machine or 1) * self.machines == 1
+
+    def command(self, target: str) -> list[str]:
+        """The command line of the launcher, whose workers get `target` as their one argument."""
+        host, _, port = self.main_address.rpartition(":")
+        if self.cpu:
+            where = ["--standalone"] if self.machines == 1 else [f"--master-addr={host}", f"--master-port={port}"]
+            counts = [f"--nproc-per-node={self.per_machine or 1}", f"--nnodes={self.machines}"]
+            launcher = ["torch.distributed.run", *counts, f"--node-rank={self.machine_rank}", *where]
+        else:
+            where = ["--main_process_port=0"] if self.machines == 1 else [
+                f"--main_process_ip={host}", f"--main_process_port={port}",
+            ]  # fmt: skip
+            counts = [
+                f"--num_processes={(self.per_machine or 1) * self.machines}", f"--num_machines={self.machines}",
+                f"--machine_rank={self.machine_rank}", "--mixed_precision=no", "--dynamo_backend=no",
+            ]  # fmt: skip
+            launcher = ["accelerate.commands.launch", "--multi_gpu", *counts, *where]
+        return [sys.executable, "-m", "tbpo_cli.launch", *launcher, *self.flags, "-m", "tbpo_cli.worker", target]
+
+
+ALONE = Processes()
+
+
+def processes_of(
+    gpus: int | None,
+    cpu: bool,
+    nodes: int | None,
+    node_rank: int | None,
+    main_address: str | None,
+    flags: tuple[str, ...],
+    environment: dict[str, str],
+) -> Processes:
+    """The processes that the command line asks for; of several machines, what it leaves out is read from SLURM.
 
     Raises:
-        TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
+        TbpoError: if it asks for several machines and does not say where the first one is.
     """
-    started = time.monotonic()
-    reverse = name == "align" and recipe.align.reverse
-    train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
-    if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
+    if nodes is None and int(environment.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in environment:
+        nodes, node_rank = int(environment["SLURM_NNODES"]), int(environment["SLURM_NODEID"])
+        main_address = main_address or _slurm_address(environment)
+    nodes = nodes or 1
+    if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in (main_address or "")):
         raise TbpoError(
-            "the rows have no rejected responses",
-            "data.train or data.eval",
-            "preference pairs, with a chosen and a rejected response",
-            "demonstrations are for `tbpo sft`",
+            f"{nodes} machines do not find each other",
+            f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}",
+            "the number of this machine, from 0, and HOST:PORT of machine 0",
+            f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500",
         )
-    folder = run_dir.begin(name, recipe)
-    device = PartialState().device
-    torch.backends.cuda.matmul.allow_tf32 = True
-    sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
-    if "weights" in loss.needs:
-        for view in (POSITIVE, NEGATIVE):
-            add_helper(policy, view, getattr(loss, view), recipe.model, device)
-    trained = sum(parameter.numel() for parameter in policy.trained.values())
-    console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
-    if name == "align":
-        console.say(f"the reference is {policy.describe_reference()}")
-    settings = getattr(recipe, name)
-    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
-    trackers = open_trackers(recipe.run.trackers, recipe.run.name, folder / "logs", recipe.settings())
-    with trackers as tell:
-        TrainingRun(policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, tell).run()
-    weights = run_dir.weights(name)
-    outputs = policy.save(weights)
-    load_tokenizer(recipe.model).save_pretrained(weights)
-    run_dir.finish(
-        name,
-        [*outputs, folder / "metrics.jsonl"],
-        {
-            "seed": recipe.run.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
+    return Processes(gpus, cpu, nodes, node_rank or 0, main_address or "", flags)
 
 
-def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
-    """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
-    started = run_dir.started_from(name)
-    settings = {
-        key: value
-        for key, value in started["settings"].items()
-        if key.startswith(("run.seed", "model.")) and not key.startswith("model.lora.")
-    }
-    base = started["files"].get("model.base", {})
-    parts = {
-        "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
-        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def _slurm_address(environment: dict[str, str]) -> str:
+    """The first host of the job, and a port that the job's number decides."""
+    nodes = ["scontrol", "show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")]
+    host = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+    return f"{host}:{29500 + int(environment.get('SLURM_JOB_ID', 0)) % 1000}"
+
+
+def run_or_launch(
+    train: Callable[[Recipe, RunDir], None], name: str, recipe: Recipe, run_dir: RunDir, processes: Processes
+) -> None:
+    """Calls `train` here, or lets the workers of the stage `name` call it."""
+    if not processes.is_alone:
+        run_dir.begin(name, recipe)
+        _run_workers(name, run_dir, processes)
+        return
+    if processes.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    train(recipe, run_dir)
+
+
+def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
+    """On another machine than the first: waits until that has launched the stage, and adds the workers of this one."""
+    launched = run_dir.stage(name) / LAUNCHED
+    console.say(f"waiting for {processes.main_address} to begin {name} …")
+    while not launched.exists():
+        time.sleep(0.5)
+    _run_workers(name, run_dir, processes)
+
+
+def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
+    """Runs a stage in several processes, and waits for them. They read run_dir/recipe.toml.
+
+    SIGINT and SIGTERM are passed on to the workers, which write a checkpoint; a second one ends them at once.
+
+    Raises:
+        TbpoError: if there are fewer GPUs than processes, or a worker was killed.
+        ToldError: if a worker failed with a message of its own.
+    """
+    import torch
+
+    available = torch.cuda.device_count()
+    if not processes.cpu and (processes.per_machine or 1) > available:
+        raise TbpoError(
+            f"{processes.per_machine} GPUs are asked for, and {available} are here",
+            "--gpus",
+            "as many processes as GPUs",
+            f"--gpus {available}" if available else "--cpu for processes on the CPU",
+        )
+    environment = dict(os.environ)
+    if processes.cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (processes.per_machine or 1))))
+    told, launched = run_dir.stage(name) / TOLD, run_dir.stage(name) / LAUNCHED
+    if processes.machine_rank == 0:
+        told.unlink(missing_ok=True)
+        launched.touch()
+    command = processes.command(str(run_dir.stage(name)))
+    launcher = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        with _passing_on_signals(launcher):
+            code = launcher.wait()
+    finally:
+        launched.unlink(missing_ok=True)
+    if code < 0 or (code and not told.exists()):
+        number = -code if code < 0 else code - 128
+        reason = f"was killed by signal {number}" if number > 0 else "failed"
+        raise TbpoError(
+            f"a worker process {reason}",
+            str(run_dir.stage(name)),
+            "processes that end by themselves",
+            "look at the memory of the machine; the same command goes on from the last checkpoint",
+        )
+    if code:
+        raise ToldError(code)
+
+
+@contextmanager
+def _passing_on_signals(launcher: subprocess.Popen) -> Iterator[None]:
+    """SIGINT and SIGTERM go to the workers; the second one ends launcher and workers."""
+    import psutil
+
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
+        family = psutil.Process(launcher.pid).children(recursive=True)
+        for process in family if len(received) == 1 else [*family, psutil.Process(launcher.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """The launcher's process: runs the launcher that the command line names, and exits with its first failure's code.
+
+    It ends, and its workers with it, when the process that started it is gone.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def end_with_parent() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.disable()  # what the launcher says of a failure, the worker has said better
+    module, *arguments = sys.argv[1:]
+    sys.argv = [module, *arguments]
+    try:
+        if module == "torch.distributed.run":
+            from torch.distributed.run import main as launch
+        else:
+            from accelerate.commands.launch import main as launch
+        launch()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+if __name__ == "__main__":
+    main()

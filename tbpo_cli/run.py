@@ -34,12 +34,14 @@ class Stage:
         needs: stages whose outputs it reads, if the recipe has them.
         tables: prefixes of the recipe's keys that it depends on.
         files: recipe keys whose files it reads, with the patterns of the files that count in a folder.
+        parallel: whether it can run in several processes.
     """
 
     name: str
     needs: tuple[str, ...]
     tables: tuple[str, ...]
     files: dict[str, tuple[str, ...]]
+    parallel: bool = True
 
 
 _TOKENIZER = {"model.base": TOKENIZER_FILES, "model.chat_template": ("*",)}
@@ -56,6 +58,7 @@ STAGES = {
             (),
             ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
             _TOKENIZER | _DATA,
+            parallel=False,
         ),
         Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS | {"sft.train": ("**/*",)}),
         Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS | _HELPERS),

@@ -1,6 +1,7 @@
 """What a user sees of the stages: up to date, going on, changed inputs, exit codes, and what is never lost."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from conftest import preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 
+from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import DivergenceError, TbpoError
 
 
@@ -322,7 +324,12 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
     with pytest.raises(DivergenceError) as error:
         run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=1e30", "align.max_grad_norm=1e30",
                   "align.optimizer=rmsprop", "align.max_steps=50")  # fmt: skip
-    assert error.value.exit_code == 3 and "pairs" in error.value.where
+    assert error.value.exit_code == 3
+    named = re.search(r"step (\d+), pairs ([0-9a-f, ]+); the losses of the micro-batch are", error.value.where)
+    kept = PairStore(tmp_path / "run/align/diverged")
+    assert [pair.pair_id for pair in kept] == named[2].split(", "), "the batch is there, to be run again alone"
+    facts = json.loads((tmp_path / "run/align/diverged/diverged.json").read_text())
+    assert facts["step"] == int(named[1]) and len(facts["losses"]) == len(kept)
     assert not (tmp_path / "run/align/manifest.json").exists()
 
 

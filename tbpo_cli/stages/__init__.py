@@ -10,8 +10,9 @@ import importlib
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import told_as_unwritable
+from tbpo_cli.launch import ALONE, Processes, join_workers
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.run import STAGES, RunDir
 
 
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
@@ -54,10 +55,11 @@ def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
         console.out.print("\n    ".join([f"{name}: {WORDS[state]}", *changes]), markup=False)
 
 
-def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> None:
+def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE) -> None:
     """Runs the stages that `target` needs and that are not up to date, then `target`.
 
     Args:
+        processes: how the stages that can do so run. Of several machines the first prepares, and the others join it.
         restart: move the folders of `target`, and of needed stages whose inputs changed, aside, and begin anew.
 
     Raises:
@@ -68,11 +70,16 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> 
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         importlib.import_module(f"tbpo_cli.stages.{target}").report(recipe, run_dir)
         return
+    if processes.machine_rank > 0:
+        for name in [*run_dir.needed(target, recipe), target]:
+            if STAGES[name].parallel and run_dir.manifest(name) is None:
+                join_workers(name, run_dir, processes)
+        return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
-        _run_through(target, recipe, run_dir, restart)
+        _run_through(target, recipe, run_dir, restart, processes)
 
 
-def _run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> None:
+def _run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes) -> None:
     states = plan(target, recipe, run_dir)
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
     if changed and not restart:
@@ -90,7 +97,8 @@ def _run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool) ->
         if anew and (old := run_dir.set_aside(name)):
             console.say(f"the old {name} is kept as {old}")
         if run_dir.manifest(name) is None:
-            importlib.import_module(f"tbpo_cli.stages.{name}").run(recipe, run_dir)
+            parallel = (processes,) if STAGES[name].parallel else ()
+            importlib.import_module(f"tbpo_cli.stages.{name}").run(recipe, run_dir, *parallel)
         if name != target:
             _check_unmoved(name, target, recipe, run_dir, restart)
 

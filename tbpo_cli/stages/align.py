@@ -5,16 +5,22 @@ from __future__ import annotations
 from tbpo_cli import console
 from tbpo_cli.core.generators import build_generator
 from tbpo_cli.core.losses import Loss, build_loss
+from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Align, Recipe
 from tbpo_cli.run import RunDir
 
 
-def run(recipe: Recipe, run_dir: RunDir) -> None:
+def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `align/adapter` (or `align/model`)."""
-    from tbpo_cli.launch import train_stage
+    run_or_launch(train, "align", recipe, run_dir, processes)
+    report(recipe, run_dir)
+
+
+def train(recipe: Recipe, run_dir: RunDir) -> None:
+    """The training in this process, which may be one of several."""
+    from tbpo_cli.training import train_stage
 
     train_stage("align", recipe, run_dir, loss_of(recipe.align), "train")
-    report(recipe, run_dir)
 
 
 def loss_of(settings: Align) -> Loss:

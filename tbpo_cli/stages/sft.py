@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from tbpo_cli import console
+from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 
 
-def run(recipe: Recipe, run_dir: RunDir) -> None:
+def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `sft/adapter` (or `sft/model`) of a recipe with an [sft] table."""
+    run_or_launch(train, "sft", recipe, run_dir, processes)
+    report(recipe, run_dir)
+
+
+def train(recipe: Recipe, run_dir: RunDir) -> None:
+    """The training in this process, which may be one of several."""
     from tbpo_cli.core.losses import build_loss
-    from tbpo_cli.launch import train_stage
+    from tbpo_cli.training import train_stage
 
     train_stage("sft", recipe, run_dir, build_loss("sft"), "train" if recipe.sft.train is None else "sft")
-    report(recipe, run_dir)
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:

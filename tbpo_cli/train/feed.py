@@ -12,6 +12,7 @@ from torch import nn
 from tbpo_cli import console
 from tbpo_cli.data.batches import PairBatch
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.train.group import Group
 
 T = TypeVar("T")
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
@@ -25,29 +26,37 @@ class TokenBudget:
         tokens: of a micro-batch, padding included.
     """
 
-    def __init__(self, wanted: int | Literal["auto"], model: nn.Module, activation_checkpointing: bool) -> None:
-        self.tokens = estimate_tokens(model, activation_checkpointing) if wanted == "auto" else wanted
-        self._fixed = wanted != "auto"
+    def __init__(
+        self, wanted: int | Literal["auto"], model: nn.Module, activation_checkpointing: bool, group: Group
+    ) -> None:
+        tokens = estimate_tokens(model, activation_checkpointing) if wanted == "auto" else wanted
+        self.tokens = min(group.gather(tokens))
+        self._fixed, self._group = wanted != "auto", group
 
     def attempt(self, work: Callable[[int], T]) -> T:
-        """The result of `work(tokens)`, which is repeated with half as many tokens for as long as memory runs out.
+        """The result of `work(tokens)`; all processes repeat it with half as many tokens while one runs out of memory.
 
         Raises:
             TbpoError: if the number is the recipe's, or cannot be halved any more.
         """
         while True:
+            result, failure = None, None
             try:
-                return work(self.tokens)
+                result = work(self.tokens)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                what = str(error).splitlines()[0]
+                failure = str(error).splitlines()[0]
             # Only here has the failed attempt let go of its tensors.
+            failures = [what for what in self._group.gather(failure) if what is not None]
+            if not failures:
+                return result
+            result = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self._fixed or self.tokens < 2 * LEAST_TOKENS:
                 raise TbpoError(
-                    f"out of memory: {what}",
+                    f"out of memory: {failures[0]}",
                     f"max_tokens_per_device = {self.tokens}",
                     "a micro-batch that fits into memory",
                     'max_tokens_per_device = "auto"'

@@ -16,7 +16,7 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.batches import num_steps, span_lengths
 from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.errors import Interrupted
+from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.files import write_whole
 from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import Policy
@@ -25,6 +25,7 @@ from tbpo_cli.recipe import Align, Sft
 from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.curves import curves_svg
 from tbpo_cli.train.feed import TokenBudget
+from tbpo_cli.train.group import ONE, Group
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
 from tbpo_cli.train.step import Stepper
@@ -52,6 +53,7 @@ class TrainingRun:
         device: where the model is.
         reference: the file for log π_ref of the training pairs, named by what it depends on; used by losses that read
             nothing else of the reference, if pairs are visited more than once.
+        group: the processes that train together; they all run this, with the same arguments.
         tell: is told ("train" or "eval", step, metrics) as they are written.
     """
 
@@ -64,6 +66,7 @@ class TrainingRun:
     seed: int
     device: torch.device
     reference: Path | None = None
+    group: Group = ONE
     tell: Tell = lambda split, step, values: None
 
     @property
@@ -83,26 +86,36 @@ class TrainingRun:
             console.say(line)
         if step:
             console.say(f"going on from step {step}")
-        log, latest = MetricsLog(self.folder / "metrics.jsonl", step), {}
+        log, latest = MetricsLog(self.folder / "metrics.jsonl", step, self.group.is_main), {}
+        if len(set(self.group.gather(step))) > 1:  # and nobody writes to the log before all have read it
+            raise TbpoError(
+                "the processes do not see the same checkpoints",
+                str(checkpoints),
+                "a run directory on a file system that all machines share",
+                "give such a one with --run-dir",
+            )
         progress = console.progress(self.folder.name, self.num_steps, step, self.settings.log_every)
         with closing(stepper.ahead), _signals() as stop, progress as update:
             while True:
-                if self._evaluation_is_due(step) and log.evaluation(step) is None:
+                # What the first process has read of its log decides for all.
+                if self._evaluation_is_due(step) and self.group.gather(log.evaluation(step) is None)[0]:
                     self._note(log, "eval", step, stepper.evaluate())
-                    write_whole(self.folder / "curves.svg", curves_svg(log.lines))
+                    self._draw(log)
                 if step == self.num_steps:
-                    write_whole(self.folder / "curves.svg", curves_svg(log.lines))
+                    self._draw(log)
                     return log
                 values = stepper.step(step)
                 step += 1
                 self._note(log, "train", step, values)
                 latest |= values
                 update(step, "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest))
-                if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stop:
+                stops = [number for number in self.group.gather(stop[0] if stop else None) if number is not None]
+                due = step % self.settings.checkpoint_every == 0 or step == self.num_steps or stops
+                if due and self.group.is_main:
                     save_checkpoint(checkpoints, step, stepper.trainees, self.settings.keep_checkpoints)
-                if stop:
+                if stops:
                     raise Interrupted(
-                        stop[0], f"a checkpoint of step {step} is kept", "the same command goes on from there"
+                        stops[0], f"a checkpoint of step {step} is kept", "the same command goes on from there"
                     )
 
     def _build(self) -> Stepper:
@@ -115,7 +128,7 @@ class TrainingRun:
             trainees["baseline"] = Trainee(parameters, build_baseline_optimizer(parameters.values()))
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        budget = TokenBudget(settings.max_tokens_per_device, model, settings.activation_checkpointing)
+        budget = TokenBudget(settings.max_tokens_per_device, model, settings.activation_checkpointing, self.group)
         scorer = Scorer.of(self.policy, baseline)
         return Stepper(self, scorer, trainees, self._choose_layout(), budget, self._open_cache())
 
@@ -129,7 +142,11 @@ class TrainingRun:
         again = self.num_steps * self.settings.batch_size > len(self.train)
         if self.reference is None or not again or not from_reference_logps(self.loss.needs):
             return None
-        return ReferenceCache(self.reference, span_lengths(self.train, range(len(self.train)), self.loss.span))
+        lengths = span_lengths(self.train, range(len(self.train)), self.loss.span)
+        if self.group.is_main:
+            ReferenceCache(self.reference, lengths)
+        self.group.gather(None)  # the file is made by one process; each then writes what it finds out of its own pairs
+        return ReferenceCache(self.reference, lengths)
 
     def _choose_layout(self) -> str:
         models = [self.policy.model, *self.policy.frozen.values()]
@@ -141,6 +158,10 @@ class TrainingRun:
 
     def _evaluation_is_due(self, step: int) -> bool:
         return len(self.evaluation) > 0 and (step % self.settings.eval_every == 0 or step == self.num_steps)
+
+    def _draw(self, log: MetricsLog) -> None:
+        if self.group.is_main:
+            write_whole(self.folder / "curves.svg", curves_svg(log.lines))
 
     def _note(self, log: MetricsLog, split: str, step: int, values: dict[str, float]) -> None:
         log.append(split, step, values)

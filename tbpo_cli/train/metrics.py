@@ -14,6 +14,7 @@ from torch import Tensor
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.train.group import Group
 
 Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # name → (sum, number of pairs or tokens it is a mean over)
 
@@ -69,8 +70,15 @@ def _aligned_log_ratio(scores: PairScores, output: LossOutput) -> Tensor | None:
     return (scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]).detach()
 
 
-def average(parts: Sequence[Totals]) -> dict[str, float]:
-    """The means over several batches; counts (num_clipped) are added up. Waits for the device, once."""
+def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
+    """The means over several batches of all processes; counts (num_…) are added up. Waits for the device, once."""
+    summed = _add_up(group.gather(_add_up(parts)))
+    return {
+        name: total if name.startswith("num_") else total / count for name, (total, count) in summed.items() if count
+    }
+
+
+def _add_up(parts: Sequence[Totals]) -> dict[str, tuple[float, float]]:
     tensors = [value for part in parts for pair in part.values() for value in pair if isinstance(value, Tensor)]
     numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
     summed: dict[str, tuple[float, float]] = {}
@@ -79,18 +87,22 @@ def average(parts: Sequence[Totals]) -> dict[str, float]:
             total, count = (next(numbers) if isinstance(value, Tensor) else value for value in pair)
             before = summed.get(name, (0.0, 0.0))
             summed[name] = (before[0] + total, before[1] + count)
-    return {
-        name: total if name.startswith("num_") else total / count for name, (total, count) in summed.items() if count
-    }
+    return summed
 
 
 class MetricsLog:
     """metrics.jsonl: one line a step and one an evaluation, {"split": "train" | "eval", "step": …, …}."""
 
-    def __init__(self, path: Path, upto_step: int) -> None:
-        """Opens the log, dropping what an interrupted run wrote after the checkpoint it goes on from."""
-        self.path = path
+    def __init__(self, path: Path, upto_step: int, writes: bool = True) -> None:
+        """Opens the log, dropping what an interrupted run wrote after the checkpoint it goes on from.
+
+        Args:
+            writes: whether this process is the one that does.
+        """
+        self.path, self._writes = path, writes
         self.lines = [line for line in read_metrics(path) if line["step"] <= upto_step]
+        if not writes:
+            return
         temporary = path.with_name(f".{path.name}")
         temporary.write_text("".join(_encode(line) for line in self.lines), encoding="utf-8")
         temporary.replace(path)
@@ -98,6 +110,8 @@ class MetricsLog:
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_encode(line))
             file.flush()

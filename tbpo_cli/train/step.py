@@ -6,16 +6,19 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tbpo_cli import console
+from tbpo_cli.core.types import LossOutput, PairScores
 from tbpo_cli.data.batches import PairBatch, collate_all, step_indices
 from tbpo_cli.data.reference import ReferenceCache
+from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
+from tbpo_cli.files import write_sealed
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.train.checkpoint import Trainee
 from tbpo_cli.train.feed import Ahead, TokenBudget
@@ -54,17 +57,21 @@ class Stepper:
         """An optimizer step (from 0); returns its metrics.
 
         Raises:
-            DivergenceError: on a gradient that is not finite, before anything changed.
+            DivergenceError: on a loss or gradient that is not finite, before anything changed.
         """
         started, run = time.monotonic(), self.run
         batches, totals, found = self.budget.attempt(
             lambda tokens: self._accumulate(number, self.ahead.batches(number, tokens))
         )
         policy = self.trainees["policy"]
+        for trainee in self.trainees.values():
+            run.group.sum_gradients(trainee.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), run.settings.max_grad_norm)
-        values = average([*totals, {"grad_norm": (norm, 1)}])  # the one moment when the device is waited for
-        if not np.isfinite(values["grad_norm"]):
-            raise self._diverged(number, "the gradient is not finite", batches)
+        tokens = sum(batch.num_tokens for batch in batches)
+        # The one moment when the device is waited for.
+        values = average([*totals, {"grad_norm": (norm, 1), "num_tokens": (tokens, 1)}], run.group)
+        if not np.isfinite([values["grad_norm"], values["loss"]]).all():
+            raise self._diverged(number, batches)
         for indices, logps in found:
             self.cache.write(indices, logps)
         rate = learning_rate(run.settings, number, run.num_steps)
@@ -74,7 +81,7 @@ class Stepper:
             trainee.optimizer.step()
             trainee.optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started
-        pairs, tokens = run.settings.batch_size, sum(batch.num_tokens for batch in batches)
+        pairs, tokens = run.settings.batch_size, int(values.pop("num_tokens"))
         return {
             **values,
             "learning_rate": rate,
@@ -92,9 +99,9 @@ class Stepper:
         run = self.run
         run.policy.model.eval()
         span = "chosen" if run.loss.span == "chosen" else "response"
-        pairs = range(len(run.evaluation))
+        pairs = run.group.share(range(len(run.evaluation)))
 
-        def measure_all(tokens: int) -> dict[str, float]:
+        def measure_all(tokens: int) -> list[Totals]:
             totals, done = [], 0
             with console.progress("evaluating", len(pairs), every=len(pairs)) as update:
                 for batch in collate_all(run.evaluation, pairs, tokens, span, self.layout):
@@ -102,42 +109,57 @@ class Stepper:
                     totals.append(measure(scores, run.loss(scores), run.loss))
                     done += len(batch.pair_ids)
                     update(done, "")
-            return average(totals)
+            return totals
 
-        return self.budget.attempt(measure_all)
+        return average(self.budget.attempt(measure_all), run.group)
 
     def _is_full(self, number: int) -> bool:
         """Whether a step reports all metrics: it then reads whole responses, and needs the reference itself."""
         return (number + 1) % self.run.settings.log_every == 0
 
+    def _pairs(self, number: int) -> list[int]:
+        """The pairs of a step, by their places in the store."""
+        return step_indices(len(self.run.train), self.run.settings.batch_size, self.run.seed, number)
+
     def _collate(self, number: int, tokens: int) -> list[PairBatch]:
-        """The micro-batches of a step, a function of the arguments and the seed."""
+        """This process's micro-batches of a step, a function of the arguments and the seed."""
         run = self.run
-        indices = step_indices(len(run.train), run.settings.batch_size, run.seed, number)
+        indices = run.group.share(self._pairs(number))
         span = "response" if self._is_full(number) and run.loss.span == "aligned" else run.loss.span
         return list(collate_all(run.train, indices, tokens, span, self.layout))
 
     def _accumulate(self, number: int, batches: list[PairBatch]) -> tuple[list[PairBatch], list[Totals], list[Found]]:
         """A whole step's gradients, one micro-batch after the other; those of an earlier attempt are dropped."""
-        run, full = self.run, self._is_full(number)
-        for trainee in self.trainees.values():
-            trainee.optimizer.zero_grad(set_to_none=True)
-        run.policy.model.train()
-        by_tokens = run.loss.mean_over == "chosen_tokens"
-        normaliser = sum(len(b.chosen.slots) for b in batches) if by_tokens else run.settings.batch_size
+        self._drop_gradients()
         totals, found = [], []
         for part, batch in enumerate(batches):
-            torch.manual_seed(int(np.random.SeedSequence((run.seed, number, part)).generate_state(1)[0]))
-            batch, reference = batch.to(run.device), None
-            if self.cache is not None and not full:
-                reference, is_new = self._reference_logps(batch)
-                found += [(batch.indices, reference)] if is_new else []
-            scores = self.scorer.score(batch, run.loss.needs, full, reference)
-            output = run.loss(scores)
-            weights = scores.chosen.mask.sum(dim=1) if by_tokens else 1
-            (output.per_pair * weights).sum().div(normaliser).backward()
-            totals.append(measure(scores, output, run.loss))
+            scores, output, new = self._backward(number, part, batch)
+            totals.append(measure(scores, output, self.run.loss))
+            found += new
         return batches, totals, found
+
+    def _drop_gradients(self) -> None:
+        for trainee in self.trainees.values():
+            trainee.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput, list[Found]]:
+        """Adds the gradients of one micro-batch to those that are there."""
+        run, full, found = self.run, self._is_full(number), []
+        run.policy.model.train()
+        random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
+        torch.manual_seed(int(random.generate_state(1)[0]))
+        batch, reference = batch.to(run.device), None
+        if self.cache is not None and not full:
+            reference, is_new = self._reference_logps(batch)
+            found = [(batch.indices, reference)] if is_new else []
+        scores = self.scorer.score(batch, run.loss.needs, full, reference)
+        output = run.loss(scores)
+        weights, normaliser = 1, run.settings.batch_size
+        if run.loss.mean_over == "chosen_tokens":
+            weights = scores.chosen.mask.sum(dim=1)
+            normaliser = int(run.train.chosen_lengths[self._pairs(number)].sum())
+        (output.per_pair * weights).sum().div(normaliser).backward()
+        return scores, output, found
 
     def _reference_logps(self, batch: PairBatch) -> tuple[Tensor, bool]:
         """log π_ref of a batch's tokens, (N,): what the cache knows, and for the rest what the reference says now."""
@@ -147,14 +169,35 @@ class Stepper:
             return reference, False
         return torch.where(reference.isnan(), self.scorer.reference_logps(batch), reference), True
 
-    def _diverged(self, number: int, what: str, batches: list[PairBatch]) -> DivergenceError:
-        ids = ", ".join(pair_id for batch in batches for pair_id in batch.pair_ids)
+    def _diverged(self, number: int, batches: list[PairBatch]) -> DivergenceError:
+        """The error that names the first micro-batch whose gradient is not finite by itself, if there is one."""
+        run = self.run
+        known = next((found for found in run.group.gather(self._find_diverged(number, batches)) if found), None)
+        indices = known["indices"] if known else self._pairs(number)
+        pairs = [run.train[index] for index in indices]
+        folder = run.folder / "diverged"
+        if run.group.is_main:
+            with pair_writer(folder) as writer:
+                writer.write_batch(record_batch([(pair, None) for pair in pairs]))
+            write_sealed(folder / "diverged.json", {"step": number + 1, "seed": run.seed, **(known or {})})
+        kept = sorted(run.folder.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        what = f"the losses of the micro-batch are {known['losses']}" if known else "only their sum is not finite"
         return DivergenceError(
-            f"training diverged: {what}",
-            f"step {number + 1}, pairs {ids}",
-            "finite numbers; nothing was written over",
-            "lower the learning rate, or look at those pairs; checkpoints/ holds the last good state",
+            "training diverged: the loss or its gradient is not finite",
+            f"step {number + 1}, pairs {', '.join(pair.pair_id for pair in pairs)}; {what}",
+            f"finite numbers; nothing was written over, and the last good state is {kept[-1] if kept else 'the start'}",
+            f"lower the learning rate, or look at those pairs alone: {folder}",
         )
+
+    def _find_diverged(self, number: int, batches: list[PairBatch]) -> dict[str, Any] | None:
+        for part, batch in enumerate(batches):
+            self._drop_gradients()
+            _, output, _ = self._backward(number, part, batch)
+            gradients = [p.grad for t in self.trainees.values() for p in t.parameters.values() if p.grad is not None]
+            if not all(bool(tensor.isfinite().all()) for tensor in (output.per_pair, *gradients)):
+                losses = [f"{loss:.4g}" for loss in output.per_pair.tolist()]
+                return {"micro_batch": part, "rank": self.run.group.rank, "indices": batch.indices, "losses": losses}
+        return None
 
 
 def peak_memory_gb(device: torch.device) -> float:

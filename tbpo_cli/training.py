@@ -1,0 +1,96 @@
+"""A training stage in this process, alone or as one of several: from a recipe to weights in the stage's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import torch
+from accelerate import PartialState
+
+from tbpo_cli import console
+from tbpo_cli.core.head import REFERENCE_FREE
+from tbpo_cli.core.losses import Loss
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.data.tokens import load_tokenizer
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
+from tbpo_cli.recipe import Recipe
+from tbpo_cli.run import RunDir
+from tbpo_cli.train.group import Group
+from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.trackers import open_trackers
+
+
+def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
+    """Trains one stage and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
+
+    Args:
+        name: "sft" or "align".
+        train_split: the folder under prepare/ with the training pairs.
+
+    Raises:
+        TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
+    """
+    started = time.monotonic()
+    reverse = name == "align" and recipe.align.reverse
+    train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
+    if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
+        raise TbpoError(
+            "the rows have no rejected responses",
+            "data.train or data.eval",
+            "preference pairs, with a chosen and a rejected response",
+            "demonstrations are for `tbpo sft`",
+        )
+    group, device = Group.of_environment(), PartialState().device
+    folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
+    group.gather(None)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
+    policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
+    if "weights" in loss.needs:
+        for view in (POSITIVE, NEGATIVE):
+            add_helper(policy, view, getattr(loss, view), recipe.model, device)
+    trained = sum(parameter.numel() for parameter in policy.trained.values())
+    console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
+    if name == "align":
+        console.say(f"the reference is {policy.describe_reference()}")
+    settings = getattr(recipe, name)
+    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
+    names = recipe.run.trackers if group.is_main else ()
+    with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
+        TrainingRun(
+            policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, group, tell
+        ).run()
+    if not group.is_main:
+        return
+    weights = run_dir.weights(name)
+    outputs = policy.save(weights)
+    load_tokenizer(recipe.model).save_pretrained(weights)
+    run_dir.finish(
+        name,
+        [*outputs, folder / "metrics.jsonl"],
+        {
+            "seed": recipe.run.seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "num_processes": group.size,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+
+
+def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
+    """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
+    started = run_dir.started_from(name)
+    settings = {
+        key: value
+        for key, value in started["settings"].items()
+        if key.startswith(("run.seed", "model.")) and not key.startswith("model.lora.")
+    }
+    base = started["files"].get("model.base", {})
+    parts = {
+        "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
+        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

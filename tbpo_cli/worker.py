@@ -1,0 +1,50 @@
+"""One of several processes of a stage: `python -m tbpo_cli.worker RUN_DIR/STAGE`, started by the launcher."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from tbpo_cli import console
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.launch import TOLD
+
+
+def main() -> None:
+    """Runs the stage of the run's resolved recipe in this process. Of several that fail, the first one tells why."""
+    console.quiet_libraries()
+    from tbpo_cli.recipe import load_recipe
+    from tbpo_cli.run import RunDir
+    from tbpo_cli.train.group import Group
+
+    folder = Path(sys.argv[1])
+    try:
+        console.err.quiet = not Group.of_environment().is_main
+        stage = importlib.import_module(f"tbpo_cli.stages.{folder.name}")
+        stage.train(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
+    except TbpoError as error:
+        if _is_first(folder):
+            sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # A process that dies closes its connections; what the others then raise is not what went wrong.
+        if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+            sys.exit(1)
+        if _is_first(folder):
+            raise
+        sys.exit(1)
+
+
+def _is_first(folder: Path) -> bool:
+    try:
+        (folder / TOLD).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

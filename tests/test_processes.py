@@ -1,0 +1,176 @@
+"""Several processes train as one: the same trajectory, one voice, one end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.launch import Processes, processes_of
+
+EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
+TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
+
+
+def command(recipe_file, run, *arguments, sets=EXACT):
+    overrides = [part for one in sets for part in ("--set", one)]
+    return [sys.executable, "-m", "tbpo_cli.cli", "align", recipe_file, "--run-dir", run, *overrides, *arguments]
+
+
+def finish(process, within=120):
+    out, err = process.communicate(timeout=within)
+    return process.returncode, out, err
+
+
+def start(recipe_file, run, *arguments, sets=EXACT):
+    line = [str(part) for part in command(recipe_file, run, *arguments, sets=sets)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same_training(run, other):
+    ours, theirs = (load_file(folder / "align/adapter/adapter_model.safetensors") for folder in (run, other))
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).norm() <= 1e-6 * (1 + tensor.norm()), name
+    assert len(metrics(run)) == len(metrics(other))
+    for mine, yours in zip(metrics(run), metrics(other), strict=True):
+        assert mine.pop("split") == yours.pop("split")
+        assert mine == pytest.approx(yours, rel=1e-5, abs=1e-7)
+
+
+def wait_for_step(run, step, process, seconds=120):
+    for _ in range(seconds * 20):
+        path = run / "align/metrics.jsonl"
+        if path.exists() and f'"train", "step": {step}' in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def workers_of(process):
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "tbpo_cli.worker" in p.cmdline() and "tbpo_cli.launch" not in p.cmdline()]
+
+
+@pytest.fixture
+def alone(recipe_file, tmp_path):
+    """The training by one process."""
+    code, _, err = finish(start(recipe_file, tmp_path / "alone"))
+    assert code == 0, err
+    return tmp_path / "alone"
+
+
+def test_three_processes_train_as_one_does_and_only_the_first_speaks(recipe_file, tmp_path, alone):
+    """8 pairs a step do not divide by 3, nor do the 8 held-out ones."""
+    code, out, err = finish(start(recipe_file, tmp_path / "three", "--gpus", "3", "--cpu"))
+    assert code == 0, err
+    assert_same_training(alone, tmp_path / "three")
+    assert err.count("align 6/6") == 1 and out.count("reward accuracy") == 1
+    manifest = json.loads((tmp_path / "three/align/manifest.json").read_text())
+    assert (manifest["num_processes"], manifest["device"]) == (3, "cpu")
+
+
+def test_two_processes_stop_together_and_one_goes_on_alone(recipe_file, tmp_path, alone):
+    sets = (*EXACT, "align.log_every=2", "align.checkpoint_every=100")
+    process = start(recipe_file, tmp_path / "two", "--gpus", "2", "--cpu", sets=sets)
+    wait_for_step(tmp_path / "two", 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 143 and err.count("interrupted: a checkpoint of step") == 1 and "Traceback" not in err
+    code, _, err = finish(start(recipe_file, tmp_path / "two", sets=sets))
+    assert code == 0 and "going on from step" in err
+    assert_same_training(alone, tmp_path / "two")
+
+
+def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(recipe_file, tmp_path):
+    sets = (*EXACT, "align.max_steps=2000", "align.eval_every=2000")
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
+    wait_for_step(tmp_path / "run", 3, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    started = time.monotonic()
+    workers[1].kill()
+    code, _, err = finish(process, within=60)
+    assert time.monotonic() - started < 30 and not any(worker.is_running() for worker in workers)
+    assert code == 2 and "a worker process was killed by signal 9" in err and "Traceback" not in err
+    assert any((tmp_path / "run/align/checkpoints").glob("step-*"))
+
+
+def test_what_goes_wrong_in_all_processes_is_told_once_with_its_exit_code(recipe_file, tmp_path):
+    sets = (*EXACT, "align.learning_rate=1e30", "align.warmup=0.0")
+    code, _, err = finish(start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets))
+    assert code == 3 and err.count("error: training diverged") == 1 and "Traceback" not in err
+
+
+def test_workers_end_when_the_process_that_started_them_is_gone(recipe_file, tmp_path):
+    sets = (*EXACT, "align.max_steps=2000", "align.eval_every=2000")
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
+    wait_for_step(tmp_path / "run", 1, process)
+    workers = workers_of(process)
+    process.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=40)
+    assert len(gone) == 2 and not alive
+
+
+def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
+    """Each machine is a loopback address of its own; the second one waits until the first has prepared the data."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    machines = [
+        start(
+            recipe_file, tmp_path / "run", "--cpu", "--nodes", "2", "--node-rank", str(rank), "--main-address", address
+        )
+        for rank in (1, 0)
+    ]
+    ends = [finish(machine) for machine in machines]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "waiting for" in ends[0][2] and "reward accuracy" in ends[1][1]
+    assert_same_training(alone, tmp_path / "run")
+
+
+def test_more_gpus_than_there_are_is_a_message(tbpo, recipe_file):
+    import torch
+
+    asked = torch.cuda.device_count() + 1
+    result = tbpo("align", recipe_file, "--gpus", asked + 1, "--run-dir", "run")
+    assert result.returncode == 2 and f"{asked + 1} GPUs are asked for" in result.stderr
+
+
+def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
+    line = Processes(8, False, 4, 2, "node0:29500", ("--num_cpu_threads_per_process=4",)).command("runs/x/align")
+    assert line[1:4] == ["-m", "tbpo_cli.launch", "accelerate.commands.launch"]
+    for flag in ("--num_processes=32", "--num_machines=4", "--machine_rank=2", "--main_process_ip=node0",
+                 "--main_process_port=29500", "--num_cpu_threads_per_process=4"):  # fmt: skip
+        assert flag in line, flag
+    assert line[-3:] == ["-m", "tbpo_cli.worker", "runs/x/align"], "the worker gets one argument"
+
+
+def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "70012"}
+    found = processes_of(8, False, None, None, None, (), slurm)
+    assert found == Processes(8, False, 2, 1, "gpu3:29512")
+    assert processes_of(8, False, None, None, None, (), slurm | {"SLURM_NNODES": "1"}) == Processes(8)
+
+
+@pytest.mark.parametrize("given", [(2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host")])
+def test_machines_that_cannot_find_each_other_are_a_message(given):
+    nodes, rank, address = given
+    with pytest.raises(TbpoError, match="do not find each other"):
+        processes_of(8, False, nodes, rank, address, (), {})
