@@ -29,6 +29,8 @@ MODELS = {  # model type, further settings, and whether one row can hold several
     "mistral, long window": ("mistral", {"sliding_window": 16}, True),
     "mistral, short window": ("mistral", WINDOW, False),
     "gemma2": ("gemma2", {**WINDOW, "query_pre_attn_scalar": 4}, False),
+    "gemma2, capped scores": ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 4}, False),
+    "gemma3, long window": ("gemma3_text", {"sliding_window": 64}, True),
     "gemma3": ("gemma3_text", WINDOW, False),
     "mamba": ("mamba", {"state_size": 4}, False),
     "linear attention": ("qwen3_next", {

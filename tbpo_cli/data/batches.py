@@ -61,7 +61,8 @@ class PairBatch:
         sides = (self.chosen, self.rejected)
         parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
         parts += [part for side in sides for part in (side.mask, side.slots)]
-        whole = torch.cat([part.flatten().long() for part in parts]).pin_memory().to(device, non_blocking=True)
+        whole = torch.cat([part.flatten().long() for part in parts])
+        whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
         moved = [
             flat.view(part.shape).to(part.dtype)
             for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)

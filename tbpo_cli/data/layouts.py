@@ -60,27 +60,30 @@ class Layout:
     num_tokens: Callable[[np.ndarray], int]
 
 
-def padded(pairs: Sequence[TokenizedPair]) -> Rows:
-    """One row a response, padded on the right."""
-    sides = _sides(pairs)
-    rows = [_row(pair, response) for responses in sides for pair, response in zip(pairs, responses, strict=True)]
-    length = max(map(len, rows))
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row
-    position_ids = np.broadcast_to(np.arange(length), input_ids.shape)
-    return Rows(input_ids, position_ids, None, _predictors(pairs, sides, range(0, length * len(rows), length)))
-
-
 def packed(pairs: Sequence[TokenizedPair]) -> Rows:
     """One row for everything: each response behind a copy of its prompt."""
-    sides = _sides(pairs)
-    rows = [_row(pair, response) for responses in sides for pair, response in zip(pairs, responses, strict=True)]
-    lengths = [len(row) for row in rows]
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    starts = np.cumsum([0, *lengths[:-1]])
-    sequences = Sequences(tuple(lengths), tuple(range(len(lengths))))
-    return Rows(np.concatenate(rows)[None], positions[None], sequences, _predictors(pairs, sides, starts))
+    texts = [(pair.prompt_ids, ids) for side in ("chosen_ids", "rejected_ids") for pair in pairs
+             if len(ids := getattr(pair, side))]  # fmt: skip
+    rows = [np.concatenate([prompt, response[:-1]]) for prompt, response in texts]  # the last token predicts nothing
+    starts = np.cumsum([0, *map(len, rows)])
+    predictor = [
+        np.arange(len(response)) + start + len(prompt) - 1  # the token before y_t predicts y_t
+        for (prompt, response), start in zip(texts, starts, strict=False)
+    ]
+    positions = np.concatenate([np.arange(len(row)) for row in rows])
+    sequences = Sequences(tuple(map(len, rows)), tuple(range(len(rows))))
+    return Rows(np.concatenate(rows)[None], positions[None], sequences, np.concatenate(predictor))
+
+
+def padded(pairs: Sequence[TokenizedPair]) -> Rows:
+    """One row a response, padded on the right."""
+    whole = packed(pairs)
+    lengths = np.array(whole.sequences.lengths)
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
+    input_ids[mask] = whole.input_ids[0]
+    position_ids = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    return Rows(input_ids, position_ids, None, np.flatnonzero(mask)[whole.predictor])
 
 
 def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
@@ -115,38 +118,12 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
     return Rows(np.concatenate(ids)[None], np.concatenate(positions)[None], sequences, predictor)
 
 
-def _sides(pairs: Sequence[TokenizedPair]) -> list[list[Sequence[int]]]:
-    """The chosen responses, and the rejected ones if there are any."""
-    sides = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
-    return sides if any(map(len, sides[1])) else sides[:1]
-
-
-def _row(pair: TokenizedPair, response: Sequence[int]) -> np.ndarray:
-    """Prompt and response without its last token, which predicts nothing."""
-    return np.concatenate([pair.prompt_ids, response[:-1]]).astype(np.int64)
-
-
-def _predictors(
-    pairs: Sequence[TokenizedPair], sides: list[list[Sequence[int]]], starts: Sequence[int] | np.ndarray
-) -> np.ndarray:
-    """For rows that begin at `starts`: the token before y_t predicts y_t."""
-    prompts = [len(pair.prompt_ids) for _ in sides for pair in pairs]
-    responses = [len(response) for responses in sides for response in responses]
-    firsts = (start + prompt - 1 for start, prompt in zip(starts, prompts, strict=True))
-    return np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, responses, strict=True)])
-
-
-def _num_responses(lengths: np.ndarray) -> int:
-    return 1 + bool(lengths[:, 2].any())
+def _padded_tokens(lengths: np.ndarray) -> int:
+    return (lengths[:, 1:] > 0).sum() * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
 
 
 LAYOUTS = {  # the first that a model can take is the fastest
-    "shared_prompt": Layout(shared_prompt, lambda lengths: int(lengths.sum())),
-    "packed": Layout(packed, lambda lengths: int((lengths[:, 0] * (lengths[:, 2] > 0)).sum() + lengths.sum())),
-    "padded": Layout(
-        padded,
-        lambda lengths: (
-            len(lengths) * _num_responses(lengths) * int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
-        ),
-    ),
+    "shared_prompt": Layout(shared_prompt, lambda lengths: lengths.sum()),
+    "packed": Layout(packed, lambda lengths: lengths.sum() + lengths[lengths[:, 2] > 0, 0].sum()),
+    "padded": Layout(padded, _padded_tokens),
 }

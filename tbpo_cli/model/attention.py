@@ -100,7 +100,7 @@ def _obstacle(model: nn.Module, longest: int) -> str | None:
     if _reads_sequences_apart(causal):
         return None
     causal.set_attn_implementation(before)
-    return "its layers carry more from token to token than causal attention does"
+    return "its layers carry more, or other things, from token to token than plain causal attention does"
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def _reads_sequences_apart(causal: nn.Module) -> bool:
             rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
             hidden = causal.base_model(**rows, sequences=batch.sequences).last_hidden_state
             states.append(hidden.flatten(0, 1)[batch.predictor].float())
-    except TypeError:  # a model of its own making, which takes no further arguments
+    except (TypeError, ValueError):  # it takes no further arguments, or its scores are capped
         return False
     finally:
         causal.train(was_training)

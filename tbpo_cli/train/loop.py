@@ -24,7 +24,7 @@ from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.recipe import Align, Sft
 from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.curves import curves_svg
-from tbpo_cli.train.feed import TokenBudget
+from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.group import ONE, Group
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
@@ -121,6 +121,8 @@ class TrainingRun:
     def _build(self) -> Stepper:
         """The parts of the training, in their state before the first step."""
         settings, model = self.settings, self.policy.model
+        if self.device.type == "cpu":
+            keep_freed_memory()
         baseline = self._build_baseline()
         trainees = {"policy": Trainee(self.policy.trained, build_optimizer(settings, self.policy.trained.values()))}
         if baseline is not None:

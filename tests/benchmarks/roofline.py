@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -16,11 +17,13 @@ from tbpo_cli.data.batches import cut_to_span
 from tbpo_cli.data.tokens import TokenizedPair
 
 
-def roofline_seconds(shape: tuple, rank: int, loss: str, pairs: Sequence[TokenizedPair], device: torch.device) -> float:
-    """Seconds of the products that a LoRA step needs with a frozen head, live reference and no recomputation.
+def roofline(
+    shape: tuple, rank: int, loss: str, pairs: Sequence[TokenizedPair], device: torch.device
+) -> tuple[float, float]:
+    """(seconds, floating-point operations) of the products that a LoRA step needs: frozen head, reference live.
 
-    Each prompt once, each response cut to what the loss reads. Attention counts the visible half of its squares. The
-    reference goes forward, the policy forward and, to its inputs and its adapter, backward.
+    Each prompt once, each response cut to what the loss reads, nothing computed twice. Attention counts what is
+    visible. The reference goes forward, the policy forward and, to its inputs and its adapter, backward.
     """
     hidden, inner, layers, heads, kv_heads, vocab_size, _ = shape
     needs, span = build_loss(loss).needs, build_loss(loss).span
@@ -28,56 +31,49 @@ def roofline_seconds(shape: tuple, rank: int, loss: str, pairs: Sequence[Tokeniz
     tokens = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) - 2 for p in cut)
     responses = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in cut)
     kv = hidden // heads * kv_heads
-    time_of = functools.partial(product_seconds, device=device)
-    total = 0.0
+    products: list[tuple[float, tuple[int, ...]]] = []  # how often, (batch, rows, inner, columns)
     for n, m, count in ((hidden, hidden, 2), (hidden, kv, 2), (hidden, inner, 2), (inner, hidden, 1)):
-        one_way = 2 * time_of(tokens, n, m) + time_of(tokens, m, n)  # reference, policy; and the gradient of the input
-        down, up = time_of(tokens, n, rank), time_of(tokens, rank, m)
-        adapter = down + up  # forward
-        adapter += time_of(tokens, m, rank) + time_of(tokens, rank, n)  # gradient of the input
-        adapter += time_of(n, tokens, rank) + time_of(rank, tokens, m)  # gradients of the two weights
-        total += layers * count * (one_way + adapter)
+        each = [(2, (1, tokens, n, m)), (1, (1, tokens, m, n))]  # reference and policy; the gradient of the input
+        each += [(1, (1, tokens, n, rank)), (1, (1, tokens, rank, m))]  # the adapter
+        each += [(1, (1, tokens, m, rank)), (1, (1, tokens, rank, n))]  # the gradient of its input
+        each += [(1, (1, n, tokens, rank)), (1, (1, rank, tokens, m))]  # those of its weights
+        products += [(layers * count * times, product) for times, product in each]
     for pair in cut:
         prompt = len(pair.prompt_ids)
         for length in (len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1):
-            visible = length * prompt + length**2 / 2 + prompt**2 / 4  # the prompt's own half, shared by both
-            whole = (prompt + length) ** 2
-            products = 8 * attention_seconds(heads, prompt + length, hidden // heads, device=device)
-            total += layers * products * visible / whole  # 2 forward (twice: both models), 4 backward
-    chunk = min(CHUNK_TOKENS, responses)
-    to_logits, from_logits = time_of(chunk, hidden, vocab_size), time_of(chunk, vocab_size, hidden)
+            visible = length * prompt + length**2 / 2 + prompt**2 / 4  # the prompt's own part is shared by both
+            square = prompt + length
+            products.append((8 * layers * visible / square**2, (heads, square, hidden // heads, square)))
+    chunks = responses / (chunk := min(CHUNK_TOKENS, responses))
     # The reference's logits and its expected output embedding; or both models' logits and the policy's gradient.
     num_logits = 1 if needs == {"advantage"} else 2
-    total += (num_logits * to_logits + from_logits) * responses / chunk
+    products += [(num_logits * chunks, (1, chunk, hidden, vocab_size)), (chunks, (1, chunk, vocab_size, hidden))]
     if "state_baseline" in needs:
-        total += 2 * time_of(responses, hidden, StateBaseline.WIDTH)
-    return total
+        products.append((2, (1, responses, hidden, StateBaseline.WIDTH)))
+    seconds = sum(times * product_seconds(product, device) for times, product in products)
+    return seconds, sum(2 * times * math.prod(product) for times, product in products)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations a second of one large product."""
+    size = 8192 if device.type == "cuda" else 1536
+    return 2 * size**3 / product_seconds((1, size, size, size), device)
 
 
 @functools.cache
-def product_seconds(rows: int, inner: int, columns: int, device: torch.device) -> float:
+def product_seconds(product: tuple[int, ...], device: torch.device) -> float:
+    batch, rows, inner, columns = product
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    left, right = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, inner), (inner, columns)))
-    return _median_seconds(lambda: left @ right, device)
-
-
-@functools.cache
-def attention_seconds(heads: int, length: int, size: int, device: torch.device) -> float:
-    """One of the products of attention over a whole square, for all heads."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    query, key = (torch.randn(heads, length, size, device=device, dtype=dtype) for _ in range(2))
-    return _median_seconds(lambda: query @ key.transpose(1, 2), device)
-
-
-def _median_seconds(product, device: torch.device, repeats: int = 3) -> float:
-    product()
+    left = torch.randn(batch, rows, inner, device=device, dtype=dtype)
+    right = torch.randn(batch, columns, inner, device=device, dtype=dtype).transpose(1, 2)
+    left, right = (left[0], right[0]) if batch == 1 else (left, right)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(4):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        product()
+        left @ right
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return median(seconds)
+    return median(seconds[1:])

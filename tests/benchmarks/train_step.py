@@ -5,8 +5,9 @@
 
 Every measurement is a process of its own; the ways take turns. All read the same pairs, in the same steps, with the
 same weights and the same LoRA (r 16, all linear layers). Memory is the peak of the process (on a GPU, of the device's
-allocator). The roofline is the time of the floating-point operations that this project's step needs, done as bare
-matrix products of the same shapes in the same process. Writes results/train_step.{json,md}.
+allocator). The roofline is the time that the floating-point operations of this project's step take as bare matrix
+products of the same shapes in the same process; the matrix rate is that of one large product. The dense way takes as
+many pairs at once as memory allows. Writes results/train_step.{json,md}.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
 from common import about_lengths, make_store, write_results
-from roofline import roofline_seconds
+from roofline import matrix_rate, roofline
 
 from tbpo_cli.core import PairScores, SideScores, StateBaseline, build_loss
 from tbpo_cli.data.batches import collate, step_indices
@@ -43,7 +45,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "mistral-7b": (4096, 14336, 32, 32, 8, 32_768, False),
 }
 LOSSES = ("tbpo_a", "tbpo_q", "dpo")
-TARGETS = {("tbpo_a", "dense"): 8, ("tbpo_q", "dense"): 4, ("dpo", "dense"): 3}
+WAYS = {  # and the losses that they have
+    "tbpo": LOSSES,
+    "tbpo-cached": ("tbpo_q", "dpo"),  # from the second epoch on, when log π_ref is known
+    "dense": LOSSES,
+    "trl": ("dpo",),
+    "trl-defaults": ("dpo",),  # with its own activation checkpointing
+}
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -53,7 +61,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("WAY", "LOSS", "SHAPE", "STEPS"), help="one measurement, as JSON")
     parser.add_argument("--shapes", nargs="*", default=["cpu-32k", "cpu-128k"], choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--ways", nargs="*", default=["tbpo", "dense", "trl", "trl-defaults"])
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=LOSSES)
     parser.add_argument("--name", default="train_step", help="of the files under results/")
     arguments = parser.parse_args()
@@ -68,7 +76,7 @@ def main() -> None:
     for shape in arguments.shapes:
         for loss in arguments.losses:
             for way in arguments.ways:
-                if not way.startswith("trl") or loss == "dpo":
+                if loss in WAYS[way]:
                     rows.append({"shape": shape, "loss": loss, "way": way, **child(way, loss, shape, arguments.steps)})
                     print(json.dumps(rows[-1]), flush=True)
     table = markdown(rows)
@@ -120,9 +128,11 @@ def measure(way: str, loss: str, shape: str, steps: int) -> dict:
     store = the_store(steps)
     with tempfile.TemporaryDirectory() as folder:
         recipe = the_recipe(shape, loss, steps, Path(folder))
-        found = {"tbpo": tbpo, "dense": dense, "trl": trl, "trl-defaults": trl}[way](way, recipe, store, Path(folder))
+        run = {"tbpo": tbpo, "dense": dense, "trl": trl}[way.partition("-")[0]]
+        found = run(way, recipe, store, Path(folder))
     seconds, losses = found["seconds"][WARM_UP:], found["losses"]
-    indices = [step_indices(len(store), PAIRS, 0, step) for step in range(WARM_UP, steps + WARM_UP)]
+    first = WARM_UP + (steps + WARM_UP if way == "tbpo-cached" else 0)
+    indices = [step_indices(len(store), PAIRS, 0, step) for step in range(first, first + steps)]
     tokens = sum(
         int(lengths[index].sum()) for index in indices
         for lengths in (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
@@ -135,8 +145,9 @@ def measure(way: str, loss: str, shape: str, steps: int) -> dict:
         "losses": losses,
     }
     if way == "tbpo":
-        bare = [roofline_seconds(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE) for index in indices]
-        result["roofline"] = sum(bare) / sum(seconds)
+        bare = [roofline(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE) for index in indices]
+        result["roofline"] = sum(needed for needed, _ in bare) / sum(seconds)
+        result["of_matrix_rate"] = sum(operations for _, operations in bare) / sum(seconds) / matrix_rate(DEVICE)
     return result
 
 
@@ -150,7 +161,7 @@ def peak_gb() -> float:
 
 
 def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
-    """The product's own loop, as `tbpo align` runs it."""
+    """The product's own loop, as `tbpo align` runs it: its first epoch, or the one after it."""
     from tbpo_cli.stages.align import loss_of
     from tbpo_cli.train.loop import TrainingRun
 
@@ -158,8 +169,12 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     nothing = make_store(folder / "nothing", 0, 1, 3)
     run = folder / "align"
     run.mkdir()
-    log = TrainingRun(policy, loss_of(recipe.align), recipe.align, store, nothing, run, 0, DEVICE).run()
-    return {"seconds": [line["seconds"] for line in log.lines], "losses": [line["loss"] for line in log.lines]}
+    steps, settings, reference = recipe.align.max_steps, recipe.align, None
+    if way == "tbpo-cached":
+        settings, reference = replace(settings, max_steps=2 * steps), folder / "reference.f32"
+    loss = loss_of(recipe.align)
+    log = TrainingRun(policy, loss, settings, store, nothing, run, 0, DEVICE, reference).run()
+    return {name: [line[key] for line in log.lines[-steps:]] for name, key in (("seconds",) * 2, ("losses", "loss"))}
 
 
 def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
@@ -231,7 +246,7 @@ def dense_scores(policy, baseline, loss, pairs) -> PairScores:
 
 
 def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
-    """TRL's DPOTrainer: "trl" with the settings of the others, "trl-defaults" with its own activation checkpointing."""
+    """TRL's DPOTrainer, with the settings of the others or with its own activation checkpointing."""
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -291,21 +306,21 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
 def markdown(rows: list[dict]) -> str:
     lines = [
         "| shape | loss | way | s a step | pairs/s | tokens/s | peak GB | tbpo is faster by | and smaller by "
-        "| of the roofline |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| of the roofline | of the matrix rate |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ours = {(row["shape"], row["loss"]): row for row in rows if row["way"] == "tbpo" and "failed" not in row}
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} |||||||")
+            lines.append(f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} ||||||||")
             continue
         mine = ours.get((row["shape"], row["loss"]))
         faster = f"{mine['pairs_per_s'] / row['pairs_per_s']:.1f}" if mine and row is not mine else ""
         smaller = f"{row['peak_gb'] / mine['peak_gb']:.1f}" if mine and row is not mine else ""
-        roofline = f"{row['roofline']:.2f}" if "roofline" in row else ""
+        fractions = " | ".join(f"{row[name]:.2f}" if name in row else "" for name in ("roofline", "of_matrix_rate"))
         lines.append(
             f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} | {row['pairs_per_s']:.3f} "
-            f"| {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} | {faster} | {smaller} | {roofline} |"
+            f"| {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} | {faster} | {smaller} | {fractions} |"
         )
     return "\n".join(lines)
 
