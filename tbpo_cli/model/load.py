@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.lora import fuse_lora
 from tbpo_cli.recipe import Model, Recipe
@@ -174,7 +175,7 @@ def add_helper(policy: Policy, name: str, source: str, model: Model, device: tor
     folder = str(next((run for run in runs if run.is_dir()), source))
     try:
         if policy.adapters and not (Path(folder) / "config.json").exists():
-            policy.model.load_adapter(folder, adapter_name=name, is_trainable=False)
+            policy.model.load_adapter(_local_adapter(folder), adapter_name=name, is_trainable=False)
             policy.model.set_adapter(POLICY)
         else:
             policy.frozen[name] = load_base(model, folder, device, compute_dtype(model, device)).requires_grad_(False)
@@ -187,12 +188,26 @@ def add_helper(policy: Policy, name: str, source: str, model: Model, device: tor
         ) from error
 
 
+def _local_adapter(folder_or_id: str) -> str:
+    """The folder of an adapter, downloaded if it is a Hub repository. Raises OSError if its weights are a pickle."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(folder_or_id)
+    if not folder.is_dir():
+        files = ["adapter_config.json", "adapter_model.safetensors"]
+        folder = Path(snapshot_download(folder_or_id, allow_patterns=files))
+    if not (folder / "adapter_model.safetensors").exists():
+        raise OSError("it has no adapter_model.safetensors, and a pickle (.bin) is not loaded")
+    return str(folder)
+
+
 def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = None if model.attention == "auto" else model.attention
-    trusted = model.trust_remote_code
+    if trusted := model.trust_remote_code:
+        console.say(f"WARNING: model.trust_remote_code = true: code from {folder_or_id} runs with your rights")
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": trusted}
     if model.quantization is not None:
         options |= {"quantization_config": _quantization(dtype, device), "device_map": {"": device}}
@@ -206,11 +221,15 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
                 folder_or_id, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
             )
     except (OSError, ValueError) as error:
+        fix = "check model.base (and model.revision), and that the Hub can be reached"
+        if "safetensors" in str(error):
+            once = f"AutoModelForCausalLM.from_pretrained({folder_or_id!r}).save_pretrained('converted')"
+            fix = f'convert it once: python -c "from transformers import AutoModelForCausalLM; {once}"'
         raise TbpoError(
             f"the model cannot be loaded: {str(error).splitlines()[0]}",
             f"model.base = {model.base!r}",
-            "a folder with config.json and *.safetensors, or the id of a Hub repository",
-            "check model.base (and model.revision), and that the Hub can be reached",
+            "a folder with config.json and *.safetensors (pickles are not loaded), or the id of a Hub repository",
+            fix,
         ) from error
     loaded.config.dtype = own_dtype  # what it is saved in
     return loaded if model.quantization is not None else loaded.to(device)

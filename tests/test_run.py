@@ -1,0 +1,314 @@
+"""A run that cannot be lost: one writer, files that are whole, a disk that fills up, input that is broken at random."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import preference_rows, run_stage, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import read_sealed, write_sealed
+from tbpo_cli.recipe import load_recipe
+from tbpo_cli.run import RunDir
+from tbpo_cli.stages import plan
+from tbpo_cli.train.metrics import read_metrics
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tbpo_cli.run import RunDir
+with RunDir(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_with_the_pid_and_host_of_the_first(tmp_path, recipe_file):
+    holder = hold(tmp_path / "run")
+    try:
+        with pytest.raises(TbpoError, match=f"in use by process {holder.pid} on {os.uname().nodename}") as error:
+            run_stage("prepare", recipe_file, tmp_path / "run")
+        assert "--run-dir" in error.value.fix and not (tmp_path / "run/prepare").exists()
+    finally:
+        holder.kill()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_with_a_word_about_it(tmp_path, recipe_file, capsys):
+    holder = hold(tmp_path / "run")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    run_stage("prepare", recipe_file, tmp_path / "run")
+    assert f"taking over the run from process {holder.pid}" in capsys.readouterr().err
+    run_stage("prepare", recipe_file, tmp_path / "run", restart=True)
+    assert "taking over" not in capsys.readouterr().err, "a lock that was given back leaves nothing"
+
+
+def test_a_lock_of_another_machine_is_left_alone(tmp_path):
+    (tmp_path / "lock").write_text("process 7 on elsewhere")
+    with pytest.raises(TbpoError, match="process 7 on elsewhere"), RunDir(tmp_path).lock():
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs more rights here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(small_disk, recipe_file, tmp_path):
+    """Room is left for a checkpoint or two and then taken away; once there is room again, the run ends as it should."""
+    straight = run_stage("align", recipe_file, tmp_path / "straight")
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    run_stage("prepare", recipe_file, run)
+    free = shutil.disk_usage(small_disk).free
+    one = sum(path.stat().st_size for path in (straight / "align/checkpoints/step-6").iterdir())
+    ballast.write_bytes(b"x" * (free - 2 * one - 40_000))
+    with pytest.raises(TbpoError, match="cannot be written: No space left on device") as error:
+        run_stage("align", recipe_file, run)
+    assert "make room and give the same command again" in error.value.fix
+    kept = {path.name for path in (run / "align/checkpoints").iterdir()}
+    assert kept and all(name.startswith("step-") for name in kept), "no half of a checkpoint"
+    ballast.unlink()
+    run_stage("align", recipe_file, run)
+    name = "align/adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_a_message(tbpo, recipe_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = tbpo("align", recipe_file, "--run-dir", "file/run")
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+    assert "the run directory cannot be written" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+def damaged(content, rng):
+    """Bytes with something done to them that disks, editors and people do."""
+    place, other = sorted((rng.randrange(len(content) + 1), rng.randrange(len(content) + 1)))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        return content[:place] + content[other:]
+    if kind == 2:
+        return content[:place] + rng.randbytes(rng.randrange(1, 9)) + content[place:]
+    if kind == 3:
+        return content[:other] + content[place:other] + content[other:]
+    return content[:place] + bytes(byte ^ (1 << rng.randrange(8)) for byte in content[place:other]) + content[other:]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, base, rows):
+    """A finished run, and its recipe."""
+    from conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "tiny.toml"
+    recipe.write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
+    run_stage("align", recipe, folder / "run")
+    return folder
+
+
+@FUZZ
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_recipe_is_a_message(finished, tmp_path, seed):
+    text = (finished / "tiny.toml").read_bytes()
+    path = tmp_path / "damaged.toml"
+    path.write_bytes(damaged(text, random.Random(seed)))
+    try:
+        load_recipe(path)
+    except TbpoError as error:
+        assert error.what and error.where and str(path) in str(error)
+
+
+@FUZZ
+@given(content=st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
+), table=st.sampled_from(["run", "model", "data", "align", "sft", "eval", "sample", "push"]))  # fmt: skip
+def test_a_recipe_of_any_values_is_a_message(finished, tmp_path, content, table):
+    import tomli_w
+
+    raw = {"model": {"base": "a/b"}, "data": {"train": "a/b"}, table: content}
+    path = tmp_path / "any.toml"
+    try:
+        path.write_text(tomli_w.dumps(raw), encoding="utf-8")
+    except (TypeError, ValueError, UnicodeEncodeError):
+        return
+    try:
+        load_recipe(path)
+    except TbpoError as error:
+        assert error.expected
+
+
+@FUZZ
+@given(seed=st.integers(0, 2**32))
+def test_damaged_rows_are_a_message_or_are_left_out_and_counted(finished, tmp_path, seed):
+    """However the file is damaged, no row vanishes: rows = kept + left out."""
+    rng = random.Random(seed)
+    rows = write_jsonl(tmp_path / "rows.jsonl", preference_rows(6, seed=5))
+    rows.write_bytes(damaged(rows.read_bytes(), rng))
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    try:
+        run_stage("prepare", finished / "tiny.toml", run, f"data.train={rows}", "data.max_reject_fraction=1.0")
+    except TbpoError as error:
+        assert error.what and error.where
+        return
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    rejected = (run / "prepare/rejects.jsonl").read_text().splitlines()
+    assert counts["rows"] == sum(counts["kept"].values()) + sum(counts["rejected"].values())
+    assert len(rejected) == sum(counts["rejected"].values())
+
+
+@pytest.mark.parametrize("name", ["prepare/manifest.json", "align/manifest.json", "align/inputs.json"])
+@FUZZ
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_manifest_is_noticed(finished, name, seed):
+    path = finished / "run" / name
+    whole = path.read_bytes()
+    broken = damaged(whole, random.Random(seed))
+    path.write_bytes(broken)
+    try:
+        plan("align", load_recipe(finished / "tiny.toml"), RunDir(finished / "run"))
+        assert json.loads(broken) == json.loads(whole), "what is read is what was written"
+    except TbpoError as error:
+        assert "damaged" in error.what and error.where == str(path) and "move" in error.fix
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(FUZZ, max_examples=25)
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(finished, tmp_path, seed):
+    """Whatever happens to the newest checkpoint, the run goes on from it or from the one before, to the same end."""
+    rng, run = random.Random(seed), tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(finished / "run", run)
+    (run / "align/manifest.json").unlink()
+    victim = rng.choice(sorted((run / "align/checkpoints/step-6").iterdir()))
+    victim.write_bytes(damaged(victim.read_bytes(), rng))
+    run_stage("align", finished / "tiny.toml", run)
+    name = "align/adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (finished / "run" / name).read_bytes()
+
+
+@FUZZ
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_line_of_the_metrics_is_a_message(finished, tmp_path, seed):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damaged((finished / "run/align/metrics.jsonl").read_bytes(), random.Random(seed)))
+    try:
+        read_metrics(path)
+    except TbpoError as error:
+        assert "metrics.jsonl, line " in error.where
+
+
+def test_what_is_sealed_is_read_back_and_nothing_else(tmp_path):
+    content = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
+    write_sealed(tmp_path / "x.json", content)
+    assert read_sealed(tmp_path / "x.json") == content and read_sealed(tmp_path / "none.json") is None
+    (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.6"))
+    with pytest.raises(TbpoError, match="damaged"):
+        read_sealed(tmp_path / "x.json")
+
+
+# --------------------------------------------------------------------------------------------------------- security
+
+
+def test_weights_that_are_a_pickle_are_refused_with_the_way_to_convert_them(recipe_file, tmp_path, base):
+    folder = tmp_path / "pickled"
+    shutil.copytree(base, folder)
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TbpoError, match="cannot be loaded") as error:
+        run_stage("align", recipe_file, tmp_path / "run", f"model.base={folder}")
+    assert "convert it once: python -c" in error.value.fix and str(folder) in error.value.fix
+
+
+def test_an_adapter_that_is_a_pickle_is_refused(finished, recipe_file, tmp_path):
+    helper = tmp_path / "helper"
+    shutil.copytree(finished / "run/align/adapter", helper)
+    torch.save({}, helper / "adapter_model.bin")
+    (helper / "adapter_model.safetensors").unlink()
+    with pytest.raises(TbpoError, match=r"a pickle \(.bin\) is not loaded"):
+        run_stage("align", recipe_file, tmp_path / "run", "align.loss.name=tis_dpo",
+                  f"align.loss.positive={helper}", f"align.loss.negative={helper}")  # fmt: skip
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({mark!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said_loudly(recipe_file, tmp_path, base, tbpo):
+    """The model's folder brings code that leaves a mark; without the key the mark is not made."""
+    folder, mark = tmp_path / "remote", tmp_path / "mark"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["Own"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
+    override = ("--set", f"model.base={folder}", "--set", "align.max_steps=1")
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    refused = tbpo("align", recipe_file, "--run-dir", "a", *override, **cache)
+    assert refused.returncode == 2 and not mark.exists() and "Traceback" not in refused.stderr
+    allowed = tbpo("align", recipe_file, "--run-dir", "b", *override, "--set", "model.trust_remote_code=true", **cache)
+    assert allowed.returncode == 0, allowed.stderr
+    assert mark.exists() and "WARNING: model.trust_remote_code = true" in allowed.stderr
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "/abs", "..", ""])
+def test_a_runs_name_cannot_leave_the_run_directory(recipe_file, name):
+    with pytest.raises(TbpoError, match=r"run\.name"):
+        load_recipe(recipe_file, (f'run.name="{name}"',))
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tmp_path, tbpo):
+    canary = "hf_canary0123456789"
+    secrets = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"), canary)
+    done = tbpo("align", recipe_file, "--run-dir", "run", **secrets)
+    failed = tbpo("align", recipe_file, "--run-dir", "other", "--set", "model.base=org/none", **secrets)
+    assert (done.returncode, failed.returncode) == (0, 2)
+    said = [done.stdout, done.stderr, failed.stdout, failed.stderr]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(canary in text for text in said) and not any(canary.encode() in content for content in written)
