@@ -46,7 +46,7 @@ def assert_same_training(run, other):
     assert len(metrics(run)) == len(metrics(other))
     for mine, yours in zip(metrics(run), metrics(other), strict=True):
         assert mine.pop("split") == yours.pop("split")
-        assert mine == pytest.approx(yours, rel=1e-5, abs=1e-7)
+        assert mine == pytest.approx(yours, rel=1e-5, abs=1e-6)
 
 
 def wait_for_step(run, step, process, seconds=120):

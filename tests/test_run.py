@@ -21,7 +21,8 @@ from tbpo_cli.run import RunDir
 from tbpo_cli.stages import plan
 from tbpo_cli.train.metrics import read_metrics
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))  # tests/benchmarks/soak.py asks for thousands
+FUZZ = settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # ---------------------------------------------------------------------------------------------------------- the lock
@@ -208,7 +209,7 @@ def test_a_damaged_manifest_is_noticed(finished, name, seed):
         path.write_bytes(whole)
 
 
-@settings(FUZZ, max_examples=25)
+@settings(FUZZ, max_examples=NUM_EXAMPLES // 6)
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(finished, tmp_path, seed):
     """Whatever happens to the newest checkpoint, the run goes on from it or from the one before, to the same end."""

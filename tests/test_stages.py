@@ -280,9 +280,9 @@ LONG = ("align.max_steps=40", "align.eval_every=16", "align.loss.name=tbpo_q", "
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(recipe_file, tmp_path, started):
-    """SIGKILL twice in the middle of a run with LoRA dropout and a state baseline, over several epochs."""
+    """SIGKILL three times in a run with LoRA dropout and a state baseline, over several epochs."""
     killed = tmp_path / "killed"
-    for steps in (5, 17):
+    for steps in (5, 17, 28):
         process = started(killed, steps, *LONG)
         assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGKILL)
