@@ -66,7 +66,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
         if not isinstance(content, dict) or content.pop("seal", None) != _seal(content):
             raise ValueError("it is not as it was written")
         return content
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise TbpoError(

@@ -81,7 +81,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a file system needs more rights here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(small_disk, recipe_file, tmp_path):

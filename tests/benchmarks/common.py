@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tbpo_cli.data.store import PairStore, PairWriter
+from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,9 +50,9 @@ def make_store(folder: Path, num_pairs: int, max_length: int, vocab_size: int, s
         ids = [rng.integers(3, vocab_size, size=min(length, max_length - prompt)) for length in responses]
         ids = [np.append(response[:-1], 2) for response in ids]
         pairs.append(TokenizedPair(f"{number:06d}", rng.integers(3, vocab_size, size=prompt), *ids))
-    with PairWriter(folder) as writer:
+    with pair_writer(folder) as writer:
         for start in range(0, num_pairs, 1000):
-            writer.write(pairs[start : start + 1000])
+            writer.write_batch(record_batch([(pair, None) for pair in pairs[start : start + 1000]]))
     return PairStore(folder)
 
 
