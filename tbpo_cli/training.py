@@ -13,7 +13,7 @@ from tbpo_cli import console
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import load_tokenizer
+from tbpo_cli.data.tokens import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
 from tbpo_cli.recipe import Recipe
@@ -43,6 +43,14 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "preference pairs, with a chosen and a rejected response",
             "demonstrations are for `tbpo sft`",
         )
+    tokenizer = load_tokenizer(recipe.model)
+    if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
+        raise TbpoError(
+            "the tokenizer or its chat template is another one than the pairs were prepared with",
+            f"model.base = {recipe.model.base!r}",
+            "the same tokenizer for all stages",
+            "tbpo prepare RECIPE --restart, or name the old one as model.revision",
+        )
     group, device = Group.of_environment(), PartialState().device
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
     group.gather(None)
@@ -67,7 +75,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         return
     weights = run_dir.weights(name)
     outputs = policy.save(weights)
-    load_tokenizer(recipe.model).save_pretrained(weights)
+    tokenizer.save_pretrained(weights)
     run_dir.finish(
         name,
         [*outputs, folder / "metrics.jsonl"],

@@ -409,6 +409,28 @@ def test_a_reversed_pair_is_kept_and_counted(recipe_file, tmp_path):
     assert (counts["kept"], counts["noted"]["reversed"]) == ({"train": 11}, 1)
 
 
+def test_a_truncated_pair_is_counted(recipe_file, tmp_path):
+    rows = [*preference_rows(10, seed=5), {"prompt": "p", "chosen": "red " * 60, "rejected": "a"}]
+    train = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.max_length=40",
+                    "data.overlong=truncate")  # fmt: skip
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    assert (counts["kept"], counts["noted"]["cut"]) == ({"train": 11}, 1)
+
+
+def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(recipe_file, tmp_path, base, tbpo):
+    """The model's id is the same; what the Hub has under it is not."""
+    model = tmp_path / "hub/models/org/base"
+    shutil.copytree(base, model)
+    arguments = (recipe_file, "--run-dir", "run", "--set", "model.base=org/base")
+    with hub(tmp_path / "hub") as (address, _):
+        first, second = ({"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / x)} for x in "ab")
+        assert tbpo("prepare", *arguments, **first).returncode == 0
+        (model / "chat_template.jinja").write_text("Hello. " + (model / "chat_template.jinja").read_text())
+        changed = tbpo("align", *arguments, **second)
+    assert changed.returncode == 2 and "another one than the pairs were prepared with" in changed.stderr
+
+
 def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
     """200 pairs at weight 2.5 are 400 and about a half of 200 more; 200 at weight 0.25 about 50, always the same."""
     a, b = (write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6))

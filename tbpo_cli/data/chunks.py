@@ -35,6 +35,7 @@ class Kept(NamedTuple):
     pair_id: str
     reversed_id: str
     prompt_hash: str
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _prepare(rows: list[Row], name: str) -> tuple[pa.RecordBatch, list[Kept], di
             rejected[position] = result
         else:
             tokenized.append((result, pair.score_margin))
-            kept.append(Kept(position, pair.pair_id, pair.reversed_id, pair.prompt_hash))
+            kept.append(Kept(position, pair.pair_id, pair.reversed_id, pair.prompt_hash, result.is_cut))
     return record_batch(tokenized), kept, rejected
 
 

@@ -7,6 +7,8 @@ template only: written inside a user's text, they are text.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,12 +35,14 @@ class TokenizedPair:
         prompt_ids: at least one id.
         chosen_ids: at least one id, the last is the end of the turn (unless the response was truncated).
         rejected_ids: likewise; empty for a demonstration.
+        is_cut: whether a response was truncated; counted when pairs are made, not kept in the store.
     """
 
     pair_id: str
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.prompt_ids) or not len(self.chosen_ids):
@@ -89,6 +93,12 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             "write it to a file and name it as model.chat_template",
         )
     return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of all that decides which tokens a text becomes: of a tokenizer as it was loaded."""
+    content = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.chat_template)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[TokenizedPair | RejectedRow]:
@@ -179,4 +189,4 @@ def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: l
         chosen, rejected = chosen[:room], rejected[:room]
     if chosen == rejected:
         raise RejectedRow("identical", "chosen and rejected are the same tokens")
-    return TokenizedPair(pair.pair_id, prompt, chosen, rejected)
+    return TokenizedPair(pair.pair_id, prompt, chosen, rejected, is_cut=longest > data.max_length)

@@ -21,7 +21,7 @@ from tbpo_cli.data.chunks import Chunk, Kept, prepare_rows, workers
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
-from tbpo_cli.data.tokens import load_tokenizer
+from tbpo_cli.data.tokens import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
@@ -34,7 +34,7 @@ class Counts:
     """What became of the rows of one source. `kept` is by split, `rejected` by reason.
 
     `noted` counts pairs that are kept, or left out on the recipe's own word: reversed (the same comparison is there the
-    other way round as well), unsampled (a weight below 1).
+    other way round as well), cut (to data.max_length), unsampled (a weight below 1).
     """
 
     key: str
@@ -54,7 +54,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     started = time.monotonic()
     folder = run_dir.begin("prepare", recipe)
-    load_tokenizer(recipe.model)  # before the workers do, whose errors could not be told
+    tokenizer = load_tokenizer(recipe.model)  # before the workers do, whose errors could not be told
     for leftover in ("train", "eval", "sft"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     data, sft = recipe.data, recipe.sft
@@ -73,7 +73,11 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
                 counts += [sifter.sift(source, split, writers) for source in sources]
     for key, *_ in work:
         _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
-    facts = {"counts": [vars(count) for count in counts], "seconds": round(time.monotonic() - started, 1)}
+    facts = {
+        "counts": [vars(count) for count in counts],
+        "tokenizer": fingerprint(tokenizer),
+        "seconds": round(time.monotonic() - started, 1),
+    }
     preview.write_report(recipe, folder, facts["counts"])
     outputs = [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"]
     run_dir.finish("prepare", outputs, facts)
@@ -122,6 +126,7 @@ def _show_rejected(counts: list[dict], folder: Path) -> None:
 
 NOTES = {
     "reversed": "{:,} pairs are there the other way round as well (kept)",
+    "cut": "{:,} pairs have a response that was cut to data.max_length",
     "unsampled": "{:,} pairs are left out by the source's weight",
 }
 
@@ -172,6 +177,7 @@ class _Sifter:
                 self.seen.add(kept.pair_id)
                 copies = self._copies(kept, source.weight)
                 counts.noted["reversed"] += kept.reversed_id != kept.pair_id and kept.reversed_id in self.seen
+                counts.noted["cut"] += kept.is_cut
                 counts.noted["unsampled"] += not copies
                 taken[self._split_of(kept)] += [index] * copies
             for name, indices in taken.items():
