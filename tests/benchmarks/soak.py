@@ -4,8 +4,8 @@
     python tests/benchmarks/soak.py --fuzz 5000    # then thousands of damaged recipes, rows, manifests and checkpoints
 
 Four kinds of training on the quickstart's base: tbpo_q with AdamW and dpo with RMSprop, LoRA with dropout, several
-micro-batches a step and several epochs; sft; two processes. Each is killed (SIGKILL, all its processes) after a random
-time, again and again, KILLS times in all; then it may end. Weights must be the same to the bit, and the metrics too,
+micro-batches a step and several epochs; sft; two processes. Each is killed (SIGKILL, all its processes) at random
+moments, KILLS in all; then it may end. Weights must be the same to the bit, and the metrics too,
 but for timings. Writes results/soak.{json,md}.
 """
 
@@ -25,7 +25,7 @@ import psutil
 from common import write_results
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = 24
+KILLS, NUM_STEPS = 24, 120
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 RECIPE = """
 [model]
@@ -38,13 +38,13 @@ train = "{rows}"
 eval = "{root}/recipes/quickstart/eval.jsonl"
 [sft]
 batch_examples = 16
-max_steps = 120
+max_steps = {num_steps}
 checkpoint_every = 7
 eval_every = 50
 max_tokens_per_device = 256
 [align]
 batch_pairs = 16
-max_steps = 120
+max_steps = {num_steps}
 learning_rate = 1e-3
 checkpoint_every = 7
 eval_every = 50
@@ -85,18 +85,15 @@ def run_kind(name: str, folder: Path, rng: random.Random) -> dict:
         kind: [sys.executable, "-m", "tbpo_cli.cli", stage, str(recipe), "--run-dir", str(run), *sets, *flags]
         for kind, run in runs.items()
     }
-    started = time.monotonic()
     subprocess.run(commands["alone"], check=True, capture_output=True)
-    seconds = time.monotonic() - started
     moments = []
-    while len(moments) < KILLS // len(KINDS):
+    for target in sorted(rng.randrange(NUM_STEPS) for _ in range(KILLS // len(KINDS))):
         process = subprocess.Popen(commands["killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0.3, 0.6) * seconds)
-            break
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-            moments.append(num_steps(runs["killed"] / stage))
+        while num_steps(runs["killed"] / stage) < target and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))  # anywhere within a step, a checkpoint or an evaluation
+        kill_all(process)
+        moments.append(num_steps(runs["killed"] / stage))
     subprocess.run(commands["killed"], check=True, capture_output=True)
     weights = [(run / stage / "adapter/adapter_model.safetensors").read_bytes() for run in runs.values()]
     logs = [metrics(run / stage) for run in runs.values()]
@@ -111,15 +108,18 @@ def write_recipe(folder: Path) -> Path:
     lines = (ROOT / "recipes/quickstart/train.jsonl").read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:500]))
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(root=ROOT, rows=rows))
+    recipe.write_text(RECIPE.format(root=ROOT, rows=rows, num_steps=NUM_STEPS))
     return recipe
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family)
+    except psutil.NoSuchProcess:  # it had ended
+        process.wait()
 
 
 def num_steps(stage: Path) -> int:
