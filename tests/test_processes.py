@@ -174,3 +174,31 @@ def test_machines_that_cannot_find_each_other_are_a_message(given):
     nodes, rank, address = given
     with pytest.raises(TbpoError, match="do not find each other"):
         processes_of(8, False, nodes, rank, address, (), {})
+
+
+MEMORY = """
+import sys
+import torch
+import torch.distributed as dist
+from tbpo_cli.train.feed import TokenBudget
+from tbpo_cli.train.group import Group
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(tokens):
+    if rank == 1 and tokens > 300:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return tokens
+model = torch.nn.Linear(2, 2)
+budget = TokenBudget("auto", model, False, Group(rank, 2))
+print(budget.attempt(work), budget.tokens)
+"""
+
+
+def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_path):
+    """Only the second one has too little room for 1,024 and 512 tokens; both repeat the step with 256."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [
+        subprocess.Popen([sys.executable, "-c", MEMORY, str(rank), str(tmp_path / "store")], **pipes) for rank in (0, 1)
+    ]
+    ends = [finish(process) for process in both]
+    assert [(code, out) for code, out, _ in ends] == [(0, "256 256\n")] * 2, ends

@@ -103,6 +103,14 @@ def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable
     assert (run / name).read_bytes() == (straight / name).read_bytes()
 
 
+def test_a_disk_that_turned_read_only_stops_with_a_message(small_disk, recipe_file):
+    run_stage("prepare", recipe_file, small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(TbpoError, match="cannot be written: Read-only file system"):
+        run_stage("align", recipe_file, small_disk / "run")
+    assert RunDir(small_disk / "run").manifest("prepare") is not None
+
+
 def test_a_folder_that_cannot_be_written_is_a_message(tbpo, recipe_file, tmp_path):
     (tmp_path / "file").write_text("")
     result = tbpo("align", recipe_file, "--run-dir", "file/run")

@@ -305,6 +305,22 @@ def test_a_signal_writes_a_checkpoint_and_exits_with_its_code(tmp_path, started,
     assert checkpoint.name == f"step-{max(steps)}"
 
 
+def test_a_second_interrupt_stops_at_once_and_loses_only_the_steps_since_the_last_checkpoint(
+    recipe_file, tmp_path, started
+):
+    run = tmp_path / "run"
+    process = started(run, 8, *LONG, "align.batch_pairs=40")
+    process.send_signal(signal.SIGINT)
+    while "stopping" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (-signal.SIGINT, 130)
+    run_stage("align", recipe_file, run, *LONG, "align.batch_pairs=40")
+    whole = run_stage("align", recipe_file, tmp_path / "whole", *LONG, "align.batch_pairs=40")
+    assert_same_weights(adapter(run), adapter(whole))
+    assert metrics(run) == metrics(whole)
+
+
 def test_a_damaged_checkpoint_is_named_and_skipped(recipe_file, tmp_path, capsys):
     whole = run_stage("align", recipe_file, tmp_path / "whole")
     run = run_stage("align", recipe_file, tmp_path / "run")
