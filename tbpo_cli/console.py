@@ -48,8 +48,11 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, done: int = 0, every: int = 1) -> Iterator[Callable[[int, str], None]]:
+def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> Iterator[Callable[[int, str], None]]:
     """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
+
+    Args:
+        total: None if it is not known.
 
     Yields:
         update(done, note): tell how far it is, with a few words about it.
@@ -71,7 +74,8 @@ def progress(label: str, total: int, done: int = 0, every: int = 1) -> Iterator[
 
     def update(done: int, note: str) -> None:
         if done % every == 0 or done == total:
-            left = (time.monotonic() - started) / max(1, done - first) * (total - done)
-            say(f"{label} {done}/{total}  {note}  ({left:.0f} s left)")
+            seconds = (time.monotonic() - started) / max(1, done - first)
+            left = f"/{total}  {note}  ({seconds * (total - done):.0f} s left)" if total is not None else f"  {note}"
+            say(f"{label} {done}{left}")
 
     yield update

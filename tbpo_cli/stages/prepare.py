@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tbpo_cli import console
 from tbpo_cli.data import preview
-from tbpo_cli.data.chunks import Chunk, Kept, prepare_rows, workers
+from tbpo_cli.data.chunks import ROWS_AT_A_TIME, Chunk, Kept, prepare_rows, workers
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
@@ -165,27 +165,36 @@ class _Sifter:
     def sift(self, source: Source, split: str, writers: dict[str, pa.RecordBatchFileWriter]) -> Counts:
         """Writes the pairs of one source."""
         counts = Counts(self.key, source.path, kept=Counter(dict.fromkeys(self.splits, 0)))
-        for chunk in prepare_rows(read_rows(source, split, self.key), self.recipe.data, self.pool):
-            counts.format = chunk.format_name
-            counts.rows += len(chunk.rows)
-            rejected = dict(chunk.rejected)
-            taken: dict[str, list[int]] = {name: [] for name in self.splits}
-            for index, kept in enumerate(chunk.kept):
-                if reason := self._reason_against(kept):
-                    rejected[kept.position] = reason
-                    continue
-                self.seen.add(kept.pair_id)
-                copies = self._copies(kept, source.weight)
-                counts.noted["reversed"] += kept.reversed_id != kept.pair_id and kept.reversed_id in self.seen
-                counts.noted["cut"] += kept.is_cut
-                counts.noted["unsampled"] += not copies
-                taken[self._split_of(kept)] += [index] * copies
-            for name, indices in taken.items():
-                counts.kept[name] += len(indices)
-                if indices:
-                    writers[name].write_batch(chunk.pairs.take(pa.array(indices)))
-            self._note_rejected(chunk, rejected, counts)
+        started = time.monotonic()
+        rows = read_rows(source, split, self.key)
+        with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
+            for chunk in prepare_rows(rows, self.recipe.data, self.pool):
+                self._sift_chunk(chunk, source.weight, writers, counts)
+                update(counts.rows, f"rows  {counts.rows / (time.monotonic() - started):,.0f} rows/s")
         return counts
+
+    def _sift_chunk(
+        self, chunk: Chunk, weight: float, writers: dict[str, pa.RecordBatchFileWriter], counts: Counts
+    ) -> None:
+        counts.format = chunk.format_name
+        counts.rows += len(chunk.rows)
+        rejected = dict(chunk.rejected)
+        taken: dict[str, list[int]] = {name: [] for name in self.splits}
+        for index, kept in enumerate(chunk.kept):
+            if reason := self._reason_against(kept):
+                rejected[kept.position] = reason
+                continue
+            self.seen.add(kept.pair_id)
+            copies = self._copies(kept, weight)
+            counts.noted["reversed"] += kept.reversed_id != kept.pair_id and kept.reversed_id in self.seen
+            counts.noted["cut"] += kept.is_cut
+            counts.noted["unsampled"] += not copies
+            taken[self._split_of(kept)] += [index] * copies
+        for name, indices in taken.items():
+            counts.kept[name] += len(indices)
+            if indices:
+                writers[name].write_batch(chunk.pairs.take(pa.array(indices)))
+        self._note_rejected(chunk, rejected, counts)
 
     def _reason_against(self, kept: Kept) -> RejectedRow | None:
         if self.splits != ("eval",) and kept.prompt_hash in self.eval_prompts:
