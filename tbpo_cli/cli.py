@@ -62,7 +62,6 @@ BUILT = {
     Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q""",
 }
 NOT_BUILT = {
-    "sample": "Completions from the policy, and from the reference, side by side.",
     "eval": "Held-out preference metrics, diversity, win rate, one HTML report.",
     "push": "Adapter (or merged model) and model card → the Hugging Face Hub.",
     "show": "The resolved recipe, the plan, and an estimate of memory and time.",
@@ -89,6 +88,39 @@ def prepare(
         from tbpo_cli.stages.prepare import show_pairs
 
         show_pairs(loaded, directory, show, ids)
+
+
+@app.command()
+def sample(
+    recipe: RecipePath,
+    flags: Flags = None,
+    sets: Set = None,
+    run_dir: Directory = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines."),
+    ] = None,
+    gpus: Gpus = None,
+    cpu: Cpu = False,
+    restart: Restart = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Completions from the policy and from the reference, side by side.
+
+    Example: tbpo sample recipes/quickstart.toml --prompt "How many letters are in cat?"
+    """
+    if prompt is None:
+        processes = processes_of(gpus, cpu, None, None, None, tuple(flags or ()), dict(os.environ))
+        _run_stage("sample", recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet, processes)
+        return
+    from tbpo_cli.recipe import load_recipe
+    from tbpo_cli.run import RunDir
+    from tbpo_cli.stages.sample import answer
+
+    texts = [line.strip() for one in prompt for line in (sys.stdin if one == "-" else [one]) if line.strip()]
+    loaded = load_recipe(recipe, tuple(sets or ()))
+    answer(loaded, RunDir.of(loaded, run_dir), texts)
 
 
 def _add_stage(name: str, text: str) -> None:
@@ -133,9 +165,8 @@ for _name, _text in NOT_BUILT.items():
 
 
 def _not_built(command: str) -> None:
-    raise TbpoError(
-        f"`tbpo {command}` is not built yet", expected="prepare, sft or align", fix="see the README for what works"
-    )
+    built = "prepare, sft, align or sample"
+    raise TbpoError(f"`tbpo {command}` is not built yet", expected=built, fix="see the README for what works")
 
 
 def _run_stage(

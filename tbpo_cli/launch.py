@@ -108,16 +108,16 @@ def _slurm_address(environment: dict[str, str]) -> str:
 
 
 def run_or_launch(
-    train: Callable[[Recipe, RunDir], None], name: str, recipe: Recipe, run_dir: RunDir, processes: Processes
+    work: Callable[[Recipe, RunDir], None], name: str, recipe: Recipe, run_dir: RunDir, processes: Processes
 ) -> None:
-    """Calls `train` here, or lets the workers of the stage `name` call it."""
+    """Calls `work` here, or lets the workers of the stage `name` call it."""
     if not processes.is_alone:
         run_dir.begin(name, recipe)
         _run_workers(name, run_dir, processes)
         return
     if processes.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    train(recipe, run_dir)
+    work(recipe, run_dir)
 
 
 def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import field
 from datetime import date
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tbpo_cli.checks import complete_loss, table, validate
-from tbpo_cli.errors import TbpoError, gather
+from tbpo_cli.errors import gather
+from tbpo_cli.toml import apply_overrides, read_toml, resolve_paths
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -154,8 +154,13 @@ class Align(Training):
 
 @table
 class Sample:
-    """[sample] Completions; the defaults are the paper's setting for win rates."""
+    """[sample] Completions; temperature and top_p default to the paper's setting for win rates."""
 
+    prompts: str = "eval"  # the held-out pairs' prompts, or a .jsonl (prompt: text or messages) or .txt file
+    max_prompts: Count | None = None
+    num_samples: Count = 1  # completions a prompt and model
+    models: Annotated[tuple[Literal["policy", "reference"], ...], Field(min_length=1)] = ("policy", "reference")
+    batch_size: Count = 32  # completions at a time; never changes the result
     temperature: NotNegative = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     max_new_tokens: Count = 512
@@ -201,11 +206,6 @@ class Recipe:
         return tomli_w.dumps(_without_none(json.loads(json.dumps(dataclasses.asdict(self)))))
 
 
-FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".csv", ".arrow", ".jinja", ".txt"}
-SOURCE_KEYS = ("data.train", "data.eval", "sft.train")
-PATH_KEYS = ("model.base", "model.chat_template", "align.loss.positive", "align.loss.negative", *SOURCE_KEYS)
-
-
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Reads, completes and checks a recipe.
 
@@ -218,9 +218,9 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Raises:
         TbpoError: with every fault of the recipe.
     """
-    raw = _read_toml(path)
-    _resolve_paths(raw, path.parent)
-    faults = _apply_overrides(raw, overrides)
+    raw = read_toml(path)
+    resolve_paths(raw, path.parent)
+    faults = apply_overrides(raw, overrides)
     if isinstance(raw.setdefault("run", {}), dict):
         raw["run"].setdefault("name", path.stem)
     if isinstance(align := raw.setdefault("align", {}), dict):
@@ -229,92 +229,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     recipe, recipe_faults = validate(Recipe, raw, str(path), ())
     gather(faults + recipe_faults)
     return recipe
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        fix = f"recipes in that folder: {', '.join(near)}" if near else "give the path of a recipe, a TOML file"
-        raise TbpoError("there is no such recipe", str(path), "a TOML file", fix) from None
-    except IsADirectoryError:
-        raise TbpoError("the recipe is a folder", str(path), "a TOML file", "give the file inside it") from None
-    except UnicodeDecodeError as error:
-        raise TbpoError(
-            "the recipe is not UTF-8 text", f"{path}, byte {error.start}", "a TOML file", "save it as UTF-8"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise TbpoError(
-            "the recipe is not valid TOML",
-            f"{path}: {error}",
-            "key = value lines under [table] headings",
-            'mend that line; text needs quotes: key = "text"',
-        ) from None
-    except OSError as error:
-        raise TbpoError(f"the recipe cannot be read: {error.strerror}", str(path), "a readable file") from None
-
-
-def _apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> list[TbpoError]:
-    faults = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        names = key.strip().split(".")
-        if not equals or len(names) < 2 or not all(names):
-            faults.append(
-                TbpoError("--set is not understood", f"--set {override}", "table.key=value", "e.g. --set run.seed=1")
-            )
-            continue
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        one: dict[str, Any] = {names[-1]: value}
-        for name in reversed(names[:-1]):
-            one = {name: one}
-        _resolve_paths(one, Path.cwd())
-        _merge(raw, one)
-    return faults
-
-
-def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def is_local(source: str) -> bool:
-    """Whether a source names a file or folder rather than a Hub repository ("user/name")."""
-    return source.startswith((".", "/", "~")) or Path(source).suffix in FILE_SUFFIXES or source.count("/") > 1
-
-
-def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Makes the local paths among PATH_KEYS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
-
-    def resolve(source: Any) -> Any:
-        if not isinstance(source, str) or not source:
-            return source
-        path = folder / Path(source).expanduser()
-        return str(path.resolve()) if path.exists() or is_local(source) else source
-
-    def as_table(source: Any) -> Any:
-        source = {"path": source} if isinstance(source, str) else source
-        return source | {"path": resolve(source["path"])} if isinstance(source, dict) and "path" in source else source
-
-    for key in PATH_KEYS:
-        *names, leaf = key.split(".")
-        owner: Any = raw
-        for name in names:
-            owner = owner.get(name) if isinstance(owner, dict) else None
-        if not isinstance(owner, dict) or leaf not in owner:
-            continue
-        if key not in SOURCE_KEYS:
-            owner[leaf] = resolve(owner[leaf])
-        elif isinstance(owner[leaf], str | dict | list):
-            listed = owner[leaf] if isinstance(owner[leaf], list) else [owner[leaf]]
-            owner[leaf] = [as_table(source) for source in listed]
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

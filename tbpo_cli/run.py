@@ -18,7 +18,8 @@ from typing import Any, TextIO
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
-from tbpo_cli.recipe import Recipe, is_local
+from tbpo_cli.recipe import Recipe
+from tbpo_cli.toml import is_local
 
 LIBRARIES = ("tbpo", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab*", "merges.txt")
@@ -62,6 +63,12 @@ STAGES = {
         ),
         Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS | {"sft.train": ("**/*",)}),
         Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS | _HELPERS),
+        Stage(
+            "sample",
+            ("prepare", "sft", "align"),
+            (*_MODEL, "data.template_date", "sample."),
+            _WEIGHTS | {"sample.prompts": ("*",)},
+        ),
     )
 }
 
@@ -69,6 +76,7 @@ STAGES = {
 FREE_KEYS = {
     "data.max_reject_fraction",
     "data.workers",
+    "sample.batch_size",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
         "activation_checkpointing")),

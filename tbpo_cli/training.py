@@ -7,7 +7,6 @@ import json
 import time
 
 import torch
-from accelerate import PartialState
 
 from tbpo_cli import console
 from tbpo_cli.core.head import REFERENCE_FREE
@@ -18,7 +17,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
-from tbpo_cli.train.group import Group
+from tbpo_cli.train.group import Group, device_of_environment
 from tbpo_cli.train.loop import TrainingRun
 from tbpo_cli.train.trackers import open_trackers
 
@@ -51,7 +50,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "the same tokenizer for all stages",
             "tbpo prepare RECIPE --restart, or name the old one as model.revision",
         )
-    group, device = Group.of_environment(), PartialState().device
+    group, device = Group.of_environment(), device_of_environment()
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
     group.gather(None)
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -22,7 +22,7 @@ def main() -> None:
     try:
         console.err.quiet = not Group.of_environment().is_main
         stage = importlib.import_module(f"tbpo_cli.stages.{folder.name}")
-        stage.train(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
+        stage.work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
     except TbpoError as error:
         if _is_first(folder):
             sys.stderr.write(f"{error}\n")

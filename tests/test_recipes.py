@@ -97,7 +97,9 @@ def test_the_base_fits_into_4_mb_and_answers_right_only_some_of_the_time(world):
     text = "Grüße, 日本語 🙂 \x00 <|im_end|>"
     assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
     prompts = [json.loads(line)["prompt"] for line in (QUICKSTART / "eval.jsonl").open()][:150]
-    answers = complete(model.float(), tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48), seed=0)
+    answers = complete(
+        model.float(), tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=150), seed=0
+    )
     readings = [world.parse_response(p, a) for p, a in zip(prompts, answers, strict=True)]
     assert 0.2 < sum(r.correct for r in readings) / 150 < 0.6
     assert 0.25 < sum(r.rude > 0 for r in readings) / 150 < 0.55

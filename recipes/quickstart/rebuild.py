@@ -110,7 +110,7 @@ def preference_rows(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
 ) -> Iterator[dict[str, str]]:
     """One comparison a prompt, of two samples of the base; a prompt whose samples are the same or empty has none."""
-    settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=48)
+    settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=200)
     first, second = (complete(model, tokenizer, prompts, settings, seed=2 * seed + n) for n in (0, 1))
     judge = Random(seed)
     for prompt, a, b in zip(prompts, first, second, strict=True):

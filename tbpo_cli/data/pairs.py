@@ -167,6 +167,18 @@ def _prompt(row: dict[str, Any]) -> Messages:
     return ({"role": "system", "content": row["system"]}, *prompt) if row.get("system") else prompt
 
 
+def read_prompt(row: Any) -> Messages:
+    """The prompt of a row with `prompt` (text or messages) or `messages`. Raises RejectedRow if there is none."""
+    if not isinstance(row, dict) or not ("prompt" in row or "messages" in row):
+        raise RejectedRow("missing_column", "prompt or messages")
+    prompt = _prompt(row) if "prompt" in row else _messages(row, "messages")
+    _check_roles((*prompt, {"role": "assistant"}))
+    if not any(message["content"].strip() for message in prompt):
+        raise RejectedRow("empty_prompt")
+    _hash(prompt)  # says so if it is not Unicode
+    return prompt
+
+
 def _answer(row: dict[str, Any], column: str) -> Message:
     if not isinstance(row[column], list):
         return {"role": "assistant", "content": _text(row, column)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.data.template import CLOSE, OPEN, Chat, render_pair, unmask
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
@@ -127,6 +127,18 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> l
         except RejectedRow as reason:
             results.append(reason)
     return results
+
+
+def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
+    """The ids of a prompt with the generation prompt, as in every pair."""
+    return _encode([chat.render(messages, (), add_generation_prompt=True)], chat)[0]
+
+
+def end_of_turn(chat: Chat) -> int:
+    """The id that ends every response."""
+    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    _, response, _ = render_pair(make_pair({}, (messages[0],), messages[1], None), chat)
+    return _encode([response], chat)[0][-1]
 
 
 def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:

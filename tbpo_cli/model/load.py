@@ -149,6 +149,28 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
         ) from error
 
 
+def load_trained(recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None) -> Policy:
+    """The policy as training left it, with its reference.
+
+    Args:
+        trained: `align/adapter` or `align/model`.
+        sft_output: `sft/adapter` or `sft/model` of this run, if an SFT stage came before.
+    """
+    from peft import PeftModel
+
+    compute = compute_dtype(recipe.model, device)
+    if recipe.model.lora is None:
+        reference = load_base(recipe.model, str(sft_output or recipe.model.base), device, compute)
+        return Policy(load_base(recipe.model, str(trained), device, compute), {REFERENCE: reference})
+    model = PeftModel.from_pretrained(
+        load_base(recipe.model, recipe.model.base, device, compute), trained, adapter_name=POLICY
+    )
+    if sft_output is not None:
+        model.load_adapter(sft_output, adapter_name=REFERENCE, is_trainable=False)
+        model.set_adapter(POLICY)
+    return _with_adapter(model, recipe.model, compute)
+
+
 def _with_adapter(peft_model: nn.Module, model: Model, compute: torch.dtype) -> Policy:
     fuse_lora(peft_model)
     half = compute != torch.float32

@@ -12,11 +12,11 @@ from tbpo_cli.run import RunDir
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `align/adapter` (or `align/model`)."""
-    run_or_launch(train, "align", recipe, run_dir, processes)
+    run_or_launch(work, "align", recipe, run_dir, processes)
     report(recipe, run_dir)
 
 
-def train(recipe: Recipe, run_dir: RunDir) -> None:
+def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
     from tbpo_cli.training import train_stage
 

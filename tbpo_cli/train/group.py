@@ -34,7 +34,7 @@ class Group:
     @classmethod
     def of_environment(cls) -> Group:
         """The group that the launcher has started this process in."""
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        state = _process_state()
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -66,6 +66,15 @@ class Group:
 
 
 ONE = Group()
+
+
+def device_of_environment() -> torch.device:
+    """Where this process computes."""
+    return _process_state().device
+
+
+def _process_state() -> PartialState:
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @functools.cache

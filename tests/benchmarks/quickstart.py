@@ -80,7 +80,9 @@ def true_scores(adapter: Path | None, seed: int) -> dict[str, float]:
         model = PeftModel.from_pretrained(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
     prompts = [json.loads(line)["prompt"] for line in (QUICKSTART / "eval.jsonl").open(encoding="utf-8")]
-    answers = complete(model, tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48), seed)
+    answers = complete(
+        model, tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=200), seed
+    )
     readings = [world.parse_response(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     return {
         "score": mean(reading.score for reading in readings),

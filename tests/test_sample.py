@@ -1,0 +1,153 @@
+"""Completions: each draws its own random numbers, an interrupted stage goes on, processes share the prompts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import run_stage, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from tbpo_cli.data.template import Chat
+from tbpo_cli.data.tokens import end_of_turn
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.generate import generate
+from tbpo_cli.recipe import Sample, load_recipe
+from tbpo_cli.run import RunDir
+from tbpo_cli.stages.sample import answer
+
+SHORT = ("align.max_steps=2", "sample.max_new_tokens=8", "sample.temperature=1.0", "sample.top_p=1.0")
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
+
+
+def sampled(model, rows, **settings):
+    given = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, **settings}
+    return generate(model, [PROMPTS[row] for row in rows], [100 + row for row in rows], Sample(**given), [2])
+
+
+def test_a_completion_depends_on_its_own_seed_and_not_on_its_batch(model):
+    together = sampled(model, range(4))
+    alone = [sampled(model, [row])[0] for row in range(4)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert (
+        sampled(model, [0])[0].token_ids
+        != generate(model, PROMPTS[:1], [7], Sample(temperature=1.0, top_p=1.0, max_new_tokens=12), [2])[0].token_ids
+    )
+
+
+def test_the_log_probability_is_that_of_the_tokens_under_the_model(model):
+    for completion, prompt in zip(sampled(model, range(4), temperature=0.7, top_p=0.9), PROMPTS, strict=True):
+        ids = torch.tensor([[*prompt, *completion.token_ids]])
+        logps = model(input_ids=ids).logits.detach()[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logps.gather(1, ids[0, len(prompt) :, None]).sum()
+        assert completion.logp == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_greedy_completions_are_those_of_the_library(model):
+    for completion, prompt in zip(sampled(model, range(4), temperature=0.0), PROMPTS, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2)
+        assert list(completion.token_ids) == expected[0, len(prompt) :].tolist()
+
+
+def test_the_draws_have_the_models_probabilities(model):
+    """4,000 draws of one token: the frequencies are the probabilities within 5 standard deviations."""
+    settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=1)
+    drawn = [c.token_ids[0] for c in generate(model, [[5, 6, 7]] * 4000, range(4000), settings, [2])]
+    probabilities = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor(drawn), minlength=len(probabilities))
+    deviation = (4000 * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - 4000 * probabilities).abs() <= 5 * deviation + 1).all()
+
+
+def test_top_p_leaves_out_what_is_unlikely(model):
+    settings = Sample(temperature=1.0, top_p=0.05, max_new_tokens=1)
+    drawn = {c.token_ids[0] for c in generate(model, [[5, 6, 7]] * 200, range(200), settings, [2])}
+    probabilities, order = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(-1).sort(descending=True)
+    allowed = order[: int((probabilities.cumsum(0) < 0.05).sum()) + 1].tolist()
+    assert drawn <= set(allowed)
+
+
+def test_the_end_of_the_turn_is_that_of_the_pairs(tokenizer):
+    assert end_of_turn(Chat(tokenizer, "2026-01-01")) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def read(run):
+    return [json.loads(line) for line in (run / "sample/samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_sample_answers_the_held_out_prompts_by_policy_and_reference(recipe_file, tmp_path, capsys):
+    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT, "sample.num_samples=2")
+    samples = read(run)
+    assert len(samples) == 8 * 2 * 2, "8 prompts, 2 samples, 2 models"
+    first = samples[0]
+    assert first["prompt"].endswith("<|im_start|>assistant\n") and first["settings"]["temperature"] == 1.0
+    assert first["num_tokens"] == len(first["token_ids"]) <= 8 and first["logp"] < 0
+    assert {sample["finish_reason"] for sample in samples} <= {"stop", "length"}
+    assert "policy: " in capsys.readouterr().out
+    other = run_stage("sample", recipe_file, tmp_path / "b", *SHORT, "sample.num_samples=2", "sample.batch_size=3")
+    assert [s["token_ids"] for s in read(other)] == [s["token_ids"] for s in samples]
+
+
+def test_an_interrupted_sample_goes_on_where_it_stopped(recipe_file, tmp_path):
+    whole = read(run_stage("sample", recipe_file, tmp_path / "whole", *SHORT))
+    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT)
+    (run / "sample/manifest.json").unlink()
+    (run / "sample/samples.jsonl").unlink()
+    marked = [json.dumps(sample | {"completion": "kept"}) + "\n" for sample in whole[:5]]
+    (run / "sample/part-0.jsonl").write_text("".join(marked) + json.dumps(whole[5])[:-9], encoding="utf-8")
+    run_stage("sample", recipe_file, run, *SHORT)
+    again = read(run)
+    assert [sample["completion"] for sample in again[:5]] == ["kept"] * 5, "what was there is not sampled again"
+    assert [s["token_ids"] for s in again[5:]] == [s["token_ids"] for s in whole[5:]] and not list(
+        (run / "sample").glob("part-*")
+    )
+
+
+def test_prompts_come_from_a_file_as_text_messages_or_lines(recipe_file, tmp_path, capsys):
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"},
+             {"role": "user", "content": "dog"}]  # fmt: skip
+    rows = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "red"}, {"prompt": turns}, {"messages": turns[:1]}])
+    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT, f"sample.prompts={rows}")
+    prompts = [sample["prompt"] for sample in read(run)[::2]]
+    assert prompts[0] == prompts[2] and "blue<|im_end|>" in prompts[1] and prompts[1].count("<|im_start|>") == 4
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("red\n\nblue\n")
+    run = run_stage("sample", recipe_file, tmp_path / "b", *SHORT, f"sample.prompts={lines}", "sample.max_prompts=1")
+    assert {sample["prompt"] for sample in read(run)} == {prompts[0]}
+
+
+@pytest.mark.parametrize("row", [{"text": "x"}, {"prompt": ""}, {"prompt": 3}, {"messages": [{"role": "x"}]}])
+def test_a_line_that_is_no_prompt_is_a_message(recipe_file, tmp_path, row):
+    rows = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "red"}, row])
+    with pytest.raises(TbpoError, match="a prompt cannot be used") as error:
+        run_stage("sample", recipe_file, tmp_path / "run", *SHORT, f"sample.prompts={rows}")
+    assert "row 2" in error.value.where
+
+
+def test_a_prompt_of_the_command_line_is_answered_and_nothing_is_kept(recipe_file, tmp_path, capsys):
+    run = run_stage("align", recipe_file, tmp_path / "run", *SHORT)
+    recipe = load_recipe(recipe_file, SHORT)
+    capsys.readouterr()
+    answer(recipe, RunDir(run), ["red dog", "blue"])
+    shown = capsys.readouterr().out
+    assert shown.count("policy: ") == shown.count("reference: ") == 2 and "red dog<|im_end|>" in shown
+    assert not (run / "sample").exists()
+    with pytest.raises(TbpoError, match="no aligned policy"):
+        answer(recipe, RunDir(tmp_path / "none"), ["red"])
+
+
+def test_processes_share_the_prompts(recipe_file, tmp_path, tbpo):
+    alone = run_stage("sample", recipe_file, tmp_path / "alone", *SHORT)
+    shutil.copytree(alone, tmp_path / "two", ignore=shutil.ignore_patterns("sample", "lock"))
+    sets = [part for one in SHORT for part in ("--set", one)]
+    done = tbpo("sample", recipe_file, "--run-dir", tmp_path / "two", "--gpus", "2", "--cpu", *sets)
+    assert done.returncode == 0, done.stderr
+    assert [s["token_ids"] for s in read(tmp_path / "two")] == [s["token_ids"] for s in read(alone)]
