@@ -60,7 +60,11 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         for view in (POSITIVE, NEGATIVE):
             add_helper(policy, view, getattr(loss, view), recipe.model, device)
     trained = sum(parameter.numel() for parameter in policy.trained.values())
-    console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    console.say(
+        f"{name}: training {trained:,} weights on {f'{group.size} × ' if group.size > 1 else ''}{where}; "
+        f"{len(train):,} pairs, {len(evaluation):,} held out"
+    )
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
     settings = getattr(recipe, name)
@@ -80,7 +84,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         [*outputs, folder / "metrics.jsonl"],
         {
             "seed": recipe.run.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": where,
             "num_processes": group.size,
             "seconds": round(time.monotonic() - started, 1),
         },

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import time
 from pathlib import Path
 
 from tbpo_cli import console
@@ -39,6 +41,8 @@ def main() -> None:
 
 
 def _is_first(folder: Path) -> bool:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # what all have met is told by the one that draws the progress
     try:
         (folder / TOLD).touch(exist_ok=False)
     except FileExistsError:
