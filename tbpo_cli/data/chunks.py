@@ -114,18 +114,6 @@ def _begin_worker(model: Model, data: Data) -> None:
     _worker.chat, _worker.data = Chat(load_tokenizer(model), data.template_date), data
 
 
-def _result(rows: list[Row], future: Future, name: str) -> Chunk:
-    try:
-        return Chunk(rows, name, *future.result())
-    except BrokenExecutor:
-        raise TbpoError(
-            "a worker died while it prepared rows",
-            f"{rows[0].source}, rows {rows[0].number} to {rows[-1].number}",
-            "enough memory for data.workers processes",
-            "lower data.workers",
-        ) from None
-
-
 def _prepare(rows: list[Row], name: str) -> tuple[pa.RecordBatch, list[Kept], dict[int, RejectedRow]]:
     chat, data = _worker.chat, _worker.data
     rejected: dict[int, RejectedRow] = {}
