@@ -154,8 +154,20 @@ def _add_not_built(name: str, text: str) -> None:
 
 @app.command()
 def init(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
-    """Writes a starter recipe into the folder; without NAME, lists them. Not built yet."""
-    _not_built("init")
+    """Writes a starter recipe, and its data, into the folder; without NAME, lists them.
+
+    Example: tbpo init quickstart && tbpo align quickstart.toml
+    """
+    from tbpo_cli import starter
+
+    if name is None:
+        for recipe, text in starter.descriptions().items():
+            console.out.print(f"{recipe:<22} {text}", markup=False)
+        console.say("tbpo init NAME writes one into this folder")
+        return
+    for path in starter.write(name, Path()):
+        console.out.print(f"wrote {path}", markup=False)
+    console.say(f"next: tbpo align {name}.toml")
 
 
 for _name, _text in BUILT.items():

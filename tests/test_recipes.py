@@ -110,3 +110,16 @@ def test_a_short_quickstart_learns(tmp_path):
     run = run_stage("align", RECIPES / "quickstart.toml", tmp_path / "run", "align.max_steps=30")
     last = json.loads((run / "align/metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "eval" and last["accuracy"] > 0.6 and last["margin"] > 0
+
+
+def test_init_lists_the_recipes_and_writes_one_with_its_data_that_runs(tbpo, tmp_path):
+    """From the installed package, in an empty folder."""
+    listed = tbpo("init")
+    for path in RECIPES.glob("*.toml"):
+        assert path.stem in listed.stdout
+    written = tbpo("init", "quickstart")
+    assert written.stdout.splitlines() == ["wrote quickstart.toml", "wrote quickstart"], written.stderr
+    assert (tmp_path / "quickstart.toml").read_bytes() == (RECIPES / "quickstart.toml").read_bytes()
+    assert tbpo("prepare", "quickstart.toml").returncode == 0
+    again = tbpo("init", "quickstart")
+    assert again.returncode == 2 and "quickstart.toml is there already" in again.stderr

@@ -371,7 +371,7 @@ def test_the_command_prints_results_to_stdout_and_progress_to_stderr(tbpo, recip
         (("sft", "{recipe}"), 2, "no SFT stage"),
         (("eval", "{recipe}"), 2, "not built yet"),
         (("sample", "{recipe}", "--set", "sample.temperature=-1"), 2, "sample.temperature = -1"),
-        (("init",), 2, "not built yet"),
+        (("init", "nothing"), 2, "there is no recipe 'nothing'"),
         (("alin", "{recipe}"), 2, "No such command"),
         (("align",), 2, "Missing argument"),
         (("align", "{recipe}", "--run-dir", "/proc/nowhere"), 2, "cannot be written"),

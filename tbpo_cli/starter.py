@@ -1,0 +1,41 @@
+"""The recipes that come with the package, for `tbpo init`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tbpo_cli.errors import TbpoError
+
+_PACKAGED = Path(__file__).parent / "recipes"  # in an installed package; in a checkout they lie beside it
+FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def descriptions() -> dict[str, str]:
+    """{name: the recipe's first line} of the shipped recipes."""
+    files = sorted(FOLDER.glob("*.toml"))
+    return {path.stem: path.read_text(encoding="utf-8").partition("\n")[0].strip("#: ") for path in files}
+
+
+def write(name: str, folder: Path) -> list[Path]:
+    """Copies a recipe into a folder, and the folder of its name if it has one; returns what was written.
+
+    Raises:
+        TbpoError: if there is no such recipe, or something of that name is there already.
+    """
+    if name not in descriptions():
+        raise TbpoError(
+            f"there is no recipe {name!r}", expected=f"one of {', '.join(descriptions())}", fix="tbpo init lists them"
+        )
+    sources = [source for source in (FOLDER / f"{name}.toml", FOLDER / name) if source.exists()]
+    for source in sources:
+        if (folder / source.name).exists():
+            raise TbpoError(
+                f"{source.name} is there already", str(folder), "a folder without it", "move it away, or go elsewhere"
+            )
+    for source in sources:
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, folder / source.name)
+    return [folder / source.name for source in sources]
