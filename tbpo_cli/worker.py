@@ -18,13 +18,14 @@ def main() -> None:
     console.quiet_libraries()
     from tbpo_cli.recipe import load_recipe
     from tbpo_cli.run import RunDir
-    from tbpo_cli.train.group import Group
+    from tbpo_cli.train.group import Group, end_group
 
     folder = Path(sys.argv[1])
     try:
         console.err.quiet = not Group.of_environment().is_main
         stage = importlib.import_module(f"tbpo_cli.stages.{folder.name}")
         stage.work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
+        end_group()  # else its threads are cut off at exit, which now and then looks like a crash
     except TbpoError as error:
         if _is_first(folder):
             sys.stderr.write(f"{error}\n")

@@ -191,6 +191,7 @@ def work(tokens):
 model = torch.nn.Linear(2, 2)
 budget = TokenBudget("auto", model, False, Group(rank, 2))
 print(budget.attempt(work), budget.tokens)
+dist.destroy_process_group()
 """
 
 
