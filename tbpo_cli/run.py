@@ -71,7 +71,7 @@ FREE_KEYS = {
     "data.workers",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
-        "activation_checkpointing")),
+        "activation_checkpointing", "sharding")),
 }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
-from tbpo_cli.recipe import Recipe
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
+from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.loop import TrainingRun
@@ -48,25 +48,34 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     group.gather(None)
     torch.backends.cuda.matmul.allow_tf32 = True
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
+    # Where several processes may share the weights out, one of them alone need not have room for all.
+    home = device if group.size == 1 or recipe.model.quantization is not None else torch.device("cpu")
+    policy = load_policy(recipe, device, sft_output, not loss.needs <= REFERENCE_FREE, home)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
-            add_helper(policy, view, getattr(loss, view), recipe.model, device)
+            add_helper(policy, view, getattr(loss, view), recipe.model, device, home)
     trained = sum(parameter.numel() for parameter in policy.trained.values())
     console.say(f"{name}: training {trained:,} weights on {device}; {len(train):,} pairs, {len(evaluation):,} held out")
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
-    settings = getattr(recipe, name)
+    settings, mesh = getattr(recipe, name), None
+    if group.size > 1:
+        is_sharded, reason = _choose_sharding(settings.sharding, policy, recipe.model, device)
+        kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
+        console.say(f"{kept}: {reason}")
+        mesh = group.mesh(device) if is_sharded else None
+    if mesh is None:
+        policy.move_to(device)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
     names = recipe.run.trackers if group.is_main else ()
     with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
         TrainingRun(
-            policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, group, tell
+            policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, group, tell, mesh
         ).run()
+    weights = run_dir.weights(name)
+    outputs = policy.save(weights, group.is_main)
     if not group.is_main:
         return
-    weights = run_dir.weights(name)
-    outputs = policy.save(weights)
     load_tokenizer(recipe.model).save_pretrained(weights)
     run_dir.finish(
         name,
@@ -78,6 +87,21 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+
+
+def _choose_sharding(wanted: str, policy: Policy, model: Model, device: torch.device) -> tuple[bool, str]:
+    """Whether several processes share the weights out, and why."""
+    if wanted != "auto":
+        return wanted == "fsdp", "as the recipe says"
+    if not policy.adapters:
+        return True, "all of them are trained"
+    if device.type == "cuda" and model.quantization is None:
+        models = [policy.model, *policy.frozen.values()]
+        size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
+        room = torch.cuda.get_device_properties(device).total_memory
+        if size > room / 2:  # the rest is for activations
+            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room / 1e9:,.0f} GB"
+    return False, "only an adapter is trained"
 
 
 def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
