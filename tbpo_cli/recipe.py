@@ -105,6 +105,7 @@ class Training:
 
     max_tokens_per_device: Count | Literal["auto"] = "auto"  # of a micro-batch; never changes the result
     layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"  # of rows; never changes the result
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"  # of weights, over processes; never changes the result
     epochs: Positive | None = None
     max_steps: Count | None = None
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
@@ -194,6 +195,11 @@ class Recipe:
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
     push: Push = field(default_factory=Push)
+
+    def __post_init__(self) -> None:
+        for name, stage in (("sft", self.sft), ("align", self.align)):
+            if self.model.quantization is not None and stage is not None and stage.sharding == "fsdp":
+                raise ValueError(f"{name}.sharding cannot be fsdp where model.quantization is given")
 
     def settings(self) -> dict[str, Any]:
         """The recipe as {"table.key": value}, every default included, keys without a value left out."""

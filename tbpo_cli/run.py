@@ -79,7 +79,7 @@ FREE_KEYS = {
     "sample.batch_size",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
-        "activation_checkpointing")),
+        "activation_checkpointing", "sharding")),
 }  # fmt: skip
 
 

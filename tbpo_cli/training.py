@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +15,15 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, add_helper, compute_dtype, load_policy
-from tbpo_cli.recipe import Recipe
+from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
+from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group, device_of_environment
 from tbpo_cli.train.loop import TrainingRun
 from tbpo_cli.train.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
@@ -33,6 +37,49 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
         TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
     """
     started = time.monotonic()
+    stores = _open_stores(name, recipe, run_dir, loss, train_split)
+    tokenizer = _open_tokenizer(recipe, run_dir)
+    group, device = Group.of_environment(), device_of_environment()
+    folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
+    group.gather(None)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    policy = _load(name, recipe, run_dir, loss, group, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    trained = sum(parameter.numel() for parameter in policy.trained.values())
+    console.say(
+        f"{name}: training {trained:,} weights on {f'{group.size} × ' if group.size > 1 else ''}{where}; "
+        f"{len(stores[0]):,} pairs, {len(stores[1]):,} held out"
+    )
+    if name == "align":
+        console.say(f"the reference is {policy.describe_reference()}")
+    settings, mesh = getattr(recipe, name), None
+    if group.size > 1:
+        is_sharded, reason = _choose_sharding(settings.sharding, policy, recipe.model, device)
+        kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
+        console.say(f"{kept}: {reason}")
+        mesh = group.mesh(device) if is_sharded else None
+    if mesh is None:
+        policy.move_to(device)
+    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
+    names = recipe.run.trackers if group.is_main else ()
+    with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
+        TrainingRun(
+            policy, loss, settings, *stores, folder, recipe.run.seed, device, reference, group, tell, mesh
+        ).run()
+    weights = run_dir.weights(name)
+    outputs = policy.save(weights, group.is_main)
+    if not group.is_main:
+        return
+    tokenizer.save_pretrained(weights)
+    seconds = round(time.monotonic() - started, 1)
+    facts = {"seed": recipe.run.seed, "device": where, "num_processes": group.size, "seconds": seconds}
+    run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
+
+
+def _open_stores(
+    name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str
+) -> tuple[PairStore, PairStore]:
+    """The training pairs and the held-out ones. Raises TbpoError if the loss cannot be computed from them."""
     reverse = name == "align" and recipe.align.reverse
     train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
     if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
@@ -42,6 +89,11 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "preference pairs, with a chosen and a rejected response",
             "demonstrations are for `tbpo sft`",
         )
+    return train, evaluation
+
+
+def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:
+    """The base's tokenizer. Raises TbpoError if the pairs were made with another one."""
     tokenizer = load_tokenizer(recipe.model)
     if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
         raise TbpoError(
@@ -50,45 +102,34 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
             "the same tokenizer for all stages",
             "tbpo prepare RECIPE --restart, or name the old one as model.revision",
         )
-    group, device = Group.of_environment(), device_of_environment()
-    folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
-    group.gather(None)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    return tokenizer
+
+
+def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, device: torch.device) -> Policy:
+    """The policy in its starting state, with the frozen models that the loss compares it with."""
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    policy = load_policy(recipe, device, sft_output, with_reference=not loss.needs <= REFERENCE_FREE)
+    # Where several processes may share the weights out, one of them alone need not have room for all.
+    home = device if group.size == 1 or recipe.model.quantization is not None else torch.device("cpu")
+    policy = load_policy(recipe, device, sft_output, not loss.needs <= REFERENCE_FREE, home)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
-            add_helper(policy, view, getattr(loss, view), recipe.model, device)
-    trained = sum(parameter.numel() for parameter in policy.trained.values())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    console.say(
-        f"{name}: training {trained:,} weights on {f'{group.size} × ' if group.size > 1 else ''}{where}; "
-        f"{len(train):,} pairs, {len(evaluation):,} held out"
-    )
-    if name == "align":
-        console.say(f"the reference is {policy.describe_reference()}")
-    settings = getattr(recipe, name)
-    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
-    names = recipe.run.trackers if group.is_main else ()
-    with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
-        TrainingRun(
-            policy, loss, settings, train, evaluation, folder, recipe.run.seed, device, reference, group, tell
-        ).run()
-    if not group.is_main:
-        return
-    weights = run_dir.weights(name)
-    outputs = policy.save(weights)
-    tokenizer.save_pretrained(weights)
-    run_dir.finish(
-        name,
-        [*outputs, folder / "metrics.jsonl"],
-        {
-            "seed": recipe.run.seed,
-            "device": where,
-            "num_processes": group.size,
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
+            add_helper(policy, view, getattr(loss, view), recipe.model, device, home)
+    return policy
+
+
+def _choose_sharding(wanted: str, policy: Policy, model: Model, device: torch.device) -> tuple[bool, str]:
+    """Whether several processes share the weights out, and why."""
+    if wanted != "auto":
+        return wanted == "fsdp", "as the recipe says"
+    if not policy.adapters:
+        return True, "all of them are trained"
+    if device.type == "cuda" and model.quantization is None:
+        models = [policy.model, *policy.frozen.values()]
+        size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
+        room = torch.cuda.get_device_properties(device).total_memory
+        if size > room / 2:  # the rest is for activations
+            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room / 1e9:,.0f} GB"
+    return False, "only an adapter is trained"
 
 
 def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:

@@ -111,6 +111,13 @@ def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
     )
 
 
+def blank_batch() -> PairBatch:
+    """No pair, in a row of one token: a pass through the model, forward and backward, that adds nothing to a sum."""
+    none, row = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), none)
+    return PairBatch((), row, row, None, none, none, side, side, num_tokens=0)
+
+
 def collate_all(
     store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
 ) -> Iterator[PairBatch]:
@@ -155,7 +162,7 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.
         lengths: (n, 3) tokens of prompt, chosen and rejected, from `span_lengths`.
 
     Returns:
-        The numbers of the pairs of each micro-batch, within 0 … n − 1.
+        The numbers of the pairs of each micro-batch, within 0 … n − 1; no micro-batch without pairs.
     """
     order = np.argsort(lengths.sum(axis=1), kind="stable")
     cuts, first = [], 0
@@ -163,4 +170,4 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.
         if LAYOUTS[layout].num_tokens(lengths[order[first : last + 1]]) > max_tokens:
             cuts.append(last)
             first = last
-    return np.split(order, cuts)
+    return np.split(order, cuts) if len(order) else []

@@ -38,8 +38,8 @@ class ReferenceCache:
         self._values[slots] = np.where(np.isnan(self._values[slots]), values.cpu().numpy(), self._values[slots])
 
     def _slots(self, indices: tuple[int, ...]) -> np.ndarray:
-        index = np.asarray(indices)
+        index = np.asarray(indices, dtype=np.int64)
         sides = [(self._ends[index, side], self._lengths[index, side]) for side in (0, 1)]
         return np.concatenate(
-            [np.arange(e - n, e) for ends, counts in sides for e, n in zip(ends, counts, strict=True)]
+            [np.arange(0), *(np.arange(e - n, e) for ends, ns in sides for e, n in zip(ends, ns, strict=True))]
         )

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.lora import fuse_lora
+from tbpo_cli.model.sharding import gather_all, shard
 from tbpo_cli.recipe import Model, Recipe
 
 if TYPE_CHECKING:
@@ -57,6 +60,22 @@ class Policy:
     def has_reference(self) -> bool:
         return bool(self.adapters) or REFERENCE in self.frozen
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights: then all of them run the same passes, at the same time."""
+        return isinstance(next(self.model.parameters()), DTensor)
+
+    def share_out(self, mesh: DeviceMesh) -> None:
+        """Leaves this process its part of the weights of all models, on the mesh's device."""
+        for model in (self.model, *self.frozen.values()):
+            shard(model, mesh, self.autocast)
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves the models to a device, unless they are there; those that are quantized can only be loaded there."""
+        for model in (self.model, *self.frozen.values()):
+            if next(model.parameters()).device.type != device.type:
+                model.to(device)
+
     @contextlib.contextmanager
     def view(self, name: str) -> Iterator[nn.Module]:
         """A frozen model, in evaluation mode (no dropout) and without gradients, for the time of the context."""
@@ -88,23 +107,39 @@ class Policy:
             return "a frozen copy of the model"
         return "a frozen copy of the SFT adapter" if REFERENCE in self.adapters else "the base, with the adapter off"
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes what was trained: the adapter alone, or the whole model in the base's own dtype; returns the files."""
+    def save(self, folder: Path, writes: bool = True) -> list[Path]:
+        """Writes what was trained: the adapter alone, or the whole model in the base's own dtype; returns the files.
+
+        Args:
+            writes: whether this process does. Of sharded models the others take part, for their parts of the weights.
+        """
+        state = self.trained if self.adapters else self.model.state_dict(keep_vars=True)
+        state = gather_all(state, writes)
+        if not writes:
+            return []
         if self.adapters:
-            self.model.save_pretrained(folder, selected_adapters=[POLICY])
+            self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
         else:
             dtype = self.model.config.dtype
-            state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.model.state_dict().items()}
+            state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
             self.model.save_pretrained(folder, state_dict=state)
             self.model.config.dtype = dtype  # save_pretrained notes the dtype of the weights in memory
             self.model.config.save_pretrained(folder)
         return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
 
 
-def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, with_reference: bool) -> Policy:
+def load_policy(
+    recipe: Recipe,
+    device: torch.device,
+    sft_output: Path | None,
+    with_reference: bool,
+    home: torch.device | None = None,
+) -> Policy:
     """The policy in its starting state.
 
     Args:
+        device: it will compute on.
+        home: where it is loaded, to be moved or shared out later; None: on that device.
         sft_output: `sft/adapter` or `sft/model` of this run, if an SFT stage came before.
         with_reference: whether the loss, or the evaluation, compares with a reference.
 
@@ -114,7 +149,7 @@ def load_policy(recipe: Recipe, device: torch.device, sft_output: Path | None, w
     lora = recipe.model.lora
     base_folder = str(sft_output) if lora is None and sft_output is not None else recipe.model.base
     torch.manual_seed(recipe.run.seed)  # random weights and LoRA's start are functions of the seed
-    compute = compute_dtype(recipe.model, device)
+    compute, device = compute_dtype(recipe.model, device), home or device
     if lora is None:  # bf16 would round small updates of the weights away: they are kept in fp32
         model = load_base(recipe.model, base_folder, device, torch.float32)
         frozen = {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {}
@@ -177,11 +212,14 @@ def _with_adapter(peft_model: nn.Module, model: Model, compute: torch.dtype) -> 
     return Policy(peft_model, autocast=compute if model.quantization is not None and half else None)
 
 
-def add_helper(policy: Policy, name: str, source: str, model: Model, device: torch.device) -> None:
+def add_helper(
+    policy: Policy, name: str, source: str, model: Model, device: torch.device, home: torch.device | None = None
+) -> None:
     """Puts a helper policy beside the policy, as the view `name`: an adapter on the shared base, or a model of its own.
 
     Args:
         source: a run directory, or the folder of an adapter or model, or a Hub repository.
+        device, home: as of `load_policy`.
 
     Raises:
         TbpoError: if nothing is named, or it cannot be loaded.
@@ -200,7 +238,8 @@ def add_helper(policy: Policy, name: str, source: str, model: Model, device: tor
             policy.model.load_adapter(_local_adapter(folder), adapter_name=name, is_trainable=False)
             policy.model.set_adapter(POLICY)
         else:
-            policy.frozen[name] = load_base(model, folder, device, compute_dtype(model, device)).requires_grad_(False)
+            helper = load_base(model, folder, home or device, compute_dtype(model, device))
+            policy.frozen[name] = helper.requires_grad_(False)
     except (OSError, ValueError) as error:
         raise TbpoError(
             f"the {name} helper cannot be loaded: {str(error).splitlines()[0]}",

@@ -16,6 +16,7 @@ from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.batches import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
+from tbpo_cli.model.sharding import causal_model, gathered, hidden_states
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,18 @@ class Scorer:
             rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            states = model(**rows).logits if head is None else _backbone(model)(**rows).last_hidden_state
+            states = model(**rows).logits if head is None else hidden_states(model, rows)
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
         self, needs: frozenset[str], batch: PairBatch, view: str, states: Tensor, reference: Tensor | None = None
     ) -> dict[str, Tensor]:
         tokens = batch.tokens
-        if self.heads[view] is not None:
-            computed = token_statistics(needs, tokens, states, self.heads[view], reference, self.heads.get(REFERENCE))
+        head, reference_head = self.heads[view], self.heads.get(REFERENCE)
+        if head is not None:
+            same, head = head is reference_head, _gathered_head(head)
+            reference_head = head if same or reference is None else _gathered_head(reference_head)
+            computed = token_statistics(needs, tokens, states, head, reference, reference_head)
         else:
             everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
             logits = states if reference is None else reference
@@ -149,21 +153,15 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
     return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
 
 
-def _causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that ends with the hidden state which feeds its output head."""
-    return _causal_model(model).base_model
+def _gathered_head(head: Head) -> Head:
+    return replace(head, weight=gathered(head.weight), bias=gathered(head.bias))
 
 
 def read_head(model: nn.Module) -> Head | None:
     """What the model's output head can do, checked against the model's own logits; None if it is something else."""
-    causal = _causal_model(model)
+    causal = causal_model(model)
     config, linear = causal.config.get_text_config(), causal.get_output_embeddings()
-    if type(linear) is not nn.Linear:
+    if getattr(type(linear), "forward", None) is not nn.Linear.forward:
         return _unknown_head(f"it is a {type(linear).__name__}")
     head = Head(
         weight=linear.weight,
@@ -171,14 +169,15 @@ def read_head(model: nn.Module) -> Head | None:
         scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    probe = torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size
+    rows = {"input_ids": torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size, "use_cache": False}
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=probe, use_cache=False).logits[0].float()
-        rebuilt = head.logits(_backbone(model)(input_ids=probe, use_cache=False).last_hidden_state[0]).float()
+        logits = model(**rows).logits[0].float()
+        hidden = hidden_states(model, rows)[0]
+        rebuilt = _gathered_head(head).logits(hidden).float()
     model.train(was_training)
-    tolerance = 0.02 if linear.weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    tolerance = 0.02 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):
         return _unknown_head("its logits are not those of a linear layer on the last hidden state")
     return head

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, write_sealed
+from tbpo_cli.model.sharding import gather_all, placed_like
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,35 @@ class Trainee:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything as flat tensors: "parameter|NAME" and "optimizer|NAME|KEY"."""
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """Everything as flat, whole tensors: "parameter|NAME" and "optimizer|NAME|KEY".
+
+        Args:
+            keep: whether this process wants them; the others take part in gathering sharded ones, and get nothing.
+        """
         tensors = {f"parameter|{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer|{name}|{key}"] = value
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.contiguous() for name, tensor in gather_all(tensors, keep).items()}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`, in place."""
-        for name, parameter in self.parameters.items():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"parameter|{name}"])
-            prefix = f"optimizer|{name}|"
-            self.optimizer.state[parameter] = {
-                # torch keeps "step" on the CPU and the moments beside the parameter
-                key.removeprefix(prefix): value if value.ndim == 0 else value.to(parameter.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+    def restore(self, path: Path) -> None:
+        """The inverse of `state`, in place, from the file that it was saved to; tensor by tensor."""
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            for name, parameter in self.parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(placed_like(file.get_tensor(f"parameter|{name}"), parameter))
+                prefix = f"optimizer|{name}|"
+                state = {key.removeprefix(prefix): file.get_tensor(key) for key in names if key.startswith(prefix)}
+                self.optimizer.state[parameter] = {
+                    # torch keeps "step" on the CPU and the moments beside the parameter
+                    key: value if value.ndim == 0 else placed_like(value, parameter)
+                    for key, value in state.items()
+                }
 
 
-def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], keep: int) -> None:
+def save_checkpoint(folder: Path, step: int, states: dict[str, dict[str, Tensor]], keep: int) -> None:
     """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest `keep` stay.
 
     Raises:
@@ -57,9 +64,9 @@ def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], keep:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, trainee in trainees.items():
+        for name, state in states.items():
             path = partial / f"{name}.safetensors"
-            _save(trainee.state(), path)
+            _save(state, path)
             _sync(path)
         hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
         write_sealed(partial / "checkpoint.json", {"step": step, "files": hashes})
@@ -97,12 +104,14 @@ def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> tuple[
             for file, digest in listed.items():
                 if sha256(path / file) != digest:
                     raise ValueError(f"{file} is damaged")
-            states = {name: load_file(path / f"{name}.safetensors") for name in trainees}
+            for name in trainees:
+                with safe_open(path / f"{name}.safetensors", "pt"):  # its header is whole as well
+                    pass
         except (OSError, ValueError, SafetensorError, TbpoError) as error:
             skipped.append(f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}")
             continue
         for name, trainee in trainees.items():
-            trainee.restore(states[name])
+            trainee.restore(path / f"{name}.safetensors")
         return step, skipped
     return 0, skipped
 

@@ -30,17 +30,19 @@ class TokenBudget:
     """
 
     def __init__(
-        self, wanted: int | Literal["auto"], model: nn.Module, activation_checkpointing: bool, group: Group
-    ) -> None:
+        self, wanted: int | Literal["auto"], model: nn.Module, activation_checkpointing: bool, group: Group,
+        is_sharded: bool = False,
+    ) -> None:  # fmt: skip
         tokens = estimate_tokens(model, activation_checkpointing) if wanted == "auto" else wanted
         self.tokens = min(group.gather(tokens))
-        self._fixed, self._group = wanted != "auto", group
+        self._fixed, self._group, self._is_sharded = wanted != "auto", group, is_sharded
 
     def attempt(self, work: Callable[[int], T]) -> T:
         """The result of `work(tokens)`; all processes repeat it with half as many tokens while one runs out of memory.
 
         Raises:
-            TbpoError: if the number is the recipe's, or cannot be halved any more.
+            TbpoError: if the number is the recipe's, or cannot be halved any more, or the weights are sharded: then
+                the other processes wait in the middle of a pass for this one, and end with it.
         """
         while True:
             result, failure = None, None
@@ -51,23 +53,29 @@ class TokenBudget:
                     raise
                 failure = str(error).splitlines()[0]
             # Only here has the failed attempt let go of its tensors.
-            failures = [what for what in self._group.gather(failure) if what is not None]
+            told = [failure] if self._is_sharded else self._group.gather(failure)
+            failures = [what for what in told if what is not None]
             if not failures:
                 return result
             result = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if self._fixed or self.tokens < 2 * LEAST_TOKENS:
+            if self._fixed or self._is_sharded or self.tokens < 2 * LEAST_TOKENS:
                 raise TbpoError(
                     f"out of memory: {failures[0]}",
                     f"max_tokens_per_device = {self.tokens}",
                     "a micro-batch that fits into memory",
-                    'max_tokens_per_device = "auto"'
-                    if self._fixed
-                    else "activation_checkpointing = true, or a smaller data.max_length",
+                    self._fix(),
                 )
             self.tokens //= 2
             console.say(f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}")
+
+    def _fix(self) -> str:
+        if self._is_sharded and self.tokens >= 2 * LEAST_TOKENS:
+            return f"max_tokens_per_device = {self.tokens // 2}; the training goes on from its last checkpoint"
+        if self._fixed and not self._is_sharded:
+            return 'max_tokens_per_device = "auto"'
+        return "activation_checkpointing = true, or a smaller data.max_length"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

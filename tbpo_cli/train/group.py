@@ -13,6 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 BUCKET_NUMBERS = 2**25  # gradients are summed in buckets of about this many numbers
@@ -53,11 +55,18 @@ class Group:
         dist.all_gather_object(values, value, group=_side_channel())
         return values
 
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row, for weights that they share out."""
+        return init_device_mesh(device.type, (self.size,))
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up the gradients of all processes, in place; one that a process does not have counts as zero."""
+        """Adds up the gradients of all processes, in place; one that a process does not have counts as zero.
+
+        Those of sharded weights are sums already.
+        """
         if self.size == 1:
             return
-        for bucket in _buckets(parameters):
+        for bucket in _buckets(parameter for parameter in parameters if not isinstance(parameter, DTensor)):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli import console
 from tbpo_cli.core.baseline import StateBaseline
@@ -55,6 +56,7 @@ class TrainingRun:
             nothing else of the reference, if pairs are visited more than once.
         group: the processes that train together; they all run this, with the same arguments.
         tell: is told ("train" or "eval", step, metrics) as they are written.
+        mesh: over which the weights are shared out; None: every process has all of them.
     """
 
     policy: Policy
@@ -68,6 +70,7 @@ class TrainingRun:
     reference: Path | None = None
     group: Group = ONE
     tell: Tell = lambda split, step, values: None
+    mesh: DeviceMesh | None = None
 
     @property
     def num_steps(self) -> int:
@@ -111,8 +114,11 @@ class TrainingRun:
                 update(step, "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest))
                 stops = [number for number in self.group.gather(stop[0] if stop else None) if number is not None]
                 due = step % self.settings.checkpoint_every == 0 or step == self.num_steps or stops
-                if due and self.group.is_main:
-                    save_checkpoint(checkpoints, step, stepper.trainees, self.settings.keep_checkpoints)
+                if due:
+                    states = {name: each.state(self.group.is_main) for name, each in stepper.trainees.items()}
+                    if self.group.is_main:
+                        save_checkpoint(checkpoints, step, states, self.settings.keep_checkpoints)
+                    del states
                 if stops:
                     raise Interrupted(
                         stops[0], f"a checkpoint of step {step} is kept", "the same command goes on from there"
@@ -123,6 +129,9 @@ class TrainingRun:
         settings, model = self.settings, self.policy.model
         if self.device.type == "cpu":
             keep_freed_memory()
+        layout = self._choose_layout()  # some models fail at the trial: not in the middle of a pass of many processes
+        if self.mesh is not None:
+            self.policy.share_out(self.mesh)
         baseline = self._build_baseline()
         trainees = {"policy": Trainee(self.policy.trained, build_optimizer(settings, self.policy.trained.values()))}
         if baseline is not None:
@@ -130,9 +139,11 @@ class TrainingRun:
             trainees["baseline"] = Trainee(parameters, build_baseline_optimizer(parameters.values()))
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        budget = TokenBudget(settings.max_tokens_per_device, model, settings.activation_checkpointing, self.group)
+        budget = TokenBudget(
+            settings.max_tokens_per_device, model, settings.activation_checkpointing, self.group, self.policy.is_sharded
+        )
         scorer = Scorer.of(self.policy, baseline)
-        return Stepper(self, scorer, trainees, self._choose_layout(), budget, self._open_cache())
+        return Stepper(self, scorer, trainees, layout, budget, self._open_cache())
 
     def _build_baseline(self) -> StateBaseline | None:
         if "state_baseline" not in self.loss.needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from tbpo_cli import console
 from tbpo_cli.core.types import LossOutput, PairScores
-from tbpo_cli.data.batches import PairBatch, collate_all, step_indices
+from tbpo_cli.data.batches import PairBatch, blank_batch, collate_all, step_indices
 from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.files import write_sealed
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.sharding import gathered
 from tbpo_cli.train.checkpoint import Trainee
 from tbpo_cli.train.feed import Ahead, TokenBudget
 from tbpo_cli.train.metrics import Totals, average, measure
@@ -66,7 +68,7 @@ class Stepper:
         policy = self.trainees["policy"]
         for trainee in self.trainees.values():
             run.group.sum_gradients(trainee.parameters.values())
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), run.settings.max_grad_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(policy.parameters.values(), run.settings.max_grad_norm))
         tokens = sum(batch.num_tokens for batch in batches)
         # The one moment when the device is waited for.
         values = average([*totals, {"grad_norm": (norm, 1), "num_tokens": (tokens, 1)}], run.group)
@@ -103,8 +105,8 @@ class Stepper:
 
         def measure_all(tokens: int) -> list[Totals]:
             totals, done = [], 0
-            with console.progress("evaluating", len(pairs), every=len(pairs)) as update:
-                for batch in collate_all(run.evaluation, pairs, tokens, span, self.layout):
+            with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
+                for batch in self._matched(collate_all(run.evaluation, pairs, tokens, span, self.layout)):
                     scores = self.scorer.score(batch.to(run.device), run.loss.needs, diagnostics=True)
                     totals.append(measure(scores, run.loss(scores), run.loss))
                     done += len(batch.pair_ids)
@@ -128,11 +130,19 @@ class Stepper:
         span = "response" if self._is_full(number) and run.loss.span == "aligned" else run.loss.span
         return list(collate_all(run.train, indices, tokens, span, self.layout))
 
+    def _matched(self, batches: Iterable[PairBatch]) -> Iterable[PairBatch]:
+        """This process's micro-batches; of sharded weights then blank ones, until all processes have equally many."""
+        if not self.run.policy.is_sharded:
+            return batches
+        batches = list(batches)
+        missing = max(self.run.group.gather(len(batches))) - len(batches)
+        return [*batches, *[blank_batch()] * missing]
+
     def _accumulate(self, number: int, batches: list[PairBatch]) -> tuple[list[PairBatch], list[Totals], list[Found]]:
         """A whole step's gradients, one micro-batch after the other; those of an earlier attempt are dropped."""
         self._drop_gradients()
         totals, found = [], []
-        for part, batch in enumerate(batches):
+        for part, batch in enumerate(self._matched(batches)):
             scores, output, new = self._backward(number, part, batch)
             totals.append(measure(scores, output, self.run.loss))
             found += new
@@ -164,10 +174,10 @@ class Stepper:
     def _reference_logps(self, batch: PairBatch) -> tuple[Tensor, bool]:
         """log π_ref of a batch's tokens, (N,): what the cache knows, and for the rest what the reference says now."""
         known = self.cache.read(batch.indices)
-        reference = known.to(self.run.device, non_blocking=True)
-        if not known.isnan().any():
+        reference, is_new = known.to(self.run.device, non_blocking=True), bool(known.isnan().any())
+        if not (any(self.run.group.gather(is_new)) if self.run.policy.is_sharded else is_new):
             return reference, False
-        return torch.where(reference.isnan(), self.scorer.reference_logps(batch), reference), True
+        return torch.where(reference.isnan(), self.scorer.reference_logps(batch), reference), is_new
 
     def _diverged(self, number: int, batches: list[PairBatch]) -> DivergenceError:
         """The error that names the first micro-batch whose gradient is not finite by itself, if there is one."""
@@ -190,14 +200,19 @@ class Stepper:
         )
 
     def _find_diverged(self, number: int, batches: list[PairBatch]) -> dict[str, Any] | None:
-        for part, batch in enumerate(batches):
+        found = None
+        for part, batch in enumerate(self._matched(batches)):
             self._drop_gradients()
             _, output, _ = self._backward(number, part, batch)
             gradients = [p.grad for t in self.trainees.values() for p in t.parameters.values() if p.grad is not None]
-            if not all(bool(tensor.isfinite().all()) for tensor in (output.per_pair, *gradients)):
+            if self.run.policy.is_sharded:  # they are sums over the processes: whose fault it is, only the loss says
+                gradients = []
+            if found is None and not all(bool(tensor.isfinite().all()) for tensor in (output.per_pair, *gradients)):
                 losses = [f"{loss:.4g}" for loss in output.per_pair.tolist()]
-                return {"micro_batch": part, "rank": self.run.group.rank, "indices": batch.indices, "losses": losses}
-        return None
+                found = {"micro_batch": part, "rank": self.run.group.rank, "indices": batch.indices, "losses": losses}
+            if found is not None and not self.run.policy.is_sharded:
+                break
+        return found
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,0 +1,125 @@
+"""Training with its weights shared out over processes (FSDP2) is the training of one process."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import preference_rows, run_stage, write_jsonl
+from safetensors.torch import load_file
+from test_processes import finish, metrics, start, wait_for_step
+
+from tbpo_cli.core import LOSSES
+from tbpo_cli.core.baseline import StateBaseline
+from tbpo_cli.data.batches import blank_batch
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.recipe import load_recipe
+from tbpo_cli.train.feed import TokenBudget
+from tbpo_cli.train.group import Group
+from tbpo_cli.train.metrics import average, measure
+
+CPU = torch.device("cpu")
+SHARDED = ("--cpu", "--set", "align.sharding=fsdp", "--gpus")
+
+
+@pytest.fixture
+def untied(base, tmp_path):
+    """The same base with an output head of its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "untied")
+    return tmp_path / "untied"
+
+
+@pytest.fixture
+def full_recipe(recipe_file):
+    """Without the adapter: all weights are trained."""
+    text = recipe_file.read_text()
+    recipe_file.write_text(text[: text.index("[model.lora]")] + text[text.index("[data]") :])
+    return recipe_file
+
+
+def assert_same_training(run, other, weights="model/model.safetensors"):
+    ours, theirs = (load_file(folder / "align" / weights) for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and (tensor - theirs[name]).norm() <= 1e-6 * tensor.norm(), name
+    for mine, yours in zip(metrics(run), metrics(other), strict=True):
+        assert mine.pop("split") == yours.pop("split")
+        assert mine == pytest.approx(yours, rel=1e-5, abs=1e-6)
+
+
+def stop(recipe_file, run, gpus, step, sets):
+    process = start(recipe_file, run, *SHARDED, gpus, sets=sets)
+    wait_for_step(run, step, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 143 and "interrupted: a checkpoint of step" in err and "Traceback" not in err, err
+
+
+def test_two_processes_share_out_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
+    """A tied head, and layers that are computed again in the backward pass, in both runs."""
+    sets = ("align.activation_checkpointing=true",)
+    run_stage("align", full_recipe, tmp_path / "alone", *sets)
+    code, _, err = finish(start(full_recipe, tmp_path / "two", "--cpu", "--gpus", "2", sets=sets))
+    assert code == 0 and err.count("the processes share the weights out (fsdp): all of them are trained") == 1, err
+    assert_same_training(tmp_path / "alone", tmp_path / "two")
+
+
+def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_sharding(full_recipe, tmp_path, untied):
+    """14 pairs a step, a few tokens at a time: 5, 5 and 4 passes, or 7 and 7; one held-out pair for three processes.
+
+    The third step mixes pairs whose log π_ref is known with such whose is not.
+    """
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", preference_rows(1, seed=2))
+    sets = ("align.loss.name=tbpo_q", f"model.base={untied}", f"data.eval={held_out}", "align.batch_pairs=14",
+            "align.max_tokens_per_device=70", "align.max_steps=12", "align.checkpoint_every=100")  # fmt: skip
+    run_stage("align", full_recipe, tmp_path / "alone", *sets)
+    stop(full_recipe, tmp_path / "run", "3", 4, sets)
+    stop(full_recipe, tmp_path / "run", "2", 7, sets)
+    run_stage("align", full_recipe, tmp_path / "run", *sets)
+    assert_same_training(tmp_path / "alone", tmp_path / "run")
+
+
+def test_a_base_under_an_adapter_is_shared_out_if_the_recipe_says_so(recipe_file, tmp_path):
+    sets = ("model.lora.dropout=0.0", "align.max_steps=3")
+    run_stage("align", recipe_file, tmp_path / "alone", *sets)
+    code, _, err = finish(start(recipe_file, tmp_path / "two", *SHARDED, "2", sets=sets))
+    assert code == 0, err
+    assert_same_training(tmp_path / "alone", tmp_path / "two", "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe, name):
+    """Zeros, not nothing: every weight's gradient takes part in the sum over the processes. Not NaN either."""
+    recipe, loss = load_recipe(full_recipe), LOSSES[name]()
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    policy.frozen.update(positive=policy.frozen["reference"], negative=policy.frozen["reference"])
+    scorers = [Scorer.of(policy, StateBaseline(32))]
+    if "state_baseline" not in loss.needs:
+        scorers.append(replace(scorers[0], heads=dict.fromkeys(scorers[0].heads)))  # the oracle's way
+    for scorer in scorers:
+        scores = scorer.score(blank_batch(), loss.needs, diagnostics=True)
+        output = loss(scores)
+        output.per_pair.sum().backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in policy.trained.values())
+        assert average([measure(scores, output, loss)], Group()).items() <= {("num_clipped", 0.0)}
+        policy.model.zero_grad()
+
+
+def test_memory_that_runs_out_in_a_sharded_pass_ends_the_run_with_what_to_set():
+    """The others wait for this process within the pass, so that they cannot be asked."""
+
+    def work(tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for wanted in (4096, "auto"):
+        budget = TokenBudget(wanted, torch.nn.Linear(1, 1), False, Group(), is_sharded=True)
+        with pytest.raises(TbpoError, match=f"max_tokens_per_device = {budget.tokens // 2}"):
+            budget.attempt(work)
