@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli import console
 from tbpo_cli.core.head import REFERENCE_FREE
@@ -52,14 +53,8 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     )
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
-    settings, mesh = getattr(recipe, name), None
-    if group.size > 1:
-        is_sharded, reason = _choose_sharding(settings.sharding, policy, recipe.model, device)
-        kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
-        console.say(f"{kept}: {reason}")
-        mesh = group.mesh(device) if is_sharded else None
-    if mesh is None:
-        policy.move_to(device)
+    settings = getattr(recipe, name)
+    mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, device, group)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
     names = recipe.run.trackers if group.is_main else ()
     with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
@@ -117,7 +112,18 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, 
     return policy
 
 
-def _choose_sharding(wanted: str, policy: Policy, model: Model, device: torch.device) -> tuple[bool, str]:
+def _place(policy: Policy, wanted: str, model: Model, device: torch.device, group: Group) -> DeviceMesh | None:
+    """The mesh over which several processes will share the weights out; None if they do not: the models are moved."""
+    is_sharded, reason = _choose_sharding(policy, wanted, model, device)
+    kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
+    console.say(f"{kept}: {reason}")
+    if is_sharded:
+        return group.mesh(device)
+    policy.move_to(device)
+    return None
+
+
+def _choose_sharding(policy: Policy, wanted: str, model: Model, device: torch.device) -> tuple[bool, str]:
     """Whether several processes share the weights out, and why."""
     if wanted != "auto":
         return wanted == "fsdp", "as the recipe says"

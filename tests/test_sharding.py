@@ -1,20 +1,25 @@
 """Training with its weights shared out over processes (FSDP2) is the training of one process."""
 
+import copy
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
 from conftest import preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 from test_processes import finish, metrics, start, wait_for_step
 
 from tbpo_cli.core import LOSSES
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.data.batches import blank_batch
+from tbpo_cli.data.batches import blank_batch, collate
+from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import POLICY, Policy, load_policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.sharding import gathered
 from tbpo_cli.recipe import load_recipe
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
@@ -111,6 +116,44 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
         assert all(parameter.grad is not None and not parameter.grad.any() for parameter in policy.trained.values())
         assert average([measure(scores, output, loss)], Group()).items() <= {("num_clipped", 0.0)}
         policy.model.zero_grad()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone: it shares the weights out to itself, by the same code."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield Group().mesh(CPU)
+    dist.destroy_process_group()
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
+ATTENDS = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MODELS = {
+    "a softcap": ("Gemma2Config", {**SMALL, **ATTENDS, "head_dim": 8}),
+    "a factor": ("CohereConfig", {**SMALL, **ATTENDS, "logit_scale": 0.25}),
+    "experts": ("MixtralConfig", {**SMALL, **ATTENDS, "num_local_experts": 4}),
+    "layers within layers": ("MambaConfig", {**SMALL, "state_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_many_kinds_can_be_shared_out(mesh, name):
+    config = getattr(transformers, MODELS[name][0])(**MODELS[name][1])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    batch = collate([TokenizedPair("0", [1, 2, 3], [4, 5, 6], [7, 8])], "padded")
+    gradients = []
+    for sharded, compute in ((False, None), (True, None), (True, torch.bfloat16)):
+        policy = Policy(copy.deepcopy(model), autocast=compute)
+        if sharded:
+            policy.share_out(mesh)
+        scorer = Scorer.of(policy)
+        assert scorer.heads[POLICY] is not None and policy.is_sharded == sharded
+        scorer.score(batch, frozenset({"logps"})).chosen.logps.sum().backward()
+        gradients.append([gathered(parameter.grad) for parameter in policy.trained.values()])
+    for want, got, rounded in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert (rounded - want).norm() < 0.1 * want.norm() + 1e-2
 
 
 def test_memory_that_runs_out_in_a_sharded_pass_ends_the_run_with_what_to_set():

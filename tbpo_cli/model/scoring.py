@@ -37,7 +37,8 @@ class Scorer:
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
         """Reads the heads. Raises TbpoError if a baseline is given, but the policy's head is unknown."""
-        own = read_head(policy.model)
+        compute = policy.autocast if policy.is_sharded else None  # weights are cast as they are gathered
+        own = read_head(policy.model, compute)
         if baseline is not None and own is None:
             raise TbpoError(
                 "the state baseline needs a model with a linear output head",
@@ -46,7 +47,7 @@ class Scorer:
                 "take a loss without a baseline: align.loss.name = tbpo_a",
             )
         views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
-        return cls(policy, views | {name: read_head(model) for name, model in policy.frozen.items()}, baseline)
+        return cls(policy, views | {name: read_head(model, compute) for name, model in policy.frozen.items()}, baseline)
 
     def score(
         self, batch: PairBatch, needs: frozenset[str], diagnostics: bool = False, reference_logps: Tensor | None = None
@@ -157,8 +158,12 @@ def _gathered_head(head: Head) -> Head:
     return replace(head, weight=gathered(head.weight), bias=gathered(head.bias))
 
 
-def read_head(model: nn.Module) -> Head | None:
-    """What the model's output head can do, checked against the model's own logits; None if it is something else."""
+def read_head(model: nn.Module, compute: torch.dtype | None = None) -> Head | None:
+    """What the model's output head can do, checked against the model's own logits; None if it is something else.
+
+    Args:
+        compute: the dtype that the model's own logits are computed in; None: that of the head's weight.
+    """
     causal = causal_model(model)
     config, linear = causal.config.get_text_config(), causal.get_output_embeddings()
     if getattr(type(linear), "forward", None) is not nn.Linear.forward:
@@ -174,10 +179,9 @@ def read_head(model: nn.Module) -> Head | None:
     model.eval()
     with torch.no_grad():
         logits = model(**rows).logits[0].float()
-        hidden = hidden_states(model, rows)[0]
-        rebuilt = _gathered_head(head).logits(hidden).float()
+        rebuilt = _gathered_head(head).logits(hidden_states(model, rows)[0]).float()
     model.train(was_training)
-    tolerance = 0.02 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    tolerance = 0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
     if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):
         return _unknown_head("its logits are not those of a linear layer on the last hidden state")
     return head

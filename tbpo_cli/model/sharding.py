@@ -37,7 +37,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> No
     if compute is not None:  # by autocast alone, the casts of all layers would be kept until the backward pass
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = set(causal._no_split_modules or ())
-    units = [module for module in causal.modules() if type(module).__name__ in layers]
+    inside_out = reversed(list(causal.modules()))  # a part that is shared out is no more a part of what holds it
+    units = [module for module in inside_out if type(module).__name__ in layers]
     ends = [end for end in (causal.get_input_embeddings(), causal.get_output_embeddings()) if end is not None]
     tied = len({id(end.weight) for end in ends}) < len(ends)  # then the weight stays with what holds both: the model
     for unit in [*units, *([] if tied else ends), causal]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, write_sealed
-from tbpo_cli.model.sharding import gather_all, placed_like
+from tbpo_cli.model.sharding import gather_all, gathered, placed_like
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Trainee:
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients together, a scalar; all processes call it."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return gathered(torch.nn.utils.get_total_norm(gradients))
 
     def state(self, keep: bool = True) -> dict[str, Tensor]:
         """Everything as flat, whole tensors: "parameter|NAME" and "optimizer|NAME|KEY".

@@ -200,18 +200,17 @@ class Stepper:
         )
 
     def _find_diverged(self, number: int, batches: list[PairBatch]) -> dict[str, Any] | None:
-        found = None
-        for part, batch in enumerate(self._matched(batches)):
-            self._drop_gradients()
-            _, output, _ = self._backward(number, part, batch)
-            gradients = [p.grad for t in self.trainees.values() for p in t.parameters.values() if p.grad is not None]
-            if self.run.policy.is_sharded:  # they are sums over the processes: whose fault it is, only the loss says
-                gradients = []
-            if found is None and not all(bool(tensor.isfinite().all()) for tensor in (output.per_pair, *gradients)):
-                losses = [f"{loss:.4g}" for loss in output.per_pair.tolist()]
-                found = {"micro_batch": part, "rank": self.run.group.rank, "indices": batch.indices, "losses": losses}
-            if found is not None and not self.run.policy.is_sharded:
-                break
+        rank, found = self.run.group.rank, None
+        # Gradients of sharded weights are sums over the processes: only one of them at a time has pairs then.
+        for turn in range(self.run.group.size) if self.run.policy.is_sharded else [rank]:
+            for part, batch in enumerate(self._matched(batches if turn == rank else [])):
+                self._drop_gradients()
+                _, output, _ = self._backward(number, part, batch)
+                norms = [each.gradient_norm() for each in self.trainees.values()]
+                is_finite = all(bool(tensor.isfinite().all()) for tensor in (output.per_pair, *norms))
+                if turn == rank and found is None and not is_finite:
+                    losses = [f"{loss:.4g}" for loss in output.per_pair.tolist()]
+                    found = {"micro_batch": part, "rank": rank, "indices": batch.indices, "losses": losses}
         return found
 
 
