@@ -69,8 +69,8 @@ def stop(recipe_file, run, gpus, step, sets):
 
 
 def test_two_processes_share_out_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
-    """A tied head, and layers that are computed again in the backward pass, in both runs."""
-    sets = ("align.activation_checkpointing=true",)
+    """A tied head; layers that are computed again in the backward pass, and a norm that is clipped, in both runs."""
+    sets = ("align.activation_checkpointing=true", "align.max_grad_norm=0.01", "align.optimizer=rmsprop")
     run_stage("align", full_recipe, tmp_path / "alone", *sets)
     code, _, err = finish(start(full_recipe, tmp_path / "two", "--cpu", "--gpus", "2", sets=sets))
     assert code == 0 and err.count("the processes share the weights out (fsdp): all of them are trained") == 1, err
