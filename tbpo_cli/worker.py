@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from tbpo_cli import console
@@ -15,30 +16,39 @@ from tbpo_cli.launch import TOLD
 
 def main() -> None:
     """Runs the stage of the run's resolved recipe in this process. Of several that fail, the first one tells why."""
+    code = _run(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: torch's threads of communication now and then abort a process that tears itself down.
+    os._exit(code)
+
+
+def _run(folder: Path) -> int:
+    """Returns the exit code."""
     console.quiet_libraries()
     from tbpo_cli.recipe import load_recipe
     from tbpo_cli.run import RunDir
-    from tbpo_cli.train.group import Group, end_group
+    from tbpo_cli.train.group import Group
 
-    folder = Path(sys.argv[1])
     try:
-        console.err.quiet = not Group.of_environment().is_main
+        group = Group.of_environment()
+        console.err.quiet = not group.is_main
         stage = importlib.import_module(f"tbpo_cli.stages.{folder.name}")
         stage.work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
-        end_group()  # else its threads are cut off at exit, which now and then looks like a crash
+        group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):
             sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except Exception as error:
         # A process that dies closes its connections; what the others then raise is not what went wrong.
-        if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
-            sys.exit(1)
-        if _is_first(folder):
-            raise
-        sys.exit(1)
+        is_echo = "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error)
+        if not is_echo and _is_first(folder):
+            traceback.print_exc()
+        return 1
+    return 0
 
 
 def _is_first(folder: Path) -> bool:

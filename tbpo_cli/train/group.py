@@ -82,12 +82,6 @@ def device_of_environment() -> torch.device:
     return _process_state().device
 
 
-def end_group() -> None:
-    """Closes the connections to the other processes, once all have come here."""
-    Group.of_environment().gather(None)
-    _process_state().destroy_process_group()
-
-
 def _process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
