@@ -220,8 +220,10 @@ def main() -> None:
             from accelerate.commands.launch import main as launch
         launch()
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        # One that was killed comes first: the others fail as well when its connections close.
+        codes = [failure.exitcode for failure in error.failures.values()]
+        code = min(codes) if min(codes) < 0 else error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":
