@@ -220,9 +220,10 @@ def main() -> None:
             from accelerate.commands.launch import main as launch
         launch()
     except ChildFailedError as error:
-        # One that was killed comes first: the others fail as well when its connections close.
+        # One that was killed comes first: the others fail as well when its connections close. SIGTERM is the launcher's.
         codes = [failure.exitcode for failure in error.failures.values()]
-        code = min(codes) if min(codes) < 0 else error.get_first_failure()[1].exitcode
+        killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
+        code = killed[0] if killed else error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 128 - code)
 
 
