@@ -220,7 +220,7 @@ def main() -> None:
             from accelerate.commands.launch import main as launch
         launch()
     except ChildFailedError as error:
-        # One that was killed comes first: the others fail as well when its connections close. SIGTERM is the launcher's.
+        # One that was killed comes first, if not by the launcher: when its connections close, the others fail as well.
         codes = [failure.exitcode for failure in error.failures.values()]
         killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
         code = killed[0] if killed else error.get_first_failure()[1].exitcode
