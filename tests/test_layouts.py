@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.batches import collate, cut_to_span, micro_batches
-from tbpo_cli.data.layouts import LAYOUTS
+from tbpo_cli.data.layouts import LAYOUTS, Sequences
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import BY_SEQUENCE, choose_layout
+from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout, segments_of
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
 
@@ -124,6 +124,57 @@ def test_a_model_is_given_the_layout_that_it_can_take(pairs, kind):
     if not capable:
         with pytest.raises(TbpoError, match="cannot take rows of several sequences"):
             choose_layout(models, "packed", longest=15)
+
+
+SEQUENCES = {  # what `collate` makes of pairs: both responses, one of a single token, none, and no shared prompts
+    "shared_prompt": Sequences((5, 3, 4, 2, 6, 7, 1, 1, 9), (0, 0, 0, 3, 3, 5, 6, 6, 6)),
+    "packed": Sequences((4, 1, 6), (0, 1, 2)),
+}
+
+
+def random_states(sequences, device="cpu", dtype=torch.float32):
+    """Query of 4 heads, key and value of 2, of size 8, for one row."""
+    generator, total = torch.Generator().manual_seed(0), sum(sequences.lengths)
+    states = [torch.randn(1, heads, total, 8, generator=generator) for heads in (4, 2, 2)]
+    return [each.to(device, dtype).requires_grad_() for each in states]
+
+
+def llama_attention():
+    return make_model("llama").model.layers[0].self_attn
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_segments_let_each_token_see_what_its_sequence_says(kind):
+    """Query i of a segment with n queries and m keys sees its first m − n + i + 1 keys: by softmax, head by head."""
+    query, key, value = states = random_states(SEQUENCES[kind])
+    expected, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
+    segments, outputs = segments_of(SEQUENCES[kind], torch.device("cpu")), []
+    for (start, end), (first, last) in zip(
+        segments.query_ends.unfold(0, 2, 1).tolist(), segments.key_ends.unfold(0, 2, 1).tolist(), strict=True
+    ):
+        seen = segments.keys[first:last]
+        assert end - start <= segments.most_queries and last - first <= segments.most_keys
+        scores = query[0, :, start:end] @ key[0].repeat_interleave(2, 0)[:, seen].mT / 8**0.5
+        hidden = torch.ones(scores.shape[1:]).triu(last - first - (end - start) + 1).bool()
+        outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[0].repeat_interleave(2, 0)[:, seen])
+    torch.testing.assert_close(torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
+    """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few times over."""
+    found = []
+    for states in (random_states(SEQUENCES[kind]), random_states(SEQUENCES[kind], "cuda", torch.bfloat16)):
+        if states[0].is_cuda:
+            result = _in_one_kernel(*states, SEQUENCES[kind], None)
+        else:
+            result, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
+        gradients = torch.autograd.grad(result.float().square().sum(), states)
+        found.append([each.detach().cpu().float() for each in (result, *gradients)])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

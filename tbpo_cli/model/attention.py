@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -16,6 +19,7 @@ from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 
 BY_SEQUENCE = "tbpo_by_sequence"
+MORE_THAN_PLAIN = ("dropout", "softcap", "position_bias", "s_aux")  # options of an attention that the one kernel lacks
 WINDOWS = ("sliding_window", "attention_chunk_size")  # the config's names for "sees no further back than"
 
 
@@ -23,9 +27,10 @@ def attend_by_sequence(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     sequences: Sequences | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention, one call of torch's fused kernel a sequence: no mask, no padding, nothing computed across.
+    """Causal attention within each sequence of a row: no mask, no padding, nothing computed across.
 
-    A sequence that continues another one is attended together with it, so that the kernel sees a plain causal square.
+    On a GPU in half precision all sequences go through one kernel, FlashAttention's for sequences of many lengths, if
+    it agrees there with the way that is taken elsewhere: a call of torch's fused attention for each of them.
 
     Args:
         query: (1, heads, L, head size); key and value may have fewer heads.
@@ -36,6 +41,16 @@ def attend_by_sequence(
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    plain = not any(options.get(name) for name in MORE_THAN_PLAIN)
+    if plain and query.is_cuda and _one_kernel_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):
+        return _in_one_kernel(query, key, value, sequences, options.get("scaling")), None
+    return _one_by_one(module, query, key, value, sequences, **options), None
+
+
+def _one_by_one(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, **options: Any
+) -> Tensor:
+    """A sequence that continues another one is attended together with it: the kernel sees a plain causal square."""
     parts = [states.split(sequences.lengths, dim=2) for states in (query, key, value)]
     attended: dict[int, Tensor] = {}
     for number, prefix in enumerate(sequences.continues):
@@ -49,7 +64,75 @@ def attend_by_sequence(
             before, result = result.split((sequences.lengths[prefix], sequences.lengths[number]), dim=1)
             attended.setdefault(prefix, before)
         attended[number] = result
-    return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1), None
+    return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1)
+
+
+class Segments(NamedTuple):
+    """Sequences as queries that each see some keys: their last query the last key, the one before it all but that.
+
+    Args:
+        keys: (K,) places in the row of the keys, those of one segment after the other; a prefix stands in each segment
+            that continues it.
+        query_ends, key_ends: (segments + 1,) int32, the cumulated numbers of queries and of keys, from 0.
+        most_queries, most_keys: of a segment.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@functools.lru_cache(maxsize=4)  # all layers read the same rows
+def segments_of(sequences: Sequences, device: torch.device) -> Segments:
+    """The segments of a row, on a device: a sequence right behind the one that it continues shares its segment."""
+    starts = [0, *itertools.accumulate(sequences.lengths)]
+    queries: list[int] = []
+    keys: list[list[int]] = []
+    for number, prefix in enumerate(sequences.continues):
+        own = list(range(starts[number], starts[number + 1]))
+        if number != prefix and number - 1 == prefix:
+            queries[-1] += len(own)
+            keys[-1] += own
+        else:
+            queries.append(len(own))
+            keys.append([*range(starts[prefix], starts[prefix + 1]), *own] if number != prefix else own)
+    places = torch.tensor(list(itertools.chain.from_iterable(keys)), device=device)
+    ends = [torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+            for counts in (queries, map(len, keys))]  # fmt: skip
+    return Segments(places, *ends, max(queries), max(map(len, keys)))
+
+
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float | None) -> Tensor:
+    of = segments_of(sequences, query.device)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    counts = (of.query_ends, of.key_ends, of.most_queries, of.most_keys)
+    causal = {"window_size": (-1, 0), "enable_gqa": key.shape[1] != query.shape[1], "scale": scale}
+    return varlen_attn(query.contiguous(), key[of.keys], value[of.keys], *counts, **causal)[None]
+
+
+@functools.cache
+def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
+    """Whether the one kernel takes such states, and gives the outputs and gradients of the other way on a small row."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    sequences = Sequences((5, 3, 4, 2, 6), (0, 0, 0, 3, 3))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, count, sum(sequences.lengths), size) for count in (heads, key_heads, key_heads)]
+    states = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+    module, found = nn.Module(), []
+    module.num_key_value_groups = heads // key_heads
+    ways = (lambda *of: _one_by_one(module, *of, sequences), lambda *of: _in_one_kernel(*of, sequences, None))
+    try:
+        with torch.enable_grad():
+            for way in ways:
+                leaves = [each.clone().requires_grad_() for each in states]
+                result = way(*leaves)
+                found.append([result, *torch.autograd.grad(result.float().square().sum(), leaves)])
+    except (RuntimeError, TypeError, ValueError):  # not on this device, not by this torch, or not for such heads
+        return False
+    return all(torch.allclose(*pair, rtol=0.05, atol=0.05) for pair in zip(*found, strict=True))
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
