@@ -6,8 +6,9 @@ differentiates is made of a, b and constants of the reference, and
     ∂a/∂z = e_y − π_θ            ∂b/∂z = π_ref − π_θ
 
 With a linear head z = W h + c whose W is frozen, the gradients with respect to h are known as soon as the
-probabilities are, so the forward pass keeps two H-vectors a token and the backward pass needs no logits at all. If W
-is trained, the backward pass recomputes each chunk.
+probabilities are, so the forward pass keeps one H-vector a token for each of a and b, and the backward pass needs no
+logits at all. For a that vector is W_y − E_θ[W_v], and one online softmax over tiles of the vocabulary gives it along
+with the log-normaliser. If W is trained, the backward pass recomputes each chunk.
 
 For the advantage A = r + K alone, the policy's log-partition cancels. With one frozen head for policy and reference
 
@@ -30,7 +31,7 @@ from tbpo_cli.core.types import SideScores
 STATISTICS = frozenset({"logps", "log_ratio", "kl", "advantage", "reverse_kl", "entropy"})
 REFERENCE_FREE = frozenset({"logps", "entropy"})
 CHUNK_TOKENS = 320  # rows enough for the full speed of a matrix product
-TILE_ON_CPU = 2048  # tokens of the vocabulary whose logits, for a chunk, stay in the cache
+TILE_ON_CPU = 1024  # tokens of the vocabulary whose logits, for a chunk, stay in the cache
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Head:
     def frozen(self) -> bool:
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
+    @property
+    def is_linear(self) -> bool:
+        return self.softcap is None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) → (n, V), at least fp32."""
         logits = _at_least_fp32(hidden.to(self.weight.dtype) @ self.weight.detach().T)
@@ -63,6 +68,11 @@ class Head:
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
+
+    def part(self, vocabulary: slice) -> Head:
+        """The head of some of the tokens."""
+        bias = None if self.bias is None else self.bias[vocabulary]
+        return replace(self, weight=self.weight[vocabulary], bias=bias)
 
     def linear_part(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """∂/∂logits → ∂/∂(W h + bias), both (n, V); `grad` is overwritten. The logits matter to a softcap only."""
@@ -100,6 +110,10 @@ def token_statistics(
     """
     if needs == {"advantage"} and uses_identity(policy_head, reference_head):
         known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
+    elif needs <= {"logps", "log_ratio"} and policy_head.frozen and policy_head.is_linear:
+        known = {"logps": _logps(tokens, policy_hidden, policy_head)}
+        if reference_hidden is not None:
+            known["log_ratio"] = known["logps"] - _logps(tokens, reference_hidden.detach(), reference_head)
     else:
         logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = _ChunkedStatistics.apply(
             policy_hidden, policy_head.weight, policy_head.bias, policy_head, tokens, reference_hidden, reference_head,
@@ -115,31 +129,51 @@ def token_statistics(
 
 def uses_identity(policy_head: Head, reference_head: Head | None) -> bool:
     """Whether the advantage can be had without policy logits: one frozen, linear head for policy and reference."""
-    return policy_head is reference_head and policy_head.frozen and policy_head.softcap is None
+    return policy_head is reference_head and policy_head.frozen and policy_head.is_linear
 
 
 def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, reference_hidden: Tensor) -> Tensor:
     """A = scale · (W_y − E_ref[W_v]) · (h_θ − h_ref), (N,); the bias cancels."""
-    with torch.no_grad():
-        direction = torch.empty(tokens.shape[0], head.weight.shape[1], dtype=_accumulator(head), device=tokens.device)
-        for part in _chunks(tokens):
-            direction[part] = head.weight[tokens[part]] - _expected_rows(reference_hidden[part], head)
+    _, direction = _of_softmax(tokens, reference_hidden, head, with_direction=True)
     difference = _at_least_fp32(policy_hidden) - _at_least_fp32(reference_hidden.detach())
-    return head.scale * (direction * difference).sum(dim=-1)
+    return head.scale * torch.linalg.vecdot(direction, difference)
 
 
-def _expected_rows(hidden: Tensor, head: Head) -> Tensor:
-    """E[W_v] under the head's softmax, (n, H): an online softmax over tiles of the vocabulary (arXiv 1805.02867)."""
+def _logps(tokens: Tensor, hidden: Tensor, head: Head) -> Tensor:
+    """log π(y), (N,), whose gradient with respect to h is scale · (W_y − E[W_v]) for a frozen, linear head."""
+    logps, direction = _of_softmax(tokens, hidden, head, with_direction=hidden.requires_grad)
+    if not hidden.requires_grad:
+        return logps
+    zero = _at_least_fp32(hidden) - _at_least_fp32(hidden.detach())  # that has a gradient
+    return logps + head.scale * torch.linalg.vecdot(direction, zero)
+
+
+@torch.no_grad()
+def _of_softmax(tokens: Tensor, hidden: Tensor, head: Head, with_direction: bool) -> tuple[Tensor, Tensor]:
+    """log π(y), (N,), and W_y − E[W_v] under the head's softmax, (N, H) or empty.
+
+    An online softmax over tiles of the vocabulary, chunk by chunk. Source: arXiv 1805.02867.
+    """
     size = TILE_ON_CPU if hidden.is_cpu else head.weight.shape[0]
-    highest, total, rows = -torch.inf, 0.0, 0.0
-    for start in range(0, head.weight.shape[0], size):
-        bias = None if head.bias is None else head.bias[start : start + size]
-        tile = replace(head, weight=head.weight[start : start + size], bias=bias)
-        logits = tile.logits(hidden)
-        before, highest = highest, logits.amax(dim=-1, keepdim=True).clamp_(min=highest)
-        weights, shrink = logits.sub_(highest).exp_(), (before - highest).exp_()
-        total, rows = total * shrink + weights.sum(dim=-1, keepdim=True), rows * shrink + tile.to_hidden(weights)
-    return rows / total
+    logps = hidden.new_empty(tokens.shape[0], dtype=_accumulator(head))
+    direction = logps.new_empty((tokens.shape[0], head.weight.shape[1]) if with_direction else 0)
+    for part in _chunks(tokens):
+        highest, total, rows, target = -torch.inf, 0.0, 0.0, -torch.inf
+        for start in range(0, head.weight.shape[0], size):
+            tile = head.part(slice(start, start + size))
+            logits, place = tile.logits(hidden[part]), tokens[part, None] - start
+            inside = (place >= 0) & (place < logits.shape[-1])
+            found = logits.gather(-1, place.clamp(0, logits.shape[-1] - 1))
+            target = torch.where(inside, found, target)
+            before, highest = highest, logits.amax(dim=-1, keepdim=True).clamp_(min=highest)
+            weights, shrink = logits.sub_(highest).exp_(), (before - highest).exp_()
+            total = total * shrink + weights.sum(dim=-1, keepdim=True)
+            if with_direction:
+                rows = rows * shrink + tile.to_hidden(weights)
+        logps[part] = (target - highest - total.log()).squeeze(-1)
+        if with_direction:
+            direction[part] = head.weight[tokens[part]] - rows / total
+    return logps, direction
 
 
 class _ChunkedStatistics(torch.autograd.Function):
