@@ -1,12 +1,13 @@
 """Every loss on the quickstart's world, through the real commands: which one, and at what cost?
 
+    export OMP_NUM_THREADS=1
     python tests/benchmarks/methods.py --part 0/2 & python tests/benchmarks/methods.py --part 1/2 & wait
     python tests/benchmarks/methods.py --report          # results/methods.{json,md,svg}; also while parts still run
 
-About 4 hours on two CPU cores, with a thread a part (OMP_NUM_THREADS=1). Each method's learning rate and β are the ones
-of GRID with the highest true score on validation prompts (seed 0); then it is run with 5 other seeds and measured on
-test prompts, which the world makes anew. A run that has been measured stands in the folder and is not made again, so a
-part may be stopped at any time. `--methods`, `--seeds` and `--no-tuning` make less of it.
+Each method's learning rate and β are the ones of GRID with the highest true score on validation prompts (seed 0); then
+it is run with 5 other seeds and measured on test prompts, which the world makes anew. A run that has been measured
+stands in the folder, or in results/methods.json, and is not made again: a part may be stopped at any time, and another
+machine goes on from what is committed. `--methods`, `--seeds` and `--no-tuning` make less of it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
 import matplotlib.pyplot as plt
 import numpy as np
 from common import RESULTS, write_results
+
+from tbpo_cli import console
+from tbpo_cli.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes/quickstart"
@@ -51,8 +56,9 @@ METHODS = {  # the fields of [align.loss], beside beta
     "tbpo_q, log w = 0": {"name": "'tbpo_q'", "baseline_clip": "1e-9"},
 }
 STRENGTH = {"simpo": ("beta", 2.0), "orpo": ("lam", 0.1)}  # what β is for the others: (field, default)
-GRID = tuple(itertools.product((1e-4, 3e-4, 1e-3), (1.0, 5.0)))  # learning rate, multiple of the default β
-DEFAULT = (3e-4, 1.0)
+GRID = tuple(itertools.product((2e-4, 4.5e-4, 1e-3), (1.0, 5.0)))  # learning rate, multiple of the default β
+DEFAULT = (4.5e-4, 1.0)
+SETTINGS = ("align.epochs=0.5",)  # beside the recipe's
 TUNING_SEED, VALIDATION_PROMPTS, TEST_PROMPTS = 0, 200, 400
 EVALUATED = ("kl", "entropy", "predictive_entropy", "self_bleu", "distinct_1", "length")
 COLUMNS = {
@@ -73,6 +79,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    take_over(arguments.folder)
     if arguments.report:
         report(arguments.folder)
         return
@@ -81,8 +88,7 @@ def main() -> None:
     for method in arguments.methods[part::parts]:
         choice = DEFAULT if arguments.no_tuning else tune(arguments.folder, method)
         for seed in range(1, arguments.seeds + 1):
-            row = run(arguments.folder, method, choice, seed, "test")
-            print(f"{method}, seed {seed}: true score {row['true_score']:.3f}", flush=True)
+            run(arguments.folder, method, choice, seed, "test")
 
 
 def tune(folder: Path, method: str) -> Choice:
@@ -105,10 +111,23 @@ def write_prompts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
+def take_over(folder: Path) -> None:
+    """What is committed counts as measured."""
+    committed = RESULTS / "methods.json"
+    for row in json.loads(committed.read_text())["rows"] if committed.exists() else ():
+        path = folder / f"{label_of(row['method'], (row['rate'], row['multiple']), row['seed'], row['split'])}.json"
+        if not path.exists():
+            path.write_text(json.dumps(row), encoding="utf-8")
+
+
+def label_of(method: str, choice: Choice, seed: int, split: str) -> str:
+    return f"{method}-{choice[0]:g}-{choice[1]:g}-{seed}-{split}".replace(" ", "").replace("=", "")
+
+
 def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dict:
     """One training and its measurement; read from the folder if it is there."""
     rate, multiple = choice
-    label = f"{method}-{rate:g}-{multiple:g}-{seed}-{split}".replace(" ", "").replace("=", "")
+    label = label_of(method, choice, seed, split)
     found = folder / f"{label}.json"
     if found.exists():
         return json.loads(found.read_text())
@@ -117,38 +136,45 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
     if method == "tis_dpo":
         fields |= {name: f"'{helper(folder, name, seed)}'" for name in ("positive", "negative")}
     loss = ", ".join(f"{key} = {value}" for key, value in fields.items())
-    directory = folder / label
-    sets = [f"align.loss={{{loss}}}", f"align.learning_rate={rate}", f"run.seed={seed}"]
+    directory, started = folder / label, time.monotonic()
+    sets = [f"align.loss={{{loss}}}", f"align.learning_rate={rate}"]
     sets += [f"sample.prompts={folder / split}.jsonl", "eval.opponents=['reference']"]
-    tbpo("align", directory, *sets)
-    manifest = json.loads((directory / "align/manifest.json").read_text(encoding="utf-8"))
+    train(folder, directory, seed, sets)
     row = {"method": method, "rate": rate, "multiple": multiple, "seed": seed, "split": split}
-    row |= {"seconds": manifest["seconds"]} | stability(directory / "align/metrics.jsonl")
+    row |= stability(directory / "align/metrics.jsonl")
     if split == "validation":
-        tbpo("sample", directory, *sets, "sample.models=['policy']")
+        tbpo("sample", directory, seed, *sets, "sample.models=['policy']")
     else:
-        tbpo("eval", directory, *sets)
+        tbpo("eval", directory, seed, *sets)
         row |= evaluation(directory / "eval/results.json")
     row |= true_scores(directory / "sample/samples.jsonl", "policy")
     found.write_text(json.dumps(row), encoding="utf-8")
     shutil.rmtree(directory)
+    print(f"{label}: true score {row['true_score']:.3f}, {time.monotonic() - started:.0f} s", flush=True)
     return row
+
+
+def train(folder: Path, directory: Path, seed: int, sets: list[str]) -> None:
+    """`tbpo align`, with the pairs that `tbpo prepare` makes for the seed once."""
+    prepared = folder / f"prepared-{seed}-{os.getpid()}"
+    tbpo("prepare", prepared, seed)
+    shutil.copytree(prepared, directory, dirs_exist_ok=True)
+    tbpo("align", directory, seed, *sets)
 
 
 def helper(folder: Path, name: str, seed: int) -> Path:
     """TIS-DPO's helper of a seed: DPO at its defaults, on the pairs or on the reversed ones."""
     directory = folder / f"helper-{name}-{seed}"
-    reverse = str(name == "negative").lower()
-    tbpo("align", directory, "align.loss={name = 'dpo'}", f"align.reverse={reverse}", f"run.seed={seed}")
+    train(folder, directory, seed, ["align.loss={name = 'dpo'}", f"align.reverse={str(name == 'negative').lower()}"])
     return directory
 
 
-def tbpo(stage: str, directory: Path, *sets: str) -> None:
-    flags = [part for one in sets for part in ("--set", one)]
-    command = [sys.executable, "-m", "tbpo_cli.cli", stage, str(ROOT / "recipes/quickstart.toml"), "--quiet"]
-    done = subprocess.run([*command, "--run-dir", str(directory), *flags], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, done.args))}\n{done.stderr}")
+def tbpo(stage: str, directory: Path, seed: int, *sets: str) -> None:
+    """The command, called in this process: its libraries are imported once."""
+    console.err.quiet = console.out.quiet = True
+    flags = [part for one in (*SETTINGS, f"run.seed={seed}", *sets) for part in ("--set", one)]
+    recipe = ROOT / "recipes/quickstart.toml"
+    app([stage, str(recipe), "--quiet", "--run-dir", str(directory), *flags], standalone_mode=False)
 
 
 def true_scores(path: Path, model: str) -> dict[str, float]:
@@ -176,7 +202,7 @@ def evaluation(path: Path) -> dict[str, float]:
 
 def stability(path: Path) -> dict[str, float]:
     steps = [line for line in map(json.loads, path.open(encoding="utf-8")) if line["split"] == "train"]
-    curve = [line for line in map(json.loads, path.open(encoding="utf-8")) if line["split"] == "eval"]
+    curve = [line for line in steps if "kl" in line and "accuracy" in line]
     return {
         "largest_grad_norm": max(line["grad_norm"] for line in steps),
         "clipped": sum(line.get("num_clipped", 0) for line in steps),
