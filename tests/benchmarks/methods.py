@@ -58,14 +58,17 @@ METHODS = {  # the fields of [align.loss], beside beta
 STRENGTH = {"simpo": ("beta", 2.0), "orpo": ("lam", 0.1)}  # what β is for the others: (field, default)
 RATES, MULTIPLES = (2e-4, 4.5e-4, 1e-3, 2e-3), (1.0, 5.0)  # learning rates; multiples of the default β
 DEFAULT = (4.5e-4, 1.0)
-SETTINGS = ("align.epochs=0.5", "eval.diversity_prompts=50")  # beside the recipe's
+SETTINGS = ("align.max_steps=61", "eval.diversity_prompts=50")  # beside the recipe's: half an epoch
 TUNING_SEED, VALIDATION_PROMPTS, TEST_PROMPTS = 0, 200, 400
 EVALUATED = ("kl", "entropy", "predictive_entropy", "self_bleu", "distinct_1", "length")
-COLUMNS = {
-    "true_score": "true score", "win_rate": "win rate", "right": "right", "rude": "rude", "kl": "KL",
-    "entropy": "entropy", "self_bleu": "self-BLEU", "distinct_1": "distinct-1", "length": "length",
-    "largest_grad_norm": "largest gradient", "clipped": "clipped", "pairs_per_s": "pairs/s",
+COLUMNS = {  # of the table: figure of a row, what a person reads, how it is written
+    "true_score": ("true score", "{:.3f}"), "win_rate": ("win rate", "{:.3f}"), "right": ("right", "{:.3f}"),
+    "rude": ("rude", "{:.3f}"), "kl": ("KL", "{:.3f}"), "entropy": ("entropy", "{:.3f}"),
+    "self_bleu": ("self-BLEU", "{:.1f}"), "distinct_1": ("distinct-1", "{:.3f}"), "length": ("length", "{:.1f}"),
+    "largest_grad_norm": ("largest gradient", "{:.2f}"), "clipped": ("clipped", "{:.0f}"),
 }  # fmt: skip
+SPEED_STEPS = 16  # of which the first two are left out
+FAMILIES = {"bpo": "tab:orange", "tbpo_q": "tab:green", "tbpo_a": "tab:blue", "": "tab:gray"}  # of the plot
 Choice = tuple[float, float]
 
 
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--no-tuning", action="store_true", help=f"learning rate and multiple of β: {DEFAULT}")
+    parser.add_argument("--speed", action="store_true", help="pairs/s of each method, and the base's own answers")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +88,9 @@ def main() -> None:
         report(arguments.folder)
         return
     write_prompts(arguments.folder)
+    if arguments.speed:
+        measure_speed(arguments.folder)
+        return
     part, parts = map(int, arguments.part.split("/"))
     for method in arguments.methods[part::parts]:
         choice = DEFAULT if arguments.no_tuning else tune(arguments.folder, method)
@@ -136,13 +143,8 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
     found = folder / f"{label}.json"
     if found.exists():
         return json.loads(found.read_text())
-    fields, (strength, default) = METHODS[method], STRENGTH.get(method, ("beta", 0.1))
-    fields = fields | {strength: str(default * multiple)}
-    if method == "tis_dpo":
-        fields |= {name: f"'{helper(folder, name, seed)}'" for name in ("positive", "negative")}
-    loss = ", ".join(f"{key} = {value}" for key, value in fields.items())
     directory, started = folder / label, time.monotonic()
-    sets = [f"align.loss={{{loss}}}", f"align.learning_rate={rate}"]
+    sets = [f"align.loss={loss_of(folder, method, choice, seed)}", f"align.learning_rate={rate}"]
     sets += [f"sample.prompts={folder / split}.jsonl", "eval.opponents=['reference']"]
     train(folder, directory, seed, sets)
     row = {"method": method, "rate": rate, "multiple": multiple, "seed": seed, "split": split}
@@ -159,12 +161,40 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
     return row
 
 
+def loss_of(folder: Path, method: str, choice: Choice, seed: int) -> str:
+    """[align.loss] as an inline table."""
+    fields, (strength, default) = METHODS[method], STRENGTH.get(method, ("beta", 0.1))
+    fields = fields | {strength: str(default * choice[1])}
+    if method == "tis_dpo":
+        fields |= {name: f"'{helper(folder, name, seed)}'" for name in ("positive", "negative")}
+    return f"{{{', '.join(f'{key} = {value}' for key, value in fields.items())}}}"
+
+
 def train(folder: Path, directory: Path, seed: int, sets: list[str]) -> None:
     """`tbpo align`, with the pairs that `tbpo prepare` makes for the seed once."""
     prepared = folder / f"prepared-{seed}-{os.getpid()}"
     tbpo("prepare", prepared, seed)
     shutil.copytree(prepared, directory, dirs_exist_ok=True)
     tbpo("align", directory, seed, *sets)
+
+
+def measure_speed(folder: Path) -> None:
+    """Pairs a second of each method's steps, one method after the other on a machine that does nothing else."""
+    for method in METHODS:
+        directory, loss = folder / "speed", loss_of(folder, method, DEFAULT, TUNING_SEED)
+        sets = [f"align.loss={loss}", f"align.max_steps={SPEED_STEPS}"]
+        train(folder, directory, TUNING_SEED, sets)
+        steps = [json.loads(line) for line in (directory / "align/metrics.jsonl").open(encoding="utf-8")]
+        speeds = [line["pairs_per_s"] for line in steps if line["split"] == "train"][2:]
+        row = {"method": method, "rate": 0, "multiple": 0, "seed": 0, "split": "speed"}
+        row |= {"pairs_per_s": float(np.median(speeds))}
+        if method == next(iter(METHODS)):
+            sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['reference']", "sample.num_samples=3"]
+            tbpo("sample", directory, TUNING_SEED, *sets)
+            row |= {"base": true_scores(directory / "sample/samples.jsonl", "reference")}
+        (folder / f"{label_of(method, (0, 0), 0, 'speed')}.json").write_text(json.dumps(row), encoding="utf-8")
+        shutil.rmtree(directory)
+        print(f"{method}: {row['pairs_per_s']:.1f} pairs/s", flush=True)
 
 
 def helper(folder: Path, name: str, seed: int) -> Path:
@@ -211,54 +241,61 @@ def stability(path: Path) -> dict[str, float]:
     return {
         "largest_grad_norm": max(line["grad_norm"] for line in steps),
         "clipped": sum(line.get("num_clipped", 0) for line in steps),
-        "pairs_per_s": float(np.median([line["pairs_per_s"] for line in steps])),
         "curve": [[line["step"], line["kl"], line["accuracy"]] for line in curve],
     }
 
 
 def report(folder: Path) -> None:
-    paths = sorted([*folder.glob("*-test.json"), *folder.glob("*-validation.json")])
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    tested = {method: [r for r in rows if r["method"] == method and r["split"] == "test"] for method in METHODS}
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*-*-*-*.json"))]
+    of_split = {split: [row for row in rows if row["split"] == split] for split in ("test", "speed")}
+    tested = {method: [row for row in of_split["test"] if row["method"] == method] for method in METHODS}
     tested = {method: found for method, found in tested.items() if found}
-    table = markdown(tested)
+    speeds = {row["method"]: row["pairs_per_s"] for row in of_split["speed"]}
+    base = next((row["base"] for row in of_split["speed"] if "base" in row), {})
+    table = markdown(tested, speeds, base)
     print(table)
     write_results("methods", "Every loss on the quickstart's world", rows, table)
     plot(tested)
 
 
-def markdown(tested: dict[str, list[dict]]) -> str:
-    lines = [f"| method | rate, × β | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    some = next(iter(tested.values()))[0]
-    base = [f"{some[f'base_{name}']:.3f}" if f"base_{name}" in some else "" for name in COLUMNS]
-    lines.append(f"| the base | | {' | '.join(base)} |")
+def markdown(tested: dict[str, list[dict]], speeds: dict[str, float], base: dict[str, float]) -> str:
+    """Means and 95 % intervals over the seeds, the best true score first."""
+    lines = [f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    base = base | {key.removeprefix("base_"): value for key, value in next(iter(tested.values()))[0].items()
+                   if key.startswith("base_")}  # fmt: skip
+    cells = [form.format(base[name]) if name in base else "" for name, (_, form) in COLUMNS.items()]
+    lines.append(f"| the base | | {' | '.join(cells)} | |")
     for method, rows in sorted(tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])):
-        cells = [interval([row[name] for row in rows]) for name in COLUMNS]
-        lines.append(f"| {method} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} |")
+        cells = [interval([row[name] for row in rows], form) for name, (_, form) in COLUMNS.items()]
+        speed = f"{speeds[method]:.0f}" if method in speeds else ""
+        lines.append(f"| {method} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |")
     return "\n".join(lines)
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], form: str) -> str:
     """The mean and the half width of its 95 % interval by Student's t, over the seeds."""
     if len(values) < 2:
-        return f"{values[0]:.3f}"
+        return form.format(values[0])
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
-    return f"{np.mean(values):.3f} ± {t * np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+    return f"{form.format(np.mean(values))} ± {form.format(t * np.std(values, ddof=1) / len(values) ** 0.5)}"
 
 
 def plot(tested: dict[str, list[dict]]) -> None:
-    """The frontier, and the KL of the held-out pairs over the training."""
+    """The frontier with its intervals, and the KL of the training pairs over the training."""
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "tbpo"})
-    figure, (frontier, curves) = plt.subplots(1, 2, figsize=(10, 4.2))
+    figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2))
     for method, rows in tested.items():
-        at = [np.mean([row[name] for row in rows]) for name in ("kl", "true_score")]
-        frontier.scatter(*at, s=18)
-        frontier.annotate(method, at, fontsize=7)
+        colour = next(colour for family, colour in FAMILIES.items() if method.startswith(family))
+        kl, score = ([row[name] for row in rows] for name in ("kl", "true_score"))
+        spread = np.std(score, ddof=1) if len(score) > 1 else 0.0
+        frontier.errorbar(np.mean(kl), np.mean(score), yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour)
+        frontier.annotate(method, (np.mean(kl), np.mean(score)), (3, 3), textcoords="offset points", fontsize=6.5)
         steps, kls = zip(*((step, kl) for step, kl, _ in rows[0]["curve"]), strict=True)
-        curves.plot(steps, kls, linewidth=1, label=method)
-    frontier.set(xlabel="KL from the reference (nats a token)", ylabel="true score", title="frontier")
+        curves.plot(steps, kls, linewidth=0.9, color=colour)
+        curves.annotate(method, (steps[-1], kls[-1]), fontsize=5.5)
+    frontier.set(xlabel="KL from the reference (nats a token)", ylabel="true score (± standard deviation of the seeds)")
     curves.set(xlabel="step", ylabel="KL from the reference (nats a token)", title="over training (first seed)")
-    curves.legend(frameon=False, fontsize=6)
     for panel in (frontier, curves):
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
