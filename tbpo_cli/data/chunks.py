@@ -19,8 +19,7 @@ import pyarrow as pa
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow, recognise, to_pair
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.store import record_batch
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import load_tokenizer, tokenize_pairs
+from tbpo_cli.data.tokens import Chat, load_tokenizer, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 

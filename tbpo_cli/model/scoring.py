@@ -13,7 +13,7 @@ from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import CHUNK_TOKENS, REFERENCE_FREE, STATISTICS, Head, token_statistics, uses_identity
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
-from tbpo_cli.data.batches import PairBatch, SideBatch
+from tbpo_cli.data.layouts import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 from tbpo_cli.model.sharding import causal_model, gathered, hidden_states

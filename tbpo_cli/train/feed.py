@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 
 from tbpo_cli import console
-from tbpo_cli.data.batches import PairBatch
+from tbpo_cli.data.layouts import PairBatch
 from tbpo_cli.errors import TbpoError, ToldError
 from tbpo_cli.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tbpo_cli import console
 from tbpo_cli.core.types import LossOutput, PairScores
-from tbpo_cli.data.batches import PairBatch, blank_batch, collate_all, step_indices
+from tbpo_cli.data.batches import collate_all, step_indices
+from tbpo_cli.data.layouts import PairBatch, blank_batch
 from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
