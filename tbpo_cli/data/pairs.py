@@ -172,11 +172,7 @@ def read_prompt(row: Any) -> Messages:
     if not isinstance(row, dict) or not ("prompt" in row or "messages" in row):
         raise RejectedRow("missing_column", "prompt or messages")
     prompt = _prompt(row) if "prompt" in row else _messages(row, "messages")
-    _check_roles((*prompt, {"role": "assistant"}))
-    if not any(message["content"].strip() for message in prompt):
-        raise RejectedRow("empty_prompt")
-    _hash(prompt)  # says so if it is not Unicode
-    return prompt
+    return make_pair({}, prompt, {"role": "assistant", "content": "an answer"}, None).prompt  # checked as in a pair
 
 
 def _answer(row: dict[str, Any], column: str) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.layouts import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
-from tbpo_cli.model.sharding import causal_model, gathered, hidden_states
+from tbpo_cli.model.sharding import causal_model, gathered
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Scorer:
             rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            states = model(**rows).logits if head is None else hidden_states(model, rows)
+            states = model(**rows).logits if head is None else _hidden_states(model, rows)
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
@@ -172,6 +173,12 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
     return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
 
 
+def _hidden_states(model: nn.Module, rows: dict[str, Any]) -> Tensor:
+    """(R, L, H): what the output head reads."""
+    causal = causal_model(model)
+    return getattr(causal, "sharded_backbone", causal.base_model)(**rows).last_hidden_state
+
+
 def _gathered_head(head: Head) -> Head:
     return replace(head, weight=gathered(head.weight), bias=gathered(head.bias))
 
@@ -201,7 +208,7 @@ def read_head(model: nn.Module, compute: torch.dtype | None = None) -> Head | No
     model.eval()
     with torch.no_grad():
         logits = model(**rows).logits[0].float()
-        rebuilt = _gathered_head(head).logits(hidden_states(model, rows)[0]).float()
+        rebuilt = _gathered_head(head).logits(_hidden_states(model, rows)[0]).float()
     model.train(was_training)
     tolerance = 0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
     if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):

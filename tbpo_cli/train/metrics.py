@@ -14,6 +14,7 @@ from torch import Tensor
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import write_whole
 from tbpo_cli.train.group import Group
 
 Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # name → (sum, number of pairs or tokens it is a mean over)
@@ -101,11 +102,8 @@ class MetricsLog:
         """
         self.path, self._writes = path, writes
         self.lines = [line for line in read_metrics(path) if line["step"] <= upto_step]
-        if not writes:
-            return
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(_encode(line) for line in self.lines), encoding="utf-8")
-        temporary.replace(path)
+        if writes:
+            write_whole(path, "".join(_encode(line) for line in self.lines))
 
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
         line = {"split": split, "step": step, **values}
