@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch.nn.functional as F
@@ -104,13 +103,13 @@ class EvalWithLongest(Eval):
     judged = True
 
 
+def longest_of(_value, _cache):
+    return ScoreJudge("longest", lambda answers: (len(completion) for _, completion in answers))
+
+
 def test_a_judge(recipe_file, tmp_path, monkeypatch):
     """The longer completion wins, as samples.jsonl says."""
-    monkeypatch.setitem(
-        JUDGES,
-        "longest",
-        lambda given, cache: ScoreJudge("longest", lambda answers: (len(text) for _, text in answers)),
-    )
+    monkeypatch.setitem(JUDGES, "longest", longest_of)
     sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
     recipe = load_recipe(recipe_file, sets)
     recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
@@ -143,7 +142,7 @@ def report(recipe, run_dir):
 
 def test_a_stage(recipe_file, tmp_path, monkeypatch, capsys):
     """A file beside the others: it runs what it needs first, nothing when up to date, and stops at changed inputs."""
-    Path(tmp_path / "lengths.py").write_text(STAGE)
+    (tmp_path / "lengths.py").write_text(STAGE)
     monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
     monkeypatch.setitem(STAGES, "lengths", replace(STAGES["prepare"], needs=("prepare",)))
     run = run_stage("lengths", recipe_file, tmp_path / "run")

@@ -212,11 +212,8 @@ def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Mode
             peft_model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
             peft_model.set_adapter(POLICY)
     except (RuntimeError, ValueError) as error:
-        what, fix = (
-            f"the adapter does not fit the base: {str(error).strip().splitlines()[-1].strip()}",
-            "check model.base",
-        )
-        raise TbpoError(what, str(policy), f"an adapter for {model.base}", fix) from error
+        what = f"the adapter does not fit the base: {str(error).strip().splitlines()[-1].strip()}"
+        raise TbpoError(what, str(policy), f"an adapter for {model.base}", "check model.base") from error
     return peft_model
 
 

@@ -80,16 +80,14 @@ class Scorer:
                 without diagnostics, and for `needs` within `from_reference_logps`.
             view: a frozen model of the policy's, in whose place it is scored, without gradients.
         """
-        statistics = needs & STATISTICS
-        if reference_logps is not None:
-            statistics = frozenset({"logps"})
+        statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
         extra = frozenset()
         if diagnostics:
             extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
         reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
         columns = {}
         if "weights" in needs:
-            columns["weights"] = self._helpers_log_ratio(batch)
+            columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
         own = view == POLICY
         states = self._states(self.policy.model, batch, self.heads[POLICY]) if own else self._view(view, batch)
         columns |= self._statistics(statistics, batch, view, states, reference)
@@ -103,9 +101,9 @@ class Scorer:
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
 
-    def reference_logps(self, batch: PairBatch) -> Tensor:
-        """log π_ref of the batch's tokens, (N,), on its device."""
-        return self._statistics(frozenset({"logps"}), batch, REFERENCE, self._view(REFERENCE, batch))["logps"]
+    def view_logps(self, view: str, batch: PairBatch) -> Tensor:
+        """log-probabilities of the batch's tokens by a frozen model of the policy's, (N,), on the batch's device."""
+        return self._statistics(frozenset({"logps"}), batch, view, self._view(view, batch))["logps"]
 
     def _view(self, name: str, batch: PairBatch) -> Tensor:
         with self.policy.view(name) as model:
@@ -135,14 +133,6 @@ class Scorer:
             logits = states if reference is None else reference
             computed = oracle.side_scores(states.float()[None], logits.float()[None], tokens[None], everything)
         return {name: getattr(computed, name).reshape(-1) for name in needs}
-
-    def _helpers_log_ratio(self, batch: PairBatch) -> Tensor:
-        """log π⁺ − log π⁻ of every response token, (N,)."""
-        positive, negative = (
-            self._statistics(frozenset({"logps"}), batch, name, self._view(name, batch))["logps"]
-            for name in (POSITIVE, NEGATIVE)
-        )
-        return positive - negative
 
 
 def from_reference_logps(needs: frozenset[str]) -> bool:

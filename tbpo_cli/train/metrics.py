@@ -29,8 +29,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     logps_chosen, logps_rejected, per token; num_clipped, values of log R outside ±30.
     """
     chosen, rejected = scores.chosen, scores.rejected
-    num_pairs = len(output.per_pair)
-    weights = chosen.mask.sum(dim=1) if loss.mean_over == "chosen_tokens" else chosen.mask.new_ones(num_pairs).long()
+    num_pairs, weights = len(output.per_pair), pair_weights(scores, loss)
     totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side.logps is not None and side.mask.shape[1]:
@@ -55,6 +54,12 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     if output.num_clipped is not None:
         totals["num_clipped"] = (output.num_clipped, 1)
     return totals
+
+
+def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
+    """What each pair counts for in a step's loss, (B,): 1, or its number of chosen tokens, as `loss.mean_over` says."""
+    num_chosen = scores.chosen.mask.sum(dim=1)
+    return num_chosen if loss.mean_over == "chosen_tokens" else torch.ones_like(num_chosen)
 
 
 def _reward(side: SideScores, beta: float) -> Tensor:
