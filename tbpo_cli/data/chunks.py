@@ -1,4 +1,7 @@
-"""Rows → tokenized pairs, a chunk of rows at a time, in this process or in several. The result is the same."""
+"""Rows → tokenized pairs, a chunk of rows at a time, in this process or in several. The result is the same.
+
+Not by `datasets.map`: the rows of a source may differ in columns and types, and one that is left out keeps its number.
+"""
 
 from __future__ import annotations
 

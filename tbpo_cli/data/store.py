@@ -1,8 +1,10 @@
-"""Tokenized pairs on disk: one Arrow file a split, written once, then read by memory map."""
+"""Tokenized pairs on disk: one Arrow file a split, written once, then read by memory map.
+
+Not a `datasets.Dataset`: the lengths of all pairs are read from the columns' offsets, without their ids.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +23,7 @@ SCHEMA = pa.schema(
 
 def record_batch(pairs: Sequence[tuple[TokenizedPair, float | None]]) -> pa.RecordBatch:
     """Pairs and their score margins as Arrow columns of SCHEMA."""
-    id_columns = [_list_array([getattr(pair, name) for pair, _ in pairs]) for name in ID_COLUMNS]
-    pair_ids = pa.array([pair.pair_id for pair, _ in pairs], pa.string())
-    margins = pa.array([margin for _, margin in pairs], pa.float64())
-    return pa.RecordBatch.from_arrays([pair_ids, *id_columns, margins], schema=SCHEMA)
-
-
-def _list_array(lists: list[Sequence[int]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
-    return pa.ListArray.from_arrays(offsets, values)
+    return pa.RecordBatch.from_pylist([vars(pair) | {"score_margin": margin} for pair, margin in pairs], schema=SCHEMA)
 
 
 @contextmanager

@@ -31,16 +31,12 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     chosen, rejected = scores.chosen, scores.rejected
     num_pairs, weights = len(output.per_pair), pair_weights(scores, loss)
     totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if side.logps is not None and side.mask.shape[1]:
-            totals[f"logps_{name}"] = (sum_over_response(side.logps.detach(), side.mask).sum(), side.mask.sum())
-    for name in ("kl", "reverse_kl", "entropy"):
-        sides = [side for side in (chosen, rejected) if getattr(side, name) is not None]
-        if sides:
-            totals[name] = (
-                sum(sum_over_response(getattr(side, name).detach(), side.mask).sum() for side in sides),
-                sum(side.mask.sum() for side in sides),
-            )
+    per_token = {"logps_chosen": ("logps", (chosen,)), "logps_rejected": ("logps", (rejected,))}
+    per_token |= {name: (name, (chosen, rejected)) for name in ("kl", "reverse_kl", "entropy")}
+    for metric, (name, sides) in per_token.items():
+        if getattr(chosen, name) is not None:
+            sums = [sum_over_response(getattr(side, name).detach(), side.mask).sum() for side in sides]
+            totals[metric] = (sum(sums), sum(side.mask.sum() for side in sides))
     if chosen.log_ratio is not None and rejected.mask.shape[1]:
         beta = getattr(loss, "beta", 1.0)
         reward_chosen, reward_rejected = (_reward(side, beta) for side in (chosen, rejected))
