@@ -1,6 +1,7 @@
 """A loss, a generator, a data format, a judge and a stage, each added by one line of a table and used as any other."""
 
 import json
+import typing
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,11 +13,13 @@ from tbpo_cli.checks import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import mean_over_response
+from tbpo_cli.data.layouts import LAYOUTS
 from tbpo_cli.data.pairs import FORMATS, Format, make_pair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import JUDGES, ScoreJudge
-from tbpo_cli.recipe import Eval, load_recipe
+from tbpo_cli.recipe import Align, Data, Eval, load_recipe
 from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
 
 
 def train_lines(run):
@@ -93,6 +96,14 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
     counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
     assert (counts["format"], counts["kept"]) == ("question", {"train": 8})
     assert len({(made / "prepare/train/pairs.arrow").read_bytes() for made in (run, same)}) == 1
+
+
+def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
+    """recipe.py loads neither torch nor numpy, and so repeats them."""
+    tables = {(Data, "format"): FORMATS, (Align, "layout"): LAYOUTS, (Align, "optimizer"): OPTIMIZERS,
+              (Align, "schedule"): SCHEDULES}  # fmt: skip
+    for (owner, key), names in tables.items():
+        assert {*typing.get_args(typing.get_type_hints(owner)[key])} - {"auto"} == {*names}, key
 
 
 @table

@@ -92,7 +92,10 @@ def keep_freed_memory() -> None:
 
 
 class Ahead:
-    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed."""
+    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed.
+
+    Not torch's DataLoader, whose workers are processes, and whose sampler would have to know of a changed budget.
+    """
 
     def __init__(self, collate_step: Callable[[int, int], list[PairBatch]]) -> None:
         """`collate_step(step, tokens)` is a pure function."""
