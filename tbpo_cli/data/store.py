@@ -50,8 +50,7 @@ class PairStore:
             renamed = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
             self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            np.concatenate([np.diff(chunk.offsets) for chunk in self._table[name].chunks] or [np.empty(0, np.int32)])
-            for name in ID_COLUMNS
+            pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS
         )
 
     def __len__(self) -> int:
