@@ -13,8 +13,7 @@ from tbpo_cli.data.batches import cut_to_span, num_steps, step_indices
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import TokenizedPair, tokenize_pairs
+from tbpo_cli.data.tokens import Chat, TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Source, load_recipe
 from tbpo_cli.run import RunDir

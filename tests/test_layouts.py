@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
-from tbpo_cli.data.batches import collate, cut_to_span, micro_batches
-from tbpo_cli.data.layouts import LAYOUTS, Sequences
+from tbpo_cli.data.batches import cut_to_span, micro_batches
+from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout, segments_of

@@ -91,7 +91,7 @@ def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
     """LoRA's B is zero, and full fine-tuning computes both models in the same way: log-ratios are zero, not nearly."""
     from test_layouts import LENGTHS
 
-    from tbpo_cli.data.batches import collate
+    from tbpo_cli.data.layouts import collate
     from tbpo_cli.data.tokens import TokenizedPair
 
     ids = [list(range(n, n + 20)) for n in (5, 50, 100)]

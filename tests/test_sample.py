@@ -9,8 +9,7 @@ from conftest import run_stage, write_jsonl
 from judge_server import chat_completion, chat_server
 from transformers import AutoModelForCausalLM
 
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import end_of_turn
+from tbpo_cli.data.tokens import Chat, end_of_turn
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.generate import generate
 from tbpo_cli.recipe import Sample, load_recipe

@@ -10,7 +10,8 @@ from conftest import run_stage
 
 from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import STATISTICS
-from tbpo_cli.data.batches import collate, cut_to_span
+from tbpo_cli.data.batches import cut_to_span
+from tbpo_cli.data.layouts import collate
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, load_policy

@@ -15,7 +15,7 @@ from test_processes import finish, metrics, start, wait_for_step
 
 from tbpo_cli.core import LOSSES
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.data.batches import blank_batch, collate
+from tbpo_cli.data.layouts import blank_batch, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, Policy, load_policy

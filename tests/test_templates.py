@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tbpo_cli.data.pairs import RejectedRow, make_pair
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import tokenize_pairs
+from tbpo_cli.data.tokens import Chat, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Source
 

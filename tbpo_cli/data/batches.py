@@ -1,75 +1,15 @@
-"""PairBatch: pairs as tensors. Which pairs a step holds, and how it is cut, are pure functions."""
+"""Which pairs a step holds, how they are cut, and in which micro-batches: pure functions."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tbpo_cli.data.layouts import LAYOUTS, Sequences
+from tbpo_cli.data.layouts import LAYOUTS, PairBatch, collate
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
-
-
-@dataclass(frozen=True)
-class SideBatch:
-    """Where the response tokens of one side belong.
-
-    Args:
-        mask: (B, T) bool, left-aligned.
-        slots: the flat indices (pair · T + t) of the True values of the mask, int64.
-    """
-
-    mask: Tensor
-    slots: Tensor
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Rows for the model, and where in them each response token is predicted.
-
-    Args:
-        pair_ids: B ids.
-        input_ids, position_ids: (R, L) int64.
-        sequences: what sees what within a row; None for rows of one sequence each (see `data/layouts.py`).
-        tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
-        predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
-        chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
-        num_tokens: of the pairs, each prompt once, without padding.
-        indices: the B places of the pairs in their store, if they are from one.
-    """
-
-    pair_ids: tuple[str, ...]
-    input_ids: Tensor
-    position_ids: Tensor
-    sequences: Sequences | None
-    tokens: Tensor
-    predictor: Tensor
-    chosen: SideBatch
-    rejected: SideBatch
-    num_tokens: int
-    indices: tuple[int, ...] = ()
-
-    def to(self, device: torch.device) -> PairBatch:
-        """The batch on a device, by one transfer that the host does not wait for."""
-        if device.type == "cpu":
-            return self
-        sides = (self.chosen, self.rejected)
-        parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
-        parts += [part for side in sides for part in (side.mask, side.slots)]
-        whole = torch.cat([part.flatten().long() for part in parts])
-        whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-        moved = [
-            flat.view(part.shape).to(part.dtype)
-            for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
-        ]
-        names = ("input_ids", "position_ids", "tokens", "predictor")
-        chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
-        return replace(self, **dict(zip(names, moved, strict=False)), chosen=chosen, rejected=rejected)
 
 
 def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
@@ -100,42 +40,13 @@ def longest_sequence(stores: Iterable[PairStore]) -> int:
     return max(int((each[:, 0] + each[:, 1:].max(axis=1)).max()) for each in lengths)
 
 
-def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
-    """The tensors of some pairs, in rows of the named layout."""
-    rows = LAYOUTS[layout].build(pairs)
-    responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
-    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
-    return PairBatch(
-        tuple(pair.pair_id for pair in pairs),
-        torch.from_numpy(rows.input_ids.astype(np.int64)),
-        torch.from_numpy(np.array(rows.position_ids)),
-        rows.sequences,
-        torch.from_numpy(tokens),
-        torch.from_numpy(rows.predictor),
-        *(_side(np.array([len(ids) for ids in side])) for side in responses),
-        num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
-    )
-
-
-def blank_batch() -> PairBatch:
-    """No pair, in a row of one token: a pass through the model, forward and backward, that adds nothing to a sum."""
-    none, row = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), none)
-    return PairBatch((), row, row, None, none, none, side, side, num_tokens=0)
-
-
 def collate_all(
     store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
 ) -> Iterator[PairBatch]:
     """The micro-batches of some pairs, cut to the span; see `micro_batches`."""
     for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
         places = tuple(indices[number] for number in group)
-        yield replace(collate([cut_to_span(store[place], span) for place in places], layout), indices=places)
-
-
-def _side(lengths: np.ndarray) -> SideBatch:
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    return SideBatch(torch.from_numpy(mask), torch.from_numpy(np.flatnonzero(mask)))
+        yield collate([cut_to_span(store[place], span) for place in places], layout, places)
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,13 +57,8 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
 
 def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The pairs of an optimiser step (from 0). Epochs follow one another without a gap, so every step is full."""
-    first = step * batch_size
-    indices = []
-    for position in range(first, first + batch_size):
-        epoch, offset = divmod(position, num_pairs)
-        indices.append((epoch, offset))
-    orders = {epoch: epoch_order(num_pairs, seed, epoch) for epoch, _ in indices}
-    return [int(orders[epoch][offset]) for epoch, offset in indices]
+    visits = (divmod(position, num_pairs) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [int(epoch_order(num_pairs, seed, epoch)[offset]) for epoch, offset in visits]
 
 
 def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:

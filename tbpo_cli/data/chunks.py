@@ -1,4 +1,7 @@
-"""Rows → tokenized pairs, a chunk of rows at a time, in this process or in several. The result is the same."""
+"""Rows → tokenized pairs, a chunk of rows at a time, in this process or in several. The result is the same.
+
+Not by `datasets.map`: the rows of a source may differ in columns and types, and one that is left out keeps its number.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,7 @@ import pyarrow as pa
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow, recognise, to_pair
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.store import record_batch
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import load_tokenizer, tokenize_pairs
+from tbpo_cli.data.tokens import Chat, load_tokenizer, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 

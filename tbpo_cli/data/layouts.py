@@ -1,4 +1,4 @@
-"""Row layouts: how the prompts and responses of some pairs become rows for a model, and the LAYOUTS table.
+"""PairBatch: pairs as tensors, in rows for a model; and the LAYOUTS table of such rows.
 
 A layout is nothing but input ids, position ids, attention, and for every response token the flat index of the position
 that predicts it. All layouts give the same scores; a new one is a function and a line in the table.
@@ -7,9 +7,11 @@ that predicts it. All layouts give the same scores; a new one is a function and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tbpo_cli.data.tokens import TokenizedPair
 
@@ -30,21 +32,64 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a layout makes of some pairs.
+class SideBatch:
+    """Where the response tokens of one side belong.
 
     Args:
+        mask: (B, T) bool, left-aligned.
+        slots: the flat indices (pair · T + t) of the True values of the mask, int64.
+    """
+
+    mask: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Rows for the model, and where in them each response token is predicted.
+
+    Args:
+        pair_ids: B ids.
         input_ids, position_ids: (R, L) int64.
         sequences: what sees what in the one row (R = 1); None for plain causal attention in rows of one sequence each,
             padded on the right, where causal attention never looks.
-        predictor: (N,) int64, for each response token the flat index (row · L + column) of the position that predicts
-            it: the chosen responses of all pairs, then the rejected ones.
+        tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
+        predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
+        chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
+        num_tokens: of the pairs, each prompt once, without padding.
+        indices: the B places of the pairs in their store, if they are from one.
     """
 
-    input_ids: np.ndarray
-    position_ids: np.ndarray
+    pair_ids: tuple[str, ...]
+    input_ids: Tensor
+    position_ids: Tensor
     sequences: Sequences | None
-    predictor: np.ndarray
+    tokens: Tensor
+    predictor: Tensor
+    chosen: SideBatch
+    rejected: SideBatch
+    num_tokens: int
+    indices: tuple[int, ...] = ()
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The batch on a device, by one transfer that the host does not wait for."""
+        if device.type == "cpu":
+            return self
+        sides = (self.chosen, self.rejected)
+        parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
+        parts += [part for side in sides for part in (side.mask, side.slots)]
+        whole = torch.cat([part.flatten().long() for part in parts])
+        whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
+        moved = [
+            flat.view(part.shape).to(part.dtype)
+            for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
+        ]
+        names = ("input_ids", "position_ids", "tokens", "predictor")
+        chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
+        return replace(self, **dict(zip(names, moved, strict=False)), chosen=chosen, rejected=rejected)
+
+
+Rows = tuple[np.ndarray, np.ndarray, Sequences | None, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,7 +97,7 @@ class Layout:
     """A layout, and what it costs.
 
     Args:
-        build: pairs → rows.
+        build: pairs → `input_ids`, `position_ids`, `sequences` and `predictor` of a PairBatch.
         num_tokens: (n, 3) lengths of prompt, chosen and rejected of n pairs → tokens of their rows, padding included.
     """
 
@@ -72,18 +117,17 @@ def packed(pairs: Sequence[TokenizedPair]) -> Rows:
     ]
     positions = np.concatenate([np.arange(len(row)) for row in rows])
     sequences = Sequences(tuple(map(len, rows)), tuple(range(len(rows))))
-    return Rows(np.concatenate(rows)[None], positions[None], sequences, np.concatenate(predictor))
+    return np.concatenate(rows)[None], positions[None], sequences, np.concatenate(predictor)
 
 
 def padded(pairs: Sequence[TokenizedPair]) -> Rows:
     """One row a response, padded on the right."""
-    whole = packed(pairs)
-    lengths = np.array(whole.sequences.lengths)
+    ids, _, sequences, predictor = packed(pairs)
+    lengths = np.array(sequences.lengths)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.zeros(mask.shape, dtype=np.int64)
-    input_ids[mask] = whole.input_ids[0]
-    position_ids = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
-    return Rows(input_ids, position_ids, None, np.flatnonzero(mask)[whole.predictor])
+    input_ids[mask] = ids[0]
+    return input_ids, np.broadcast_to(np.arange(mask.shape[1]), mask.shape), None, np.flatnonzero(mask)[predictor]
 
 
 def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
@@ -115,7 +159,7 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
                 end += rest
     sequences = Sequences(tuple(lengths), tuple(continues))
     predictor = np.concatenate([*predictors[0], *predictors[1]])
-    return Rows(np.concatenate(ids)[None], np.concatenate(positions)[None], sequences, predictor)
+    return np.concatenate(ids)[None], np.concatenate(positions)[None], sequences, predictor
 
 
 def _padded_tokens(lengths: np.ndarray) -> int:
@@ -127,3 +171,33 @@ LAYOUTS = {  # the first that a model can take is the fastest
     "packed": Layout(packed, lambda lengths: lengths.sum() + lengths[lengths[:, 2] > 0, 0].sum()),
     "padded": Layout(padded, _padded_tokens),
 }
+
+
+def collate(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...] = ()) -> PairBatch:
+    """The tensors of some pairs, in rows of the named layout; `indices` are the pairs' places in their store."""
+    input_ids, position_ids, sequences, predictor = LAYOUTS[layout].build(pairs)
+    responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
+    return PairBatch(
+        tuple(pair.pair_id for pair in pairs),
+        torch.from_numpy(input_ids.astype(np.int64)),
+        torch.from_numpy(np.array(position_ids)),
+        sequences,
+        torch.from_numpy(tokens),
+        torch.from_numpy(predictor),
+        *(_side(np.array([len(ids) for ids in side])) for side in responses),
+        num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
+        indices=indices,
+    )
+
+
+def _side(lengths: np.ndarray) -> SideBatch:
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    return SideBatch(torch.from_numpy(mask), torch.from_numpy(np.flatnonzero(mask)))
+
+
+def blank_batch() -> PairBatch:
+    """No pair, in a row of one token: a pass through the model, forward and backward, that adds nothing to a sum."""
+    none, row = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), none)
+    return PairBatch((), row, row, None, none, none, side, side, num_tokens=0)

@@ -172,11 +172,7 @@ def read_prompt(row: Any) -> Messages:
     if not isinstance(row, dict) or not ("prompt" in row or "messages" in row):
         raise RejectedRow("missing_column", "prompt or messages")
     prompt = _prompt(row) if "prompt" in row else _messages(row, "messages")
-    _check_roles((*prompt, {"role": "assistant"}))
-    if not any(message["content"].strip() for message in prompt):
-        raise RejectedRow("empty_prompt")
-    _hash(prompt)  # says so if it is not Unicode
-    return prompt
+    return make_pair({}, prompt, {"role": "assistant", "content": "an answer"}, None).prompt  # checked as in a pair
 
 
 def _answer(row: dict[str, Any], column: str) -> Message:
@@ -251,11 +247,11 @@ def _from_sft_messages(row: dict[str, Any]) -> PreferencePair:
 
 @dataclass(frozen=True)
 class Format:
-    """The columns a row must have, a sign by which its first row is recognised, and how to read it."""
+    """The columns a row must have, how to read it, and a further sign by which a first row is recognised."""
 
     columns: tuple[str, ...]
-    recognise: Callable[[dict[str, Any]], bool]
     parse: Callable[[dict[str, Any]], PreferencePair]
+    recognise: Callable[[dict[str, Any]], bool] = lambda row: True
 
 
 def _is_dialogue(row: dict[str, Any]) -> bool:
@@ -263,11 +259,11 @@ def _is_dialogue(row: dict[str, Any]) -> bool:
 
 
 FORMATS = {
-    "hh": Format(("chosen", "rejected"), _is_dialogue, _from_hh),
-    "prompt": Format(("prompt", "chosen", "rejected"), lambda row: isinstance(row["chosen"], str), _from_prompt),
-    "messages": Format(("chosen", "rejected"), lambda row: isinstance(row["chosen"], list), _from_messages),
-    "sft_prompt": Format(("prompt", "completion"), lambda row: True, _from_sft_prompt),
-    "sft_messages": Format(("messages",), lambda row: True, _from_sft_messages),
+    "hh": Format(("chosen", "rejected"), _from_hh, _is_dialogue),
+    "prompt": Format(("prompt", "chosen", "rejected"), _from_prompt, lambda row: isinstance(row["chosen"], str)),
+    "messages": Format(("chosen", "rejected"), _from_messages, lambda row: isinstance(row["chosen"], list)),
+    "sft_prompt": Format(("prompt", "completion"), _from_sft_prompt),
+    "sft_messages": Format(("messages",), _from_sft_messages),
 }
 
 

@@ -95,7 +95,8 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         subtitle=f"base {recipe.model.base}, at most {recipe.data.max_length:,} tokens, "
         f"longer pairs: {recipe.data.overlong}",
         sources=[
-            [c["source"], c["key"], c["format"], *(f"{n:,}" for n in (c["rows"], _sum(c["kept"]), _sum(c["rejected"])))]
+            [c["source"], c["key"], c["format"], f"{c['rows']:,}"]
+            + [f"{sum(c[fate].values()):,}" for fate in ("kept", "rejected")]
             for c in counts
         ],
         reasons=[[reason, c["source"], f"{n:,}"] for c in counts for reason, n in sorted(c["rejected"].items())],
@@ -106,10 +107,6 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         ],
         chat_template=tokenizer.chat_template,
     )
-
-
-def _sum(counts: dict[str, int]) -> int:
-    return sum(counts.values())
 
 
 def _describe(name: str, store: PairStore) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from tbpo_cli.data.chunks import ROWS_AT_A_TIME
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, read_prompt, recognise, to_pair
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import tokenize_prompt
+from tbpo_cli.data.tokens import Chat, tokenize_prompt
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Recipe, Source
 

@@ -15,8 +15,6 @@ from typing import Any
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source
 
-DATASETS_BUILDERS = {".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -31,23 +29,38 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """The rows of a source, in order, never all in memory.
 
     Args:
-        source: its path is a .jsonl[.gz], .json, .parquet, .csv or .arrow file, a folder that `datasets` saved, or the
-            id of a Hub data set.
+        source: its path is a file whose ending is in READERS, a folder that `datasets` saved, or the id of a Hub data
+            set.
         split: of a Hub data set or a saved folder, if the source names none.
         key: the recipe key that names the source, for messages.
 
     Raises:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
-    suffixes = Path(source.path).suffixes
-    if suffixes and suffixes[-1] in READERS and Path(source.path).is_file():
-        rows = READERS[suffixes[-1]](Path(source.path))
-    else:
-        rows = _read_dataset(source, source.split or split, key)
-    yield from (Row(source.path, number, content) for number, content in rows)
+    path, number, split = Path(source.path), 0, source.split or split
+    if path.is_file() and path.suffix not in READERS:
+        raise TbpoError(
+            f"{key} is of an unknown kind",
+            source.path,
+            f"one of {', '.join(READERS)}",
+            "convert the file, or rename it if its ending is wrong",
+        )
+    try:
+        for number, content in READERS[path.suffix](path) if path.is_file() else _read_dataset(source, split):
+            yield Row(source.path, number, content)
+    except TbpoError:
+        raise
+    except Exception as error:  # whatever `datasets` and the Hub raise is about the source that was named
+        raise TbpoError(
+            f"{key} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{source.path}{f', after row {number}' if number else ''}",
+            f"a local file, a folder, or a Hub data set with the split {split!r}",
+            f"check {key} in the recipe",
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
     number = 0
     opened = gzip.open if path.suffix == ".gz" else open
     with _told(path, lambda: number, "one JSON object a line, in UTF-8"), opened(path, "rb") as file:
@@ -57,7 +70,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    """Every field is text, as it stands."""
+    """Every field is text, as it stands; `datasets` would make a number of 007, and nothing of NA."""
     csv.field_size_limit(2**31 - 1)
     number = 1
     with _told(path, lambda: number, "rows with as many fields as the first line, in UTF-8"), path.open("rb") as file:
@@ -91,38 +104,31 @@ def _told(path: Path, line: Callable[[], int], expected: str) -> Iterator[None]:
         raise TbpoError(f"the file cannot be read: {error.strerror}", str(path), "a readable file") from None
 
 
-READERS = {".jsonl": _read_jsonl, ".gz": _read_jsonl, ".csv": _read_csv}
-
-
-def _read_dataset(source: Source, split: str, key: str) -> Iterator[tuple[int, Any]]:
-    """Everything that is no JSONL goes through `datasets`: files are streamed, a Hub data set is downloaded once."""
+def _read_columnar(path: Path) -> Iterator[tuple[int, Any]]:
     import datasets
 
-    path, number = Path(source.path), 0
-    try:
-        if path.is_dir():
-            loaded = datasets.load_from_disk(source.path)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        elif path.is_file():
-            if path.suffix not in DATASETS_BUILDERS:
-                raise TbpoError(
-                    f"{key} is of an unknown kind",
-                    source.path,
-                    f"one of .jsonl, .jsonl.gz, .csv, {', '.join(DATASETS_BUILDERS)}",
-                    "convert the file, or rename it if its ending is wrong",
-                )
-            builder = DATASETS_BUILDERS[path.suffix]
-            rows = datasets.load_dataset(builder, data_files=source.path, split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
-        for number, row in enumerate(rows, 1):
-            yield number, row
-    except TbpoError:
-        raise
-    except Exception as error:  # whatever `datasets` and the Hub raise is about the source that was named
-        raise TbpoError(
-            f"{key} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            f"{source.path}{f', after row {number}' if number else ''}",
-            f"a local file, a folder, or a Hub data set with the split {split!r}",
-            f"check {key} in the recipe",
-        ) from error
+    rows = datasets.load_dataset(path.suffix.removeprefix("."), data_files=str(path), split="train", streaming=True)
+    return enumerate(rows, 1)
+
+
+# ending of a file: its rows, each with its number
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".gz": _read_jsonl,
+    ".csv": _read_csv,
+    ".json": _read_columnar,
+    ".parquet": _read_columnar,
+    ".arrow": _read_columnar,
+}
+
+
+def _read_dataset(source: Source, split: str) -> Iterator[tuple[int, Any]]:
+    """A folder that `datasets` saved, or a Hub data set, downloaded once."""
+    import datasets
+
+    if not Path(source.path).is_dir():
+        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
+    else:
+        rows = datasets.load_from_disk(source.path)
+        rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    return enumerate(rows, 1)

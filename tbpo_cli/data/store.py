@@ -1,8 +1,10 @@
-"""Tokenized pairs on disk: one Arrow file a split, written once, then read by memory map."""
+"""Tokenized pairs on disk: one Arrow file a split, written once, then read by memory map.
+
+Not a `datasets.Dataset`: the lengths of all pairs are read from the columns' offsets, without their ids.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +23,7 @@ SCHEMA = pa.schema(
 
 def record_batch(pairs: Sequence[tuple[TokenizedPair, float | None]]) -> pa.RecordBatch:
     """Pairs and their score margins as Arrow columns of SCHEMA."""
-    id_columns = [_list_array([getattr(pair, name) for pair, _ in pairs]) for name in ID_COLUMNS]
-    pair_ids = pa.array([pair.pair_id for pair, _ in pairs], pa.string())
-    margins = pa.array([margin for _, margin in pairs], pa.float64())
-    return pa.RecordBatch.from_arrays([pair_ids, *id_columns, margins], schema=SCHEMA)
-
-
-def _list_array(lists: list[Sequence[int]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
-    values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1])
-    return pa.ListArray.from_arrays(offsets, values)
+    return pa.RecordBatch.from_pylist([vars(pair) | {"score_margin": margin} for pair, margin in pairs], schema=SCHEMA)
 
 
 @contextmanager
@@ -57,8 +50,7 @@ class PairStore:
             renamed = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
             self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            np.concatenate([np.diff(chunk.offsets) for chunk in self._table[name].chunks] or [np.empty(0, np.int32)])
-            for name in ID_COLUMNS
+            pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS
         )
 
     def __len__(self) -> int:

@@ -2,7 +2,8 @@
 
 The prompt is rendered with the generation prompt (the assistant's header belongs to it); a response is what the full
 rendering adds, tokenized on its own, up to and including the end-of-turn token. Control tokens come from the chat
-template only: written inside a user's text, they are text.
+template only: those written in a user's text are masked while the template is rendered, so that whatever a template
+does with the text, they stay text.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
-from tbpo_cli.data.template import CLOSE, OPEN, Chat, render_pair, unmask
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
+OPEN, CLOSE = "\ue0fa", "\ue0fb"  # private-use characters, around the hexadecimal form of a masked control token
 TAIL_CHARACTERS = 32
 
 
@@ -101,32 +105,152 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer with its chat template.
+
+    Args:
+        tokenizer: a fast one.
+        template_date: YYYY-MM-DD, what templates that print today's date print.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    template_date: str
+
+    @cached_property
+    def control_tokens(self) -> dict[str, AddedToken]:
+        """The tokenizer's control tokens by their text, the longest first."""
+        tokens = {token.content: token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+    @cached_property
+    def controls(self) -> re.Pattern[str]:
+        """Matches any control token."""
+        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+
+    def mask(self, content: Any) -> Any:
+        """Messages, or anything in them, with every control token in a text written as private-use characters."""
+        if isinstance(content, str):
+            if OPEN in content or CLOSE in content:
+                content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
+            return self.controls.sub(_masked, content)
+        if isinstance(content, dict):
+            return {key: self.mask(value) for key, value in content.items()}
+        return [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
+
+    def encode(self, texts: Sequence[str], controls_as_text: bool = False) -> list[list[int]]:
+        """Ids of texts as they stand: nothing is added, cut or padded."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = controls_as_text
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
+        """The messages, masked, as text. Raises what the template raises."""
+        tools = self.mask(tools) or None
+        template = _with_date(self.tokenizer.get_chat_template(tools=tools), self.template_date)
+        return self.tokenizer.apply_chat_template(
+            self.mask(messages), tools, chat_template=template, tokenize=False, **options
+        )
+
+
+@lru_cache
+def _with_date(template: str, day: str) -> str:
+    """The template with the calls that print today's date replaced by the text for that day."""
+    day = date.fromisoformat(day)
+    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(day.strftime(call.group(2))), template)
+
+
+def _masked(match: re.Match[str]) -> str:
+    return OPEN + match.group().encode().hex() + CLOSE
+
+
+def _unmask(text: str) -> str:
+    return re.sub(f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text)
+
+
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[TokenizedPair | RejectedRow]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
     Raises:
         TbpoError: if the chat template does not allow the cut between prompt and response.
     """
-    rendered: list[tuple[str, str, str] | RejectedRow] = []
-    for pair in pairs:
+    results: dict[int, TokenizedPair | RejectedRow] = {}
+    texts: dict[int, tuple[str, str, str]] = {}
+    for place, pair in enumerate(pairs):
         try:
-            rendered.append(render_pair(pair, chat))
+            texts[place] = render_pair(pair, chat)
         except RejectedRow as reason:
-            rendered.append(reason)
-    prompts = [texts[0] for texts in rendered if isinstance(texts, tuple)]
-    responses = [(texts[0], text) for texts in rendered if isinstance(texts, tuple) for text in texts[1:]]
-    prompt_ids = iter(_encode(prompts, chat))
+            results[place] = reason
+    prompts = _encode([prompt for prompt, *_ in texts.values()], chat)
+    responses = [(prompt, response) for prompt, *both in texts.values() for response in both]
     response_ids = iter(_encode_after(responses, chat))
-    results: list[TokenizedPair | RejectedRow] = []
-    for pair, texts in zip(pairs, rendered, strict=True):
-        if isinstance(texts, RejectedRow):
-            results.append(texts)
-            continue
+    for place, prompt in zip(texts, prompts, strict=True):
         try:
-            results.append(_fit(pair, next(prompt_ids), next(response_ids), next(response_ids), data))
+            results[place] = _fit(pairs[place], prompt, next(response_ids), next(response_ids), data)
         except RejectedRow as reason:
-            results.append(reason)
-    return results
+            results[place] = reason
+    return [results[place] for place in range(len(pairs))]
+
+
+def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
+    """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
+
+    Raises:
+        RejectedRow: template_error, if the template refuses the messages.
+        TbpoError: if the template does not allow the cut between prompt and response.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
+        chosen, rejected = (
+            chat.render((*pair.prompt, response), pair.tools) if response else ""
+            for response in (pair.chosen, pair.rejected)
+        )
+    except TemplateSyntaxError as error:
+        raise TbpoError(
+            f"the chat template is no Jinja template: {error.message}",
+            f"line {error.lineno} of the template",
+            "a template that renders the chat",
+            "mend the file that model.chat_template names, or the tokenizer's own template",
+        ) from None
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
+    for full in filter(None, (chosen, rejected)):
+        if not full.startswith(prompt):
+            raise TbpoError(
+                "the chat template renders the prompt differently once an answer follows",
+                f"pair {pair.pair_id}\n    prompt alone: …{_around_split(prompt, full)!r}\n"
+                f"    with answer:  …{_around_split(full, prompt)!r}",
+                "the full rendering begins with the rendering of the prompt and its generation prompt",
+                "give a template of your own as model.chat_template",
+            )
+    return prompt, *(_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+
+
+def _around_split(text: str, other: str) -> str:
+    """The part of a text around the place where it leaves the other."""
+    split = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return text[max(0, split - 80) : split + 80]
+
+
+def _up_to_end_of_turn(response: str, chat: Chat) -> str:
+    """The response up to the first control token after its text: what a template adds behind it is never generated."""
+    cut, end = None, len(response)
+    for match in reversed(list(chat.controls.finditer(response))):
+        if response[match.end() : end].strip():
+            break
+        cut, end = match.end(), match.start()
+    if cut is None:
+        raise TbpoError(
+            "the chat template ends an answer without an end-of-turn token",
+            f"the answer renders as …{response[-80:]!r}",
+            "a control token after the answer, so that the model learns to stop",
+            "give a template of your own as model.chat_template",
+        )
+    return response[:cut]
 
 
 def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
@@ -152,12 +276,12 @@ def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:
 
 def _encode_masked(text: str, chat: Chat) -> list[int]:
     before, *rest = re.split(f"({chat.controls.pattern})", text)  # text, control token, text, control token, text, …
-    ids = chat.encode([unmask(before)], controls_as_text=True)[0]
+    ids = chat.encode([_unmask(before)], controls_as_text=True)[0]
     for control, after in zip(rest[::2], rest[1::2], strict=True):
         token = chat.control_tokens[control]
         after = after.lstrip() if token.rstrip else after  # some control tokens swallow the white space around them
         ids += [chat.tokenizer.convert_tokens_to_ids(control)]
-        ids += chat.encode([unmask(after)], controls_as_text=True)[0]
+        ids += chat.encode([_unmask(after)], controls_as_text=True)[0]
     return ids
 
 

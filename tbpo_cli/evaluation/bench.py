@@ -13,8 +13,7 @@ from tbpo_cli import console
 from tbpo_cli.data.batches import collate_all
 from tbpo_cli.data.prompts import Prompt, prompts_of, prompts_of_pairs
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.template import Chat
-from tbpo_cli.data.tokens import end_of_turn, load_tokenizer
+from tbpo_cli.data.tokens import Chat, end_of_turn, load_tokenizer
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import NUM_SAMPLES, PROTOCOL, complete_all
 from tbpo_cli.evaluation.preference import pair_rows

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
 from tbpo_cli.core.types import sum_over_response
-from tbpo_cli.data.batches import PairBatch
+from tbpo_cli.data.layouts import PairBatch
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
 from tbpo_cli.measures import MEASURES
 from tbpo_cli.model.load import REFERENCE

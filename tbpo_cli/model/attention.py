@@ -13,8 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tbpo_cli.data.batches import collate
-from tbpo_cli.data.layouts import LAYOUTS, Sequences
+from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 

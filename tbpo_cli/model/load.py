@@ -8,23 +8,21 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.lora import fuse_lora, local_adapter
 from tbpo_cli.model.sharding import gather_all, shard
 from tbpo_cli.recipe import Model, Recipe
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import BitsAndBytesConfig
 
 POLICY = "default"  # peft's own name for a first adapter: what is saved loads without naming it
 REFERENCE, POSITIVE, NEGATIVE = "reference", "positive", "negative"
@@ -147,39 +145,16 @@ def load_policy(
     Raises:
         TbpoError: if the base cannot be loaded, or LoRA finds no layers.
     """
-    lora = recipe.model.lora
-    base_folder = str(sft_output) if lora is None and sft_output is not None else recipe.model.base
     torch.manual_seed(recipe.run.seed)  # random weights and LoRA's start are functions of the seed
     compute, device = compute_dtype(recipe.model, device), home or device
-    if lora is None:  # bf16 would round small updates of the weights away: they are kept in fp32
-        model = load_base(recipe.model, base_folder, device, torch.float32)
+    if recipe.model.lora is None:  # bf16 would round small updates of the weights away: they are kept in fp32
+        model = load_base(recipe.model, str(sft_output or recipe.model.base), device, torch.float32)
         frozen = {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {}
         return Policy(model, frozen, None if compute == torch.float32 else compute)
-    model = load_base(recipe.model, base_folder, device, compute)
-
-    from peft import LoraConfig, get_peft_model
-
-    if start := sft_output or _named_adapter(recipe.model):
-        return _with_adapter(_continue(model, start, start, recipe.model), recipe.model, compute)
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=recipe.model.base,
-        revision=recipe.model.revision,
-    )
-    try:
-        return _with_adapter(get_peft_model(model, config), recipe.model, compute)
-    except ValueError as error:
-        raise TbpoError(
-            f"the adapter does not fit the model: {error}",
-            "[model.lora] target_modules",
-            'names of linear layers of the model, or "all-linear"',
-            'target_modules = "all-linear"',
-        ) from error
+    model = load_base(recipe.model, recipe.model.base, device, compute)
+    start = sft_output or _named_adapter(recipe.model)
+    adapted = _new_adapter(model, recipe.model) if start is None else _continue(model, start, start, recipe.model)
+    return _with_adapter(adapted, recipe.model, compute)
 
 
 def load_trained(recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None) -> Policy:
@@ -202,21 +177,38 @@ def _named_adapter(model: Model) -> Path | None:
     return None if model.adapter is None else local_adapter(model.adapter, "model.adapter")
 
 
+def _new_adapter(base: nn.Module, model: Model) -> nn.Module:
+    lora = model.lora
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.base,
+        revision=model.revision,
+    )
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise TbpoError(
+            f"the adapter does not fit the model: {error}",
+            "[model.lora] target_modules",
+            'names of linear layers of the model, or "all-linear"',
+            'target_modules = "all-linear"',
+        ) from error
+
+
 def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Model, trains: bool = True) -> nn.Module:
     """The base with the adapter of one folder as the policy, and that of another, if any, as the frozen reference."""
-    from peft import PeftModel
-
     try:
         peft_model = PeftModel.from_pretrained(base, policy, adapter_name=POLICY, is_trainable=trains)
         if reference is not None:
             peft_model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
             peft_model.set_adapter(POLICY)
     except (RuntimeError, ValueError) as error:
-        what, fix = (
-            f"the adapter does not fit the base: {str(error).strip().splitlines()[-1].strip()}",
-            "check model.base",
-        )
-        raise TbpoError(what, str(policy), f"an adapter for {model.base}", fix) from error
+        what = f"the adapter does not fit the base: {str(error).strip().splitlines()[-1].strip()}"
+        raise TbpoError(what, str(policy), f"an adapter for {model.base}", "check model.base") from error
     return peft_model
 
 
@@ -272,8 +264,6 @@ def add_helper(
 
 def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> nn.Module:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     attention = None if model.attention == "auto" else model.attention
     if trusted := model.trust_remote_code:
         console.say(f"WARNING: model.trust_remote_code = true: code from {folder_or_id} runs with your rights")
@@ -309,8 +299,6 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
 
 
 def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
-    from transformers import BitsAndBytesConfig
-
     key = 'model.quantization = "nf4"'
     if device.type == "cpu":  # bitsandbytes has no gradients there once a layer was used for inference
         raise TbpoError("4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,10 @@ from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import CHUNK_TOKENS, REFERENCE_FREE, STATISTICS, Head, token_statistics, uses_identity
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
-from tbpo_cli.data.batches import PairBatch, SideBatch
+from tbpo_cli.data.layouts import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
-from tbpo_cli.model.sharding import causal_model, gathered, hidden_states
+from tbpo_cli.model.sharding import causal_model, gathered
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,14 @@ class Scorer:
                 without diagnostics, and for `needs` within `from_reference_logps`.
             view: a frozen model of the policy's, in whose place it is scored, without gradients.
         """
-        statistics = needs & STATISTICS
-        if reference_logps is not None:
-            statistics = frozenset({"logps"})
+        statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
         extra = frozenset()
         if diagnostics:
             extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
         reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
         columns = {}
         if "weights" in needs:
-            columns["weights"] = self._helpers_log_ratio(batch)
+            columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
         own = view == POLICY
         states = self._states(self.policy.model, batch, self.heads[POLICY]) if own else self._view(view, batch)
         columns |= self._statistics(statistics, batch, view, states, reference)
@@ -102,9 +101,9 @@ class Scorer:
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
 
-    def reference_logps(self, batch: PairBatch) -> Tensor:
-        """log π_ref of the batch's tokens, (N,), on its device."""
-        return self._statistics(frozenset({"logps"}), batch, REFERENCE, self._view(REFERENCE, batch))["logps"]
+    def view_logps(self, view: str, batch: PairBatch) -> Tensor:
+        """log-probabilities of the batch's tokens by a frozen model of the policy's, (N,), on the batch's device."""
+        return self._statistics(frozenset({"logps"}), batch, view, self._view(view, batch))["logps"]
 
     def _view(self, name: str, batch: PairBatch) -> Tensor:
         with self.policy.view(name) as model:
@@ -117,7 +116,7 @@ class Scorer:
             rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            states = model(**rows).logits if head is None else hidden_states(model, rows)
+            states = model(**rows).logits if head is None else _hidden_states(model, rows)
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
@@ -134,14 +133,6 @@ class Scorer:
             logits = states if reference is None else reference
             computed = oracle.side_scores(states.float()[None], logits.float()[None], tokens[None], everything)
         return {name: getattr(computed, name).reshape(-1) for name in needs}
-
-    def _helpers_log_ratio(self, batch: PairBatch) -> Tensor:
-        """log π⁺ − log π⁻ of every response token, (N,)."""
-        positive, negative = (
-            self._statistics(frozenset({"logps"}), batch, name, self._view(name, batch))["logps"]
-            for name in (POSITIVE, NEGATIVE)
-        )
-        return positive - negative
 
 
 def from_reference_logps(needs: frozenset[str]) -> bool:
@@ -170,6 +161,12 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
 
     lengths = [len(batch.chosen.slots), len(batch.rejected.slots)]
     return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
+
+
+def _hidden_states(model: nn.Module, rows: dict[str, Any]) -> Tensor:
+    """(R, L, H): what the output head reads."""
+    causal = causal_model(model)
+    return getattr(causal, "sharded_backbone", causal.base_model)(**rows).last_hidden_state
 
 
 def _gathered_head(head: Head) -> Head:
@@ -201,7 +198,7 @@ def read_head(model: nn.Module, compute: torch.dtype | None = None) -> Head | No
     model.eval()
     with torch.no_grad():
         logits = model(**rows).logits[0].float()
-        rebuilt = _gathered_head(head).logits(hidden_states(model, rows)[0]).float()
+        rebuilt = _gathered_head(head).logits(_hidden_states(model, rows)[0]).float()
     model.train(was_training)
     tolerance = 0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
     if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):

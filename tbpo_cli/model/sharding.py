@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def causal_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a peft model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def hidden_states(model: nn.Module, rows: Mapping[str, Any]) -> Tensor:
-    """(R, L, H): what the output head of a causal language model, or of the one inside a peft model, reads."""
-    causal = causal_model(model)
-    if isinstance(causal, FSDPModule):
-        return causal.sharded_backbone(**rows).last_hidden_state
-    return causal.base_model(**rows).last_hidden_state
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> None:

@@ -135,8 +135,7 @@ class _Sampler:
     """The aligned policy, its reference and its tokenizer; models are loaded when they are first needed here."""
 
     def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
-        from tbpo_cli.data.template import Chat
-        from tbpo_cli.data.tokens import end_of_turn, load_tokenizer
+        from tbpo_cli.data.tokens import Chat, end_of_turn, load_tokenizer
 
         self.recipe, self.run_dir = recipe, run_dir
         self.chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)

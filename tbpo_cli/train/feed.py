@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 
 from tbpo_cli import console
-from tbpo_cli.data.batches import PairBatch
+from tbpo_cli.data.layouts import PairBatch
 from tbpo_cli.errors import TbpoError, ToldError
 from tbpo_cli.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group
@@ -92,7 +92,10 @@ def keep_freed_memory() -> None:
 
 
 class Ahead:
-    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed."""
+    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed.
+
+    Not torch's DataLoader, whose workers are processes, and whose sampler would have to know of a changed budget.
+    """
 
     def __init__(self, collate_step: Callable[[int, int], list[PairBatch]]) -> None:
         """`collate_step(step, tokens)` is a pure function."""

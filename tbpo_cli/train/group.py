@@ -62,7 +62,7 @@ class Group:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Adds up the gradients of all processes, in place; one that a process does not have counts as zero.
 
-        Those of sharded weights are sums already.
+        Those of sharded weights are sums already. Not torch's DDP, which wants as many passes in every process.
         """
         if self.size == 1:
             return

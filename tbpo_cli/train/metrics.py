@@ -14,6 +14,7 @@ from torch import Tensor
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import write_whole
 from tbpo_cli.train.group import Group
 
 Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # name → (sum, number of pairs or tokens it is a mean over)
@@ -28,19 +29,14 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     logps_chosen, logps_rejected, per token; num_clipped, values of log R outside ±30.
     """
     chosen, rejected = scores.chosen, scores.rejected
-    num_pairs = len(output.per_pair)
-    weights = chosen.mask.sum(dim=1) if loss.mean_over == "chosen_tokens" else chosen.mask.new_ones(num_pairs).long()
+    num_pairs, weights = len(output.per_pair), pair_weights(scores, loss)
     totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if side.logps is not None and side.mask.shape[1]:
-            totals[f"logps_{name}"] = (sum_over_response(side.logps.detach(), side.mask).sum(), side.mask.sum())
-    for name in ("kl", "reverse_kl", "entropy"):
-        sides = [side for side in (chosen, rejected) if getattr(side, name) is not None]
-        if sides:
-            totals[name] = (
-                sum(sum_over_response(getattr(side, name).detach(), side.mask).sum() for side in sides),
-                sum(side.mask.sum() for side in sides),
-            )
+    per_token = {"logps_chosen": ("logps", (chosen,)), "logps_rejected": ("logps", (rejected,))}
+    per_token |= {name: (name, (chosen, rejected)) for name in ("kl", "reverse_kl", "entropy")}
+    for metric, (name, sides) in per_token.items():
+        if getattr(chosen, name) is not None:
+            sums = [sum_over_response(getattr(side, name).detach(), side.mask).sum() for side in sides]
+            totals[metric] = (sum(sums), sum(side.mask.sum() for side in sides))
     if chosen.log_ratio is not None and rejected.mask.shape[1]:
         beta = getattr(loss, "beta", 1.0)
         reward_chosen, reward_rejected = (_reward(side, beta) for side in (chosen, rejected))
@@ -54,6 +50,12 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     if output.num_clipped is not None:
         totals["num_clipped"] = (output.num_clipped, 1)
     return totals
+
+
+def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
+    """What each pair counts for in a step's loss, (B,): 1, or its number of chosen tokens, as `loss.mean_over` says."""
+    num_chosen = scores.chosen.mask.sum(dim=1)
+    return num_chosen if loss.mean_over == "chosen_tokens" else torch.ones_like(num_chosen)
 
 
 def _reward(side: SideScores, beta: float) -> Tensor:
@@ -101,11 +103,8 @@ class MetricsLog:
         """
         self.path, self._writes = path, writes
         self.lines = [line for line in read_metrics(path) if line["step"] <= upto_step]
-        if not writes:
-            return
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("".join(_encode(line) for line in self.lines), encoding="utf-8")
-        temporary.replace(path)
+        if writes:
+            write_whole(path, "".join(_encode(line) for line in self.lines))
 
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
         line = {"split": split, "step": step, **values}

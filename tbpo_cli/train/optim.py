@@ -1,4 +1,4 @@
-"""Optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers, and the learning rate as a pure function of the step: a scheduler would have a state to keep."""
 
 from __future__ import annotations
 

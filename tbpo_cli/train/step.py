@@ -15,16 +15,18 @@ from torch import Tensor
 
 from tbpo_cli import console
 from tbpo_cli.core.types import LossOutput, PairScores
-from tbpo_cli.data.batches import PairBatch, blank_batch, collate_all, step_indices
+from tbpo_cli.data.batches import collate_all, step_indices
+from tbpo_cli.data.layouts import PairBatch, blank_batch
 from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.files import write_sealed
+from tbpo_cli.model.load import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
-from tbpo_cli.train.checkpoint import Trainee
+from tbpo_cli.train.checkpoint import Trainee, kept_checkpoints
 from tbpo_cli.train.feed import Ahead, TokenBudget
-from tbpo_cli.train.metrics import Totals, average, measure
+from tbpo_cli.train.metrics import Totals, average, measure, pair_weights
 from tbpo_cli.train.optim import learning_rate
 
 if TYPE_CHECKING:
@@ -164,11 +166,10 @@ class Stepper:
             found = [(batch.indices, reference)] if is_new else []
         scores = self.scorer.score(batch, run.loss.needs, full, reference)
         output = run.loss(scores)
-        weights, normaliser = 1, run.settings.batch_size
+        total = run.settings.batch_size
         if run.loss.mean_over == "chosen_tokens":
-            weights = scores.chosen.mask.sum(dim=1)
-            normaliser = int(run.train.chosen_lengths[self._pairs(number)].sum())
-        (output.per_pair * weights).sum().div(normaliser).backward()
+            total = int(run.train.chosen_lengths[self._pairs(number)].sum())
+        (output.per_pair * pair_weights(scores, run.loss)).sum().div(total).backward()
         return scores, output, found
 
     def _reference_logps(self, batch: PairBatch) -> tuple[Tensor, bool]:
@@ -177,7 +178,7 @@ class Stepper:
         reference, is_new = known.to(self.run.device, non_blocking=True), bool(known.isnan().any())
         if not (any(self.run.group.gather(is_new)) if self.run.policy.is_sharded else is_new):
             return reference, False
-        return torch.where(reference.isnan(), self.scorer.reference_logps(batch), reference), is_new
+        return torch.where(reference.isnan(), self.scorer.view_logps(REFERENCE, batch), reference), is_new
 
     def _diverged(self, number: int, batches: list[PairBatch]) -> DivergenceError:
         """The error that names the first micro-batch whose gradient is not finite by itself, if there is one."""
@@ -190,12 +191,12 @@ class Stepper:
             with pair_writer(folder) as writer:
                 writer.write_batch(record_batch([(pair, None) for pair in pairs]))
             write_sealed(folder / "diverged.json", {"step": number + 1, "seed": run.seed, **(known or {})})
-        kept = sorted(run.folder.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        last = ["the start", *kept_checkpoints(run.folder / "checkpoints").values()][-1]
         what = f"the losses of the micro-batch are {known['losses']}" if known else "only their sum is not finite"
         return DivergenceError(
             "training diverged: the loss or its gradient is not finite",
             f"step {number + 1}, pairs {', '.join(pair.pair_id for pair in pairs)}; {what}",
-            f"finite numbers; nothing was written over, and the last good state is {kept[-1] if kept else 'the start'}",
+            f"finite numbers; nothing was written over, and the last good state is {last}",
             f"lower the learning rate, or look at those pairs alone: {folder}",
         )
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from common import about_lengths, make_store, write_results
 from torch import Tensor, nn
 
-from tbpo_cli.data.batches import collate, cut_to_span
-from tbpo_cli.data.layouts import Sequences
+from tbpo_cli.data.batches import cut_to_span
+from tbpo_cli.data.layouts import Sequences, collate
 from tbpo_cli.model.attention import _in_one_kernel, _one_by_one
 
 ON_GPU = torch.cuda.is_available()

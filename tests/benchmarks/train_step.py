@@ -31,7 +31,8 @@ from common import about_lengths, make_store, write_results
 from roofline import matrix_rate, roofline
 
 from tbpo_cli.core import PairScores, SideScores, StateBaseline, build_loss
-from tbpo_cli.data.batches import collate, step_indices
+from tbpo_cli.data.batches import step_indices
+from tbpo_cli.data.layouts import collate
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.recipe import load_recipe

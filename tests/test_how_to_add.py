@@ -1,0 +1,165 @@
+"""A loss, a generator, a data format, a judge and a stage, each added by one line of a table and used as any other."""
+
+import json
+import typing
+from dataclasses import dataclass, replace
+
+import pytest
+import torch.nn.functional as F
+from conftest import preference_rows, run_stage, write_jsonl
+
+from tbpo_cli import stages
+from tbpo_cli.checks import table
+from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
+from tbpo_cli.core.losses import Loss
+from tbpo_cli.core.types import mean_over_response
+from tbpo_cli.data.layouts import LAYOUTS
+from tbpo_cli.data.pairs import FORMATS, Format, make_pair
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.judges import JUDGES, ScoreJudge
+from tbpo_cli.recipe import Align, Data, Eval, load_recipe
+from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
+
+
+def train_lines(run):
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "train"]
+
+
+@dataclass(frozen=True)
+class Likely(Loss):
+    """−scale · mean log π_θ of the chosen response: no reference."""
+
+    scale: float = 1.0
+    needs = frozenset({"logps"})
+
+    def __call__(self, scores):
+        return LossOutput(-self.scale * mean_over_response(scores.chosen.logps, scores.chosen.mask))
+
+
+def test_a_loss(recipe_file, tmp_path, monkeypatch):
+    """Its fields are keys of the recipe, its `needs` are computed: with half the scale, the first loss is a half."""
+    with pytest.raises(TbpoError, match="'likely' is unknown"):
+        load_recipe(recipe_file, ("align.loss.name=likely",))
+    monkeypatch.setitem(LOSSES, "likely", Likely)
+    runs = [
+        run_stage("align", recipe_file, tmp_path / str(scale), f"align.loss={{name = 'likely', scale = {scale}}}")
+        for scale in (1.0, 0.5)
+    ]
+    whole, half = (train_lines(run)[0]["loss"] for run in runs)
+    assert whole > 0 and half == pytest.approx(whole / 2, rel=1e-5)
+    with pytest.raises(TbpoError, match=r"align\.loss\.sale is an unknown key"):
+        load_recipe(recipe_file, ("align.loss.name=likely", "align.loss.sale=2.0"))
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """L(z) = max(0, margin + z): no Bregman generator, but the loop asks for no more."""
+
+    margin: float = 1.0
+
+    def h(self, ratio):
+        raise NotImplementedError
+
+    def loss(self, log_ratio):
+        return F.relu(self.margin + log_ratio)
+
+
+def test_a_generator(recipe_file, tmp_path, monkeypatch):
+    """Policy = reference at the first step, where log R = 0 at every token: the loss is the margin."""
+    monkeypatch.setitem(GENERATORS, "margin", Hinge)
+    run = run_stage("align", recipe_file, tmp_path / "run", "model.lora.dropout=0.0", "align.max_steps=1",
+                    "align.loss.generator={name = 'margin', margin = 3.0}")  # fmt: skip
+    assert train_lines(run)[0]["loss"] == pytest.approx(3.0, abs=1e-6)
+    assert 'name = "margin"' in (run / "recipe.toml").read_text()
+
+
+def read_question(row):
+    """{"question": text, "answers": [the better, the worse]}."""
+    prompt = ({"role": "user", "content": row["question"]},)
+    return make_pair(row, prompt, *({"role": "assistant", "content": text} for text in row["answers"]))
+
+
+def test_a_data_format(recipe_file, tmp_path, monkeypatch):
+    """It is recognised by its columns, and makes the pairs that the same texts in another format are."""
+    plain = preference_rows(8, seed=3)
+    rows = [{"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in plain]
+    train = write_jsonl(tmp_path / "questions.jsonl", rows)
+    with pytest.raises(TbpoError, match="none of the known formats"):
+        run_stage("prepare", recipe_file, tmp_path / "before", f"data.train={train}")
+    monkeypatch.setitem(FORMATS, "question", Format(("question", "answers"), read_question))
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
+    same = run_stage(
+        "prepare", recipe_file, tmp_path / "same", f"data.train={write_jsonl(tmp_path / 'p.jsonl', plain)}"
+    )
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    assert (counts["format"], counts["kept"]) == ("question", {"train": 8})
+    assert len({(made / "prepare/train/pairs.arrow").read_bytes() for made in (run, same)}) == 1
+
+
+def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
+    """recipe.py loads neither torch nor numpy, and so repeats them."""
+    tables = {(Data, "format"): FORMATS, (Align, "layout"): LAYOUTS, (Align, "optimizer"): OPTIMIZERS,
+              (Align, "schedule"): SCHEDULES}  # fmt: skip
+    for (owner, key), names in tables.items():
+        assert {*typing.get_args(typing.get_type_hints(owner)[key])} - {"auto"} == {*names}, key
+
+
+@table
+class EvalWithLongest(Eval):
+    """[eval] with one key more: a judge's value is given by the recipe, and every key of a recipe is declared."""
+
+    longest: bool | None = None
+    judged = True
+
+
+def longest_of(_value, _cache):
+    return ScoreJudge("longest", lambda answers: (len(completion) for _, completion in answers))
+
+
+def test_a_judge(recipe_file, tmp_path, monkeypatch):
+    """The longer completion wins, as samples.jsonl says."""
+    monkeypatch.setitem(JUDGES, "longest", longest_of)
+    sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
+    recipe = load_recipe(recipe_file, sets)
+    recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
+    run = tmp_path / "run"
+    stages.run_through("eval", recipe, RunDir(run), restart=False)
+    (rate,) = json.loads((run / "eval/results.json").read_text())["win_rates"]
+    lengths = {"policy": {}, "reference": {}}
+    for sample in map(json.loads, (run / "sample/samples.jsonl").read_text().splitlines()):
+        lengths[sample["model"]][sample["prompt_id"]] = len(sample["completion"])
+    differences = [length - lengths["reference"][prompt] for prompt, length in lengths["policy"].items()]
+    assert (rate["judge"], len(differences)) == ("longest", 8)
+    assert (rate["wins"], rate["losses"]) == (sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+
+
+STAGE = """
+import json
+from tbpo_cli import console
+from tbpo_cli.data.store import PairStore
+
+def run(recipe, run_dir):
+    path = run_dir.begin("lengths", recipe) / "lengths.json"
+    path.write_text(json.dumps(PairStore(run_dir.stage("prepare") / "train").chosen_lengths.tolist()))
+    run_dir.finish("lengths", [path], {})
+    report(recipe, run_dir)
+
+def report(recipe, run_dir):
+    console.say(f"the lengths are in {run_dir.stage('lengths')}")
+"""
+
+
+def test_a_stage(recipe_file, tmp_path, monkeypatch, capsys):
+    """A file beside the others: it runs what it needs first, nothing when up to date, and stops at changed inputs."""
+    (tmp_path / "lengths.py").write_text(STAGE)
+    monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
+    monkeypatch.setitem(STAGES, "lengths", replace(STAGES["prepare"], needs=("prepare",)))
+    run = run_stage("lengths", recipe_file, tmp_path / "run")
+    assert len(json.loads((run / "lengths/lengths.json").read_text())) == 40
+    assert (run / "prepare/manifest.json").exists() and "the lengths are in" in capsys.readouterr().err
+    run_stage("lengths", recipe_file, run)
+    assert "lengths is up to date" in capsys.readouterr().err
+    with pytest.raises(TbpoError, match="the inputs of a stage changed since it was run: prepare, lengths"):
+        run_stage("lengths", recipe_file, run, "data.max_length=100")
