@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,8 @@ from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group, device_of_environment
 from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.memory import room
+from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -79,6 +82,24 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     facts = {"seed": recipe.run.seed, "device": where, "num_processes": group.size, "seconds": seconds}
     facts["base_commit"] = getattr(policy.model.config, "_commit_hash", None)  # of a Hub repository
     run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
+
+
+def show_evaluations(title: str, folder: Path, summary: tuple[tuple[str, str, str, bool], ...]) -> None:
+    """Shows the held-out figures of a complete training, before and after; nothing if no pair was held out.
+
+    Args:
+        folder: of the stage.
+        summary: (metric, what a person reads, how it is written, whether it means something before the first step).
+    """
+    evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if line["split"] == "eval"]
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        rows = [
+            [label, form.format(before[name]) if at_start else "–", form.format(after[name])]
+            for name, label, form, at_start in summary
+            if name in after
+        ]
+        console.show_table(title, ["", "before", "after"], rows)
 
 
 def _open_stores(
@@ -143,9 +164,8 @@ def choose_sharding(policy: Policy, wanted: str, model: Model, device: torch.dev
     if device.type == "cuda" and model.quantization is None:
         models = [policy.model, *policy.frozen.values()]
         size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
-        room = torch.cuda.get_device_properties(device).total_memory
-        if size > room / 2:  # the rest is for activations
-            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room / 1e9:,.0f} GB"
+        if size > room(device) / 2:  # the rest is for activations
+            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room(device) / 1e9:,.0f} GB"
     return False, "only an adapter is trained"
 
 
