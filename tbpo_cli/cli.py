@@ -33,26 +33,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Texts = list[str] | None
+
 
 @dataclass
 class Call:
     """What was given to a command on a recipe. The fields are all options that there are, in the order of --help."""
 
     recipe: Annotated[Path, Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
-    flags: Annotated[
-        list[str] | None, Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)
-    ] = None
+    flags: Annotated[Texts, Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)] = None
     sets: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q"),
+        Texts, Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q")
     ] = None
     run_dir: Annotated[Path | None, Option(metavar="DIR", help="Where the run lives, instead of runs/NAME.")] = None
     prompt: Annotated[
-        list[str] | None, Option(metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines.")
+        Texts, Option(metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines.")
     ] = None
-    against: Annotated[
-        list[str] | None, Option(metavar="RUN …", help="Compare with these runs, adapters or models.")
-    ] = None
+    against: Annotated[Texts, Option(metavar="RUN …", help="Compare with these runs, adapters or models.")] = None
     allow_unevaluated: Annotated[bool, Option("--allow-unevaluated", help="Publish without held-out results.")] = False
     gpus: Annotated[int | None, Option(metavar="N", min=1, help="One process a GPU, on this machine.")] = None
     cpu: Annotated[bool, Option("--cpu", help="On the CPU; with --gpus N, in N processes.")] = False

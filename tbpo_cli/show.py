@@ -25,7 +25,7 @@ from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, load_policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.run import RunDir
 from tbpo_cli.stages import WORDS, plan
 from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.group import device_of_environment
@@ -55,12 +55,10 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
     _print("")
     if not Path(recipe.model.base).exists():
         _ask_hub_once()
-    for name in STAGES:
-        if name != "sft" or recipe.sft is not None:
-            state, changes = plan(name, recipe, run_dir)[name]
-            _print(f"{WORDS[state]} {'; '.join(changes)}", name)
-            if (name, state) == ("prepare", "new"):
-                run_dir.inputs(name, recipe)  # says which files are not there
+    for name, (state, changes) in plan("eval", recipe, run_dir).items():
+        _print(f"{WORDS[state]} {'; '.join(changes)}", name)
+        if (name, state) == ("prepare", "new"):
+            run_dir.inputs(name, recipe)  # says which files are not there
     for name in ("sft", "align"):
         if getattr(recipe, name) is not None:
             _print("")

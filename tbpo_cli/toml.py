@@ -34,26 +34,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        fix = f"recipes in that folder: {', '.join(there)}" if there else "give the path of a recipe, a TOML file"
-        if near := difflib.get_close_matches(str(path), there, n=1):
-            fix = f"did you mean {near[0]}?"
-        raise TbpoError("there is no such recipe", str(path), "a TOML file", fix) from None
-    except IsADirectoryError:
-        raise TbpoError("the recipe is a folder", str(path), "a TOML file", "give the file inside it") from None
-    except UnicodeDecodeError as error:
-        raise TbpoError(
-            "the recipe is not UTF-8 text", f"{path}, byte {error.start}", "a TOML file", "save it as UTF-8"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise TbpoError(
-            "the recipe is not valid TOML",
-            f"{path}: {error}",
-            "key = value lines under [table] headings",
-            'mend that line; text needs quotes: key = "text"',
-        ) from None
+        there = sorted(map(str, path.parent.glob("*.toml")))
+        near = difflib.get_close_matches(str(path), there, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"recipes in that folder: {', '.join(there) or 'none'}"
+        what, where, expected = "there is no such recipe", str(path), "a TOML file"
     except OSError as error:
-        raise TbpoError(f"the recipe cannot be read: {error.strerror}", str(path), "a readable file") from None
+        reason = "is a folder" if isinstance(error, IsADirectoryError) else f"cannot be read: {error.strerror}"
+        what, where, expected, fix = f"the recipe {reason}", str(path), "a TOML file", "give one that can be read"
+    except UnicodeDecodeError as error:
+        what, where = "the recipe is not UTF-8 text", f"{path}, byte {error.start}"
+        expected, fix = "a TOML file", "save it as UTF-8"
+    except tomllib.TOMLDecodeError as error:
+        what, where = "the recipe is not valid TOML", f"{path}: {error}"
+        expected, fix = "key = value lines under [table] headings", 'mend that line; text needs quotes: key = "text"'
+    raise TbpoError(what, where, expected, fix)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> list[TbpoError]:
