@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -138,10 +138,16 @@ class Sft(Training):
     train: Sources | None = None
     batch_examples: Count = 32
     learning_rate: Positive = 2e-5
+    reverse: ClassVar[bool] = False
 
     @property
     def batch_size(self) -> int:
         return self.batch_examples
+
+    @property
+    def split(self) -> str:
+        """The prepared pairs that are trained on, by the name of their folder."""
+        return "train" if self.train is None else "sft"
 
 
 @table
@@ -151,6 +157,7 @@ class Align(Training):
     batch_pairs: Count = 32
     reverse: bool = False  # chosen and rejected change places: for the negative helper of tis_dpo
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "tbpo_a"})
+    split: ClassVar[str] = "train"
 
     @property
     def batch_size(self) -> int:

@@ -30,18 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
-    """Trains one stage and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
-
-    Args:
-        name: "sft" or "align".
-        train_split: the folder under prepare/ with the training pairs.
+def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
+    """Trains "sft" or "align", and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
 
     Raises:
-        TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
+        TbpoError: if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
     """
-    started = time.monotonic()
-    stores = _open_stores(name, recipe, run_dir, loss, train_split)
+    started, settings, stores = time.monotonic(), getattr(recipe, name), open_stores(name, recipe, run_dir)
+    if loss.span != "chosen" and not all(store.has_rejected for store in stores):
+        raise TbpoError(
+            "the rows have no rejected responses",
+            "data.train or data.eval",
+            "preference pairs, with a chosen and a rejected response",
+            "demonstrations are for `tbpo sft`",
+        )
     tokenizer = _open_tokenizer(recipe, run_dir)
     group, device = Group.of_environment(), device_of_environment()
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
@@ -49,14 +51,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{name}: loading {recipe.model.base}")
     policy = _load(name, recipe, run_dir, loss, group, device)
-    embeddings = policy.model.get_input_embeddings().weight.shape[0]
-    if (largest := max(store.largest_id for store in stores)) >= embeddings:
-        raise TbpoError(
-            f"the tokenizer has an id that the model has no embedding for: {largest}",
-            f"model.base = {recipe.model.base!r}",
-            f"ids below {embeddings:,}, as the model's config says",
-            "take the tokenizer that belongs to the model",
-        )
+    _check_embeddings(policy, stores, recipe.model)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     trained = sum(parameter.numel() for parameter in policy.trained.values())
     console.say(
@@ -65,7 +60,6 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     )
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
-    settings = getattr(recipe, name)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, device, group)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
     names = recipe.run.trackers if group.is_main else ()
@@ -84,6 +78,12 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
 
 
+def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, PairStore]:
+    """The prepared pairs that a stage trains on, and the held-out ones."""
+    settings, folder = getattr(recipe, name), run_dir.stage("prepare")
+    return PairStore(folder / settings.split, settings.reverse), PairStore(folder / "eval", settings.reverse)
+
+
 def show_evaluations(title: str, folder: Path, summary: tuple[tuple[str, str, str, bool], ...]) -> None:
     """Shows the held-out figures of a complete training, before and after; nothing if no pair was held out.
 
@@ -100,22 +100,6 @@ def show_evaluations(title: str, folder: Path, summary: tuple[tuple[str, str, st
             if name in after
         ]
         console.show_table(title, ["", "before", "after"], rows)
-
-
-def _open_stores(
-    name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str
-) -> tuple[PairStore, PairStore]:
-    """The training pairs and the held-out ones. Raises TbpoError if the loss cannot be computed from them."""
-    reverse = name == "align" and recipe.align.reverse
-    train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
-    if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
-        raise TbpoError(
-            "the rows have no rejected responses",
-            "data.train or data.eval",
-            "preference pairs, with a chosen and a rejected response",
-            "demonstrations are for `tbpo sft`",
-        )
-    return train, evaluation
 
 
 def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:
@@ -142,6 +126,17 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, 
             key = f"align.loss.{view}"
             add_helper(policy, view, getattr(loss, view), recipe.model, device, home, key)
     return policy
+
+
+def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model: Model) -> None:
+    embeddings = policy.model.get_input_embeddings().weight.shape[0]
+    if (largest := max(store.largest_id for store in stores)) >= embeddings:
+        raise TbpoError(
+            f"the tokenizer has an id that the model has no embedding for: {largest}",
+            f"model.base = {model.base!r}",
+            f"ids below {embeddings:,}, as the model's config says",
+            "take the tokenizer that belongs to the model",
+        )
 
 
 def _place(policy: Policy, wanted: str, model: Model, device: torch.device, group: Group) -> DeviceMesh | None:
@@ -180,6 +175,6 @@ def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, devic
     base = started["files"].get("model.base", {}) | started["files"].get("model.adapter", {})
     parts = {
         "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
-        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
+        "data": [started["outputs"], loss.span, getattr(recipe, name).reverse],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
