@@ -19,11 +19,9 @@ from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.toml import is_local
+from tbpo_cli.toml import PATHS, TOKENIZER_FILES, WEIGHT_FILES, is_local
 
 LIBRARIES = ("tbpo", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab*", "merges.txt")
-WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -33,48 +31,24 @@ class Stage:
     Args:
         needs: stages whose outputs it reads, if the recipe has them.
         tables: prefixes of the recipe's keys that it depends on.
-        files: recipe keys whose files it reads, with the patterns of the files that count in a folder.
+        base: patterns of the files in the folder of the base that it depends on.
         parallel: whether it can run in several processes.
     """
 
     needs: tuple[str, ...]
     tables: tuple[str, ...]
-    files: dict[str, tuple[str, ...]]
+    base: tuple[str, ...] = WEIGHT_FILES
     parallel: bool = True
 
 
-_FILE, _ROWS = ("*",), ("**/*",)
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_TRAINED = ("*.safetensors", "align/[am]*/*.safetensors")  # in a run directory, or the folder of an adapter or model
+_PREPARED = ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train")
 _MODEL = ("run.seed", "model.")
-_WEIGHTS = {"model.base": WEIGHT_FILES, "model.adapter": _ADAPTER}
-
-STAGES = {  # by the command, which is also the name of the folder in the run directory
-    "prepare": Stage(
-        needs=(),
-        tables=("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
-        files={"model.base": TOKENIZER_FILES, "model.chat_template": _FILE}
-        | dict.fromkeys(("data.train", "data.eval", "sft.train"), _ROWS),
-        parallel=False,
-    ),
-    "sft": Stage(needs=("prepare",), tables=(*_MODEL, "sft."), files=_WEIGHTS | {"sft.train": _ROWS}),
-    "align": Stage(
-        needs=("prepare", "sft"),
-        tables=(*_MODEL, "align."),
-        files=_WEIGHTS | dict.fromkeys(("align.loss.positive", "align.loss.negative"), _TRAINED),
-    ),
-    "sample": Stage(
-        needs=("prepare", "sft", "align"),
-        tables=(*_MODEL, "data.template_date", "sample."),
-        files=_WEIGHTS | {"sample.prompts": _FILE, "sample.adapter": _ADAPTER},
-    ),
-    "eval": Stage(
-        needs=("prepare", "sft", "align", "sample"),
-        tables=(*_MODEL, "data.template_date", "eval."),
-        files=_WEIGHTS
-        | {"eval.against": _TRAINED, "eval.reward_model": WEIGHT_FILES}
-        | dict.fromkeys(("eval.scorer", "eval.suites", "eval.judge.template"), _FILE),
-    ),
+STAGES = {  # by the command, which is also the folder in the run directory
+    "prepare": Stage((), _PREPARED, TOKENIZER_FILES, parallel=False),
+    "sft": Stage(("prepare",), (*_MODEL, "sft.")),
+    "align": Stage(("prepare", "sft"), (*_MODEL, "align.")),
+    "sample": Stage(("prepare", "sft", "align"), (*_MODEL, "data.template_date", "sample.")),
+    "eval": Stage(("prepare", "sft", "align", "sample"), (*_MODEL, "data.template_date", "eval.")),
 }
 
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
@@ -167,7 +141,8 @@ class RunDir:
         settings = {key: value for key, value in given.items() if key.startswith(stage.tables) and key not in FREE_KEYS}
         known = (self.started_from(name) or {}).get("files", {})
         files: dict[str, dict[str, Any]] = {}
-        for key, patterns in stage.files.items():
+        for key in (key for key in PATHS if key.startswith(stage.tables)):
+            patterns = stage.base if key == "model.base" else PATHS[key]
             for setting in (s for s in given if s == key or (s.startswith(f"{key}.") and s.endswith(".path"))):
                 sources = given[setting] if isinstance(given[setting], list) else [given[setting]]
                 local = [_files_of(key, source, patterns) for source in sources]
