@@ -105,7 +105,7 @@ def test_every_generator_can_be_named(load, name):
 def test_a_generator_may_be_named_without_a_table_of_its_own(load):
     table, name = (load(SMALL, f"align.loss.{key}=kliep") for key in ("generator.name", "generator"))
     assert table == name
-    with pytest.raises(TbpoError, match="align.loss.generator.name = 'klieb' is unknown"):
+    with pytest.raises(TbpoError, match=r"generator\.name = 'klieb' is unknown"):
         load(SMALL, "align.loss.generator=klieb")
 
 
