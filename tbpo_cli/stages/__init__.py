@@ -87,7 +87,12 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
             states = plan(target, recipe, run_dir)  # again: the result of a stage before may be another one now
             if not restart:
                 _refuse_changed(states, run_dir)
-            _run(name, states[name][0], restart and name == target, recipe, run_dir, processes)
+            anew = states[name][0] in ("stale", "changed") or (restart and name == target)
+            if anew and (old := run_dir.set_aside(name)):
+                console.say(f"the old {name} is kept as {old}")
+            if run_dir.manifest(name) is None:
+                parallel = (processes,) if STAGES[name].parallel else ()
+                module_of(name).run(recipe, run_dir, *parallel)
 
 
 def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -> None:
@@ -103,11 +108,3 @@ def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -
             f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), or --run-dir DIR "
             "starts another run",
         )
-
-
-def _run(name: str, state: str, restart: bool, recipe: Recipe, run_dir: RunDir, processes: Processes) -> None:
-    if (restart or state in ("stale", "changed")) and (old := run_dir.set_aside(name)):
-        console.say(f"the old {name} is kept as {old}")
-    if run_dir.manifest(name) is None:
-        parallel = (processes,) if STAGES[name].parallel else ()
-        module_of(name).run(recipe, run_dir, *parallel)
