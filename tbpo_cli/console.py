@@ -66,15 +66,10 @@ def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> It
         return value, f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"
 
     if err.is_terminal and not err.quiet:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, transient=True) as bar:
+        columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, "{task.fields[note]}", console=err, transient=True) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
             yield lambda done, note: bar.update(task, completed=done, note=f"{note}  {rate(done)[1]}".strip())
         return
