@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,8 @@ QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
+
+Summary = tuple[tuple[str, str, str, bool], ...]
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
@@ -47,6 +50,24 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     out.print(table, soft_wrap=False)
+
+
+def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary) -> None:
+    """The held-out figures of a training, before and after, as a table; nothing if no pair was held out.
+
+    Args:
+        metrics: the lines of its metrics.jsonl.
+        summary: (metric, what a person reads, how it is written, whether it means something before the first step).
+    """
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        rows = [
+            [label, form.format(before[name]) if at_start else "–", form.format(after[name])]
+            for name, label, form, at_start in summary
+            if name in after
+        ]
+        show_table(title, ["", "before", "after"], rows)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,6 @@ from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group, device_of_environment
 from tbpo_cli.train.loop import TrainingRun
 from tbpo_cli.train.memory import room
-from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.trackers import open_trackers
 
 if TYPE_CHECKING:
@@ -82,24 +80,6 @@ def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, 
     """The prepared pairs that a stage trains on, and the held-out ones."""
     settings, folder = getattr(recipe, name), run_dir.stage("prepare")
     return PairStore(folder / settings.split, settings.reverse), PairStore(folder / "eval", settings.reverse)
-
-
-def show_evaluations(title: str, folder: Path, summary: tuple[tuple[str, str, str, bool], ...]) -> None:
-    """Shows the held-out figures of a complete training, before and after; nothing if no pair was held out.
-
-    Args:
-        folder: of the stage.
-        summary: (metric, what a person reads, how it is written, whether it means something before the first step).
-    """
-    evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if line["split"] == "eval"]
-    if evaluations:
-        before, after = evaluations[0], evaluations[-1]
-        rows = [
-            [label, form.format(before[name]) if at_start else "–", form.format(after[name])]
-            for name, label, form, at_start in summary
-            if name in after
-        ]
-        console.show_table(title, ["", "before", "after"], rows)
 
 
 def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:

@@ -8,7 +8,6 @@ from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Align, Recipe
 from tbpo_cli.run import RunDir
-from tbpo_cli.training import show_evaluations, train_stage
 
 # metric, what a person reads, whether it means something while policy and reference are still the same
 SUMMARY = (
@@ -29,6 +28,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
+    from tbpo_cli.training import train_stage
+
     train_stage("align", recipe, run_dir, loss_of(recipe.align))
 
 
@@ -42,7 +43,10 @@ def loss_of(settings: Align) -> Loss:
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the complete stage's result: held-out figures before and after, the files, and what to run next."""
-    show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", run_dir.stage("align"), SUMMARY)
+    from tbpo_cli.train.metrics import read_metrics
+
+    metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    console.show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
     console.say(f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})")
     console.say(f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}")

@@ -7,7 +7,6 @@ from tbpo_cli.core.losses import build_loss
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
-from tbpo_cli.training import show_evaluations, train_stage
 
 SUMMARY = (("loss", "loss (nats a token)", "{:.3f}", True), ("entropy", "entropy (nats a token)", "{:.3f}", True))
 
@@ -20,10 +19,15 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
+    from tbpo_cli.training import train_stage
+
     train_stage("sft", recipe, run_dir, build_loss("sft"))
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the complete stage's result."""
-    show_evaluations("SFT on the held-out responses", run_dir.stage("sft"), SUMMARY)
+    from tbpo_cli.train.metrics import read_metrics
+
+    metrics = read_metrics(run_dir.stage("sft") / "metrics.jsonl")
+    console.show_evaluations("SFT on the held-out responses", metrics, SUMMARY)
     console.say(f"weights: {run_dir.weights('sft')}")
