@@ -27,19 +27,16 @@ def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError
     if not isinstance(given, dict):
         return {}, [_error("align.loss is no table", path, where, 'name = "…" and that loss\'s own keys')]
     given = {"name": "tbpo_a", **given}
-    generator_given = given.pop("generator", None)
+    owner = LOSSES.get(str(given["name"]))
+    takes_generator = owner is None or "generator" in {f.name for f in fields(owner)}
+    wanted = given.pop("generator", None) if takes_generator else None  # where it is no key, it is told as such
     loss, faults = _named(LOSSES, given, path, where)
-    generator = None
-    if generator_given is not None:
-        owner = LOSSES.get(given["name"]) if isinstance(given["name"], str) else None
-        if owner is not None and "generator" not in {f.name for f in fields(owner)}:
-            faults.append(_unknown_key((*where, "generator"), generator_given, owner, path))
-        else:
-            generator, generator_faults = _named(GENERATORS, generator_given, path, (*where, "generator"))
-            faults += generator_faults
+    if wanted is not None:
+        generator, generator_faults = _named(GENERATORS, wanted, path, (*where, "generator"))
+        faults += generator_faults
     if faults:
         return {}, faults
-    loss = dataclasses.replace(loss, generator=generator) if generator is not None else loss
+    loss = loss if wanted is None else dataclasses.replace(loss, generator=generator)
     completed = {"name": given["name"], **dataclasses.asdict(loss)}
     if "generator" in completed:
         names = {cls: name for name, cls in GENERATORS.items()}
@@ -48,14 +45,14 @@ def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError
 
 
 def _named(classes: dict[str, type], given: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
-    """An instance of the class that given["name"] names in a table, from the other fields."""
-    name = given.get("name") if isinstance(given, dict) else given
-    if not isinstance(name, str) or name not in classes:
-        near = difflib.get_close_matches(str(name), classes, n=1)
-        fix = f'name = "{near[0]}"' if near else ""
-        key = (*where, "name")
-        return None, [_error(f"{'.'.join(key)} = {name!r} is unknown", path, key, f"one of {', '.join(classes)}", fix)]
-    return validate(classes[name], {k: v for k, v in given.items() if k != "name"}, path, where)
+    """An instance of the class that given["name"] names in a table, from the other fields; a bare name has none."""
+    options = dict(given) if isinstance(given, dict) else {"name": given}
+    name = options.pop("name", None)
+    if isinstance(name, str) and name in classes:
+        return validate(classes[name], options, path, where)
+    near = difflib.get_close_matches(str(name), classes, n=1)
+    key, fix = (*where, "name"), f'name = "{near[0]}"' if near else ""
+    return None, [_error(f"{'.'.join(key)} = {name!r} is unknown", path, key, f"one of {', '.join(classes)}", fix)]
 
 
 def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError
@@ -26,188 +31,162 @@ app = typer.Typer(
     epilog="First run: tbpo align recipes/quickstart.toml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=True,
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q"),
-]
-Directory = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where the run lives, instead of runs/NAME.")
-]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin the stage anew; its old folder is renamed, nothing is deleted.")
-]
-Flags = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)
-]
-Gpus = Annotated[int | None, typer.Option("--gpus", metavar="N", min=1, help="One process a GPU, on this machine.")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="On the CPU; with --gpus N, in N processes.")]
-Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", min=1, help="Machines that run this command.")]
-NodeRank = Annotated[int | None, typer.Option("--node-rank", metavar="K", min=0, help="This machine's number, from 0.")]
-MainAddress = Annotated[
-    str | None, typer.Option("--main-address", metavar="HOST:PORT", help="Of machine 0, reached by all.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and do nothing.")]
-Unevaluated = Annotated[bool, typer.Option("--allow-unevaluated", help="Publish without held-out results.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", metavar="ID", help="user/repo[@revision] as the policy.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+Texts = list[str] | None
 
 
-BUILT = {
-    "sft": """Supervised fine-tuning on the chosen responses (or on the rows of sft.train).
+@dataclass
+class Call:
+    """What was given to a command on a recipe. The fields are all options that there are, in the order of --help."""
 
-    Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5""",
-    "align": """Preference optimisation: TBPO and the losses it is compared with.
+    recipe: Annotated[Path, Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
+    flags: Annotated[Texts, Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)] = None
+    sets: Annotated[
+        Texts, Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q")
+    ] = None
+    run_dir: Annotated[Path | None, Option(metavar="DIR", help="Where the run lives, instead of runs/NAME.")] = None
+    prompt: Annotated[
+        Texts, Option(metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines.")
+    ] = None
+    against: Annotated[Texts, Option(metavar="RUN …", help="Compare with these runs, adapters or models.")] = None
+    allow_unevaluated: Annotated[bool, Option("--allow-unevaluated", help="Publish without held-out results.")] = False
+    gpus: Annotated[int | None, Option(metavar="N", min=1, help="One process a GPU, on this machine.")] = None
+    cpu: Annotated[bool, Option("--cpu", help="On the CPU; with --gpus N, in N processes.")] = False
+    nodes: Annotated[int | None, Option(metavar="N", min=1, help="Machines that run this command.")] = None
+    node_rank: Annotated[int | None, Option(metavar="K", min=0, help="This machine's number, from 0.")] = None
+    main_address: Annotated[str | None, Option(metavar="HOST:PORT", help="Of machine 0, reached by all.")] = None
+    restart: Annotated[
+        bool, Option("--restart", help="Begin the stage anew; its old folder is renamed, nothing is deleted.")
+    ] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run, and do nothing.")] = False
+    quiet: Annotated[bool, Option("--quiet", help="No progress, only results and errors.")] = False
+    show: Annotated[int, Option(metavar="N", help="Print N pairs as the model sees them.")] = 0
+    ids: Annotated[bool, Option("--ids", help="With --show: the token ids as well.")] = False
+    adapter: Annotated[str | None, Option(metavar="ID", help="user/repo[@revision] as the policy.")] = None
 
-    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q""",
-}
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What --set says, and the options that are a recipe's keys by another name."""
+        keys = {"sample.adapter": self.adapter, "eval.against": self.against}
+        return (*(self.sets or ()), *(f"{key}={json.dumps(value)}" for key, value in keys.items() if value))
+
+    def load(self) -> tuple[Recipe, RunDir]:
+        """The recipe, checked, and its run directory."""
+        from tbpo_cli.recipe import load_recipe
+        from tbpo_cli.run import RunDir
+
+        recipe = load_recipe(self.recipe, self.overrides)
+        return recipe, RunDir.of(recipe, self.run_dir)
+
+    def processes(self) -> Processes:
+        """Those that the stage is to run in."""
+        flags, environment = tuple(self.flags or ()), dict(os.environ)
+        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags, environment)
 
 
-@app.command()
-def prepare(
-    recipe: RecipePath,
-    sets: Set = None,
-    run_dir: Directory = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    show: Annotated[int, typer.Option("--show", metavar="N", help="Print N pairs as the model sees them.")] = 0,
-    ids: Annotated[bool, typer.Option("--ids", help="With --show: the token ids as well.")] = False,
-) -> None:
+RUN = ("recipe", "sets", "run_dir")
+STAGE = (*RUN, "restart", "dry_run", "quiet")
+PARALLEL = (*STAGE, "flags", "gpus", "cpu")
+TRAINING = (*PARALLEL, "nodes", "node_rank", "main_address")
+
+
+def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
+    """Makes a function a command with some of the options of `Call`."""
+
+    def add(function: Callable[[Call], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            call = Call(**given)
+            console.err.quiet = call.quiet
+            try:
+                function(call)
+            except KeyboardInterrupt:
+                raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
+
+        parameters = inspect.signature(Call, eval_str=True).parameters
+        run.__signature__ = inspect.Signature([parameters[key] for key in parameters if key in options])
+        return app.command(name)(run)
+
+    return add
+
+
+@command("prepare", *STAGE, "show", "ids")
+def prepare(call: Call) -> None:
     """Rows → checked, tokenized pairs, and a report of what was left out and why.
 
     Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl --show 3
     """
-    loaded, directory = _run_stage("prepare", recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet)
-    if show and not dry_run:
+    run_stage("prepare", call)
+    if call.show and not call.dry_run:
         from tbpo_cli.stages.prepare import show_pairs
 
-        show_pairs(loaded, directory, show, ids)
+        show_pairs(*call.load(), call.show, call.ids)
 
 
-def _add_stage(name: str, text: str) -> None:
-    @app.command(name, help=text)
-    def command(
-        recipe: RecipePath,
-        flags: Flags = None,
-        sets: Set = None,
-        run_dir: Directory = None,
-        gpus: Gpus = None,
-        cpu: Cpu = False,
-        nodes: Nodes = None,
-        node_rank: NodeRank = None,
-        main_address: MainAddress = None,
-        restart: Restart = False,
-        dry_run: DryRun = False,
-        quiet: Quiet = False,
-    ) -> None:
-        processes = processes_of(gpus, cpu, nodes, node_rank, main_address, tuple(flags or ()), dict(os.environ))
-        _run_stage(name, recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet, processes)
+@command("sft", *TRAINING)
+def sft(call: Call) -> None:
+    """Supervised fine-tuning on the chosen responses (or on the rows of sft.train).
+
+    Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5
+    """
+    run_stage("sft", call, call.processes())
 
 
-for _name, _text in BUILT.items():
-    _add_stage(_name, _text)
+@command("align", *TRAINING)
+def align(call: Call) -> None:
+    """Preference optimisation: TBPO and the losses it is compared with.
+
+    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
+    """
+    run_stage("align", call, call.processes())
 
 
-@app.command()
-def sample(
-    recipe: RecipePath,
-    flags: Flags = None,
-    sets: Set = None,
-    run_dir: Directory = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines."),
-    ] = None,
-    gpus: Gpus = None,
-    cpu: Cpu = False,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    adapter: Adapter = None,
-) -> None:
+@command("sample", *PARALLEL, "prompt", "adapter")
+def sample(call: Call) -> None:
     """Completions from the policy and from the reference, side by side.
 
     Example: tbpo sample recipes/quickstart.toml --prompt "How many letters are in cat?"
     """
-    sets = [*(sets or ()), *([f"sample.adapter={adapter}"] if adapter else [])]
-    if prompt is None:
-        processes = processes_of(gpus, cpu, None, None, None, tuple(flags or ()), dict(os.environ))
-        _run_stage("sample", recipe, tuple(sets or ()), run_dir, restart, dry_run, quiet, processes)
+    if call.prompt is None:
+        run_stage("sample", call, call.processes())
         return
-    from tbpo_cli.recipe import load_recipe
-    from tbpo_cli.run import RunDir
     from tbpo_cli.stages.sample import answer
 
-    texts = [line.strip() for one in prompt for line in (sys.stdin if one == "-" else [one]) if line.strip()]
-    loaded = load_recipe(recipe, tuple(sets or ()))
-    answer(loaded, RunDir.of(loaded, run_dir), texts)
+    texts = [line.strip() for one in call.prompt for line in (sys.stdin if one == "-" else [one]) if line.strip()]
+    answer(*call.load(), texts)
 
 
-@app.command("eval")
-def evaluate(
-    recipe: RecipePath,
-    flags: Flags = None,
-    sets: Set = None,
-    run_dir: Directory = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option("--against", metavar="RUN …", help="Compare with these runs, adapters or models."),
-    ] = None,
-    gpus: Gpus = None,
-    cpu: Cpu = False,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
+@command("eval", *PARALLEL, "against")
+def evaluate(call: Call) -> None:
     """Did it get better? Held-out preference metrics, diversity, win rates, benchmarks, one HTML report.
 
     Example: tbpo eval recipes/quickstart.toml --against runs/dpo --set eval.gate="win_rate > 0.5"
     """
-    from tbpo_cli.recipe import load_recipe
     from tbpo_cli.stages.evaluate import check
 
-    flags = flags or []
-    while against and flags and not flags[0].startswith("-"):  # --against RUN RUN
-        against.append(flags.pop(0))
-    processes = processes_of(gpus, cpu, None, None, None, tuple(flags), dict(os.environ))
-    given = [*(sets or ()), *([f"eval.against={json.dumps(against)}"] if against else [])]
-    check(load_recipe(recipe, tuple(given)))
-    _run_stage("eval", recipe, tuple(given), run_dir, restart, dry_run, quiet, processes)
+    while call.against and call.flags and not call.flags[0].startswith("-"):  # --against RUN RUN
+        call.against.append(call.flags.pop(0))
+    processes = call.processes()
+    check(call.load()[0])
+    run_stage("eval", call, processes)
 
 
-@app.command()
-def push(
-    recipe: RecipePath,
-    sets: Set = None,
-    run_dir: Directory = None,
-    allow_unevaluated: Unevaluated = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-) -> None:
+@command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
+def push(call: Call) -> None:
     """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit.
 
     Example: tbpo push recipe.toml --set push.repo=user/name --dry-run
     """
-    if dry_run:
+    if call.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
-    from tbpo_cli.recipe import load_recipe
-    from tbpo_cli.run import RunDir
     from tbpo_cli.stages.push import run
 
-    console.err.quiet = quiet
-    loaded = load_recipe(recipe, tuple(sets or ()))
-    try:
-        run(loaded, RunDir.of(loaded, run_dir), dry_run, allow_unevaluated)
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
+    run(*call.load(), call.dry_run, call.allow_unevaluated)
 
 
 @app.command()
-def init(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
+def init(name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None) -> None:
     """Writes a starter recipe, and its data, into the folder; without NAME, lists them.
 
     Example: tbpo init quickstart && tbpo align quickstart.toml
@@ -224,46 +203,29 @@ def init(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_defau
     console.say(f"next: tbpo align {name}.toml")
 
 
-@app.command()
-def show(recipe: RecipePath, sets: Set = None, run_dir: Directory = None, gpus: Gpus = None) -> None:
+@command("show", *RUN, "gpus")
+def show(call: Call) -> None:
     """The resolved recipe, what would run, its memory and time, and what usually goes wrong. Loads no weights.
 
     Example: tbpo show recipes/quickstart.toml --set align.loss.name=dpo
     """
-    from tbpo_cli.recipe import load_recipe, sources
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.recipe import sources
 
-    loaded, given = load_recipe(recipe, tuple(sets or ())), sources(recipe, tuple(sets or ()))
+    recipe, run_dir = call.load()
     from tbpo_cli import show as what  # with torch, which a faulty recipe does not wait for
 
-    what.show(loaded, given, RunDir.of(loaded, run_dir), gpus or 1)
+    what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
-def _run_stage(
-    name: str,
-    path: Path,
-    sets: tuple[str, ...],
-    run_dir: Path | None,
-    restart: bool,
-    dry_run: bool,
-    quiet: bool,
-    processes: Processes = ALONE,
-) -> tuple[Recipe, RunDir]:
-    from tbpo_cli.recipe import load_recipe
-    from tbpo_cli.run import RunDir
+def run_stage(name: str, call: Call, processes: Processes = ALONE) -> None:
+    """Runs a stage and what it needs, or says what would run."""
     from tbpo_cli.stages import run_through, show_plan
 
-    console.err.quiet = quiet
-    recipe = load_recipe(path, sets)
-    directory = RunDir.of(recipe, run_dir)
-    if dry_run:
-        show_plan(name, recipe, directory)
-        return recipe, directory
-    try:
-        run_through(name, recipe, directory, restart, processes)
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
-    return recipe, directory
+    recipe, run_dir = call.load()
+    if call.dry_run:
+        show_plan(name, recipe, run_dir)
+    else:
+        run_through(name, recipe, run_dir, call.restart, processes)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,8 @@ QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
+
+Summary = tuple[tuple[str, str, str, bool], ...]
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
@@ -49,6 +52,24 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     out.print(table, soft_wrap=False)
 
 
+def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary) -> None:
+    """The held-out figures of a training, before and after, as a table; nothing if no pair was held out.
+
+    Args:
+        metrics: the lines of its metrics.jsonl.
+        summary: (metric, what a person reads, how it is written, whether it means something before the first step).
+    """
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    if evaluations:
+        before, after = evaluations[0], evaluations[-1]
+        rows = [
+            [label, form.format(before[name]) if at_start else "–", form.format(after[name])]
+            for name, label, form, at_start in summary
+            if name in after
+        ]
+        show_table(title, ["", "before", "after"], rows)
+
+
 @contextmanager
 def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> Iterator[Callable[[int, str], None]]:
     """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
@@ -66,15 +87,10 @@ def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> It
         return value, f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"
 
     if err.is_terminal and not err.quiet:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, transient=True) as bar:
+        columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, "{task.fields[note]}", console=err, transient=True) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
             yield lambda done, note: bar.update(task, completed=done, note=f"{note}  {rate(done)[1]}".strip())
         return

@@ -1,4 +1,4 @@
-"""Starts the processes of a stage: on GPUs by `accelerate launch`, on the CPU by torch's elastic launcher."""
+"""Starts the processes of a stage, by `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ class Processes:
     """How many processes a stage runs in, and where.
 
     Args:
-        per_machine: processes on this machine; None for this process alone.
+        per_machine: processes on this machine.
         cpu: on the CPU, also where there is a GPU.
         machines: how many machines run the same command.
         machine_rank: the number of this one, from 0.
@@ -41,7 +41,7 @@ class Processes:
         flags: for `accelerate launch`, as they are.
     """
 
-    per_machine: int | None = None
+    per_machine: int = 1
     cpu: bool = False
     machines: int = 1
     machine_rank: int = 0
@@ -49,26 +49,19 @@ class Processes:
     flags: tuple[str, ...] = ()
 
     @property
-    def is_alone(self) -> bool:
-        return (self.per_machine or 1) * self.machines == 1
+    def total(self) -> int:
+        return self.per_machine * self.machines
 
     def command(self, target: str) -> list[str]:
         """The command line of the launcher, whose workers get `target` as their one argument."""
         host, _, port = self.main_address.rpartition(":")
-        if self.cpu:
-            where = ["--standalone"] if self.machines == 1 else [f"--master-addr={host}", f"--master-port={port}"]
-            counts = [f"--nproc-per-node={self.per_machine or 1}", f"--nnodes={self.machines}"]
-            launcher = ["torch.distributed.run", *counts, f"--node-rank={self.machine_rank}", *where]
-        else:
-            where = ["--main_process_port=0"] if self.machines == 1 else [
-                f"--main_process_ip={host}", f"--main_process_port={port}",
-            ]  # fmt: skip
-            counts = [
-                f"--num_processes={(self.per_machine or 1) * self.machines}", f"--num_machines={self.machines}",
-                f"--machine_rank={self.machine_rank}", "--mixed_precision=no", "--dynamo_backend=no",
-            ]  # fmt: skip
-            launcher = ["accelerate.commands.launch", "--multi_gpu", *counts, *where]
-        return [sys.executable, "-m", "tbpo_cli.launch", *launcher, *self.flags, "-m", "tbpo_cli.worker", target]
+        # "multi_gpu" means several processes; ACCELERATE_USE_CPU says that they compute on the CPU.
+        kind = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
+        counts = [f"--num_processes={self.total}", f"--num_machines={self.machines}"]
+        where = [f"--machine_rank={self.machine_rank}", f"--main_process_port={port or 0}"]
+        where += [f"--main_process_ip={host}"] if host else []
+        options = [*kind, *counts, *where, *self.flags]
+        return [sys.executable, "-m", "tbpo_cli.launch", *options, "-m", "tbpo_cli.worker", target]
 
 
 ALONE = Processes()
@@ -99,7 +92,7 @@ def processes_of(
             "the number of this machine, from 0, and HOST:PORT of machine 0",
             f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500",
         )
-    return Processes(gpus, cpu, nodes, node_rank or 0, main_address or "", flags)
+    return Processes(gpus or 1, cpu, nodes, node_rank or 0, main_address or "", flags)
 
 
 def _slurm_address(environment: dict[str, str]) -> str:
@@ -113,7 +106,7 @@ def run_or_launch(
     work: Callable[[Recipe, RunDir], None], name: str, recipe: Recipe, run_dir: RunDir, processes: Processes
 ) -> None:
     """Calls `work` here, or lets the workers of the stage `name` call it."""
-    if not processes.is_alone:
+    if processes.total > 1:
         run_dir.begin(name, recipe)
         _run_workers(name, run_dir, processes)
         return
@@ -134,8 +127,6 @@ def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
 def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
     """Runs a stage in several processes, and waits for them. They read run_dir/recipe.toml.
 
-    SIGINT and SIGTERM are passed on to the workers, which write a checkpoint; a second one ends them at once.
-
     Raises:
         TbpoError: if there are fewer GPUs than processes, or a worker was killed.
         ToldError: if a worker failed with a message of its own.
@@ -143,7 +134,7 @@ def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
     import torch
 
     available = torch.cuda.device_count()
-    if not processes.cpu and (processes.per_machine or 1) > available:
+    if not processes.cpu and processes.per_machine > available:
         raise TbpoError(
             f"{processes.per_machine} GPUs are asked for, and {available} are here",
             "--gpus",
@@ -154,15 +145,13 @@ def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
     try:
-        while True:
-            tokens = halved_tokens(folder)
-            code = _launch(folder, processes)
-            if not code or halved_tokens(folder) == tokens:
-                break
+        before = halved_tokens(folder)
+        while (code := _launch(folder, processes)) and (tokens := halved_tokens(folder)) != before:
             console.say(
                 "out of memory: all processes begin again, from the last checkpoint, with max_tokens_per_device = "
-                f"{halved_tokens(folder):,}"
+                f"{tokens:,}"
             )
+            before = tokens
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)
@@ -180,46 +169,43 @@ def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
 
 
 def _launch(folder: Path, processes: Processes) -> int:
-    """Runs the workers of the stage's folder to their end; returns the launcher's exit code."""
+    """Runs the workers of the stage's folder to their end; returns the launcher's exit code.
+
+    A first SIGINT or SIGTERM goes to the workers; a second one ends them and the launcher.
+    """
+    import psutil
+
     environment = dict(os.environ)
     if processes.cpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (processes.per_machine or 1))))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.per_machine)))
     if processes.machine_rank == 0:
         (folder / TOLD).unlink(missing_ok=True)
     command = processes.command(str(folder))
-    launcher = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
-    with _passing_on_signals(launcher):
-        return launcher.wait()
-
-
-@contextmanager
-def _passing_on_signals(launcher: subprocess.Popen) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the workers; the second one ends launcher and workers."""
-    import psutil
-
+    launcher = psutil.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
     received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
         received.append(number)
-        family = psutil.Process(launcher.pid).children(recursive=True)
-        for process in family if len(received) == 1 else [*family, psutil.Process(launcher.pid)]:
+        is_second = len(received) > 1
+        for process in [*launcher.children(recursive=True), *([launcher] if is_second else [])]:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(number if len(received) == 1 else signal.SIGKILL)
+                process.send_signal(signal.SIGKILL if is_second else number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        return launcher.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def main() -> None:
-    """The launcher's process: runs the launcher that the command line names, and exits with its first failure's code.
+    """`accelerate launch`, which exits with the code of the worker that failed first.
 
     It ends, and its workers with it, when the process that started it is gone.
     """
+    from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def end_with_parent() -> None:
@@ -228,13 +214,7 @@ def main() -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.disable()  # what the launcher says of a failure, the worker has said better
-    module, *arguments = sys.argv[1:]
-    sys.argv = [module, *arguments]
     try:
-        if module == "torch.distributed.run":
-            from torch.distributed.run import main as launch
-        else:
-            from accelerate.commands.launch import main as launch
         launch()
     except ChildFailedError as error:
         # One that was killed comes first, if not by the launcher: when its connections close, the others fail as well.

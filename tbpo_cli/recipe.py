@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from tbpo_cli.checks import complete_loss, table, validate
 from tbpo_cli.errors import gather
@@ -20,6 +18,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+HubId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@.+)?$")]  # user/repo[@revision]
 Address = Annotated[str, Field(pattern=r"^https?://\S+$")]
 
 
@@ -139,10 +138,16 @@ class Sft(Training):
     train: Sources | None = None
     batch_examples: Count = 32
     learning_rate: Positive = 2e-5
+    reverse: ClassVar[bool] = False
 
     @property
     def batch_size(self) -> int:
         return self.batch_examples
+
+    @property
+    def split(self) -> str:
+        """The prepared pairs that are trained on, by the name of their folder."""
+        return "train" if self.train is None else "sft"
 
 
 @table
@@ -152,6 +157,7 @@ class Align(Training):
     batch_pairs: Count = 32
     reverse: bool = False  # chosen and rejected change places: for the negative helper of tis_dpo
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "tbpo_a"})
+    split: ClassVar[str] = "train"
 
     @property
     def batch_size(self) -> int:
@@ -224,9 +230,7 @@ class Push:
     private: bool = False
     merge: bool = False  # the base with the adapter's weights added, instead of the adapter
     max_shard_size: Annotated[str, Field(pattern=r"^\d+[KMG]B$")] = "5GB"  # of a file of merged weights
-    base_model: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@.+)?$")] | None = (
-        None  # where a local base is published
-    )
+    base_model: HubId | None = None  # where a local base is published
     license: str | None = None  # absent: that of the base's card
     card: str | None = None  # a Jinja file that replaces the text of the model card
 
@@ -253,13 +257,13 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """The recipe as {"table.key": value}, every default included, keys without a value left out."""
-        return _flatten(json.loads(json.dumps(dataclasses.asdict(self))))
+        return _flatten(_plain(self))
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; loading it gives this recipe again."""
         import tomli_w
 
-        return tomli_w.dumps(_without_none(json.loads(json.dumps(dataclasses.asdict(self)))))
+        return tomli_w.dumps(_plain(self))
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -289,13 +293,15 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:
     """{"table.key": "file" or "--set"} of the keys of a recipe that do not have their default."""
-    given: dict[str, str] = {}
-    for said in ("file", "--set"):
-        raw = read_toml(path) if said == "file" else {}
-        apply_overrides(raw, overrides if said == "--set" else ())
-        resolve_paths(raw, path.parent)
-        given |= dict.fromkeys(_flatten(raw), said)
-    return given
+    raw, overriding = read_toml(path), {}
+    resolve_paths(raw, path.parent)
+    apply_overrides(overriding, overrides)
+    return dict.fromkeys(_flatten(raw), "file") | dict.fromkeys(_flatten(overriding), "--set")
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """Nested dicts and lists of what TOML has: keys without a value are left out."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_none=True)
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -304,16 +310,5 @@ def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):
             value = {str(number): item for number, item in enumerate(value, 1)}
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _without_none(nested: Any) -> Any:
-    if isinstance(nested, list):
-        return [_without_none(item) for item in nested]
-    if isinstance(nested, dict):
-        return {key: _without_none(value) for key, value in nested.items() if value is not None}
-    return nested

@@ -19,11 +19,9 @@ from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.toml import is_local
+from tbpo_cli.toml import PATHS, TOKENIZER_FILES, WEIGHT_FILES, is_local
 
 LIBRARIES = ("tbpo", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab*", "merges.txt")
-WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -31,56 +29,26 @@ class Stage:
     """What a stage is made from.
 
     Args:
-        name: the command and the folder in the run directory.
         needs: stages whose outputs it reads, if the recipe has them.
         tables: prefixes of the recipe's keys that it depends on.
-        files: recipe keys whose files it reads, with the patterns of the files that count in a folder.
+        base: patterns of the files in the folder of the base that it depends on.
         parallel: whether it can run in several processes.
     """
 
-    name: str
     needs: tuple[str, ...]
     tables: tuple[str, ...]
-    files: dict[str, tuple[str, ...]]
+    base: tuple[str, ...] = WEIGHT_FILES
     parallel: bool = True
 
 
-_TOKENIZER = {"model.base": TOKENIZER_FILES, "model.chat_template": ("*",)}
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_WEIGHTS = {"model.base": WEIGHT_FILES, "model.adapter": _ADAPTER}
-_DATA = dict.fromkeys(("data.train", "data.eval", "sft.train"), ("**/*",))
-_HELPERS = dict.fromkeys(("align.loss.positive", "align.loss.negative"), ("*.safetensors", "align/[am]*/*.safetensors"))
-_COMPARED = {"eval.against": ("*.safetensors", "align/[am]*/*.safetensors")}
+_PREPARED = ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train")
 _MODEL = ("run.seed", "model.")
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "prepare",
-            (),
-            ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
-            _TOKENIZER | _DATA,
-            parallel=False,
-        ),
-        Stage("sft", ("prepare",), (*_MODEL, "sft."), _WEIGHTS | {"sft.train": ("**/*",)}),
-        Stage("align", ("prepare", "sft"), (*_MODEL, "align."), _WEIGHTS | _HELPERS),
-        Stage(
-            "sample",
-            ("prepare", "sft", "align"),
-            (*_MODEL, "data.template_date", "sample."),
-            _WEIGHTS | {"sample.prompts": ("*",), "sample.adapter": _ADAPTER},
-        ),
-        Stage(
-            "eval",
-            ("prepare", "sft", "align", "sample"),
-            (*_MODEL, "data.template_date", "eval."),
-            _WEIGHTS
-            | _COMPARED
-            | {"eval.scorer": ("*",), "eval.reward_model": WEIGHT_FILES, "eval.suites": ("*",)}
-            | {"eval.judge.template": ("*",)},
-        ),
-    )
+STAGES = {  # by the command, which is also the folder in the run directory
+    "prepare": Stage((), _PREPARED, TOKENIZER_FILES, parallel=False),
+    "sft": Stage(("prepare",), (*_MODEL, "sft.")),
+    "align": Stage(("prepare", "sft"), (*_MODEL, "align.")),
+    "sample": Stage(("prepare", "sft", "align"), (*_MODEL, "data.template_date", "sample.")),
+    "eval": Stage(("prepare", "sft", "align", "sample"), (*_MODEL, "data.template_date", "eval.")),
 }
 
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
@@ -130,28 +98,26 @@ class RunDir:
             file = (self.path / "lock").open("a+", encoding="utf-8")
         with file:
             file.seek(0)
-            owner, host = file.read(), platform.node()
+            owner, host, is_held = file.read(), platform.node(), False
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                owner = owner or "an unknown process"
-            else:
-                # A file system may not share locks between machines: then only what is written there tells.
-                if not owner or owner.endswith(f"on {host}"):
-                    if owner:
-                        console.say(f"taking over the run from {owner}, which ended without a word")
-                    _rewrite(file, f"process {os.getpid()} on {host}")
-                    try:
-                        yield
-                    finally:
-                        _rewrite(file, "")
-                    return
-        raise TbpoError(
-            f"the run is in use by {owner}",
-            str(self.path),
-            "one process a run directory",
-            f"wait for it, or give another --run-dir; if it is gone, remove {self.path / 'lock'}",
-        )
+                is_held = True
+            # A file system may not share locks between machines: then only what is written there tells.
+            if is_held or (owner and not owner.endswith(f"on {host}")):
+                raise TbpoError(
+                    f"the run is in use by {owner or 'an unknown process'}",
+                    str(self.path),
+                    "one process a run directory",
+                    f"wait for it, or give another --run-dir; if it is gone, remove {self.path / 'lock'}",
+                )
+            if owner:
+                console.say(f"taking over the run from {owner}, which ended without a word")
+            _rewrite(file, f"process {os.getpid()} on {host}")
+            try:
+                yield
+            finally:
+                _rewrite(file, "")
 
     def manifest(self, name: str) -> dict[str, Any] | None:
         """What a complete stage says of itself; None if it is not complete."""
@@ -171,31 +137,24 @@ class RunDir:
         Raises:
             TbpoError: if a file that the recipe names is not there.
         """
-        stage, settings = STAGES[name], recipe.settings()
+        stage, given = STAGES[name], recipe.settings()
+        settings = {key: value for key, value in given.items() if key.startswith(stage.tables) and key not in FREE_KEYS}
         known = (self.started_from(name) or {}).get("files", {})
         files: dict[str, dict[str, Any]] = {}
-        hashed, functions = set(), {}
-        for key, patterns in stage.files.items():
-            for setting in (s for s in settings if s == key or (s.startswith(f"{key}.") and s.endswith(".path"))):
-                sources = settings[setting] if isinstance(settings[setting], list) else [settings[setting]]
+        for key in (key for key in PATHS if key.startswith(stage.tables)):
+            patterns = stage.base if key == "model.base" else PATHS[key]
+            for setting in (s for s in given if s == key or (s.startswith(f"{key}.") and s.endswith(".path"))):
+                sources = given[setting] if isinstance(given[setting], list) else [given[setting]]
                 local = [_files_of(key, source, patterns) for source in sources]
                 for path in (path for paths in local for path in paths):
                     before = known.get(key, {}).get(str(path))
                     files.setdefault(key, {})[str(path)] = _fingerprint(path, before)
-                if sources and all(local):
-                    hashed.add(setting)
+                if sources and all(local):  # their content counts, not where they lie
+                    settings.pop(setting, None)
                 if sources and sources[0].startswith("python:"):
-                    functions[f"{setting}.name"] = sources[0].rpartition(":")[2]
-        return {
-            "settings": {
-                setting: value
-                for setting, value in settings.items()
-                if setting.startswith(stage.tables) and setting not in FREE_KEYS | hashed
-            }
-            | functions,
-            "files": files,
-            "outputs": {need: self.outputs_hash(need) for need in self.needed(name, recipe)},
-        }
+                    settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
+        outputs = {need: self.outputs_hash(need) for need in self.needed(name, recipe)}
+        return {"settings": settings, "files": files, "outputs": outputs}
 
     def needed(self, name: str, recipe: Recipe) -> list[str]:
         """The stages that come before one, in order; [sft] only if the recipe has that table."""
@@ -208,21 +167,18 @@ class RunDir:
         if started is None:
             return []
         now, lines = self.inputs(name, recipe), []
-        for key in sorted(started["settings"].keys() | now["settings"].keys()):
+        files = sorted(started["files"].keys() | now["files"].keys())
+        for key in sorted((started["settings"].keys() | now["settings"].keys()).difference(files)):
             old, new = started["settings"].get(key), now["settings"].get(key)
-            if old != new and key not in started["files"].keys() | now["files"].keys():
+            if old != new:
                 lines.append(f"{key}: {_shown(old)} → {_shown(new)}")
-        for key in sorted(started["files"].keys() | now["files"].keys()):
-            old_files, new_files = started["files"].get(key, {}), now["files"].get(key, {})
-            if _hashes(old_files) != _hashes(new_files):
-                moved = ", ".join(old_files) != ", ".join(new_files)
-                lines.append(
-                    f"{key}: {_names(old_files)} → {_names(new_files)}"
-                    if moved
-                    else f"{key}: the content of {_names(new_files)} changed"
-                )
+        for key in files:
+            old, new = started["files"].get(key, {}), now["files"].get(key, {})
+            if _hashes(old) != _hashes(new):
+                moved = f"{_names(old)} → {_names(new)}"
+                lines.append(f"{key}: {moved if old.keys() != new.keys() else f'the content of {_names(new)} changed'}")
         for need, digest in now["outputs"].items():
-            if started["outputs"].get(need) != digest:
+            if digest != started["outputs"].get(need):
                 lines.append(f"the result of {need} changed")
         return lines
 
@@ -252,13 +208,10 @@ class RunDir:
 
     def set_aside(self, name: str) -> Path | None:
         """Moves a stage's folder to NAME.old-1 (or the next free number); returns where it is now."""
-        folder = self.stage(name)
-        if not folder.exists():
-            return None
-        number = 1
+        folder, number = self.stage(name), 1
         while (old := self.path / f"{name}.old-{number}").exists():
             number += 1
-        return folder.rename(old)
+        return folder.rename(old) if folder.exists() else None
 
     def outputs_hash(self, name: str) -> str:
         """Names what a complete stage has produced; "" if it is not complete."""

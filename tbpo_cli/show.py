@@ -25,13 +25,13 @@ from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, load_policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.run import RunDir
 from tbpo_cli.stages import WORDS, plan
 from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.group import device_of_environment
 from tbpo_cli.train.memory import foresee, matrix_rate, operations, room
 from tbpo_cli.train.metrics import read_metrics
-from tbpo_cli.training import choose_sharding
+from tbpo_cli.training import choose_sharding, open_stores
 
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}  # of a step, over bare matrix products; tests/benchmarks/results/train_step*.md
 
@@ -55,12 +55,10 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
     _print("")
     if not Path(recipe.model.base).exists():
         _ask_hub_once()
-    for name in STAGES:
-        if name != "sft" or recipe.sft is not None:
-            state, changes = plan(name, recipe, run_dir)[name]
-            _print(f"{WORDS[state]} {'; '.join(changes)}", name)
-            if (name, state) == ("prepare", "new"):
-                run_dir.inputs(name, recipe)  # says which files are not there
+    for name, (state, changes) in plan("eval", recipe, run_dir).items():
+        _print(f"{WORDS[state]} {'; '.join(changes)}", name)
+        if (name, state) == ("prepare", "new"):
+            run_dir.inputs(name, recipe)  # says which files are not there
     for name in ("sft", "align"):
         if getattr(recipe, name) is not None:
             _print("")
@@ -109,9 +107,7 @@ def examine(name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> E
     facts = Facts(name, recipe.model.lora is not None, settings.learning_rate, beta, room=room(device))
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), None
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
-        split = "sft" if name == "sft" and recipe.sft.train is not None else "train"
-        reverse = name == "align" and recipe.align.reverse
-        stores = [PairStore(run_dir.stage("prepare") / part, reverse) for part in (split, "eval")]
+        stores = open_stores(name, recipe, run_dir)
         longest, whole = longest_sequence(stores), np.sort(_lengths(stores[0], "response").sum(axis=1))
         bounds = int(whole[-1]), int(whole[-settings.batch_size :].sum())  # a step with all metrics reads all of them
         line, passed, known = _count(recipe, name, run_dir, loss, stores)
@@ -165,7 +161,7 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 
 
 def _count(
-    recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: list[PairStore]
+    recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: tuple[PairStore, PairStore]
 ) -> tuple[str, float, dict[str, float]]:
     """What is in the prepared pairs: a line, the tokens that pass through the model, and what is known for `Facts`."""
     settings, counts = getattr(recipe, name), run_dir.manifest("prepare")["counts"]

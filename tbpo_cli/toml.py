@@ -11,22 +11,29 @@ from tbpo_cli.errors import TbpoError
 
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".csv", ".arrow", ".jinja", ".txt", ".yaml", ".yml"}
 SOURCE_KEYS = ("data.train", "data.eval", "sft.train")
-PATH_KEYS = (
-    "model.base",
-    "model.chat_template",
-    "model.adapter",
-    "sample.prompts",
-    "sample.adapter",
-    "push.card",
-    "align.loss.positive",
-    "align.loss.negative",
-    "eval.against",
-    "eval.scorer",
-    "eval.judge.template",
-    "eval.reward_model",
-    "eval.suites",
-    *SOURCE_KEYS,
-)
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "*.model", "vocab*", "merges.txt")
+WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_TRAINED = ("*.safetensors", "align/[am]*/*.safetensors")  # in the folder of an adapter or model, or in a run directory
+_ROWS, _FILE = ("**/*",), ("*",)
+
+# The keys whose values may be paths; and where one is a folder, the patterns of the files in it that count.
+PATHS = {
+    "model.base": WEIGHT_FILES,
+    "model.chat_template": _FILE,
+    "model.adapter": _ADAPTER,
+    **dict.fromkeys(SOURCE_KEYS, _ROWS),
+    "align.loss.positive": _TRAINED,
+    "align.loss.negative": _TRAINED,
+    "sample.prompts": _FILE,
+    "sample.adapter": _ADAPTER,
+    "eval.against": _TRAINED,
+    "eval.scorer": _FILE,
+    "eval.judge.template": _FILE,
+    "eval.reward_model": WEIGHT_FILES,
+    "eval.suites": _FILE,
+    "push.card": _FILE,
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -34,26 +41,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        fix = f"recipes in that folder: {', '.join(there)}" if there else "give the path of a recipe, a TOML file"
-        if near := difflib.get_close_matches(str(path), there, n=1):
-            fix = f"did you mean {near[0]}?"
-        raise TbpoError("there is no such recipe", str(path), "a TOML file", fix) from None
-    except IsADirectoryError:
-        raise TbpoError("the recipe is a folder", str(path), "a TOML file", "give the file inside it") from None
-    except UnicodeDecodeError as error:
-        raise TbpoError(
-            "the recipe is not UTF-8 text", f"{path}, byte {error.start}", "a TOML file", "save it as UTF-8"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise TbpoError(
-            "the recipe is not valid TOML",
-            f"{path}: {error}",
-            "key = value lines under [table] headings",
-            'mend that line; text needs quotes: key = "text"',
-        ) from None
+        there = sorted(map(str, path.parent.glob("*.toml")))
+        near = difflib.get_close_matches(str(path), there, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"recipes in that folder: {', '.join(there) or 'none'}"
+        what, where, expected = "there is no such recipe", str(path), "a TOML file"
     except OSError as error:
-        raise TbpoError(f"the recipe cannot be read: {error.strerror}", str(path), "a readable file") from None
+        reason = "is a folder" if isinstance(error, IsADirectoryError) else f"cannot be read: {error.strerror}"
+        what, where, expected, fix = f"the recipe {reason}", str(path), "a TOML file", "give one that can be read"
+    except UnicodeDecodeError as error:
+        what, where = "the recipe is not UTF-8 text", f"{path}, byte {error.start}"
+        expected, fix = "a TOML file", "save it as UTF-8"
+    except tomllib.TOMLDecodeError as error:
+        what, where = "the recipe is not valid TOML", f"{path}: {error}"
+        expected, fix = "key = value lines under [table] headings", 'mend that line; text needs quotes: key = "text"'
+    raise TbpoError(what, where, expected, fix)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> list[TbpoError]:
@@ -93,32 +94,31 @@ def is_local(source: str) -> bool:
 
 
 def resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Makes the local paths among PATH_KEYS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
-
-    def resolve(source: Any) -> Any:
-        if isinstance(source, list):
-            return [resolve(one) for one in source]
-        if isinstance(source, str) and source.count(":") == 2 and source.startswith("python:"):
-            _, path, name = source.split(":")
-            return f"python:{(folder / Path(path).expanduser()).resolve()}:{name}"
-        if not isinstance(source, str) or not source:
-            return source
-        path = folder / Path(source).expanduser()
-        return str(path.resolve()) if path.exists() or is_local(source) else source
-
-    def as_table(source: Any) -> Any:
-        source = {"path": source} if isinstance(source, str) else source
-        return source | {"path": resolve(source["path"])} if isinstance(source, dict) and "path" in source else source
-
-    for key in PATH_KEYS:
+    """Makes the local paths among PATHS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
+    for key in PATHS:
         *names, leaf = key.split(".")
         owner: Any = raw
         for name in names:
             owner = owner.get(name) if isinstance(owner, dict) else None
         if not isinstance(owner, dict) or leaf not in owner or (key, owner[leaf]) == ("sample.prompts", "eval"):
             continue  # "eval" means the held-out pairs, also where there is a folder of that name
-        if key not in SOURCE_KEYS:
-            owner[leaf] = resolve(owner[leaf])
-        elif isinstance(owner[leaf], str | dict | list):
-            listed = owner[leaf] if isinstance(owner[leaf], list) else [owner[leaf]]
-            owner[leaf] = [as_table(source) for source in listed]
+        value = owner[leaf]
+        if key in SOURCE_KEYS and isinstance(value, str | dict | list):
+            listed = value if isinstance(value, list) else [value]
+            value = [{"path": source} if isinstance(source, str) else source for source in listed]
+        owner[leaf] = _resolve(value, folder)
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    """A path, several, or tables with a "path"; anything else, also the name of a Hub repository, stays as it is."""
+    if isinstance(value, list):
+        return [_resolve(one, folder) for one in value]
+    if isinstance(value, dict):
+        return value | {"path": _resolve(value["path"], folder)} if "path" in value else value
+    if not isinstance(value, str) or not value:
+        return value
+    if value.startswith("python:") and value.count(":") == 2:
+        _, path, name = value.split(":")
+        return f"python:{(folder / Path(path).expanduser()).resolve()}:{name}"
+    path = folder / Path(value).expanduser()
+    return str(path.resolve()) if path.exists() or is_local(value) else value

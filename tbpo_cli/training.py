@@ -21,24 +21,27 @@ from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group, device_of_environment
 from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.memory import room
 from tbpo_cli.train.trackers import open_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str) -> None:
-    """Trains one stage and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
-
-    Args:
-        name: "sft" or "align".
-        train_split: the folder under prepare/ with the training pairs.
+def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
+    """Trains "sft" or "align", and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
 
     Raises:
-        TbpoError: if the prepared pairs do not fit the loss, or the model cannot be loaded.
+        TbpoError: if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
     """
-    started = time.monotonic()
-    stores = _open_stores(name, recipe, run_dir, loss, train_split)
+    started, settings, stores = time.monotonic(), getattr(recipe, name), open_stores(name, recipe, run_dir)
+    if loss.span != "chosen" and not all(store.has_rejected for store in stores):
+        raise TbpoError(
+            "the rows have no rejected responses",
+            "data.train or data.eval",
+            "preference pairs, with a chosen and a rejected response",
+            "demonstrations are for `tbpo sft`",
+        )
     tokenizer = _open_tokenizer(recipe, run_dir)
     group, device = Group.of_environment(), device_of_environment()
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
@@ -46,14 +49,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{name}: loading {recipe.model.base}")
     policy = _load(name, recipe, run_dir, loss, group, device)
-    embeddings = policy.model.get_input_embeddings().weight.shape[0]
-    if (largest := max(store.largest_id for store in stores)) >= embeddings:
-        raise TbpoError(
-            f"the tokenizer has an id that the model has no embedding for: {largest}",
-            f"model.base = {recipe.model.base!r}",
-            f"ids below {embeddings:,}, as the model's config says",
-            "take the tokenizer that belongs to the model",
-        )
+    _check_embeddings(policy, stores, recipe.model)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     trained = sum(parameter.numel() for parameter in policy.trained.values())
     console.say(
@@ -62,7 +58,6 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     )
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
-    settings = getattr(recipe, name)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, device, group)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
     names = recipe.run.trackers if group.is_main else ()
@@ -81,20 +76,10 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_sp
     run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
 
 
-def _open_stores(
-    name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, train_split: str
-) -> tuple[PairStore, PairStore]:
-    """The training pairs and the held-out ones. Raises TbpoError if the loss cannot be computed from them."""
-    reverse = name == "align" and recipe.align.reverse
-    train, evaluation = (PairStore(run_dir.stage("prepare") / split, reverse) for split in (train_split, "eval"))
-    if loss.span != "chosen" and not (train.has_rejected and evaluation.has_rejected):
-        raise TbpoError(
-            "the rows have no rejected responses",
-            "data.train or data.eval",
-            "preference pairs, with a chosen and a rejected response",
-            "demonstrations are for `tbpo sft`",
-        )
-    return train, evaluation
+def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, PairStore]:
+    """The prepared pairs that a stage trains on, and the held-out ones."""
+    settings, folder = getattr(recipe, name), run_dir.stage("prepare")
+    return PairStore(folder / settings.split, settings.reverse), PairStore(folder / "eval", settings.reverse)
 
 
 def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:
@@ -123,6 +108,17 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, 
     return policy
 
 
+def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model: Model) -> None:
+    embeddings = policy.model.get_input_embeddings().weight.shape[0]
+    if (largest := max(store.largest_id for store in stores)) >= embeddings:
+        raise TbpoError(
+            f"the tokenizer has an id that the model has no embedding for: {largest}",
+            f"model.base = {model.base!r}",
+            f"ids below {embeddings:,}, as the model's config says",
+            "take the tokenizer that belongs to the model",
+        )
+
+
 def _place(policy: Policy, wanted: str, model: Model, device: torch.device, group: Group) -> DeviceMesh | None:
     """The mesh over which several processes will share the weights out; None if they do not: the models are moved."""
     is_sharded, reason = choose_sharding(policy, wanted, model, device)
@@ -143,9 +139,8 @@ def choose_sharding(policy: Policy, wanted: str, model: Model, device: torch.dev
     if device.type == "cuda" and model.quantization is None:
         models = [policy.model, *policy.frozen.values()]
         size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
-        room = torch.cuda.get_device_properties(device).total_memory
-        if size > room / 2:  # the rest is for activations
-            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room / 1e9:,.0f} GB"
+        if size > room(device) / 2:  # the rest is for activations
+            return True, f"their {size / 1e9:,.0f} GB are more than half of a device's {room(device) / 1e9:,.0f} GB"
     return False, "only an adapter is trained"
 
 
@@ -160,6 +155,6 @@ def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, devic
     base = started["files"].get("model.base", {}) | started["files"].get("model.adapter", {})
     parts = {
         "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],
-        "data": [started["outputs"], loss.span, name == "align" and recipe.align.reverse],
+        "data": [started["outputs"], loss.span, getattr(recipe, name).reverse],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

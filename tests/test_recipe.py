@@ -102,6 +102,13 @@ def test_every_generator_can_be_named(load, name):
     assert load(SMALL, f"align.loss.generator.name={name}").align.loss["generator"]["name"] == name
 
 
+def test_a_generator_may_be_named_without_a_table_of_its_own(load):
+    table, name = (load(SMALL, f"align.loss.{key}=kliep") for key in ("generator.name", "generator"))
+    assert table == name
+    with pytest.raises(TbpoError, match=r"generator\.name = 'klieb' is unknown"):
+        load(SMALL, "align.loss.generator=klieb")
+
+
 def test_set_takes_toml_values_and_bare_text(load):
     recipe = load(SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}")
     assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (7, "dpo", 1e-4)

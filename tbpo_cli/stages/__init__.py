@@ -35,14 +35,14 @@ def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, l
         )
     states: dict[str, tuple[str, list[str]]] = {}
     for name in [*run_dir.needed(target, recipe), target]:
+        changes = run_dir.changes(name, recipe)
         if run_dir.started_from(name) is None:
-            states[name] = ("new", [])
-        elif changes := run_dir.changes(name, recipe):
-            states[name] = ("changed" if run_dir.has_results(name) else "stale", changes)
-        elif run_dir.manifest(name) is not None:
-            states[name] = ("done", [])
+            state = "new"
+        elif changes:
+            state = "changed" if run_dir.has_results(name) else "stale"
         else:
-            states[name] = ("begun", [])
+            state = "begun" if run_dir.manifest(name) is None else "done"
+        states[name] = (state, changes)
     return states
 
 
@@ -72,52 +72,39 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         TbpoError: if a stage on the way was made from other inputs and `restart` is False, if another process works
             in the run directory, or if that cannot be written.
     """
-    if not restart and all(state == "done" for state, _ in plan(target, recipe, run_dir).values()):
+    states = plan(target, recipe, run_dir)
+    if not restart and all(state == "done" for state, _ in states.values()):
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         module_of(target).report(recipe, run_dir)
         return
     if processes.machine_rank > 0:
-        for name in [*run_dir.needed(target, recipe), target]:
+        for name in states:
             if STAGES[name].parallel and run_dir.manifest(name) is None:
                 join_workers(name, run_dir, processes)
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
-        _run_through(target, recipe, run_dir, restart, processes)
+        for name in states:
+            states = plan(target, recipe, run_dir)  # again: the result of a stage before may be another one now
+            if not restart:
+                _refuse_changed(states, run_dir)
+            anew = states[name][0] in ("stale", "changed") or (restart and name == target)
+            if anew and (old := run_dir.set_aside(name)):
+                console.say(f"the old {name} is kept as {old}")
+            if run_dir.manifest(name) is None:
+                parallel = (processes,) if STAGES[name].parallel else ()
+                module_of(name).run(recipe, run_dir, *parallel)
 
 
-def _run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes) -> None:
-    states = plan(target, recipe, run_dir)
+def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -> None:
+    """Raises TbpoError if a stage with results was made from other inputs: which, and what that invalidates."""
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
-    if changed and not restart:
-        lines = [line for changes in changed.values() for line in changes]
+    if changed:
+        lines = dict.fromkeys(line for changes in changed.values() for line in changes)
         invalidated = list(states)[list(states).index(next(iter(changed))) :]
         raise TbpoError(
             f"the inputs of a stage changed since it was run: {', '.join(changed)}",
             str(run_dir.path),
-            "\n    ".join(["what the stage was made from:", *dict.fromkeys(lines)]),
+            "\n    ".join(["what the stage was made from:", *lines]),
             f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), or --run-dir DIR "
             "starts another run",
         )
-    for name, (state, _) in states.items():
-        anew = state in ("stale", "changed") or (restart and name == target)
-        if anew and (old := run_dir.set_aside(name)):
-            console.say(f"the old {name} is kept as {old}")
-        if run_dir.manifest(name) is None:
-            parallel = (processes,) if STAGES[name].parallel else ()
-            module_of(name).run(recipe, run_dir, *parallel)
-        if name != target:
-            _check_unmoved(name, target, recipe, run_dir, restart)
-
-
-def _check_unmoved(done: str, target: str, recipe: Recipe, run_dir: RunDir, restart: bool) -> None:
-    """After a needed stage was redone: a later one that was begun from its old result cannot go on from it."""
-    for later in [*run_dir.needed(target, recipe), target]:
-        if done in run_dir.needed(later, recipe) and run_dir.changes(later, recipe):
-            if run_dir.has_results(later) and not restart:
-                raise TbpoError(
-                    f"the result of {done} is another one than {later} was begun from",
-                    str(run_dir.stage(later)),
-                    fix="--restart begins it anew, or --run-dir DIR starts another run",
-                )
-            if old := run_dir.set_aside(later):
-                console.say(f"the old {later} is kept as {old}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from tbpo_cli import console
+from tbpo_cli.core.losses import build_loss
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
+
+SUMMARY = (("loss", "loss (nats a token)", "{:.3f}", True), ("entropy", "entropy (nats a token)", "{:.3f}", True))
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -16,22 +19,15 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
-    from tbpo_cli.core.losses import build_loss
     from tbpo_cli.training import train_stage
 
-    train_stage("sft", recipe, run_dir, build_loss("sft"), "train" if recipe.sft.train is None else "sft")
+    train_stage("sft", recipe, run_dir, build_loss("sft"))
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the complete stage's result."""
     from tbpo_cli.train.metrics import read_metrics
 
-    evaluations = [line for line in read_metrics(run_dir.stage("sft") / "metrics.jsonl") if line["split"] == "eval"]
-    if evaluations:
-        before, after = evaluations[0], evaluations[-1]
-        rows = [
-            ["loss (nats a token)", f"{before['loss']:.3f}", f"{after['loss']:.3f}"],
-            ["entropy (nats a token)", f"{before['entropy']:.3f}", f"{after['entropy']:.3f}"],
-        ]
-        console.show_table("SFT on the held-out responses", ["", "before", "after"], rows)
+    metrics = read_metrics(run_dir.stage("sft") / "metrics.jsonl")
+    console.show_evaluations("SFT on the held-out responses", metrics, SUMMARY)
     console.say(f"weights: {run_dir.weights('sft')}")
