@@ -1,4 +1,7 @@
-"""Win rates of a judge's verdicts: raw, and as if both models' completions were of the same length."""
+"""Win rates of a judge's verdicts: raw, and as if both models' completions were of the same length.
+
+The fit is Newton's own few steps, since the bootstrap makes a thousand of them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import Comparison, Judge, Verdict
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
+from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 
 RIDGE = np.array([0.001, 0.01])  # on θ and φ, which stay finite where one side always wins, or length decides all
 
 
-def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: Judge) -> dict[str, Any]:
+def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: str) -> dict[str, Any]:
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their samples. Verdicts that
@@ -25,18 +28,17 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
     """
     read = [(one, verdict) for one, verdict in zip(comparisons, verdicts, strict=True) if verdict.value is not None]
     if not read:
-        example = verdicts[0].reason[:300] if verdicts else "there is nothing to compare"
-        raise TbpoError(f"{judge.name} gave no verdict: {example}", "[eval]", "verdicts", "see what it answers")
+        what, expected = f"{judge} gave no verdict: {verdicts[0].reason[:300]}", "an answer that ends in a verdict"
+        raise TbpoError(what, "[eval]", expected, "another judge or template")
     values = np.array([verdict.value for _, verdict in read])
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
     lengths = np.array([one.length_a - one.length_b for one, _ in read], np.float64)
     orders = [not verdict.consistent for _, verdict in read if verdict.consistent is not None]
-    tokens = [sum(getattr(one, name) for one in verdicts) for name in ("prompt_tokens", "completion_tokens")]
-    price = judge.price_per_million
+    costs = [verdict.cost for verdict in verdicts if verdict.cost is not None]
     return {
         "model": read[0][0].model,
         "against": read[0][0].against,
-        "judge": judge.name,
+        "judge": judge,
         "raw": mean_of_groups(prompts, values),
         "length_controlled": length_controlled(values, lengths, prompts),
         "wins": int((values == 1).sum()),
@@ -44,9 +46,9 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
         "losses": int((values == 0).sum()),
         "unreadable": len(verdicts) - len(read),
         "inconsistent": figure(orders) if orders else None,
-        "prompt_tokens": tokens[0],
-        "completion_tokens": tokens[1],
-        "cost": sum(n * each for n, each in zip(tokens, price, strict=True)) / 1e6 if price else None,
+        "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),
+        "completion_tokens": sum(verdict.tokens[1] for verdict in verdicts),
+        "cost": sum(costs) if costs else None,
     }
 
 

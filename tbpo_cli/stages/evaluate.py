@@ -18,7 +18,7 @@ from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 
 if TYPE_CHECKING:
-    from tbpo_cli.evaluation.judges import Comparison
+    from tbpo_cli.evaluation.verdicts import Comparison
 
 Rows = list[dict[str, Any]]
 
@@ -72,6 +72,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
+    from tbpo_cli.data.template import Chat
+    from tbpo_cli.data.tokens import load_tokenizer
     from tbpo_cli.evaluation.bench import Bench, open_models
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group, device_of_environment
@@ -98,7 +100,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     policy = open_models(recipe, run_dir, candidates, device_of_environment())
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device_of_environment())
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
-    bench = Bench(recipe, run_dir.stage("prepare") / "eval", policy, group.share, budget.attempt)
+    chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+    bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
     for each, what in wanted:
         rows = [row for share in group.gather(getattr(bench, what)(each)) for row in share]
         if group.is_main:
@@ -151,32 +154,31 @@ def _judge(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) ->
 
     win_rates, lines, scores = [], [], {}
     judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
-    numbered = _comparisons(recipe, run_dir, samples, others) if judges else []
-    comparisons = [comparison for _, comparison in numbered]
-    for judge in judges if numbered else ():
+    comparisons = _comparisons(recipe, run_dir, samples, others) if judges else []
+    for judge in judges if comparisons else ():
         judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
         for (model, against), group in itertools.groupby(judged, key=lambda pair: (pair[0].model, pair[0].against)):
             of_both, verdicts = zip(*group, strict=True)
-            win_rates.append(win_rate(of_both, verdicts, judge))
+            win_rates.append(win_rate(of_both, verdicts, judge.name))
             scored = zip(*(verdict.scores or () for verdict in verdicts), strict=True)  # of the model, of the other
             for name, values in zip((model, against), scored, strict=False):
                 scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
         lines += [
             {
-                "prompt_id": one.prompt_id, "sample": number, "model": one.model, "against": one.against,
+                "prompt_id": one.prompt_id, "sample": one.sample, "model": one.model, "against": one.against,
                 "judge": judge.name, "verdict": said.value, "scores": said.scores, "reason": said.reason,
                 "consistent": said.consistent, "length": one.length_a, "length_against": one.length_b,
             }
-            for (number, _), (one, said) in zip(numbered, judged, strict=True)
+            for one, said in judged
         ]  # fmt: skip
     return win_rates, lines, scores
 
 
-def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[tuple[int, Comparison]]:
-    """(number of the sample, comparison) of the policy with its opponents and the others, and of these with them."""
+def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[Comparison]:
+    """Of the policy with its opponents and the others, and of these with the opponents."""
     from tbpo_cli.data.prompts import held_out_texts
     from tbpo_cli.data.store import PairStore
-    from tbpo_cli.evaluation.judges import Comparison
+    from tbpo_cli.evaluation.verdicts import Comparison
 
     opponents = recipe.eval.opponents
     said = {(one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"]) for one in samples}
@@ -189,7 +191,7 @@ def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[st
     pairings = [("policy", other) for other in (*opponents, *others)]
     pairings += [(model, other) for model in others for other in opponents]
     return [
-        (number, Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids)))
+        Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids), number)
         for model, against in pairings
         for (prompt_id, number), messages in prompts.items()
         for (text, ids), (other, other_ids) in [[said[name, prompt_id, number] for name in (model, against)]]
