@@ -107,7 +107,7 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _named(models: dict[str, dict[str, Any]], win_rates: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Figures by all of their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against the first one."""
+    """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against the first one."""
     named = {f"{model}.{name}": figure for model, figures in models.items() for name, figure in figures.items()}
     named |= {f"{name}.{other}": figure for other, rates in win_rates.items() for name, figure in rates.items()}
     return named | models["policy"] | next(iter(win_rates.values()), {})
