@@ -1,8 +1,13 @@
-"""A client for servers that speak OpenAI's chat completions: concurrent, patient, with a cache on disk."""
+"""A client for servers that speak OpenAI's chat completions: concurrent, patient, with a cache on disk.
+
+It tries again by itself, since the waits of urllib3's Retry and of openai's client cannot be cut short, and both take a
+page that is no completion for an answer.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -10,7 +15,6 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -27,7 +31,7 @@ from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key
-ATTEMPTS, FEW_ATTEMPTS = 8, 4  # of a server that is busy, fails or is cut off; of one that may be none
+ATTEMPTS, FEW_ATTEMPTS = 8, 4  # at a server that is busy, fails or is cut off; at what may be none
 MAX_WAIT = 120.0  # seconds before another attempt, also where the server asks for more
 BUSY = {408, 425, 429}
 OF_THE_REQUEST = {400, 413, 422}  # for example longer than the model's context
@@ -45,7 +49,7 @@ class Reply:
     refused: str = ""  # why it does not answer this request, if it does not
 
 
-Failure = tuple[str, int, float | None]  # why an attempt failed, how often that may happen, seconds to wait if told
+Failure = tuple[str, int, float | None]  # why an attempt failed, how many are worth it, seconds to wait if told
 
 
 class Endpoint:
@@ -63,9 +67,8 @@ class Endpoint:
         self.concurrency, self.timeout, self.cache = concurrency, timeout, cache
         self._key, self._lock = os.environ.get(KEY, "").strip(), threading.Lock()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise TbpoError(
-                f"{KEY} has characters that are in no key", KEY, "the key of the server", f"export {KEY}=KEY"
-            )
+            what = f"{KEY} has characters that are in no key"
+            raise TbpoError(what, "the environment", "the key of the server", f"export {KEY}=KEY")
         self._known: dict[str, Reply] = {}
         for line in cache.read_bytes().splitlines() if cache is not None and cache.exists() else ():
             with suppress(ValueError, TypeError, LookupError):  # of a line that was cut short
@@ -95,18 +98,18 @@ class Endpoint:
 
     def _ask(self, key: str, body: dict[str, Any], stop: threading.Event) -> Reply:
         """One reply, after as many attempts as it takes, kept in the cache."""
-        failures: Counter[int] = Counter()
-        while not isinstance(reply := self._attempt(body), Reply):
+        for attempt in itertools.count(1):
+            if isinstance(reply := self._attempt(body), Reply):
+                break
             reason, limit, wait = reply
-            failures[limit] += 1
-            if failures[limit] == limit or stop.is_set():
+            if attempt >= limit or stop.is_set():
                 raise TbpoError(
-                    f"no chat completion after {failures.total()} attempts: {reason}",
+                    f"no chat completion after {attempt} attempts: {reason}",
                     self.url,
                     "an OpenAI-compatible server; its address usually ends in /v1",
                     "start it, change the endpoint, or ask less at a time; the same command goes on from there",
                 )
-            wait = min(MAX_WAIT, wait or 0.5 * 2 ** (failures.total() - 1))
+            wait = min(MAX_WAIT, wait or 2.0 ** (attempt - 2))
             if wait > 1:
                 console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
             stop.wait(wait * random.uniform(1, 1.25))
