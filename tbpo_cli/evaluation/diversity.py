@@ -10,12 +10,12 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure
+from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure, mean_of_groups
 from tbpo_cli.measures import NUM_GRAMS, PERCENTILES
 
 PROTOCOL = {"num_samples": 5, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}  # of [sample]
@@ -35,8 +35,8 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
     samples = sorted(samples, key=lambda sample: (sample["prompt_id"], sample["sample"]))
     by_prompt = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample["prompt_id"])]
 
-    def mean_of(value: Any) -> Figure:
-        return figure([np.mean([value(sample) for sample in group]) for group in by_prompt])
+    def mean_of(value: Callable[[Any], float]) -> Figure:
+        return mean_of_groups([sample["prompt_id"] for sample in samples], [value(sample) for sample in samples])
 
     first = [WORD.findall(group[0]["completion"].lower()) for group in by_prompt]
     lengths = [[len(sample["token_ids"]) for sample in group] for group in by_prompt]

@@ -1,6 +1,6 @@
 """Win rates of a judge's verdicts: raw, and as if both models' completions were of the same length.
 
-The fit is Newton's own few steps, since the bootstrap makes a thousand of them.
+The fit is a few of Newton's steps, since the bootstrap makes a thousand fits, which are slower by a library's minimiser.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
+NUM_SHOWN = 6  # columns of the win rates, up to the losses
 OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
 
 
@@ -252,30 +253,20 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _show(results: dict[str, Any]) -> None:
-    """The page's tables of models, and the win rates, in 80 characters: intervals where there is room."""
+    """The page's tables of models and of win rates, in 80 characters: intervals where there is room."""
     from tbpo_cli.evaluation.page import tables
 
-    _, _, *of_models = tables(results, by_length=False)
-    for title, headings, rows in (table for table in of_models if table[2]):
-        cells = [[_cell(cell, len(rows) < 3) for cell in row] for row in [headings, *rows]]
-        columns = [list(column) for column in zip(*cells, strict=True)]
-        console.show_table(title, columns[0], columns[1:])
-    headings = ["", "win rate (95 %)", "length-controlled", "won/tied/lost"]
-    for judge, entries in itertools.groupby(results["win_rates"], key=lambda entry: entry["judge"]):
-        rows = [
-            [f"{e['model']} – {e['against']}", *(_percent(e[name]) for name in ("raw", "length_controlled")),
-             f"{e['wins']}/{e['ties']}/{e['losses']}"]
-            for e in entries
-        ]  # fmt: skip
-        console.show_table(f"Win rates, by {judge}", headings, rows)
+    (title, headings, rows), _, *of_models = tables(results, by_length=False)
+    for name, heads, lines in (table for table in of_models if table[2]):
+        cells = [[_cell(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
+        first, *others = (list(column) for column in zip(*cells, strict=True))
+        console.show_table(name, first, others)
+    if rows:
+        console.show_table(title, headings[:NUM_SHOWN], [[_cell(cell) for cell in row[:NUM_SHOWN]] for row in rows])
     console.out.print(f"\n{results['verdict']}.", markup=False)
 
 
-def _cell(cell: Any, with_interval: bool) -> str:
+def _cell(cell: Any, with_interval: bool = True) -> str:
     if isinstance(cell, str):
         return cell
     return cell["value"] + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    return f"{figure['value']:.1%} ({100 * figure['low']:.1f}–{100 * figure['high']:.1f})"
