@@ -56,6 +56,11 @@ GATE = re.compile(rf"\s*(\S+?)\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
 PARTS = (".low", ".high", ".n")
 
 
+def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
+    """(task, shots) of an entry of `eval.suites`; None for the task's own number of shots."""
+    return SUITES.get(suite, ((suite, None),))
+
+
 def labels(sources: Sequence[str]) -> list[str]:
     """What models of `eval.against` are called: by their runs' names, or their paths where that would not tell them."""
     paths = [Path(source) for source in sources]
@@ -67,7 +72,7 @@ def check_gate(settings: Eval) -> None:
     """Raises ValueError if `eval.gate` is no condition, or is one on what the recipe does not measure."""
     if not (found := GATE.fullmatch(settings.gate)):
         raise ValueError("gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5")
-    tasks = [task for suite in settings.suites for task, _ in SUITES.get(suite, ((Path(suite).stem, None),))]
+    tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]
     own = [*OWN, *(DIVERSITY if settings.diversity_prompts else ()), *(SCORE if settings.judged else ()), *tasks]
     others = labels(settings.against)
     figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))

@@ -17,7 +17,8 @@ from tbpo_cli.data.template import Chat
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.preference import pair_rows
-from tbpo_cli.evaluation.suites import run_task, tasks_of
+from tbpo_cli.evaluation.suites import run_task
+from tbpo_cli.measures import tasks_of
 from tbpo_cli.model.generate import complete_all
 from tbpo_cli.model.load import Policy, add_helper, load_trained
 from tbpo_cli.model.scoring import Scorer

@@ -1,6 +1,6 @@
 """Win rates of a judge's verdicts: raw, and as if both models' completions were of the same length.
 
-The fit is a few of Newton's steps, since the bootstrap makes a thousand fits, which are slower by a library's minimiser.
+The fit is a few of Newton's steps: the bootstrap makes a thousand fits, which a library's minimiser is too slow for.
 """
 
 from __future__ import annotations
