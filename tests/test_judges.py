@@ -12,7 +12,7 @@ from judge_server import chat_server
 
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import judges_of
+from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.language_judge import TEMPLATE
 from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
@@ -405,6 +405,16 @@ def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made,
 def test_a_language_model_is_no_reward_model(judges, base):
     with pytest.raises(TbpoError, match="it has 2 outputs and a chat template, and lacks score"):
         judges(f"eval.reward_model={base}")[0].compare(compare(("x", "y")))
+
+
+def test_a_judge_of_the_table_is_a_key_of_the_recipe_that_makes_it_judged(judges, recipe_file):
+    sets = {
+        "scorer": ("eval.scorer=python:x.py:f",),
+        "reward_model": ("eval.reward_model=x",),
+        "judge": ("eval.judge.endpoint=http://127.0.0.1:9", "eval.judge.model=m"),
+    }
+    assert list(JUDGES) == list(sets)
+    assert all(load_recipe(recipe_file, given).eval.judged for given in sets.values())
 
 
 def test_every_judge_that_is_named_judges(judges, tokenizer, tmp_path):

@@ -19,7 +19,7 @@ from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
 from tbpo_cli.measures import tasks_of
-from tbpo_cli.model.generate import complete_all
+from tbpo_cli.model.generate import samples_of
 from tbpo_cli.model.load import Policy, add_helper, load_trained
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe, Sample
@@ -94,7 +94,7 @@ class Bench:
         keys = [(prompt, number) for prompt in self.share(prompts) for number in range(settings.num_samples)]
         rows: Rows = []
         with console.progress(f"{what}, {candidate.name}", len(keys), every=len(keys)) as update:
-            for batch in complete_all(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed):
+            for batch in samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed):
                 rows += batch
                 update(len(rows), "")
         return rows

@@ -80,7 +80,7 @@ def generate(
     return completions
 
 
-def complete_all(
+def samples_of(
     policy: Policy, view: str, chat: Chat, keys: Sequence[tuple[Prompt, int]], settings: Sample, seed: int
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields samples, a batch at a time; each depends on its prompt, its number and the seed alone.

@@ -132,7 +132,7 @@ def _sample(
     recipe: Recipe, run_dir: RunDir, chat: Chat, prompts: Sequence[Prompt], keys: Sequence[Key]
 ) -> Iterator[Rows]:
     """Yields samples, a batch at a time. The models are loaded when one of them is to answer here."""
-    from tbpo_cli.model.generate import complete_all
+    from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.load import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
@@ -148,7 +148,7 @@ def _sample(
         else:
             policy = policy or _load(recipe, run_dir)
             view = POLICY if model == "policy" else REFERENCE
-            batches = complete_all(policy, view, chat, asked, settings, recipe.run.seed)
+            batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed)
         for batch in batches:
             yield [
                 {**about[one["prompt_id"]], "model": model, **one, "num_tokens": len(one["token_ids"]), **shown}
