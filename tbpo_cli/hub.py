@@ -85,9 +85,11 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
     revision = revision or (not is_local and (trained.get("base_commit") or recipe.model.revision)) or "main"
     if online and not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _ask(name, api.model_info, name, revision=revision).sha
-    weights = [Path(path) for path in trained["inputs"]["files"].get("model.base", ()) if path.endswith("safetensors")]
-    there = _ask(name, _files, api, name, revision) if online and weights else {}
-    if online and (other := [path.name for path in weights if not _is_at(path.name, path, there)]):
+    weights = trained["inputs"]["files"].get("model.base", {})
+    hashes = {path: file["sha256"] for path, file in weights.items() if path.endswith("safetensors")}
+    there = _ask(name, _files, api, name, revision).values() if online and hashes else ()
+    published = {file.lfs.sha256 for file in there if file.lfs is not None}
+    if online and (other := [Path(path).name for path, digest in hashes.items() if digest not in published]):
         where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
         raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
     folder, wanted, licence = Path(base), ["README.md", *LICENCES], {"license": push.license}
