@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-NUM_SHOWN = 6  # columns of the win rates, up to the losses
 OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
 
 
@@ -236,13 +235,15 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     Raises:
         GateError: if `eval.gate` does not hold.
     """
+    from tbpo_cli.evaluation.page import show
+
     folder = run_dir.stage("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if gate != results["gate"]:  # the recipe has another one since
         samples, seconds = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")["seconds"]
         _write(run_dir, results | {"gate": gate}, samples, seconds)
-    _show(results)
+    show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
         measured = "it was not measured" if gate["value"] is None else f"measured {gate['value']:.4g}"
@@ -250,23 +251,3 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         raise GateError(what, str(folder / "results.json"), gate["expression"], "train better, or change eval.gate")
     if gate:
         console.say(f"the gate is passed: {gate['expression']}, measured {gate['value']:.4g}")
-
-
-def _show(results: dict[str, Any]) -> None:
-    """The page's tables of models and of win rates, in 80 characters: intervals where there is room."""
-    from tbpo_cli.evaluation.page import tables
-
-    (title, headings, rows), _, *of_models = tables(results, by_length=False)
-    for name, heads, lines in (table for table in of_models if table[2]):
-        cells = [[_cell(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
-        first, *others = (list(column) for column in zip(*cells, strict=True))
-        console.show_table(name, first, others)
-    if rows:
-        console.show_table(title, headings[:NUM_SHOWN], [[_cell(cell) for cell in row[:NUM_SHOWN]] for row in rows])
-    console.out.print(f"\n{results['verdict']}.", markup=False)
-
-
-def _cell(cell: Any, with_interval: bool = True) -> str:
-    if isinstance(cell, str):
-        return cell
-    return cell["value"] + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
