@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.errors import GateError, TbpoError
@@ -16,9 +15,6 @@ from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.measures import decide
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
-
-if TYPE_CHECKING:
-    from tbpo_cli.evaluation.verdicts import Comparison
 
 Rows = list[dict[str, Any]]
 
@@ -44,6 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         GateError: after all is written, if `eval.gate` does not hold.
     """
     from tbpo_cli.data.store import PairStore
+    from tbpo_cli.evaluation.winrate import judge_all
 
     started = time.monotonic()
     check(recipe)
@@ -52,7 +49,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     candidates = candidates_of(recipe, run_dir)
     run_or_launch(work, "eval", recipe, run_dir, processes)
     samples = _samples(run_dir, candidates)
-    win_rates, verdicts, scores = _judge(recipe, run_dir, samples, [each.name for each in candidates[2:]])
+    win_rates, verdicts, scores = judge_all(recipe, run_dir, samples, [each.name for each in candidates[2:]])
     models = {each.name: {**_measured(run_dir, each), "score": scores.get(each.name)} for each in candidates}
     results = {
         "run": recipe.run.name,
@@ -144,58 +141,6 @@ def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
         "diversity": diversity.summarise(samples) if samples else {},
         "suites": suites,
     }
-
-
-def _judge(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
-    """Win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that scores."""
-    from tbpo_cli.evaluation.judges import judges_of
-    from tbpo_cli.evaluation.stats import mean_of_groups
-    from tbpo_cli.evaluation.winrate import win_rate
-
-    win_rates, lines, scores = [], [], {}
-    judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
-    comparisons = _comparisons(recipe, run_dir, samples, others) if judges else []
-    for judge in judges if comparisons else ():
-        judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
-        for (model, against), group in itertools.groupby(judged, key=lambda pair: (pair[0].model, pair[0].against)):
-            of_both, verdicts = zip(*group, strict=True)
-            win_rates.append(win_rate(of_both, verdicts, judge.name))
-            scored = zip(*(verdict.scores or () for verdict in verdicts), strict=True)  # of the model, of the other
-            for name, values in zip((model, against), scored, strict=False):
-                scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
-        lines += [
-            {
-                "prompt_id": one.prompt_id, "sample": one.sample, "model": one.model, "against": one.against,
-                "judge": judge.name, "verdict": said.value, "scores": said.scores, "reason": said.reason,
-                "consistent": said.consistent, "length": one.length_a, "length_against": one.length_b,
-            }
-            for one, said in judged
-        ]  # fmt: skip
-    return win_rates, lines, scores
-
-
-def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[Comparison]:
-    """Of the policy with its opponents and the others, and of these with the opponents."""
-    from tbpo_cli.data.prompts import held_out_texts
-    from tbpo_cli.data.store import PairStore
-    from tbpo_cli.evaluation.verdicts import Comparison
-
-    opponents = recipe.eval.opponents
-    said = {(one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"]) for one in samples}
-    prompts = {(one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one}
-    if "chosen" in opponents:
-        store = PairStore(run_dir.stage("prepare") / "eval")
-        texts = held_out_texts(recipe.data, {prompt_id for prompt_id, _ in prompts})
-        ids = {pair.pair_id: pair.chosen_ids for pair in map(store.__getitem__, range(len(store)))}
-        said |= {("chosen", *key): (texts[key[0]].chosen["content"], ids[key[0]]) for key in prompts}
-    pairings = [("policy", other) for other in (*opponents, *others)]
-    pairings += [(model, other) for model in others for other in opponents]
-    return [
-        Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids), number)
-        for model, against in pairings
-        for (prompt_id, number), messages in prompts.items()
-        for (text, ids), (other, other_ids) in [[said[name, prompt_id, number] for name in (model, against)]]
-    ]
 
 
 def verdict(results: dict[str, Any]) -> str:
