@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -128,7 +128,7 @@ class Endpoint:
             return f"{type(cause).__name__}: {cause}", FEW_ATTEMPTS if is_nobody else ATTEMPTS, None
         said = f"{status} {' '.join(text.split())[:300]}"
         if status in BUSY or status >= 500:
-            return said, ATTEMPTS, _seconds(headers.get("Retry-After", ""))
+            return said, ATTEMPTS, retry_after(headers)
         if status in OF_THE_REQUEST:
             return Reply("", refused=f"the server refuses the request: {said}")
         if status in (401, 403):
@@ -165,10 +165,9 @@ class Endpoint:
         return answer.status, answer.headers, text.replace(self._key, "•••") if self._key else text
 
 
-def _seconds(retry_after: str) -> float | None:
-    """Of a Retry-After header, which gives them, or a date."""
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds until the server wants to be asked again, from its Retry-After: a number of them, or a date."""
+    said = headers.get("Retry-After", "")
     with suppress(TypeError, ValueError):
-        if retry_after.isdigit():
-            return float(retry_after)
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return float(said) if said.isdigit() else max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     return None

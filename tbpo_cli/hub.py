@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from tbpo_cli import console
 from tbpo_cli.core.losses import LOSSES
+from tbpo_cli.endpoint import retry_after
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.measures import MEASURES
 from tbpo_cli.recipe import Recipe
@@ -252,7 +253,6 @@ def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -
             what = f"the Hub answers {status}" if status else f"the connection is cut ({type(fault).__name__})"
             if wait is None:
                 raise TbpoError(what, repo, "a Hub that answers", "the same command goes on from there") from error
-        after = "" if response is None else response.headers.get("Retry-After", "")
-        wait = max(wait, int(after) if after.isdigit() else 0)
-        console.say(f"{what}; again in {wait} s")
+        wait = max(wait, (response is not None and retry_after(response.headers)) or 0)
+        console.say(f"{what}; again in {wait:g} s")
         time.sleep(wait)

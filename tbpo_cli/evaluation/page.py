@@ -94,7 +94,7 @@ def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], 
     }
     for rate in rates:
         known[rate["model"]] |= rate if _kind(rate)[1:] == main[1:] else {}
-    by_kind = {"{} against {}, by {}".format(*_kind(rate)): rate for rate in rates}
+    by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),
         ("Methods", *_table(METHODS, known if len(models) > 2 else {})),
