@@ -101,18 +101,17 @@ class Endpoint:
         for attempt in itertools.count(1):
             if isinstance(reply := self._attempt(body), Reply):
                 break
-            reason, limit, wait = reply
-            if attempt >= limit or stop.is_set():
+            reason, limit, told = reply
+            wait = min(MAX_WAIT, told or 2.0 ** (attempt - 2))
+            if wait > 1 and attempt < limit:
+                console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
+            if attempt >= limit or stop.wait(wait * random.uniform(1, 1.25)):
                 raise TbpoError(
                     f"no chat completion after {attempt} attempts: {reason}",
                     self.url,
                     "an OpenAI-compatible server; its address usually ends in /v1",
                     "start it, change the endpoint, or ask less at a time; the same command goes on from there",
                 )
-            wait = min(MAX_WAIT, wait or 2.0 ** (attempt - 2))
-            if wait > 1:
-                console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
-            stop.wait(wait * random.uniform(1, 1.25))
         if self.cache is not None and not reply.refused:
             with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
                 file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
