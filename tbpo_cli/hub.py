@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import huggingface_hub as hf
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from tbpo_cli import console
 from tbpo_cli.core.losses import LOSSES
@@ -50,7 +50,7 @@ class Base:
 
 def open_repository(recipe: Recipe, card: str) -> None:
     """Makes the repository if there is none. Raises TbpoError if token, repository and card do not go together."""
-    api, repo, push, faults = hf.HfApi(), recipe.push.repo, recipe.push, []
+    api, repo, push, fault = hf.HfApi(), recipe.push.repo, recipe.push, ""
     if hf.get_token() is None:
         raise TbpoError("there is no token for the Hub", *TOKEN)
     if _ask(repo, api.whoami).get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -58,15 +58,17 @@ def open_repository(recipe: Recipe, card: str) -> None:
     _ask(repo, hf.ModelCard(card).validate)
     if _ask(repo, api.repo_exists, repo):
         _ask(repo, api.auth_check, repo, write=True)
-        other, what = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
-        faults += [f"holds {what}"] * (other in _ask(repo, _files, api, repo))
-        faults += ["is public"] * (push.private and not _ask(repo, api.model_info, repo).private)
+        other, kind = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
+        if other in _ask(repo, _files, api, repo):
+            fault = f"holds {kind}"
+        elif push.private and not _ask(repo, api.model_info, repo).private:
+            fault = "is public"
     else:
-        kinds = ("dataset", "space")
-        faults += [f"is a {kind}" for kind in kinds if _ask(repo, api.repo_exists, repo, repo_type=kind)]
-    if faults:
+        others = (kind for kind in ("dataset", "space") if _ask(repo, api.repo_exists, repo, repo_type=kind))
+        fault = next((f"is a {kind}" for kind in others), "")
+    if fault:
         expected = f"a {'private ' if push.private else ''}model repository with the same kind of weights, or none"
-        raise TbpoError(f"the repository {faults[0]}", f"push.repo = {repo!r}", expected, "give it another name")
+        raise TbpoError(f"the repository {fault}", f"push.repo = {repo!r}", expected, "give it another name")
     _ask(repo, api.create_repo, repo, private=push.private, exist_ok=True)
 
 
@@ -226,7 +228,7 @@ def _is_at(path: str, source: Path | bytes, there: dict[str, RepoFile]) -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == file.upload_info.sha256.hex()
     with file.as_file() as opened:
-        return remote.blob_id == hashlib.sha1(b"blob %d\0" % remote.size + opened.read()).hexdigest()
+        return remote.blob_id == git_hash(opened.read())
 
 
 def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
