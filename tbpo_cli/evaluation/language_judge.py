@@ -79,16 +79,14 @@ class LanguageJudge:
         """Of the answers to (a, b) and to (b, a)."""
         value, reverse = _value(forward.text), _value(backward.text)
         reason = f"{forward.refused or forward.text}\n\nThe other way round: {backward.refused or backward.text}"
-        tokens = (
-            forward.prompt_tokens + backward.prompt_tokens,
-            forward.completion_tokens + backward.completion_tokens,
-        )
+        read = forward.prompt_tokens + backward.prompt_tokens
+        written = forward.completion_tokens + backward.completion_tokens
         prices = self.settings.price_per_million
-        cost = sum(n * price for n, price in zip(tokens, prices, strict=True)) / 1e6 if prices else None
+        cost = (read * prices[0] + written * prices[1]) / 1e6 if prices else None
         if value is None or reverse is None:
-            return Verdict(None, f"no verdict can be read: {reason}", tokens=tokens, cost=cost)
+            return Verdict(None, f"no verdict can be read: {reason}", None, None, (read, written), cost)
         consistent = value == 1 - reverse
-        return Verdict(value if consistent else 0.5, reason, None, consistent, tokens, cost)
+        return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
 
 
 def _value(answer: str) -> float | None:

@@ -24,8 +24,9 @@ def reward_model_of(source: str, _cache: Path | None = None) -> ScoreJudge:
         chats = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in answers]
         texts = model.tokenizer.apply_chat_template(chats, tokenize=False)
         size = BATCH_SIZE if model.tokenizer.pad_token is not None else 1
-        found = model((text for text in texts), batch_size=size, add_special_tokens=False, truncation=True)
-        yield from (one["score"] for one in found)
+        stream = (text for text in texts)  # of which the pipeline gives the scores as they come
+        for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):
+            yield found["score"]
 
     return ScoreJudge(source.rstrip("/").rpartition("/")[2], score)
 
