@@ -7,7 +7,6 @@ page that is no completion for an answer.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -15,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -97,10 +96,18 @@ class Endpoint:
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, key: str, body: dict[str, Any], stop: threading.Event) -> Reply:
-        """One reply, after as many attempts as it takes, kept in the cache."""
-        for attempt in itertools.count(1):
-            if isinstance(reply := self._attempt(body), Reply):
-                break
+        """One reply, kept in the cache."""
+        reply = self._insist(body, stop)
+        if self.cache is not None and not reply.refused:
+            with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
+                file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
+            self._known[key] = reply
+        return reply
+
+    def _insist(self, body: dict[str, Any], stop: threading.Event) -> Reply:
+        """One reply, after as many attempts as it takes."""
+        attempt = 1
+        while not isinstance(reply := self._attempt(body), Reply):
             reason, limit, told = reply
             wait = min(MAX_WAIT, told or 2.0 ** (attempt - 2))
             if wait > 1 and attempt < limit:
@@ -112,10 +119,7 @@ class Endpoint:
                     "an OpenAI-compatible server; its address usually ends in /v1",
                     "start it, change the endpoint, or ask less at a time; the same command goes on from there",
                 )
-        if self.cache is not None and not reply.refused:
-            with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
-                file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
-            self._known[key] = reply
+            attempt += 1
         return reply
 
     def _attempt(self, body: dict[str, Any]) -> Reply | Failure:
@@ -127,7 +131,7 @@ class Endpoint:
             return f"{type(cause).__name__}: {cause}", FEW_ATTEMPTS if is_nobody else ATTEMPTS, None
         said = f"{status} {' '.join(text.split())[:300]}"
         if status in BUSY or status >= 500:
-            return said, ATTEMPTS, retry_after(headers)
+            return said, ATTEMPTS, retry_after(headers.get("Retry-After", ""))
         if status in OF_THE_REQUEST:
             return Reply("", refused=f"the server refuses the request: {said}")
         if status in (401, 403):
@@ -164,9 +168,8 @@ class Endpoint:
         return answer.status, answer.headers, text.replace(self._key, "•••") if self._key else text
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the server wants to be asked again, from its Retry-After: a number of them, or a date."""
-    said = headers.get("Retry-After", "")
+def retry_after(said: str) -> float | None:
+    """Seconds until a server wants to be asked again, from its Retry-After: a number of them, or a date."""
     with suppress(TypeError, ValueError):
         return float(said) if said.isdigit() else max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     return None

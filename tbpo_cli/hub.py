@@ -45,12 +45,13 @@ class Base:
     id: str
     revision: str
     licence_files: tuple[Path, ...]
-    licence: dict[str, str]
+    licence: dict[str, Any]
 
 
 def open_repository(recipe: Recipe, card: str) -> None:
     """Makes the repository if there is none. Raises TbpoError if token, repository and card do not go together."""
     api, repo, push, fault = hf.HfApi(), recipe.push.repo, recipe.push, ""
+    assert repo is not None
     if hf.get_token() is None:
         raise TbpoError("there is no token for the Hub", *TOKEN)
     if _ask(repo, api.whoami).get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -84,7 +85,7 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
         what, where = "the base is a folder of this machine, which nobody else can load", f"model.base = {base!r}"
         fix = f'publish it once (hf upload USER/NAME {base}), and add push.base_model = "USER/NAME"'
         raise TbpoError(what, where, "a repository on the Hub, which the adapter and its card can name", fix)
-    name, _, revision = (push.base_model if is_local else base).partition("@")
+    name, _, revision = ((is_local and push.base_model) or base).partition("@")
     revision = revision or (not is_local and (trained.get("base_commit") or recipe.model.revision)) or "main"
     if online and not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _ask(name, api.model_info, name, revision=revision).sha
@@ -95,7 +96,8 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
     if online and (other := [Path(path).name for path, digest in hashes.items() if digest not in published]):
         where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
         raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
-    folder, wanted, licence = Path(base), ["README.md", *LICENCES], {"license": push.license}
+    folder, wanted = base, ["README.md", *LICENCES]
+    licence: dict[str, Any] = {"license": push.license}
     with suppress(OSError, ValueError):  # offline, and not in the cache
         folder = hf.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=not online)
     with suppress(Exception):  # a card that is not there, or broken, says nothing
@@ -118,6 +120,9 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
     whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
+    index: dict[str, Any] = {}
+    if results:
+        index = {"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)}
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
         base_model=base.id,
@@ -126,7 +131,7 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
         tags=["tbpo", "preference-optimization", loss, *([] if whole else ["lora"])],
         pipeline_tag="text-generation",
         **base.licence,
-        **({"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)} if results else {}),
+        **index,
     )
     source = inspect.getdoc(LOSSES[loss]) or ""
     paper = re.search(r"arXiv ([\d.]+\d)", source)
@@ -195,6 +200,7 @@ def publish(recipe: Recipe, files: Files, old: Collection[str]) -> tuple[dict[st
         TbpoError: if the Hub cannot be reached, refuses, or has other content than was sent.
     """
     api, repo = hf.HfApi(), recipe.push.repo
+    assert repo is not None
 
     def commit() -> None:  # compares anew at each attempt: an answer that was lost makes no second commit
         there = _files(api, repo)
@@ -237,7 +243,7 @@ def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -
     Raises:
         TbpoError: if the Hub refuses, or does not answer the last attempt.
     """
-    for wait in (*WAITS, None):
+    for planned in (*WAITS, None):
         try:
             return call(*arguments, **options)
         except Exception as error:
@@ -253,8 +259,9 @@ def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -
                 expected, fix = TOKEN[1:] if status in (401, 403) else asked
                 raise TbpoError(f"the Hub refuses: {' '.join(str(fault).split())}", repo, expected, fix) from error
             what = f"the Hub answers {status}" if status else f"the connection is cut ({type(fault).__name__})"
-            if wait is None:
+            if planned is None:
                 raise TbpoError(what, repo, "a Hub that answers", "the same command goes on from there") from error
-        wait = max(wait, (response is not None and retry_after(response.headers)) or 0)
+        told = "" if response is None else response.headers.get("Retry-After", "")
+        wait = max(planned, retry_after(told) or 0)
         console.say(f"{what}; again in {wait:g} s")
         time.sleep(wait)

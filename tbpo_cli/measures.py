@@ -93,8 +93,9 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     NAME is that of a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), and may end in .low, .high or .n. What
     the results do not have has the value None, and does not pass.
     """
-    if not gate:
+    if (match := GATE.fullmatch(gate)) is None:
         return None
+    name, comparison, bound = match.groups()
     figures = {}
     for model, entry in results["models"].items():
         tasks = {task: figure for suite in entry["suites"].values() for task, figure in suite.items()}
@@ -103,7 +104,6 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     for entry in results["win_rates"]:
         if entry["model"] == "policy":  # by the first judge
             rates.setdefault(entry["against"], {name: entry[key] for name, key in WIN_RATES.items()})
-    name, comparison, bound = GATE.fullmatch(gate).groups()
     known, (owner, _, part) = _named(figures, rates), name.rpartition(".")
     figure = known.get(name) or known.get(owner) or {}
     value = figure.get("value" if name in known else part)

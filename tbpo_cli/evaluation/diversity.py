@@ -18,7 +18,7 @@ import numpy as np
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure, mean_of_groups
 from tbpo_cli.measures import NUM_GRAMS, PERCENTILES
 
-PROTOCOL = {"num_samples": 5, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}  # of [sample]
+PROTOCOL: dict[str, Any] = {"num_samples": 5, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}  # of [sample]
 WORD = re.compile(r"\w+|[^\w\s]")
 
 

@@ -72,7 +72,7 @@ def show(results: Json) -> None:
 def _text(cell: Json | str, with_interval: bool = True) -> str:
     if isinstance(cell, str):
         return cell
-    return cell["value"] + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
+    return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
 
 
 def _kind(entry: Json) -> Kind:
@@ -93,7 +93,7 @@ def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], 
         for name, model in models.items()
     }
     for rate in rates:
-        known[rate["model"]] |= rate if _kind(rate)[1:] == main[1:] else {}
+        known[rate["model"]] |= rate if main is not None and _kind(rate)[1:] == main[1:] else {}
     by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),

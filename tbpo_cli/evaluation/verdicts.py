@@ -40,9 +40,11 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Anything with a `name` that says which of two completions is better."""
+    """Anything with a name that says which of two completions is better."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """The verdicts, in order."""

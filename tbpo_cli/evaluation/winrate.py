@@ -36,7 +36,8 @@ def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str])
         The win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that
         scores.
     """
-    win_rates, lines, scores = [], [], {}
+    win_rates, lines = [], []
+    scores: dict[str, Any] = {}
     judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
     comparisons = _comparisons(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():

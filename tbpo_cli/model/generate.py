@@ -98,7 +98,7 @@ def samples_of(
                 {
                     "prompt_id": keys[place][0].prompt_id,
                     "sample": keys[place][1],
-                    "completion": chat.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                    "completion": chat.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
                     **asdict(completion),
                 }
                 for place, completion in batch
@@ -115,11 +115,12 @@ def complete(
         seed: decides the draws, together with the place of a prompt.
     """
     turns = [[{"role": "user", "content": text}] for text in prompts]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    rendered: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    ids = rendered["input_ids"]
     seeds = [seed * 2**32 + number for number in range(len(ids))]
     batches = _batches(model, ids, seeds, settings, [tokenizer.eos_token_id])
     completions = dict(itertools.chain.from_iterable(batches))
-    return [tokenizer.decode(completions[n].token_ids, skip_special_tokens=True) for n in range(len(ids))]
+    return tokenizer.batch_decode([list(completions[n].token_ids) for n in range(len(ids))], skip_special_tokens=True)
 
 
 def _batches(
@@ -145,7 +146,7 @@ class _Draw(LogitsProcessor):
         self.logps: list[Tensor] = []  # (B,) a step
         self.entropies: list[Tensor] = []
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._warpers = None  # greedy
+        self._warpers: Any = None  # greedy
         if settings.temperature > 0:
             self._warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
             self._warpers += [TopPLogitsWarper(settings.top_p)] * (settings.top_p < 1)

@@ -186,8 +186,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if gate != results["gate"]:  # the recipe has another one since
-        samples, seconds = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")["seconds"]
-        _write(run_dir, results | {"gate": gate}, samples, seconds)
+        samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
+        assert manifest is not None
+        _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:

@@ -137,9 +137,10 @@ def _sample(
 
     settings, policy = recipe.sample, None
     shown = {"settings": {name: getattr(settings, name) for name in SETTINGS}}
+    texts = [chat.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
     about = {
-        prompt.prompt_id: {"row": row, "prompt": chat.tokenizer.decode(prompt.token_ids), "messages": prompt.messages}
-        for row, prompt in enumerate(prompts)
+        prompt.prompt_id: {"row": row, "prompt": text, "messages": prompt.messages}
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     }
     for model, of_model in itertools.groupby(keys, key=lambda key: key[0]):
         asked = [(prompts[row], number) for _, row, number in of_model]
@@ -174,6 +175,7 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
     from tbpo_cli.model.generate import seed_of
 
     settings, end, refused = recipe.sample, end_of_turn(chat), []
+    assert settings.endpoint is not None
     same = {"model": settings.endpoint_model, "temperature": settings.temperature, "top_p": settings.top_p}
     same |= {"max_tokens": settings.max_new_tokens, **asks}
     seeds = [seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31 for prompt, number in keys]
