@@ -22,11 +22,8 @@ PANELS = (  # title, unit, the metrics in it
 
 def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
     """A panel for each group of metrics in the lines: training as thin lines, evaluations as thick ones with dots."""
-    steps = [line["step"] for line in lines]
-    first, last = min(steps, default=0), max([*steps, 1])
-    ticks = (first, (first + last) // 2, last)
     return [
-        Panel(title, unit, "optimizer step", _series(lines, names), rounded=False, x_ticks=ticks)
+        Panel(title, unit, "optimizer step", _series(lines, names))
         for title, unit, names in PANELS
         if any(name in line for line in lines for name in names)
     ]

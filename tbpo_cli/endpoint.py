@@ -1,4 +1,8 @@
-"""A client for servers that speak OpenAI's chat completions: concurrent, patient, with a cache on disk."""
+"""A client for servers that speak OpenAI's chat completions: concurrent, patient, with a cache on disk.
+
+It tries again by itself, since the waits of urllib3's Retry and of openai's client cannot be cut short, and both take a
+page that is no completion for an answer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -27,7 +30,7 @@ from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key
-ATTEMPTS, FEW_ATTEMPTS = 8, 4  # of a server that is busy, fails or is cut off; of one that may be none
+ATTEMPTS, FEW_ATTEMPTS = 8, 4  # at a server that is busy, fails or is cut off; at what may be none
 MAX_WAIT = 120.0  # seconds before another attempt, also where the server asks for more
 BUSY = {408, 425, 429}
 OF_THE_REQUEST = {400, 413, 422}  # for example longer than the model's context
@@ -45,7 +48,7 @@ class Reply:
     refused: str = ""  # why it does not answer this request, if it does not
 
 
-Failure = tuple[str, int, float | None]  # why an attempt failed, how often that may happen, seconds to wait if told
+Failure = tuple[str, int, float | None]  # why an attempt failed, how many are worth it, seconds to wait if told
 
 
 class Endpoint:
@@ -63,9 +66,8 @@ class Endpoint:
         self.concurrency, self.timeout, self.cache = concurrency, timeout, cache
         self._key, self._lock = os.environ.get(KEY, "").strip(), threading.Lock()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise TbpoError(
-                f"{KEY} has characters that are in no key", KEY, "the key of the server", f"export {KEY}=KEY"
-            )
+            what = f"{KEY} has characters that are in no key"
+            raise TbpoError(what, "the environment", "the key of the server", f"export {KEY}=KEY")
         self._known: dict[str, Reply] = {}
         for line in cache.read_bytes().splitlines() if cache is not None and cache.exists() else ():
             with suppress(ValueError, TypeError, LookupError):  # of a line that was cut short
@@ -94,26 +96,30 @@ class Endpoint:
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, key: str, body: dict[str, Any], stop: threading.Event) -> Reply:
-        """One reply, after as many attempts as it takes, kept in the cache."""
-        failures: Counter[int] = Counter()
-        while not isinstance(reply := self._attempt(body), Reply):
-            reason, limit, wait = reply
-            failures[limit] += 1
-            if failures[limit] == limit or stop.is_set():
-                raise TbpoError(
-                    f"no chat completion after {failures.total()} attempts: {reason}",
-                    self.url,
-                    "an OpenAI-compatible server; its address usually ends in /v1",
-                    "start it, change the endpoint, or ask less at a time; the same command goes on from there",
-                )
-            wait = min(MAX_WAIT, wait or 0.5 * 2 ** (failures.total() - 1))
-            if wait > 1:
-                console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
-            stop.wait(wait * random.uniform(1, 1.25))
+        """One reply, kept in the cache."""
+        reply = self._insist(body, stop)
         if self.cache is not None and not reply.refused:
             with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
                 file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
             self._known[key] = reply
+        return reply
+
+    def _insist(self, body: dict[str, Any], stop: threading.Event) -> Reply:
+        """One reply, after as many attempts as it takes."""
+        attempt = 1
+        while not isinstance(reply := self._attempt(body), Reply):
+            reason, limit, told = reply
+            wait = min(MAX_WAIT, told or 2.0 ** (attempt - 2))
+            if wait > 1 and attempt < limit:
+                console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
+            if attempt >= limit or stop.wait(wait * random.uniform(1, 1.25)):
+                raise TbpoError(
+                    f"no chat completion after {attempt} attempts: {reason}",
+                    self.url,
+                    "an OpenAI-compatible server; its address usually ends in /v1",
+                    "start it, change the endpoint, or ask less at a time; the same command goes on from there",
+                )
+            attempt += 1
         return reply
 
     def _attempt(self, body: dict[str, Any]) -> Reply | Failure:
@@ -125,7 +131,7 @@ class Endpoint:
             return f"{type(cause).__name__}: {cause}", FEW_ATTEMPTS if is_nobody else ATTEMPTS, None
         said = f"{status} {' '.join(text.split())[:300]}"
         if status in BUSY or status >= 500:
-            return said, ATTEMPTS, _seconds(headers.get("Retry-After", ""))
+            return said, ATTEMPTS, retry_after(headers.get("Retry-After", ""))
         if status in OF_THE_REQUEST:
             return Reply("", refused=f"the server refuses the request: {said}")
         if status in (401, 403):
@@ -162,10 +168,8 @@ class Endpoint:
         return answer.status, answer.headers, text.replace(self._key, "•••") if self._key else text
 
 
-def _seconds(retry_after: str) -> float | None:
-    """Of a Retry-After header, which gives them, or a date."""
+def retry_after(said: str) -> float | None:
+    """Seconds until a server wants to be asked again, from its Retry-After: a number of them, or a date."""
     with suppress(TypeError, ValueError):
-        if retry_after.isdigit():
-            return float(retry_after)
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return float(said) if said.isdigit() else max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
     return None

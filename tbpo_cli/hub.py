@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import time
@@ -15,9 +14,11 @@ from typing import Any
 import huggingface_hub as hf
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from tbpo_cli import console
 from tbpo_cli.core.losses import LOSSES
+from tbpo_cli.endpoint import retry_after
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.measures import MEASURES
 from tbpo_cli.recipe import Recipe
@@ -44,29 +45,32 @@ class Base:
     id: str
     revision: str
     licence_files: tuple[Path, ...]
-    licence: dict[str, str]
+    licence: dict[str, Any]
 
 
 def open_repository(recipe: Recipe, card: str) -> None:
     """Makes the repository if there is none. Raises TbpoError if token, repository and card do not go together."""
-    api, repo, push, found = hf.HfApi(), recipe.push.repo, recipe.push, []
+    api, repo, push, fault = hf.HfApi(), recipe.push.repo, recipe.push, ""
+    assert repo is not None
     if hf.get_token() is None:
         raise TbpoError("there is no token for the Hub", *TOKEN)
-    if _ask(api.whoami, repo).get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if _ask(repo, api.whoami).get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise TbpoError("the token may only read", *TOKEN)
-    _ask(hf.ModelCard(card).validate, repo)
-    if not _ask(lambda: api.repo_exists(repo), repo):
-        kinds = ("dataset", "space")
-        found = [f"is a {kind}" for kind in kinds if _ask(lambda k=kind: api.repo_exists(repo, repo_type=k), repo)]
+    _ask(repo, hf.ModelCard(card).validate)
+    if _ask(repo, api.repo_exists, repo):
+        _ask(repo, api.auth_check, repo, write=True)
+        other, kind = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
+        if other in _ask(repo, _files, api, repo):
+            fault = f"holds {kind}"
+        elif push.private and not _ask(repo, api.model_info, repo).private:
+            fault = "is public"
     else:
-        _ask(lambda: api.auth_check(repo, write=True), repo)
-        other, what = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
-        found += [f"holds {what}"] * (other in _ask(lambda: _files(api, repo), repo))
-        found += ["is public"] * (push.private and not _ask(lambda: api.model_info(repo).private, repo))
-    if found:
+        others = (kind for kind in ("dataset", "space") if _ask(repo, api.repo_exists, repo, repo_type=kind))
+        fault = next((f"is a {kind}" for kind in others), "")
+    if fault:
         expected = f"a {'private ' if push.private else ''}model repository with the same kind of weights, or none"
-        raise TbpoError(f"the repository {found[0]}", f"push.repo = {repo!r}", expected, "give it another name")
-    _ask(lambda: api.create_repo(repo, private=push.private, exist_ok=True), repo)
+        raise TbpoError(f"the repository {fault}", f"push.repo = {repo!r}", expected, "give it another name")
+    _ask(repo, api.create_repo, repo, private=push.private, exist_ok=True)
 
 
 def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Base:
@@ -75,30 +79,31 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
     Raises:
         TbpoError: if the base is a folder and push.base_model names no repository with the same weights.
     """
-    base, is_local, push = recipe.model.base, Path(recipe.model.base).is_absolute(), recipe.push
+    api, base, push = hf.HfApi(), recipe.model.base, recipe.push
+    is_local = Path(base).is_absolute()
     if is_local and push.base_model is None:
         what, where = "the base is a folder of this machine, which nobody else can load", f"model.base = {base!r}"
         fix = f'publish it once (hf upload USER/NAME {base}), and add push.base_model = "USER/NAME"'
         raise TbpoError(what, where, "a repository on the Hub, which the adapter and its card can name", fix)
-    name, _, revision = (push.base_model if is_local else base).partition("@")
+    name, _, revision = ((is_local and push.base_model) or base).partition("@")
     revision = revision or (not is_local and (trained.get("base_commit") or recipe.model.revision)) or "main"
     if online and not re.fullmatch("[0-9a-f]{40}", revision):
-        revision = _ask(lambda: hf.HfApi().model_info(name, revision=revision).sha, name)
-    weights = [Path(path) for path in trained["inputs"]["files"].get("model.base", ()) if path.endswith("safetensors")]
-    there = _ask(lambda: _files(hf.HfApi(), name, revision), name) if online and weights else {}
-    if online and (other := [path.name for path in weights if not _is_at(path.name, path, there)]):
+        revision = _ask(name, api.model_info, name, revision=revision).sha
+    weights = trained["inputs"]["files"].get("model.base", {})
+    hashes = {path: file["sha256"] for path, file in weights.items() if path.endswith("safetensors")}
+    there = _ask(name, _files, api, name, revision).values() if online and hashes else ()
+    published = {file.lfs.sha256 for file in there if file.lfs is not None}
+    if online and (other := [Path(path).name for path, digest in hashes.items() if digest not in published]):
         where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
         raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
-    folder, licence = Path(base), {"license": push.license}
+    folder, wanted = base, ["README.md", *LICENCES]
+    licence: dict[str, Any] = {"license": push.license}
     with suppress(OSError, ValueError):  # offline, and not in the cache
-        patterns = ["README.md", *LICENCES]
-        folder = Path(
-            hf.snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not online)
-        )
+        folder = hf.snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=not online)
     with suppress(Exception):  # a card that is not there, or broken, says nothing
-        licence = licence if push.license else hf.metadata_load(folder / "README.md") or {}
+        licence = licence if push.license else hf.metadata_load(Path(folder) / "README.md") or {}
     licence = {key: licence[key] for key in ("license", "license_name", "license_link") if licence.get(key)}
-    return Base(name, revision, tuple(path for pattern in LICENCES for path in folder.glob(pattern)), licence)
+    return Base(name, revision, tuple(path for each in LICENCES for path in Path(folder).glob(each)), licence)
 
 
 def is_whole(recipe: Recipe) -> bool:
@@ -115,6 +120,9 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
     whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
+    index: dict[str, Any] = {}
+    if results:
+        index = {"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)}
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
         base_model=base.id,
@@ -123,9 +131,10 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
         tags=["tbpo", "preference-optimization", loss, *([] if whole else ["lora"])],
         pipeline_tag="text-generation",
         **base.licence,
-        **({"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)} if results else {}),
+        **index,
     )
     source = inspect.getdoc(LOSSES[loss]) or ""
+    paper = re.search(r"arXiv ([\d.]+\d)", source)
     template = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
     environment = Environment(
         loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -136,7 +145,7 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
             measures=MEASURES,
             settings={key: value for key, value in recipe.settings().items() if key not in FREE_KEYS},
             meaning=source.partition("\n\n")[0].partition(" Source:")[0],
-            paper=re.search(r"arXiv ([\d.]+\d)", source)[1],
+            paper=paper and paper[1],
         )  # fmt: skip
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         what, where = f"the card cannot be made: {error}", f"{template}, line {getattr(error, 'lineno', '?')}"
@@ -190,30 +199,26 @@ def publish(recipe: Recipe, files: Files, old: Collection[str]) -> tuple[dict[st
     Raises:
         TbpoError: if the Hub cannot be reached, refuses, or has other content than was sent.
     """
-    api, repo, is_new = hf.HfApi(), recipe.push.repo, False
+    api, repo = hf.HfApi(), recipe.push.repo
+    assert repo is not None
 
     def commit() -> None:  # compares anew at each attempt: an answer that was lost makes no second commit
-        nonlocal is_new
         there = _files(api, repo)
-        missing = [path for path in files if not _is_at(path, files[path], there)]
         changes: list[Any] = [hf.CommitOperationDelete(path) for path in old if path in there and path not in files]
-        with console.progress("uploading", len(missing)) as update:
-            for number, path in enumerate(missing):
-                update(number, path)
-                changes.append(hf.CommitOperationAdd(path, files[path]))
-                api.preupload_lfs_files(repo, changes[-1:])  # of large files, what the Hub has is not sent again
+        changes += [hf.CommitOperationAdd(path, files[path]) for path in files if not _is_at(path, files[path], there)]
         if changes:
-            is_new = True
+            console.say(f"sending {len(changes)} changes to {repo} …")
             api.create_commit(repo, changes, commit_message=f"{recipe.run.name}, by tbpo")
 
-    _ask(commit, repo)
-    head = _ask(lambda: api.model_info(repo).sha, repo)
-    there = _ask(lambda: _files(api, repo, head), repo)
+    before = _ask(repo, api.model_info, repo).sha
+    _ask(repo, commit)
+    head = _ask(repo, api.model_info, repo).sha
+    there = _ask(repo, _files, api, repo, head)
     if wrong := [path for path in files if not _is_at(path, files[path], there)]:
         where = f"{repo}: {', '.join(wrong)}"
         raise TbpoError("the Hub has other content than was sent", where, "the same hashes", "push again")
     hashes = {path: hf.CommitOperationAdd(path, source).upload_info.sha256.hex() for path, source in files.items()}
-    return {"repo": repo, "url": f"{api.endpoint}/{repo}", "commit": head, "sha256": hashes}, is_new
+    return {"repo": repo, "url": f"{api.endpoint}/{repo}", "commit": head, "sha256": hashes}, head != before
 
 
 def _files(api: hf.HfApi, repo: str, revision: str | None = None) -> dict[str, RepoFile]:
@@ -229,32 +234,34 @@ def _is_at(path: str, source: Path | bytes, there: dict[str, RepoFile]) -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == file.upload_info.sha256.hex()
     with file.as_file() as opened:
-        return remote.blob_id == hashlib.sha1(b"blob %d\0" % remote.size + opened.read()).hexdigest()
+        return remote.blob_id == git_hash(opened.read())
 
 
-def _ask(call: Callable[[], Any], repo: str) -> Any:
-    """What the call to the Hub returns; it is repeated while the Hub is busy or cut off. Raises TbpoError otherwise."""
-    for wait in (*WAITS, None):
+def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a call to the Hub returns; repeated while the Hub is busy or cut off, which few calls do by themselves.
+
+    Raises:
+        TbpoError: if the Hub refuses, or does not answer the last attempt.
+    """
+    for planned in (*WAITS, None):
         try:
-            return call()
+            return call(*arguments, **options)
         except Exception as error:
             # A large file's fault is the cause of a RuntimeError; TransportError is httpx's, or httpx2's.
-            cause = error.__cause__ or error if type(error) is RuntimeError else error
-            response = getattr(cause, "response", None)
+            fault = error.__cause__ or error if type(error) is RuntimeError else error
+            response = getattr(fault, "response", None)
             status = getattr(response, "status_code", None)
-            is_cut = any(kind.__name__ == "TransportError" for kind in type(cause).__mro__)
+            is_cut = any(kind.__name__ == "TransportError" for kind in type(fault).__mro__)
             if not is_cut and status not in PASSING:
-                if not isinstance(cause, HfHubHTTPError | ValueError | ConnectionError):
+                if not isinstance(fault, HfHubHTTPError | ValueError | ConnectionError):
                     raise
-                what, fix = (
-                    f"the Hub refuses: {' '.join(str(cause).split())}",
-                    ("", "mend what it says, and push again"),
-                )
-                raise TbpoError(what, repo, *(TOKEN[1:] if status in (401, 403) else fix)) from error
-            what = f"the Hub answers {status}" if status else f"the connection is cut ({type(cause).__name__})"
-            if wait is None:
+                asked = ("a request that it takes", "mend what it says, and push again")
+                expected, fix = TOKEN[1:] if status in (401, 403) else asked
+                raise TbpoError(f"the Hub refuses: {' '.join(str(fault).split())}", repo, expected, fix) from error
+            what = f"the Hub answers {status}" if status else f"the connection is cut ({type(fault).__name__})"
+            if planned is None:
                 raise TbpoError(what, repo, "a Hub that answers", "the same command goes on from there") from error
-        after = "" if response is None else response.headers.get("Retry-After", "")
-        wait = max(wait, int(after) if after.isdigit() else 0)
-        console.say(f"{what}; again in {wait} s")
+        told = "" if response is None else response.headers.get("Retry-After", "")
+        wait = max(planned, retry_after(told) or 0)
+        console.say(f"{what}; again in {wait:g} s")
         time.sleep(wait)

@@ -51,8 +51,14 @@ SUITES = {
 COMPARISONS = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-GATE = re.compile(rf"\s*(\S+?)\s*({'|'.join(COMPARISONS)})\s*([-+.\deE]+)\s*")
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+GATE = re.compile(rf"\s*(\S+?)\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
 PARTS = (".low", ".high", ".n")
+
+
+def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
+    """(task, shots) of an entry of `eval.suites`; None for the task's own number of shots."""
+    return SUITES.get(suite, ((suite, None),))
 
 
 def labels(sources: Sequence[str]) -> list[str]:
@@ -64,10 +70,15 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 def check_gate(settings: Eval) -> None:
     """Raises ValueError if `eval.gate` is no condition, or is one on what the recipe does not measure."""
-    found = GATE.fullmatch(settings.gate)
-    if not found or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", found[3]):
+    if not (found := GATE.fullmatch(settings.gate)):
         raise ValueError("gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5")
-    name, names = found[1], _possible_names(settings)
+    tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]
+    own = [*OWN, *(DIVERSITY if settings.diversity_prompts else ()), *(SCORE if settings.judged else ()), *tasks]
+    others = labels(settings.against)
+    figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
+    figures["reference"] = dict.fromkeys(own)
+    opponents = (*settings.opponents, *others) if settings.judged else ()
+    name, names = found[1], _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
     if name in names or any(name.removesuffix(part) in names for part in PARTS):
         return
     if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not settings.judged:
@@ -82,40 +93,26 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     NAME is that of a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), and may end in .low, .high or .n. What
     the results do not have has the value None, and does not pass.
     """
-    if not gate:
+    if (match := GATE.fullmatch(gate)) is None:
         return None
-    name, comparison, bound = GATE.fullmatch(gate).groups()
-    known, (owner, _, part) = _figures(results), name.rpartition(".")
-    figure = known.get(name) or known.get(owner) or {}
-    value = figure.get("value" if name in known else part)
-    return {
-        "expression": gate.strip(),
-        "value": value,
-        "passed": value is not None and COMPARISONS[comparison](value, float(bound)),
-    }
-
-
-def _figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every figure of the results by its names."""
-    known: dict[str, dict[str, Any]] = {}
-    for entry in reversed([entry for entry in results["win_rates"] if entry["model"] == "policy"]):
-        for name, key in WIN_RATES.items():
-            known |= {name: entry[key], f"{name}.{entry['against']}": entry[key]}
+    name, comparison, bound = match.groups()
+    figures = {}
     for model, entry in results["models"].items():
         tasks = {task: figure for suite in entry["suites"].values() for task, figure in suite.items()}
-        own = {**entry["preference"]["all"], **entry["diversity"], "score": entry["score"], **tasks}
-        known |= {f"{model}.{name}": figure for name, figure in own.items()} | (own if model == "policy" else {})
-    return known
+        figures[model] = {**entry["preference"]["all"], **entry["diversity"], "score": entry["score"], **tasks}
+    rates: dict[str, dict[str, Any]] = {}
+    for entry in results["win_rates"]:
+        if entry["model"] == "policy":  # by the first judge
+            rates.setdefault(entry["against"], {name: entry[key] for name, key in WIN_RATES.items()})
+    known, (owner, _, part) = _named(figures, rates), name.rpartition(".")
+    figure = known.get(name) or known.get(owner) or {}
+    value = figure.get("value" if name in known else part)
+    passed = value is not None and COMPARISONS[comparison](value, float(bound))
+    return {"expression": gate.strip(), "value": value, "passed": passed}
 
 
-def _possible_names(settings: Eval) -> list[str]:
-    """What `_figures` will know."""
-    own = [*OWN, *(DIVERSITY if settings.diversity_prompts else ()), *(SCORE if settings.judged else ())]
-    for suite in settings.suites:
-        own += [task for task, _ in SUITES.get(suite, ((Path(suite).stem, None),))]
-    others = labels(settings.against)
-    names = [*COMPARING, *own, *(f"reference.{name}" for name in own)]
-    names += [f"{model}.{name}" for model in ("policy", *others) for name in (*COMPARING, *own)]
-    if settings.judged:
-        names += [*WIN_RATES, *(f"{rate}.{other}" for rate in WIN_RATES for other in (*settings.opponents, *others))]
-    return names
+def _named(models: dict[str, dict[str, Any]], win_rates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against the first one."""
+    named = {f"{model}.{name}": figure for model, figures in models.items() for name, figure in figures.items()}
+    named |= {f"{name}.{other}": figure for other, rates in win_rates.items() for name, figure in rates.items()}
+    return named | models["policy"] | next(iter(win_rates.values()), {})

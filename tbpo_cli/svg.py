@@ -1,7 +1,8 @@
 """Small charts as SVG: a titled panel with ticks and units, in it lines, areas, points with error bars, a legend.
 
 All is drawn in `currentColor`: the root's for text and axes, a class `series-N` for each series. Its values here are
-for a white ground; the style sheet of a page may set others.
+for a white ground; the style sheet of a page sets others, for light and for dark, which a plotting library's file does
+not allow.
 """
 
 from __future__ import annotations
@@ -46,18 +47,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of some series on the same axes; `unit` is that of y.
-
-    Args:
-        rounded: has round numbers as ticks; otherwise the lowest, middle and highest value. `x_ticks` precede both.
-    """
+    """A chart of some series on the same axes; `unit` is that of y."""
 
     title: str
     unit: str
     x_title: str
     series: Sequence[Series]
-    rounded: bool = True
-    x_ticks: Sequence[float] = ()
 
 
 def svg(panel: Panel) -> str:
@@ -81,16 +76,14 @@ def sheet(panels: Sequence[Panel]) -> str:
     )
 
 
-def _ticks(panel: Panel, axis: int) -> Sequence[float]:
-    """Where an axis (0: x, 1: y) has ticks; it reaches from the first to the last."""
+def _ticks(panel: Panel, axis: int) -> list[float]:
+    """The round numbers at which an axis (0: x, 1: y) has ticks; it reaches from the first to the last."""
     places = (axis, 2 + 2 * axis, 3 + 2 * axis)  # of the value and of the ends of its error bar
     values = [p[place] for series in panel.series for p in series.finite for place in places if place < len(p)]
     values += [0.0] * any(series.area and axis for series in panel.series)
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low < 1e-12:
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    if not panel.rounded:
-        return low, (low + high) / 2, high
     unit = 10.0 ** math.floor(math.log10(high - low)) / 10
     for step in (unit * factor for factor in (1, 2, 5, 10, 20, 50)):
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -100,11 +93,11 @@ def _ticks(panel: Panel, axis: int) -> Sequence[float]:
 
 
 def _draw(panel: Panel) -> str:
-    x_ticks, y_ticks = panel.x_ticks or _ticks(panel, 0), _ticks(panel, 1)
+    x_ticks, y_ticks = _ticks(panel, 0), _ticks(panel, 1)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def x(value: float) -> float:
-        return LEFT + (value - x_ticks[0]) / ((x_ticks[-1] - x_ticks[0]) or 1) * (right - LEFT)
+        return LEFT + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - LEFT)
 
     def y(value: float) -> float:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - TOP)

@@ -22,6 +22,7 @@ from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
 from tbpo_cli.evaluation.preference import calibration_error, reliability
 from tbpo_cli.evaluation.stats import figure, figure_of, jackknife_figure, ratio_figure
+from tbpo_cli.measures import decide
 from tbpo_cli.model.generate import generate
 from tbpo_cli.recipe import Sample, load_recipe
 
@@ -377,6 +378,25 @@ def test_gates_may_name_tasks_labels_and_parts_of_an_interval(recipe_file):
     for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3", "reference.mmlu<=1",
                  "length < -.5"):  # fmt: skip
         assert load_recipe(recipe_file, (*sets, f"eval.gate={gate}")).eval.gate == gate
+
+
+def test_a_gate_reads_the_figure_that_it_names(whole):
+    results = read(whole[1])
+    against_reference, against_chosen = results["win_rates"]
+    policy, reference = (results["models"][name] for name in ("policy", "reference"))
+    for name, value in {
+        "win_rate": against_reference["raw"]["value"],
+        "win_rate.chosen": against_chosen["raw"]["value"],
+        "length_controlled_win_rate.chosen.high": against_chosen["length_controlled"]["high"],
+        "policy.kl": policy["preference"]["all"]["kl"]["value"],
+        "reference.entropy.low": reference["preference"]["all"]["entropy"]["low"],
+        "reference.self_bleu": reference["diversity"]["self_bleu"]["value"],
+        "score.n": 8,
+    }.items():
+        assert decide(f"{name} >= {value!r}", results) == {
+            "expression": f"{name} >= {value!r}", "value": value, "passed": True,
+        }  # fmt: skip
+    assert decide("win_rate.other > 0", results) == {"expression": "win_rate.other > 0", "value": None, "passed": False}
 
 
 def test_a_failed_gate_is_raised_after_everything_is_written(copied):

@@ -12,7 +12,9 @@ from judge_server import chat_server
 
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import TEMPLATE, Comparison, Verdict, judges_of
+from tbpo_cli.evaluation.judges import JUDGES, judges_of
+from tbpo_cli.evaluation.language_judge import TEMPLATE
+from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
 from tbpo_cli.recipe import load_recipe
 
@@ -79,7 +81,7 @@ def test_a_good_judge_gives_the_right_rate_and_its_reasons(language_judge):
         verdicts = judge.compare(comparisons)
     assert [verdict.value for verdict in verdicts] == [1.0, 1.0, 0.0, 0.5]
     assert "I looked at both. [[A]]" in verdicts[0].reason and "[[B]]" in verdicts[0].reason
-    rates = win_rate(comparisons, verdicts, judge)
+    rates = win_rate(comparisons, verdicts, judge.name)
     assert rates["raw"]["value"] == 0.625 and rates["raw"]["n"] == 4 and rates["judge"] == "judge-1"
     assert (rates["wins"], rates["ties"], rates["losses"], rates["unreadable"]) == (2, 1, 1, 0)
     assert rates["inconsistent"]["value"] == 0.0 and (rates["model"], rates["against"]) == ("policy", "reference")
@@ -94,7 +96,7 @@ def test_a_judge_that_looks_at_the_position_only_gives_ties_all_inconsistent(lan
     comparisons = compare(("2", "3"), ("x", "y"), ("yes", "no"))
     with chat_server(lambda body: "The first one is better. [[A]]") as server:
         judge = language_judge(server)
-        rates = win_rate(comparisons, judge.compare(comparisons), judge)
+        rates = win_rate(comparisons, judge.compare(comparisons), judge.name)
     assert rates["raw"]["value"] == 0.5 and rates["inconsistent"]["value"] == 1.0 and rates["ties"] == 3
     assert rates["cost"] is None
 
@@ -129,11 +131,11 @@ def test_unreadable_verdicts_are_counted_and_left_out(language_judge):
     with chat_server(lambda body: "Hm." if "mumble" in sections(body) else prefers_two(body)) as server:
         judge = language_judge(server)
         verdicts = judge.compare(comparisons)
-    rates = win_rate(comparisons, verdicts, judge)
+    rates = win_rate(comparisons, verdicts, judge.name)
     assert rates["unreadable"] == 1 and rates["raw"]["n"] == 3 and rates["raw"]["value"] == pytest.approx(2 / 3)
     assert rates["prompt_tokens"] == 800, "they cost as well"
     with pytest.raises(TbpoError, match="judge-1 gave no verdict: no verdict can be read: Hm"):
-        win_rate(comparisons[1:2], verdicts[1:2], judge)
+        win_rate(comparisons[1:2], verdicts[1:2], judge.name)
 
 
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
@@ -314,7 +316,7 @@ def test_a_scorer_compares_by_the_last_user_message_and_equal_scores_tie(judges,
     assert judge.name == "world.py:score"
     assert [verdict.value for verdict in verdicts] == [1.0, 0.0, 0.5]
     assert verdicts[0].scores == pytest.approx((0.95, 0.0)) and verdicts[0].reason == "0.95 against 0"
-    rates = win_rate(comparisons, verdicts, judge)
+    rates = win_rate(comparisons, verdicts, judge.name)
     assert rates["raw"]["value"] == 0.5 and rates["inconsistent"] is None and rates["cost"] is None
 
 
@@ -405,6 +407,16 @@ def test_a_language_model_is_no_reward_model(judges, base):
         judges(f"eval.reward_model={base}")[0].compare(compare(("x", "y")))
 
 
+def test_a_judge_of_the_table_is_a_key_of_the_recipe_that_makes_it_judged(judges, recipe_file):
+    sets = {
+        "scorer": ("eval.scorer=python:x.py:f",),
+        "reward_model": ("eval.reward_model=x",),
+        "judge": ("eval.judge.endpoint=http://127.0.0.1:9", "eval.judge.model=m"),
+    }
+    assert list(JUDGES) == list(sets)
+    assert all(load_recipe(recipe_file, given).eval.judged for given in sets.values())
+
+
 def test_every_judge_that_is_named_judges(judges, tokenizer, tmp_path):
     reward_model(tokenizer, tmp_path / "rm")
     named = judges(
@@ -453,14 +465,10 @@ def test_a_judge_that_likes_length_only_is_seen_through():
     _, lengths, _ = simulated(400, 0, 0)
     values = (lengths > 0) + (lengths == 0) / 2
     comparisons = [Comparison(f"p{n}", user("x"), "p", "r", "a", "b", int(d) + 200, 200) for n, d in enumerate(lengths)]
-    rates = win_rate(comparisons, [Verdict(float(value), "") for value in values], FakeName())
+    rates = win_rate(comparisons, [Verdict(float(value), "") for value in values], "the longer one")
     assert rates["raw"]["value"] > 0.7
     assert rates["length_controlled"]["value"] == pytest.approx(0.5, abs=0.1)
     assert rates["length_controlled"]["low"] < 0.5 < rates["length_controlled"]["high"]
-
-
-class FakeName:
-    name, price_per_million = "the longer one", None
 
 
 def test_lengths_that_differ_by_the_same_leave_the_raw_rate_as_it_is():
@@ -487,5 +495,5 @@ def test_samples_of_one_prompt_are_drawn_together():
     assert again["high"] - again["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
     comparisons = [Comparison("p0", user("x"), "p", "r", "a", "b", 1, 1)] * 3 + compare(("a", "b"))[:0]
     comparisons += [Comparison("p1", user("x"), "p", "r", "a", "b", 1, 1)]
-    rates = win_rate(comparisons, [Verdict(value, "") for value in (1.0, 1.0, 1.0, 0.0)], FakeName())
+    rates = win_rate(comparisons, [Verdict(value, "") for value in (1.0, 1.0, 1.0, 0.0)], "the longer one")
     assert rates["raw"]["value"] == 0.5 and rates["raw"]["n"] == 2 and rates["wins"] == 3

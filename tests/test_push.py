@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from tbpo_cli import hub
 from tbpo_cli.checks import validate
+from tbpo_cli.core.losses import LOSSES, Dpo
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.files import write_sealed
 from tbpo_cli.model.load import load_policy, load_trained
@@ -136,6 +138,20 @@ def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_
         "transformers 5.",
     ):
         assert part in card.text
+
+
+def test_a_card_of_a_loss_of_ones_own_that_no_paper_describes(made, run, server, monkeypatch):
+    @dataclass(frozen=True)
+    class Mine(Dpo):
+        """The margin, as I like it."""
+
+    monkeypatch.setitem(LOSSES, "mine", Mine)
+    recipe = load_recipe(made[0], (*PUSH, "align.loss.name=mine"))
+    manifests = {name: RunDir(run).manifest(name) for name in ("prepare", "align")}
+    base = hub.published_base(recipe, manifests["align"], online=False)
+    card = ModelCard(hub.render_card(recipe, base, None, manifests))
+    assert "The margin, as I like it. All settings are in" in card.text and "mine" in card.data.tags
+    assert "@misc" not in card.text and "arxiv.org" not in card.text
 
 
 def test_a_card_without_results_says_so(made, run, server):

@@ -145,7 +145,7 @@ def test_the_page_says_the_verdict_and_every_figure_with_its_interval(written):
     page = written(*inputs())
     assert "tbpo_a is better than its reference: it wins on 74.2% (95 %: 71.5 to 77.1)" in page.texts
     assert any("1,388 held-out pairs" in text and "Gate win_rate > 0.5: 0.742, passed." in text for text in page.texts)
-    assert page.follows("policy against reference, by world.py:score", "74.2%", "71.2 to 77.2%", "1,215", "164", "21")
+    assert page.follows("policy – reference, by world.py:score", "74.2%", "71.2 to 77.2%", "1,215", "164", "21")
     assert page.follows("policy", "70.0%", "65.0 to 75.0%", "0.200", "0.150 to 0.250"), "accuracy and margin"
     assert page.follows("reference", "–", "–", "–", "0.480", "0.430 to 0.530", "−0.520", "−0.570 to −0.470")
     assert page.follows("policy", "0.784", "0.764 to 0.804", "41.3", "39.3 to 43.3", "6.8", "6.4 to 7.2")

@@ -13,11 +13,13 @@ from tbpo_cli import console
 from tbpo_cli.data.batches import collate_all
 from tbpo_cli.data.prompts import Prompt, prompts_of, prompts_of_pairs
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import Chat, end_of_turn, load_tokenizer
+from tbpo_cli.data.tokens import Chat
 from tbpo_cli.evaluation.candidates import Candidate
-from tbpo_cli.evaluation.diversity import NUM_SAMPLES, PROTOCOL, complete_all
+from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.preference import pair_rows
-from tbpo_cli.evaluation.suites import run_task, tasks_of
+from tbpo_cli.evaluation.suites import run_task
+from tbpo_cli.measures import tasks_of
+from tbpo_cli.model.generate import samples_of
 from tbpo_cli.model.load import Policy, add_helper, load_trained
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe, Sample
@@ -41,17 +43,20 @@ class Bench:
 
     Args:
         pairs: the folder of the held-out pairs.
+        chat: the base's.
         share: this process's part of some work.
         attempt: calls a function of the number of tokens that go through the model at once, again where memory ran out.
     """
 
     recipe: Recipe
     pairs: Path
+    chat: Chat
     policy: Policy
     share: Callable[[Sequence[Any]], Sequence[Any]]
     attempt: Callable[[Callable[[int], Rows]], Rows]
 
     def preference(self, candidate: Candidate) -> Rows:
+        """The statistics of the held-out pairs, one row a pair."""
         store, scorer = PairStore(self.pairs, self.recipe.align.reverse), Scorer.of(self.policy)
         places = self.share(range(len(store))[: self.recipe.eval.max_pairs])
         device = next(self.policy.model.parameters()).device
@@ -68,13 +73,14 @@ class Bench:
         return self.attempt(measure)
 
     def diversity(self, candidate: Candidate) -> Rows:
+        """Several completions a prompt, by the protocol of the paper."""
         prompts = prompts_of_pairs(PairStore(self.pairs), self.recipe.data, self.recipe.eval.diversity_prompts)
-        return self._complete(candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL), NUM_SAMPLES)
+        return self._complete(candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL))
 
     def answers(self, candidate: Candidate) -> Rows:
-        settings = self.recipe.sample
-        prompts = prompts_of(self.recipe, self.pairs, self._chat)
-        return self._complete(candidate, "answers", prompts, settings, settings.num_samples)
+        """Completions as [sample] asks for them, which the judges read."""
+        prompts = prompts_of(self.recipe, self.pairs, self.chat)
+        return self._complete(candidate, "answers", prompts, self.recipe.sample)
 
     def suites(self, candidate: Candidate) -> Rows:
         """All of them in the first process: the harness has its own way of sharing, and not of a loaded model."""
@@ -83,22 +89,15 @@ class Bench:
             for suite in self.recipe.eval.suites if self.share((0,)) else ():
                 for task, shots in tasks_of(suite):
                     console.say(f"{task}, {candidate.name} …")
-                    found = run_task(model, self._chat.tokenizer, task, shots, self.recipe.sample.batch_size)
+                    found = run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
                     rows += [{"suite": suite, "task": name, "figure": figure} for name, figure in found.items()]
         return rows
 
-    @property
-    def _chat(self) -> Chat:
-        return Chat(load_tokenizer(self.recipe.model), self.recipe.data.template_date)
-
-    def _complete(
-        self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample, num_samples: int
-    ) -> Rows:
-        share, rows, chat = self.share(prompts), [], self._chat
-        keys = [(prompt, number) for prompt in share for number in range(num_samples)]
-        progress = console.progress(f"{what}, {candidate.name}", len(keys), every=len(keys))
-        with progress as update, self.policy.view(candidate.view) as model:
-            for batch in complete_all(model, chat.tokenizer, keys, settings, self.recipe.run.seed, [end_of_turn(chat)]):
+    def _complete(self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample) -> Rows:
+        keys = [(prompt, number) for prompt in self.share(prompts) for number in range(settings.num_samples)]
+        rows: Rows = []
+        with console.progress(f"{what}, {candidate.name}", len(keys), every=len(keys)) as update:
+            for batch in samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed):
                 rows += batch
                 update(len(rows), "")
         return rows

@@ -10,43 +10,16 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from tbpo_cli.data.prompts import Prompt
-from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure
+from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure, mean_of_groups
 from tbpo_cli.measures import NUM_GRAMS, PERCENTILES
-from tbpo_cli.model.generate import generate, seed_of
-from tbpo_cli.recipe import Sample
 
-NUM_SAMPLES = 5
-PROTOCOL = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}
+PROTOCOL: dict[str, Any] = {"num_samples": 5, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}  # of [sample]
 WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def complete_all(
-    model: nn.Module,
-    tokenizer: Any,
-    keys: Sequence[tuple[Prompt, int]],
-    settings: Sample,
-    seed: int,
-    stop_ids: Sequence[int],
-) -> Iterator[list[dict[str, Any]]]:
-    """Yields completions, a batch at a time; each depends on its prompt, its number and the seed alone."""
-    keys = sorted(keys, key=lambda key: len(key[0].token_ids))
-    for start in range(0, len(keys), settings.batch_size):
-        batch = keys[start : start + settings.batch_size]
-        seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in batch]
-        completions = generate(model, [prompt.token_ids for prompt, _ in batch], seeds, settings, stop_ids)
-        texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-        yield [
-            {"prompt_id": prompt.prompt_id, "sample": number, "completion": text, **asdict(completion)}
-            for (prompt, number), text, completion in zip(batch, texts, completions, strict=True)
-        ]
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -62,8 +35,8 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
     samples = sorted(samples, key=lambda sample: (sample["prompt_id"], sample["sample"]))
     by_prompt = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample["prompt_id"])]
 
-    def mean_of(value: Any) -> Figure:
-        return figure([np.mean([value(sample) for sample in group]) for group in by_prompt])
+    def mean_of(value: Callable[[Any], float]) -> Figure:
+        return mean_of_groups([sample["prompt_id"] for sample in samples], [value(sample) for sample in samples])
 
     first = [WORD.findall(group[0]["completion"].lower()) for group in by_prompt]
     lengths = [[len(sample["token_ids"]) for sample in group] for group in by_prompt]

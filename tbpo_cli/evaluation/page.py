@@ -1,4 +1,4 @@
-"""report.html of `tbpo eval`: the verdict, tables, charts, and the samples side by side."""
+"""What a person sees of `tbpo eval`: tables in the terminal; report.html with charts and the samples side by side."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_cli import console
 from tbpo_cli.curves import curves
 from tbpo_cli.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE
 from tbpo_cli.report import histogram, write_page
 from tbpo_cli.svg import Panel, Series
 
 MAX_ROWS = 300
+NUM_SHOWN = 6  # columns of the win rates in the terminal: up to the losses
 WON = ("raw", "length_controlled", "wins", "ties", "losses", "unreadable", "inconsistent")  # of a win rate's entry
 COST = ("prompt_tokens", "completion_tokens", "cost")
 LABELS = MEASURES | {"raw": ("win rate", "{:.1%}"), "cost": ("cost", "{:.2f}"), "loss": ("loss", "{}")}
@@ -55,6 +57,24 @@ def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[
     )
 
 
+def show(results: Json) -> None:
+    """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where there is room."""
+    (title, headings, rows), _, *of_models = tables(results, by_length=False)
+    for name, heads, lines in (table for table in of_models if table[2]):
+        cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
+        first, *others = (list(column) for column in zip(*cells, strict=True))
+        console.show_table(name, first, others)
+    if rows:
+        console.show_table(title, headings[:NUM_SHOWN], [[_text(cell) for cell in row[:NUM_SHOWN]] for row in rows])
+    console.out.print(f"\n{results['verdict']}.", markup=False)
+
+
+def _text(cell: Json | str, with_interval: bool = True) -> str:
+    if isinstance(cell, str):
+        return cell
+    return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
+
+
 def _kind(entry: Json) -> Kind:
     """Who is compared with whom by which judge, in a win rate or a verdict."""
     return entry["model"], entry["against"], entry["judge"]
@@ -73,8 +93,8 @@ def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], 
         for name, model in models.items()
     }
     for rate in rates:
-        known[rate["model"]] |= rate if _kind(rate)[1:] == main[1:] else {}
-    by_kind = {"{} against {}, by {}".format(*_kind(rate)): rate for rate in rates}
+        known[rate["model"]] |= rate if main is not None and _kind(rate)[1:] == main[1:] else {}
+    by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),
         ("Methods", *_table(METHODS, known if len(models) > 2 else {})),

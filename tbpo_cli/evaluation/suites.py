@@ -15,18 +15,13 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.stats import Figure, Z
-from tbpo_cli.measures import SUITES
+from tbpo_cli.measures import SUITES, tasks_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 # The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of that leaderboard.
 HEADLINES = ("acc_norm,none", "acc,none", "exact_match,strict-match")
-
-
-def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
-    """(task, shots) of an entry of `eval.suites`; None for the task's own number of shots."""
-    return SUITES.get(suite, ((suite, None),))
 
 
 def check_suites(suites: Sequence[str]) -> None:
@@ -36,9 +31,8 @@ def check_suites(suites: Sequence[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         what = "benchmark suites need lm-eval, which is not installed"
         raise TbpoError(what, "eval.suites", "the optional extra `suites`", "pip install 'tbpo[suites]'")
-    for task, _ in (pair for suite in suites for pair in tasks_of(suite) if not Path(pair[0]).is_file()):
-        known = _index(True).task_index
-        if task not in known:
+    for task, _ in (pair for suite in suites for pair in tasks_of(suite)):
+        if not Path(task).is_file() and task not in (known := _index(True).task_index):
             near = difflib.get_close_matches(task, [*SUITES, *known], n=1)
             raise TbpoError(
                 f"there is no such suite or task: {task}",

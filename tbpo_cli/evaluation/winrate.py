@@ -1,20 +1,85 @@
-"""Win rates of a judge's verdicts: raw, and as if both models' completions were of the same length."""
+"""Who is compared with whom, what the judges say, and the win rates: raw, and as if all lengths were the same.
+
+The fit is a few of Newton's steps: the bootstrap makes a thousand fits, which a library's minimiser is too slow for.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tbpo_cli.data.prompts import held_out_texts
+from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import Comparison, Judge, Verdict
+from tbpo_cli.evaluation.judges import judges_of
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
+from tbpo_cli.evaluation.verdicts import Comparison, Verdict
+from tbpo_cli.recipe import Recipe
+from tbpo_cli.run import RunDir
+
+Rows = list[dict[str, Any]]
 
 RIDGE = np.array([0.001, 0.01])  # on θ and φ, which stay finite where one side always wins, or length decides all
 
 
-def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: Judge) -> dict[str, Any]:
+def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
+    """What all judges say.
+
+    Args:
+        samples: of all models, with their name as `model`; those of the sample stage have the prompt's `messages`.
+        others: the names of the models of `eval.against`.
+
+    Returns:
+        The win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that
+        scores.
+    """
+    win_rates, lines = [], []
+    scores: dict[str, Any] = {}
+    judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
+    comparisons = _comparisons(recipe, run_dir, samples, others) if judges else []
+    for judge in judges if comparisons else ():
+        judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
+        for (model, against), group in itertools.groupby(judged, key=lambda pair: (pair[0].model, pair[0].against)):
+            of_both, verdicts = zip(*group, strict=True)
+            win_rates.append(win_rate(of_both, verdicts, judge.name))
+            scored = zip(*(verdict.scores or () for verdict in verdicts), strict=True)  # of the model, of the other
+            for name, values in zip((model, against), scored, strict=False):
+                scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
+        lines += [
+            {
+                "prompt_id": one.prompt_id, "sample": one.sample, "model": one.model, "against": one.against,
+                "judge": judge.name, "verdict": said.value, "scores": said.scores, "reason": said.reason,
+                "consistent": said.consistent, "length": one.length_a, "length_against": one.length_b,
+            }
+            for one, said in judged
+        ]  # fmt: skip
+    return win_rates, lines, scores
+
+
+def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[Comparison]:
+    """Of the policy with its opponents and the others, and of these with the opponents."""
+    opponents = recipe.eval.opponents
+    said = {(one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"]) for one in samples}
+    prompts = {(one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one}
+    if "chosen" in opponents:
+        store = PairStore(run_dir.stage("prepare") / "eval")
+        texts = held_out_texts(recipe.data, {prompt_id for prompt_id, _ in prompts})
+        ids = {pair.pair_id: pair.chosen_ids for pair in map(store.__getitem__, range(len(store)))}
+        said |= {("chosen", *key): (texts[key[0]].chosen["content"], ids[key[0]]) for key in prompts}
+    pairings = [("policy", other) for other in (*opponents, *others)]
+    pairings += [(model, other) for model in others for other in opponents]
+    return [
+        Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids), number)
+        for model, against in pairings
+        for (prompt_id, number), messages in prompts.items()
+        for (text, ids), (other, other_ids) in [[said[name, prompt_id, number] for name in (model, against)]]
+    ]
+
+
+def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: str) -> dict[str, Any]:
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their samples. Verdicts that
@@ -25,18 +90,17 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
     """
     read = [(one, verdict) for one, verdict in zip(comparisons, verdicts, strict=True) if verdict.value is not None]
     if not read:
-        example = verdicts[0].reason[:300] if verdicts else "there is nothing to compare"
-        raise TbpoError(f"{judge.name} gave no verdict: {example}", "[eval]", "verdicts", "see what it answers")
+        what, expected = f"{judge} gave no verdict: {verdicts[0].reason[:300]}", "an answer that ends in a verdict"
+        raise TbpoError(what, "[eval]", expected, "another judge or template")
     values = np.array([verdict.value for _, verdict in read])
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
     lengths = np.array([one.length_a - one.length_b for one, _ in read], np.float64)
     orders = [not verdict.consistent for _, verdict in read if verdict.consistent is not None]
-    tokens = [sum(getattr(one, name) for one in verdicts) for name in ("prompt_tokens", "completion_tokens")]
-    price = judge.price_per_million
+    costs = [verdict.cost for verdict in verdicts if verdict.cost is not None]
     return {
         "model": read[0][0].model,
         "against": read[0][0].against,
-        "judge": judge.name,
+        "judge": judge,
         "raw": mean_of_groups(prompts, values),
         "length_controlled": length_controlled(values, lengths, prompts),
         "wins": int((values == 1).sum()),
@@ -44,9 +108,9 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
         "losses": int((values == 0).sum()),
         "unreadable": len(verdicts) - len(read),
         "inconsistent": figure(orders) if orders else None,
-        "prompt_tokens": tokens[0],
-        "completion_tokens": tokens[1],
-        "cost": sum(n * each for n, each in zip(tokens, price, strict=True)) / 1e6 if price else None,
+        "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),
+        "completion_tokens": sum(verdict.tokens[1] for verdict in verdicts),
+        "cost": sum(costs) if costs else None,
     }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tbpo_cli.data.prompts import Prompt
+from tbpo_cli.data.tokens import Chat, end_of_turn
+from tbpo_cli.model.load import Policy
 from tbpo_cli.recipe import Sample
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ class Completion:
     token_ids: tuple[int, ...]
     logp: float
     finish_reason: str
-    entropy: float | None = None
+    entropy: float
 
 
 @torch.no_grad()
@@ -53,23 +57,16 @@ def generate(
         settings: temperature (0: greedy), top_p and max_new_tokens.
         stop_ids: tokens that end a completion.
     """
-    device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), stop_ids[0])
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.as_tensor(ids)
-        mask[row, width - len(ids) :] = 1
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    input_ids = torch.tensor([[stop_ids[0]] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     draw = _Draw(settings, seeds)
     model.eval()
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
     )
     generated = model.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([draw]),
+        input_ids=input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
     )[:, width:].cpu()
     logps, entropies = (torch.stack(steps, dim=1).cpu() for steps in (draw.logps, draw.entropies))
     stopped = torch.isin(generated, torch.tensor(stop_ids))
@@ -82,6 +79,31 @@ def generate(
     return completions
 
 
+def samples_of(
+    policy: Policy, view: str, chat: Chat, keys: Sequence[tuple[Prompt, int]], settings: Sample, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields samples, a batch at a time; each depends on its prompt, its number and the seed alone.
+
+    Args:
+        view: the model of the policy that answers.
+        keys: prompts, and the numbers of their samples.
+        seed: of the run.
+    """
+    prompts = [prompt.token_ids for prompt, _ in keys]
+    seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in keys]
+    with policy.view(view) as model:
+        for batch in _batches(model, prompts, seeds, settings, [end_of_turn(chat)]):
+            yield [
+                {
+                    "prompt_id": keys[place][0].prompt_id,
+                    "sample": keys[place][1],
+                    "completion": chat.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+                    **asdict(completion),
+                }
+                for place, completion in batch
+            ]
+
+
 def complete(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
 ) -> list[str]:
@@ -92,13 +114,23 @@ def complete(
         seed: decides the draws, together with the place of a prompt.
     """
     turns = [[{"role": "user", "content": text}] for text in prompts]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    rendered: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    ids = rendered["input_ids"]
     seeds = [seed * 2**32 + number for number in range(len(ids))]
-    completions = []
-    for start in range(0, len(ids), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        completions += generate(model, ids[part], seeds[part], settings, [tokenizer.eos_token_id])
-    return tokenizer.batch_decode([completion.token_ids for completion in completions], skip_special_tokens=True)
+    batches = _batches(model, ids, seeds, settings, [tokenizer.eos_token_id])
+    completions = dict(itertools.chain.from_iterable(batches))
+    return tokenizer.batch_decode([list(completions[n].token_ids) for n in range(len(ids))], skip_special_tokens=True)
+
+
+def _batches(
+    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sample, stop_ids: Sequence[int]
+) -> Iterator[list[tuple[int, Completion]]]:
+    """Yields (place, completion) of prompts, a batch of prompts of like length at a time."""
+    places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for start in range(0, len(places), settings.batch_size):
+        batch = places[start : start + settings.batch_size]
+        asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
+        yield list(zip(batch, generate(model, asked, drawn, settings, stop_ids), strict=True))
 
 
 def seed_of(seed: int, prompt_id: str, number: int) -> int:
@@ -112,23 +144,18 @@ class _Draw(LogitsProcessor):
     def __init__(self, settings: Sample, seeds: Sequence[int]) -> None:
         self.logps: list[Tensor] = []  # (B,) a step
         self.entropies: list[Tensor] = []
-        self._greedy = settings.temperature == 0
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._warpers: list[LogitsProcessor] = []
-        if not self._greedy and settings.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if not self._greedy and settings.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(settings.top_p))
+        self._warpers: Any = None  # greedy
+        if settings.temperature > 0:
+            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+            self._warpers += [TopPLogitsWarper(settings.top_p)] * (settings.top_p < 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logps = scores.float().log_softmax(dim=-1)
-        if self._greedy:
+        if self._warpers is None:
             chosen = logps.argmax(dim=-1)
         else:
-            warped = logps
-            for warper in self._warpers:
-                warped = warper(input_ids, warped)
-            cumulated = warped.softmax(dim=-1).cumsum(dim=-1)
+            cumulated = self._warpers(input_ids, logps).softmax(dim=-1).cumsum(dim=-1)
             uniform = torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
             reached = cumulated <= (uniform.to(scores.device) * cumulated[:, -1])[:, None]
             chosen = reached.sum(dim=-1).clamp(max=scores.shape[-1] - 1)

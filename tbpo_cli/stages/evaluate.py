@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.errors import GateError, TbpoError
@@ -16,9 +15,6 @@ from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.measures import decide
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
-
-if TYPE_CHECKING:
-    from tbpo_cli.evaluation.judges import Comparison
 
 Rows = list[dict[str, Any]]
 
@@ -44,6 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         GateError: after all is written, if `eval.gate` does not hold.
     """
     from tbpo_cli.data.store import PairStore
+    from tbpo_cli.evaluation.winrate import judge_all
 
     started = time.monotonic()
     check(recipe)
@@ -52,7 +49,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     candidates = candidates_of(recipe, run_dir)
     run_or_launch(work, "eval", recipe, run_dir, processes)
     samples = _samples(run_dir, candidates)
-    win_rates, verdicts, scores = _judge(recipe, run_dir, samples, [each.name for each in candidates[2:]])
+    win_rates, verdicts, scores = judge_all(recipe, run_dir, samples, [each.name for each in candidates[2:]])
     models = {each.name: {**_measured(run_dir, each), "score": scores.get(each.name)} for each in candidates}
     results = {
         "run": recipe.run.name,
@@ -72,6 +69,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
+    from tbpo_cli.data.tokens import Chat, load_tokenizer
     from tbpo_cli.evaluation.bench import Bench, open_models
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group, device_of_environment
@@ -98,7 +96,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     policy = open_models(recipe, run_dir, candidates, device_of_environment())
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device_of_environment())
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
-    bench = Bench(recipe, run_dir.stage("prepare") / "eval", policy, group.share, budget.attempt)
+    chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+    bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
     for each, what in wanted:
         rows = [row for share in group.gather(getattr(bench, what)(each)) for row in share]
         if group.is_main:
@@ -143,59 +142,6 @@ def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _judge(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
-    """Win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that scores."""
-    from tbpo_cli.evaluation.judges import judges_of
-    from tbpo_cli.evaluation.stats import mean_of_groups
-    from tbpo_cli.evaluation.winrate import win_rate
-
-    win_rates, lines, scores = [], [], {}
-    judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
-    numbered = _comparisons(recipe, run_dir, samples, others) if judges else []
-    comparisons = [comparison for _, comparison in numbered]
-    for judge in judges if numbered else ():
-        judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
-        for (model, against), group in itertools.groupby(judged, key=lambda pair: (pair[0].model, pair[0].against)):
-            of_both, verdicts = zip(*group, strict=True)
-            win_rates.append(win_rate(of_both, verdicts, judge))
-            scored = zip(*(verdict.scores or () for verdict in verdicts), strict=True)  # of the model, of the other
-            for name, values in zip((model, against), scored, strict=False):
-                scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
-        lines += [
-            {
-                "prompt_id": one.prompt_id, "sample": number, "model": one.model, "against": one.against,
-                "judge": judge.name, "verdict": said.value, "scores": said.scores, "reason": said.reason,
-                "consistent": said.consistent, "length": one.length_a, "length_against": one.length_b,
-            }
-            for (number, _), (one, said) in zip(numbered, judged, strict=True)
-        ]  # fmt: skip
-    return win_rates, lines, scores
-
-
-def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[tuple[int, Comparison]]:
-    """(number of the sample, comparison) of the policy with its opponents and the others, and of these with them."""
-    from tbpo_cli.data.prompts import held_out_texts
-    from tbpo_cli.data.store import PairStore
-    from tbpo_cli.evaluation.judges import Comparison
-
-    opponents = recipe.eval.opponents
-    said = {(one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"]) for one in samples}
-    prompts = {(one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one}
-    if "chosen" in opponents:
-        store = PairStore(run_dir.stage("prepare") / "eval")
-        texts = held_out_texts(recipe.data, {prompt_id for prompt_id, _ in prompts})
-        ids = {pair.pair_id: pair.chosen_ids for pair in map(store.__getitem__, range(len(store)))}
-        said |= {("chosen", *key): (texts[key[0]].chosen["content"], ids[key[0]]) for key in prompts}
-    pairings = [("policy", other) for other in (*opponents, *others)]
-    pairings += [(model, other) for model in others for other in opponents]
-    return [
-        (number, Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids)))
-        for model, against in pairings
-        for (prompt_id, number), messages in prompts.items()
-        for (text, ids), (other, other_ids) in [[said[name, prompt_id, number] for name in (model, against)]]
-    ]
-
-
 def verdict(results: dict[str, Any]) -> str:
     """The results in a sentence: better or not, with the 95 % interval, and at what cost."""
     loss, models, wins = results["loss"], results["models"], results["win_rates"]
@@ -233,13 +179,16 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     Raises:
         GateError: if `eval.gate` does not hold.
     """
+    from tbpo_cli.evaluation.page import show
+
     folder = run_dir.stage("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if gate != results["gate"]:  # the recipe has another one since
-        samples, seconds = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")["seconds"]
-        _write(run_dir, results | {"gate": gate}, samples, seconds)
-    _show(results)
+        samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
+        assert manifest is not None
+        _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
+    show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
         measured = "it was not measured" if gate["value"] is None else f"measured {gate['value']:.4g}"
@@ -247,33 +196,3 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         raise GateError(what, str(folder / "results.json"), gate["expression"], "train better, or change eval.gate")
     if gate:
         console.say(f"the gate is passed: {gate['expression']}, measured {gate['value']:.4g}")
-
-
-def _show(results: dict[str, Any]) -> None:
-    """The page's tables of models, and the win rates, in 80 characters: intervals where there is room."""
-    from tbpo_cli.evaluation.page import tables
-
-    _, _, *of_models = tables(results, by_length=False)
-    for title, headings, rows in (table for table in of_models if table[2]):
-        cells = [[_cell(cell, len(rows) < 3) for cell in row] for row in [headings, *rows]]
-        columns = [list(column) for column in zip(*cells, strict=True)]
-        console.show_table(title, columns[0], columns[1:])
-    headings = ["", "win rate (95 %)", "length-controlled", "won/tied/lost"]
-    for judge, entries in itertools.groupby(results["win_rates"], key=lambda entry: entry["judge"]):
-        rows = [
-            [f"{e['model']} – {e['against']}", *(_percent(e[name]) for name in ("raw", "length_controlled")),
-             f"{e['wins']}/{e['ties']}/{e['losses']}"]
-            for e in entries
-        ]  # fmt: skip
-        console.show_table(f"Win rates, by {judge}", headings, rows)
-    console.out.print(f"\n{results['verdict']}.", markup=False)
-
-
-def _cell(cell: Any, with_interval: bool) -> str:
-    if isinstance(cell, str):
-        return cell
-    return cell["value"] + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    return f"{figure['value']:.1%} ({100 * figure['low']:.1f}–{100 * figure['high']:.1f})"

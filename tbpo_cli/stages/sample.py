@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
-from functools import cached_property
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from tbpo_cli import console
-from tbpo_cli.endpoint import Endpoint, Reply
+from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import write_whole
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
@@ -22,12 +23,14 @@ from tbpo_cli.run import RunDir
 
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
-    from tbpo_cli.model.generate import Completion
+    from tbpo_cli.data.tokens import Chat
     from tbpo_cli.model.load import Policy
 
-    Key = tuple[str, Prompt, int, int]  # model, prompt, number of the sample, place of the prompt
+Rows = list[dict[str, Any]]
+Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
 
 SHOWN_PROMPTS = 3
+ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
 SERVER_TIMEOUT = 600.0  # seconds for a completion
 
@@ -36,7 +39,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Writes sample/samples.jsonl: for each prompt, sample and model its completion."""
     run_or_launch(work, "sample", recipe, run_dir, processes)
     folder = run_dir.stage("sample")
-    samples = sorted(_written(folder), key=lambda sample: (sample["row"], sample["sample"], sample["model"]))
+    samples = sorted(_written(folder), key=ORDER)
     write_whole(folder / "samples.jsonl", "".join(_line(sample) for sample in samples))
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
@@ -51,11 +54,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         samples = [json.loads(line) for line in lines]
     rows = []
     for model in recipe.sample.models:
-        of_model = [sample for sample in samples if sample["model"] == model]
-        stopped = sum(sample["finish_reason"] == "stop" for sample in of_model)
-        tokens = sum(sample["num_tokens"] for sample in of_model)
-        share, mean = f"{stopped / len(of_model):.0%}", f"{tokens / len(of_model):.1f}"
-        rows.append([model, f"{len(of_model):,}", mean, share])
+        tokens = [one["num_tokens"] for one in samples if one["model"] == model]
+        stopped = [one["finish_reason"] == "stop" for one in samples if one["model"] == model]
+        rows.append([model, f"{len(tokens):,}", f"{mean(tokens):.1f}", f"{mean(stopped):.0%}"])
     console.show_table("Completions", ["model", "completions", "mean tokens", "ended by themselves"], rows)
     _show([sample for sample in samples if sample["row"] < SHOWN_PROMPTS])
     console.say(f"all of them: {path}")
@@ -74,13 +75,12 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     from tbpo_cli.data.sources import Row
 
     if not recipe.sample.adapter and run_dir.manifest("align") is None:
-        raise TbpoError(
-            "the run has no aligned policy", str(run_dir.path), "a complete align stage", "tbpo align RECIPE first"
-        )
-    sampler = _Sampler(recipe, run_dir)
+        what, expected = "the run has no aligned policy", "a complete align stage"
+        raise TbpoError(what, str(run_dir.path), expected, "tbpo align RECIPE first")
+    chat = _chat(recipe)
     rows = [Row("the command line", number, _content(text)) for number, text in enumerate(texts, 1)]
-    prompts = [prompt_of(row, sampler.chat) for row in rows]
-    _show([sample for batch in sampler.sample(_keys(recipe, prompts)) for sample in batch])
+    prompts = [prompt_of(row, chat) for row in rows]
+    _show([one for batch in _sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts)) for one in batch])
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
@@ -88,24 +88,18 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.data.prompts import prompts_of
     from tbpo_cli.train.group import Group
 
-    group = Group.of_environment()
+    group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin("sample", recipe) if group.is_main else run_dir.stage("sample")
-    sampler = _Sampler(recipe, run_dir)
-    prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", sampler.chat)
-    keys = _keys(recipe, prompts)
-    done = {(sample["model"], sample["prompt_id"], sample["sample"]) for sample in _written(folder)}
+    prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
+    done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
-    left = group.share([key for key in keys if (key[0], key[1].prompt_id, key[2]) not in done])
-    path = folder / f"part-{group.rank}.jsonl"
-    if path.exists():  # what a crash left of a last line goes
-        whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        write_whole(path, whole + newline)
-    with (
-        path.open("a", encoding="utf-8") as part,
-        console.progress("sampling", len(left), every=max(1, len(left) // 10)) as update,
-    ):
+    left = group.share([key for key in _keys(recipe, prompts) if key not in done])
+    path, every = folder / f"part-{group.rank}.jsonl", max(1, len(left) // 10)
+    with path.open("a", encoding="utf-8") as part, console.progress("sampling", len(left), every=every) as update:
+        if part.tell():  # its last line may have been cut short
+            part.write("\n")
         written = 0
-        for batch in sampler.sample(left):
+        for batch in _sample(recipe, run_dir, chat, prompts, left):
             part.write("".join(map(_line, batch)))
             part.flush()
             written += len(batch)
@@ -121,116 +115,100 @@ def _content(text: str) -> Any:
     return text
 
 
-def _keys(recipe: Recipe, prompts: list[Prompt]) -> list[Key]:
+def _chat(recipe: Recipe) -> Chat:
+    from tbpo_cli.data.tokens import Chat, load_tokenizer
+
+    return Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+
+
+def _keys(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Key]:
     """Everything that is to be sampled."""
-    return [
-        (model, prompt, number, row)
-        for model in recipe.sample.models
-        for row, prompt in enumerate(prompts)
-        for number in range(recipe.sample.num_samples)
-    ]
+    settings = recipe.sample
+    return list(itertools.product(settings.models, range(len(prompts)), range(settings.num_samples)))
 
 
-class _Sampler:
-    """The aligned policy, its reference and its tokenizer; models are loaded when they are first needed here."""
+def _sample(
+    recipe: Recipe, run_dir: RunDir, chat: Chat, prompts: Sequence[Prompt], keys: Sequence[Key]
+) -> Iterator[Rows]:
+    """Yields samples, a batch at a time. The models are loaded when one of them is to answer here."""
+    from tbpo_cli.model.generate import samples_of
+    from tbpo_cli.model.load import POLICY, REFERENCE
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
-        from tbpo_cli.data.tokens import Chat, end_of_turn, load_tokenizer
-
-        self.recipe, self.run_dir = recipe, run_dir
-        self.chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
-        self.stop_ids = [end_of_turn(self.chat)]
-
-    @cached_property
-    def policy(self) -> Policy:
-        from tbpo_cli.model.load import load_trained
-        from tbpo_cli.model.lora import local_adapter
-        from tbpo_cli.train.group import device_of_environment
-
-        if self.recipe.sample.adapter:
-            return load_trained(self.recipe, device_of_environment(), local_adapter(self.recipe.sample.adapter), None)
-        sft_output = self.run_dir.weights("sft") if self.recipe.sft is not None else None
-        return load_trained(self.recipe, device_of_environment(), self.run_dir.weights("align"), sft_output)
-
-    def sample(self, keys: list[Key]) -> Iterator[list[dict[str, Any]]]:
-        """Yields lists of samples, a batch at a time; prompts of like length share a batch."""
-        for model in self.recipe.sample.models:
-            of_model = sorted((key for key in keys if key[0] == model), key=lambda key: len(key[1].token_ids))
-            if model == "policy" and self.recipe.sample.endpoint is not None:
-                yield from self._served(of_model, {"logprobs": True})
-                continue
-            for start in range(0, len(of_model), self.recipe.sample.batch_size):
-                yield self._batch(model, of_model[start : start + self.recipe.sample.batch_size])
-
-    def _batch(self, model: str, keys: list[Key]) -> list[dict[str, Any]]:
-        from tbpo_cli.model.generate import generate
-        from tbpo_cli.model.load import REFERENCE
-
-        prompts, seeds = [prompt.token_ids for _, prompt, _, _ in keys], [self._seed(key) for key in keys]
-        policy, decode = self.policy, self.chat.tokenizer.decode
-        with nullcontext(policy.model) if model == "policy" else policy.view(REFERENCE) as viewed:
-            completions = generate(viewed, prompts, seeds, self.recipe.sample, self.stop_ids)
-        return [
-            self._record(key, decode(one.token_ids, skip_special_tokens=True), one.token_ids, one)
-            for key, one in zip(keys, completions, strict=True)
-        ]
-
-    def _served(self, keys: list[Key], asks: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-        """Samples from the server, one at a time. What it refuses is asked for once more, without what is in `asks`."""
-        settings, refused = self.recipe.sample, []
-        same = {"model": settings.endpoint_model, "max_tokens": settings.max_new_tokens, **asks}
-        same |= {"temperature": settings.temperature, "top_p": settings.top_p}
-        bodies = [{**same, "messages": key[1].messages, "seed": self._seed(key) % 2**31} for key in keys]
-        for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies):
-            if not reply.refused:
-                ids = self.chat.encode([reply.text], controls_as_text=True)[0]
-                ids += self.stop_ids if reply.finish_reason == "stop" else []
-                yield [self._record(keys[place], reply.text, ids, reply)]
-            elif asks:
-                refused.append(keys[place])
-            else:
-                where = f"prompt {keys[place][1].prompt_id}"
-                raise TbpoError(reply.refused, where, "a completion", "leave the prompt out, or change [sample]")
-        if refused:
-            yield from self._served(refused, {})
-
-    def _seed(self, key: Key) -> int:
-        from tbpo_cli.model.generate import seed_of
-
-        return seed_of(self.recipe.run.seed, key[1].prompt_id, key[2])
-
-    def _record(self, key: Key, text: str, ids: Sequence[int], said: Completion | Reply) -> dict[str, Any]:
-        model, prompt, number, row = key
-        return {
-            "row": row,
-            "prompt_id": prompt.prompt_id,
-            "sample": number,
-            "model": model,
-            "prompt": self.chat.tokenizer.decode(prompt.token_ids),
-            "messages": prompt.messages,
-            "completion": text,
-            "token_ids": ids,
-            "num_tokens": len(ids),
-            "logp": said.logp,
-            "finish_reason": said.finish_reason,
-            "settings": {name: getattr(self.recipe.sample, name) for name in SETTINGS},
-        }
+    settings, policy = recipe.sample, None
+    shown = {"settings": {name: getattr(settings, name) for name in SETTINGS}}
+    texts = [chat.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
+    about = {
+        prompt.prompt_id: {"row": row, "prompt": text, "messages": prompt.messages}
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    }
+    for model, of_model in itertools.groupby(keys, key=lambda key: key[0]):
+        asked = [(prompts[row], number) for _, row, number in of_model]
+        if model == "policy" and settings.endpoint is not None:
+            batches = _served(recipe, chat, asked, {"logprobs": True})
+        else:
+            policy = policy or _load(recipe, run_dir)
+            view = POLICY if model == "policy" else REFERENCE
+            batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed)
+        for batch in batches:
+            yield [
+                {**about[one["prompt_id"]], "model": model, **one, "num_tokens": len(one["token_ids"]), **shown}
+                for one in batch
+            ]
 
 
-def _written(folder: Path) -> list[dict[str, Any]]:
-    """What is in the parts; a last line that was cut short is left out."""
-    lines = [line for part in sorted(folder.glob("part-*.jsonl")) for line in part.read_bytes().splitlines(True)]
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
+    """The aligned policy, or another adapter in its place, with the reference."""
+    from tbpo_cli.model.load import load_trained
+    from tbpo_cli.model.lora import local_adapter
+    from tbpo_cli.train.group import device_of_environment
+
+    if recipe.sample.adapter:
+        return load_trained(recipe, device_of_environment(), local_adapter(recipe.sample.adapter), None)
+    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
+    return load_trained(recipe, device_of_environment(), run_dir.weights("align"), sft_output)
+
+
+def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Rows]:
+    """Samples from the server, one at a time. What it refuses is asked for once more, without what is in `asks`."""
+    from tbpo_cli.data.tokens import end_of_turn
+    from tbpo_cli.model.generate import seed_of
+
+    settings, end, refused = recipe.sample, end_of_turn(chat), []
+    assert settings.endpoint is not None
+    same = {"model": settings.endpoint_model, "temperature": settings.temperature, "top_p": settings.top_p}
+    same |= {"max_tokens": settings.max_new_tokens, **asks}
+    seeds = [seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31 for prompt, number in keys]
+    bodies = [{**same, "messages": key[0].messages, "seed": seed} for key, seed in zip(keys, seeds, strict=True)]
+    for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies):
+        prompt, number = keys[place]
+        if not reply.refused:
+            ids = chat.encode([reply.text], controls_as_text=True)[0] + [end] * (reply.finish_reason == "stop")
+            said = {"completion": reply.text, "token_ids": ids, "logp": reply.logp}
+            yield [{"prompt_id": prompt.prompt_id, "sample": number, **said, "finish_reason": reply.finish_reason}]
+        elif asks:
+            refused.append(keys[place])
+        else:
+            where, fix = f"prompt {prompt.prompt_id}", "leave the prompt out, or change [sample]"
+            raise TbpoError(reply.refused, where, "a completion", fix)
+    if refused:
+        yield from _served(recipe, chat, refused, {})
+
+
+def _written(folder: Path) -> Rows:
+    """What is in the parts; lines that were cut short are left out."""
+    found = []
+    for line in (line for part in sorted(folder.glob("part-*.jsonl")) for line in part.read_bytes().splitlines()):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _line(sample: dict[str, Any]) -> str:
     return json.dumps(sample, ensure_ascii=False) + "\n"
 
 
-def _show(samples: list[dict[str, Any]]) -> None:
-    for (_, prompt), group in itertools.groupby(
-        sorted(samples, key=lambda s: (s["row"], s["sample"], s["model"])), key=lambda s: (s["row"], s["prompt"])
-    ):
+def _show(samples: Rows) -> None:
+    for (_, prompt), group in itertools.groupby(sorted(samples, key=ORDER), key=itemgetter("row", "prompt")):
         console.out.print(Text(f"\n{prompt}", style="dim"))
         for sample in group:
             console.out.print(Text.assemble((f"{sample['model']}: ", "bold"), sample["completion"]))

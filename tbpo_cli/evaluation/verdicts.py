@@ -1,0 +1,71 @@
+"""What judges are asked and what they say, and the judges that score each completion by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tbpo_cli import console
+from tbpo_cli.data.pairs import Messages
+
+Answer = tuple[Messages, str]  # a prompt and its completion
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of one prompt."""
+
+    prompt_id: str  # comparisons with the same one are samples of one prompt
+    prompt: Messages
+    model: str  # label of what said `completion_a`
+    against: str
+    completion_a: str
+    completion_b: str
+    length_a: int  # tokens
+    length_b: int
+    sample: int = 0  # its number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of a comparison."""
+
+    value: float | None  # 1: `completion_a` is better, 0: `completion_b` is, 0.5: a tie, None: it cannot be read
+    reason: str  # for a person
+    scores: tuple[float, float] | None = None  # of the completions, from a judge that scores each by itself
+    consistent: bool | None = None  # whether both orders gave the same verdict; None if they were not asked
+    tokens: tuple[int, int] = (0, 0)  # that a server has read and written for it
+    cost: float | None = None  # of these, where prices are known
+
+
+class Judge(Protocol):
+    """Anything with a name that says which of two completions is better."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """The verdicts, in order."""
+
+
+@dataclass(frozen=True)
+class ScoreJudge:
+    """Scores each completion by itself; the higher of two `score`s wins."""
+
+    name: str
+    score: Callable[[Sequence[Answer]], Iterator[float]]
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """The verdicts, in order. Raises what `score` raises."""
+        answers = [(one.prompt, text) for one in comparisons for text in (one.completion_a, one.completion_b)]
+        distinct = {str(answer): answer for answer in answers}
+        known: dict[str, float] = {}
+        with console.progress(self.name, len(distinct), every=1000) as update:
+            for key, value in zip(distinct, self.score([*distinct.values()]), strict=True):
+                known[key] = value
+                update(len(known), "")
+        scores = [known[str(answer)] for answer in answers]
+        pairs = zip(scores[::2], scores[1::2], strict=True)
+        return [Verdict((a > b) + (a == b) / 2, f"{a:.4g} against {b:.4g}", (a, b)) for a, b in pairs]
