@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from conftest import run_stage, write_recipe
 from safetensors.torch import load_file
 
 from tbpo_cli.errors import TbpoError
@@ -19,19 +20,15 @@ EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline tra
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 
 
-def command(recipe_file, run, *arguments, sets=EXACT):
-    overrides = [part for one in sets for part in ("--set", one)]
-    return [sys.executable, "-m", "tbpo_cli.cli", "align", recipe_file, "--run-dir", run, *overrides, *arguments]
-
-
 def finish(process, within=120):
     out, err = process.communicate(timeout=within)
     return process.returncode, out, err
 
 
 def start(recipe_file, run, *arguments, sets=EXACT):
-    line = [str(part) for part in command(recipe_file, run, *arguments, sets=sets)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    overrides = [part for one in sets for part in ("--set", one)]
+    line = [sys.executable, "-m", "tbpo_cli.cli", "align", recipe_file, "--run-dir", run, *overrides, *arguments]
+    return subprocess.Popen([*map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def metrics(run):
@@ -64,12 +61,11 @@ def workers_of(process):
     return [p for p in family if "tbpo_cli.worker" in p.cmdline() and "tbpo_cli.launch" not in p.cmdline()]
 
 
-@pytest.fixture
-def alone(recipe_file, tmp_path):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, base, rows):
     """The training by one process."""
-    code, _, err = finish(start(recipe_file, tmp_path / "alone"))
-    assert code == 0, err
-    return tmp_path / "alone"
+    folder = tmp_path_factory.mktemp("alone")
+    return run_stage("align", write_recipe(folder / "tiny.toml", base, rows), folder / "run", *EXACT)
 
 
 def test_three_processes_train_as_one_does_and_only_the_first_speaks(recipe_file, tmp_path, alone):
@@ -139,14 +135,6 @@ def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "waiting for" in ends[0][2] and "reward accuracy" in ends[1][1]
     assert_same_training(alone, tmp_path / "run")
-
-
-def test_more_gpus_than_there_are_is_a_message(tbpo, recipe_file):
-    import torch
-
-    asked = torch.cuda.device_count() + 1
-    result = tbpo("align", recipe_file, "--gpus", asked + 1, "--run-dir", "run")
-    assert result.returncode == 2 and f"{asked + 1} GPUs are asked for" in result.stderr
 
 
 def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
