@@ -174,8 +174,24 @@ def tbpo(tmp_path):
 
 
 @pytest.fixture
+def start(tmp_path):
+    """Starts the command as a process of its own, in `tmp_path`, with more in its environment: see `Process`."""
+    from process import Process
+
+    started = []
+
+    def start(*arguments, **environment):
+        started.append(Process(*arguments, cwd=tmp_path, **environment))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.close()
+
+
+@pytest.fixture
 def executable(tmp_path):
-    """Runs the command as a process of its own, in `tmp_path`, with more in its environment; returns it finished."""
+    """Runs the command as a user does, imports and all, in `tmp_path`, with more in its environment; see subprocess."""
 
     def run(*arguments, **environment):
         return subprocess.run(

@@ -107,6 +107,20 @@ def test_every_generators_loss_is_its_definition_up_to_a_constant(name, kwargs):
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9)
 
 
+def test_h_of_every_generator_is_the_one_of_its_paper():
+    """At R = 4. The loss does not tell: a linear part of h is a constant in it."""
+    four = torch.tensor(4.0, dtype=torch.float64)
+    for (name, given), value in {
+        ("logistic", ()): (4 * math.log(4) - 5 * math.log(5)) / 2,
+        ("kliep", ()): 4 * math.log(4) - 4,
+        ("lsif", ()): 9.0,
+        ("ba", (("lam", 0.5),)): (8 - 4) / 0.5,
+        ("ba", (("lam", 0.0),)): 4 * math.log(4) - 4,
+        ("sba", (("lam", 0.5), ("scale", 2.0))): (8 - 4) / (2 * 0.5 * 1.5),
+    }.items():
+        assert build_generator(name, **dict(given)).h(four).item() == pytest.approx(value), name
+
+
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
 def test_every_generators_h_is_convex(name, kwargs):
     ratio = torch.linspace(0.01, 9, 500, dtype=torch.float64)
@@ -346,11 +360,21 @@ def test_pair_scores_are_the_scores_of_both_sides_and_give_no_gradient_to_the_re
 
 
 def test_importance_weights_are_linear_in_the_rank_within_the_response():
-    """Four ranked tokens get 0.7, 0.9, 1.1, 1.3; the last token 0; a lone token, or a lone one before the end, 1."""
-    scores = torch.tensor([[3.0, -1.0, 2.0, 0.0, 9.0], [5.0, 7.0, 7.0, 7.0, 7.0], [1.0, 2.0, 0.0, 0.0, 0.0]])
-    mask = torch.tensor([[True] * 5, [True] + [False] * 4, [True, True] + [False] * 3])
-    expected = [[1.3, 0.7, 1.1, 0.9, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
-    torch.testing.assert_close(importance_weights(scores, mask), torch.tensor(expected))
+    """Four ranked tokens get 0.7, 0.9, 1.1, 1.3, and two of them 0.7 and 1.3; the last token 0; a lone token, or a lone
+    one before the end, 1. Of equal scores, the earlier one ranks lower."""
+    expected = {  # scores of the tokens: their weights
+        (3.0, -1.0, 2.0, 0.0, 9.0): (1.3, 0.7, 1.1, 0.9, 0.0),
+        (2.0, 2.0, 2.0, 2.0, 2.0): (0.7, 0.9, 1.1, 1.3, 0.0),
+        (5.0, 2.0, 9.0): (1.3, 0.7, 0.0),
+        (1.0, 2.0): (1.0, 0.0),
+        (5.0,): (1.0,),
+    }
+    mask = torch.arange(5) < torch.tensor([len(scores) for scores in expected])[:, None]
+    scores, weights = (torch.zeros(5, 5, dtype=torch.float64) for _ in range(2))
+    scores[mask], weights[mask] = (torch.tensor(sum(all_of, ())).double() for all_of in (expected, expected.values()))
+    scores[~mask] = math.nan
+    torch.testing.assert_close(importance_weights(scores.requires_grad_(), mask), weights)
+    assert not importance_weights(scores, mask).requires_grad
 
 
 # -------------------------------------------------------------------------------------------------------- recovery

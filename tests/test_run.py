@@ -281,12 +281,11 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said_lou
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
     override = ("--set", f"model.base={folder}", "--set", "align.max_steps=1")
-    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     refused = tbpo("align", recipe_file, "--run-dir", "a", *override)
     assert refused.returncode == 2 and not mark.exists()
-    allowed = executable(
-        "align", recipe_file, "--run-dir", "b", *override, "--set", "model.trust_remote_code=true", **cache
-    )
+    allow = ("--set", "model.trust_remote_code=true")
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    allowed = executable("align", recipe_file, "--run-dir", "b", *override, *allow, **cache)
     assert allowed.returncode == 0, allowed.stderr
     assert mark.exists() and "WARNING: model.trust_remote_code = true" in allowed.stderr
 
@@ -297,11 +296,11 @@ def test_a_runs_name_cannot_leave_the_run_directory(recipe_file, name):
         load_recipe(recipe_file, (f'run.name="{name}"',))
 
 
-def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tmp_path, executable):
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tmp_path, start):
     canary = "hf_canary0123456789"
     secrets = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"), canary)
-    done = executable("align", recipe_file, "--run-dir", "run", **secrets)
-    failed = executable("align", recipe_file, "--run-dir", "other", "--set", "model.base=org/none", **secrets)
+    done = start("align", recipe_file, "--run-dir", "run", **secrets).finish()
+    failed = start("align", recipe_file, "--run-dir", "other", "--set", "model.base=org/none", **secrets).finish()
     assert (done.returncode, failed.returncode) == (0, 2)
     said = [done.stdout, done.stderr, failed.stdout, failed.stderr]
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -244,29 +243,16 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_p
 
 
 @pytest.fixture
-def started(recipe_file, tmp_path):
+def started(recipe_file, start):
     """Starts the real command and waits until a line of metrics.jsonl says that some steps are done."""
-    processes = []
 
-    def start(run, steps, *overrides):
-        sets = [part for override in overrides for part in ("--set", override)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tbpo_cli.cli", "align", str(recipe_file), "--run-dir", str(run), *sets],
-            cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        processes.append(process)
+    def started(run, steps, *overrides):
+        process = start("align", recipe_file, "--run-dir", run, *(part for one in overrides for part in ("--set", one)))
         log = run / "align/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_text().count('"train"') >= steps:
-                break
-            time.sleep(0.01)
+        process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= steps)
         return process
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return started
 
 
 LONG = ("align.max_steps=40", "align.eval_every=16", "align.loss.name=tbpo_q", "align.checkpoint_every=3")
@@ -277,7 +263,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(recipe_
     killed = tmp_path / "killed"
     for steps in (5, 22):
         process = started(killed, steps, *LONG)
-        assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     run_stage("align", recipe_file, killed, *LONG)
@@ -291,8 +276,8 @@ def test_a_signal_writes_a_checkpoint_and_exits_with_its_code(tmp_path, started,
     run = tmp_path / "run"
     process = started(run, 2, "align.max_steps=400", "align.checkpoint_every=300")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "a checkpoint of step" in errors and "Traceback" not in errors
+    done = process.finish()
+    assert done.returncode == code and "a checkpoint of step" in done.stderr and "Traceback" not in done.stderr
     (checkpoint,) = (run / "align/checkpoints").iterdir()
     steps = [json.loads(line)["step"] for line in (run / "align/metrics.jsonl").read_text().splitlines()]
     assert checkpoint.name == f"step-{max(steps)}"
@@ -304,10 +289,9 @@ def test_a_second_interrupt_stops_at_once_and_loses_only_the_steps_since_the_las
     run = tmp_path / "run"
     process = started(run, 8, *LONG, "align.batch_pairs=40")
     process.send_signal(signal.SIGINT)
-    while "stopping" not in process.stderr.readline():
-        pass
+    process.wait_until(lambda: "stopping" in process.err)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) in (-signal.SIGINT, 130)
+    assert process.wait() in (-signal.SIGINT, 130)
     run_stage("align", recipe_file, run, *LONG, "align.batch_pairs=40")
     whole = run_stage("align", recipe_file, tmp_path / "whole", *LONG, "align.batch_pairs=40")
     assert_same_weights(adapter(run), adapter(whole))
