@@ -29,13 +29,16 @@ def _main(arguments, folder, environment, paths):
 
 
 class Process:
-    """`tbpo ARGUMENTS`, started in the folder `cwd`; to be used as a subprocess.Popen with text in both pipes."""
+    """`tbpo ARGUMENTS`, started in the folder `cwd`; to be used much like a subprocess.Popen."""
 
     def __init__(self, *arguments, cwd, **environment):
         self.arguments = [*map(str, arguments)]
-        self._paths = [Path(tempfile.mkstemp(suffix=name)[1]) for name in (".out", ".err")]
+        self._folder = tempfile.TemporaryDirectory()
+        self._paths = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for path in self._paths:
+            path.touch()
         given = (self.arguments, cwd, {**os.environ, **environment}, self._paths)
-        self._process = FORKS.Process(target=_main, args=given, daemon=False)
+        self._process = FORKS.Process(target=_main, args=given, daemon=True)  # it ends with the tests
         self._process.start()
         self.pid = self._process.pid
 
@@ -56,12 +59,14 @@ class Process:
     def finish(self, timeout=300):
         """Waits for its end; returns it as a finished process."""
         code = self.wait(timeout)
-        return subprocess.CompletedProcess(self.arguments, code, *(path.read_text("utf-8") for path in self._paths))
+        done = subprocess.CompletedProcess(self.arguments, code, *(path.read_text("utf-8") for path in self._paths))
+        self.close()
+        return done
 
     def send_signal(self, number):
         os.kill(self.pid, number)
 
-    def wait_until(self, done, seconds=120):
+    def wait_until(self, done, seconds=300):
         """Waits until `done()` is true. Raises TimeoutError, and AssertionError if the process ends first."""
         deadline = time.monotonic() + seconds
         while not done():
@@ -75,5 +80,4 @@ class Process:
         if self.poll() is None:
             self.send_signal(signal.SIGKILL)
             self.wait()
-        for path in self._paths:
-            path.unlink()
+        self._folder.cleanup()

@@ -182,11 +182,11 @@ def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradien
 
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
 def test_extreme_logits_stay_finite(need):
+    """Of ±1e4, beside a token of which all logits are 0."""
     head = Head(torch.tensor([[1e4], [-1e4]], dtype=torch.bfloat16))
-    policy = torch.tensor([[1.0], [-1.0], [1.0]], dtype=torch.bfloat16).requires_grad_()
-    reference = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.bfloat16)
-    statistic = getattr(
-        token_statistics(frozenset({need}), torch.tensor([0, 0, 1]), policy, head, reference, head), need
-    )
+    policy = torch.tensor([[1.0], [-1.0], [1.0], [0.0]], dtype=torch.bfloat16).requires_grad_()
+    reference = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=torch.bfloat16)
+    tokens = torch.tensor([0, 0, 1, 0])
+    statistic = getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need)
     statistic.sum().backward()
     assert statistic.isfinite().all() and policy.grad.isfinite().all()

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 from conftest import run_stage, write_recipe
+from process import Process
 from safetensors.torch import load_file
 
 from tbpo_cli.errors import TbpoError
@@ -20,15 +21,15 @@ EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline tra
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 
 
-def finish(process, within=120):
-    out, err = process.communicate(timeout=within)
-    return process.returncode, out, err
-
-
 def start(recipe_file, run, *arguments, sets=EXACT):
     overrides = [part for one in sets for part in ("--set", one)]
-    line = [sys.executable, "-m", "tbpo_cli.cli", "align", recipe_file, "--run-dir", run, *overrides, *arguments]
-    return subprocess.Popen([*map(str, line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Process("align", recipe_file, "--run-dir", run, *overrides, *arguments, cwd=run.parent)
+
+
+def finish(process):
+    """(exit code, stdout, stderr) once it has ended."""
+    done = process.finish()
+    return done.returncode, done.stdout, done.stderr
 
 
 def metrics(run):
@@ -46,14 +47,9 @@ def assert_same_training(run, other):
         assert mine == pytest.approx(yours, rel=1e-5, abs=1e-6)
 
 
-def wait_for_step(run, step, process, seconds=120):
-    for _ in range(seconds * 20):
-        path = run / "align/metrics.jsonl"
-        if path.exists() and f'"train", "step": {step}' in path.read_text():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise TimeoutError
+def wait_for_step(run, step, process):
+    path = run / "align/metrics.jsonl"
+    process.wait_until(lambda: path.exists() and f'"train", "step": {step}' in path.read_text())
 
 
 def workers_of(process):
@@ -98,7 +94,7 @@ def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(recipe_file, t
     assert len(workers) == 2
     started = time.monotonic()
     workers[1].kill()
-    code, _, err = finish(process, within=60)
+    code, _, err = finish(process)
     assert time.monotonic() - started < 30 and not any(worker.is_running() for worker in workers)
     assert code == 2 and "a worker process was killed by signal 9" in err and "Traceback" not in err
     assert any((tmp_path / "run/align/checkpoints").glob("step-*"))
@@ -115,7 +111,7 @@ def test_workers_end_when_the_process_that_started_them_is_gone(recipe_file, tmp
     process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
     wait_for_step(tmp_path / "run", 1, process)
     workers = workers_of(process)
-    process.kill()
+    process.close()
     gone, alive = psutil.wait_procs(workers, timeout=40)
     assert len(gone) == 2 and not alive
 
@@ -190,5 +186,5 @@ def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_pat
     both = [
         subprocess.Popen([sys.executable, "-c", MEMORY, str(rank), str(tmp_path / "store")], **pipes) for rank in (0, 1)
     ]
-    ends = [finish(process) for process in both]
-    assert [(code, out) for code, out, _ in ends] == [(0, "256 256\n")] * 2, ends
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0] and [out for out, _ in ends] == ["256 256\n"] * 2, ends

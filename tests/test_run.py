@@ -21,7 +21,7 @@ from tbpo_cli.run import RunDir
 from tbpo_cli.stages import plan
 from tbpo_cli.train.metrics import read_metrics
 
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))  # tests/benchmarks/soak.py asks for thousands
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # tests/benchmarks/soak.py asks for thousands
 FUZZ = settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
