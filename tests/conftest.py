@@ -1,15 +1,20 @@
-"""A tiny real model, tokenizer and preference data, made on the spot; and a way to run the real command."""
+"""A tiny real model, tokenizer and preference data, made on the spot; the command, in this process or as one."""
 
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # for models as small as these, more threads only wait for each other
     HF_HUB_OFFLINE="1",
+    NO_PROXY="127.0.0.1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
@@ -120,21 +125,78 @@ log_every = 2
 """
 
 
-@pytest.fixture
-def recipe_file(tmp_path, base, rows):
-    path = tmp_path / "tiny.toml"
+def write_recipe(path, base, rows):
     path.write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def tbpo(tmp_path):
-    """Runs the real command in `tmp_path`; returns the finished process with its text output."""
+def recipe_file(tmp_path, base, rows):
+    return write_recipe(tmp_path / "tiny.toml", base, rows)
 
-    def run(*arguments, stdin=None, **environment):
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, base, rows):
+    """A folder with tiny.toml and, in run/, its finished alignment, made once: to be read and never changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_stage("align", write_recipe(folder / "tiny.toml", base, rows), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A run directory in which the alignment of `recipe_file` is finished, for this test alone."""
+    return Path(shutil.copytree(trained / "run", tmp_path / "run"))
+
+
+def command(*arguments, cwd, stdin=""):
+    """`tbpo ARGUMENTS` in this process, in the folder `cwd`; returns it as a finished process with its text output."""
+    from tbpo_cli import console
+    from tbpo_cli.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["tbpo", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(console.err, "quiet", False)
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def tbpo(tmp_path):
+    """Runs the command in this process, in `tmp_path`: see `command`."""
+    return partial(command, cwd=tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the command as a process of its own, in `tmp_path`, with more in its environment: see `Process`."""
+    from process import Process
+
+    started = []
+
+    def start(*arguments, **environment):
+        started.append(Process(*arguments, cwd=tmp_path, **environment))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.close()
+
+
+@pytest.fixture
+def executable(tmp_path):
+    """Runs the command as a user does, imports and all, in `tmp_path`, with more in its environment; see subprocess."""
+
+    def run(*arguments, **environment):
         return subprocess.run(
             [sys.executable, "-m", "tbpo_cli.cli", *map(str, arguments)],
-            cwd=tmp_path, env={**os.environ, **environment}, input=stdin, capture_output=True, text=True, timeout=300,
+            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     return run

@@ -17,7 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import close_session, constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository that was there before the server
 KINDS = ("models", "datasets", "spaces")
@@ -292,3 +294,19 @@ def hub(root):
     """Yields (the address for HF_ENDPOINT, the list of requests), to read from."""
     with serve(root) as handler:
         yield handler.address, handler.requests
+
+
+@contextmanager
+def connected(address, cache):
+    """This process uses the Hub at the address. One of its own takes HF_ENDPOINT, which is read at the import."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "HF_HUB_OFFLINE": False,
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(cache),
+        }.items():
+            patch.setattr(constants, name, value)
+        yield
+    close_session()

@@ -7,7 +7,7 @@ import torch
 
 from tbpo_cli.core import head as head_module
 from tbpo_cli.core import oracle
-from tbpo_cli.core.head import Head, token_statistics, uses_identity
+from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS, Head, token_statistics, uses_identity
 
 DIFFERENTIABLE = ("logps", "log_ratio", "kl", "advantage")
 DIAGNOSTICS = ("reverse_kl", "entropy")
@@ -81,6 +81,31 @@ def test_no_gradient_reaches_the_reference(need):
     assert policy.grad.abs().sum() > 0 and reference.grad is None
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trained):
+    generator = torch.Generator().manual_seed(7)
+    head = make_head(generator, trained=trained, **HEADS["everything"])
+    reference_head = replace(head, weight=head.weight.detach() + 0.1, bias=head.bias.detach())
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    tokens, weights = torch.randint(V, (N,), generator=generator), torch.randn(4, N, generator=generator).double()
+    inputs = [policy.requires_grad_(), *([head.weight, head.bias] if trained else [])]
+    fast = token_statistics(STATISTICS, tokens, policy, head, reference, reference_head)
+    dense = oracle.side_scores(
+        dense_logits(head, policy)[None], dense_logits(reference_head, reference)[None], tokens[None],
+        torch.ones(1, N, dtype=torch.bool),
+    )  # fmt: skip
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(fast, name), getattr(dense, name), rtol=1e-9, atol=1e-9)
+    found, expected = (
+        gradients(torch.cat([getattr(scores, name) for name in DIFFERENTIABLE]), weights, inputs)
+        for scores in (fast, dense)
+    )
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    for scores in (fast, dense):
+        assert not scores.reverse_kl.requires_grad and not scores.entropy.requires_grad, "they are diagnostics"
+
+
 def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned():
     generator = torch.Generator().manual_seed(1)
     head = make_head(generator)
@@ -106,6 +131,8 @@ def test_the_identity_is_taken_for_one_frozen_linear_head_only():
     assert uses_identity(make := make_head(generator, bias=True, scale=0.5), make)
     assert not uses_identity(trained, trained)
     assert not uses_identity(capped, capped)
+    learns_bias = Head(frozen.weight, torch.zeros(V, dtype=torch.float64, requires_grad=True))
+    assert not uses_identity(learns_bias, learns_bias)
     assert not uses_identity(frozen, replace(frozen, weight=frozen.weight.clone()))
     assert not uses_identity(frozen, None)
 
@@ -115,9 +142,11 @@ def test_without_a_reference_only_the_policy_is_read():
     head = make_head(generator)
     policy = torch.randn(N, H, generator=generator, dtype=torch.float64)
     tokens = torch.randint(V, (N,), generator=generator)
-    logps = token_statistics(frozenset({"logps"}), tokens, policy, head).logps
-    expected = dense_logits(head, policy).log_softmax(-1)[torch.arange(N), tokens]
-    torch.testing.assert_close(logps[0], expected, rtol=1e-12, atol=1e-12)
+    found = token_statistics(REFERENCE_FREE, tokens, policy, head)
+    dense = dense_logits(head, policy).log_softmax(-1)
+    torch.testing.assert_close(found.logps[0], dense[torch.arange(N), tokens], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.entropy[0], -(dense.exp() * dense).sum(-1), rtol=1e-12, atol=1e-12)
+    assert found.mask.all() and found.log_ratio is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -135,13 +164,29 @@ def test_half_precision_stays_within_its_rounding_error(need, dtype):
     torch.testing.assert_close(statistic.double(), getattr(exact, need), rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradients_in_their_own(trained):
+    generator = torch.Generator().manual_seed(5)
+    head = make_head(generator, trained=trained, dtype=torch.bfloat16)
+    rounded = torch.randn(N, H, generator=generator).bfloat16().requires_grad_()
+    exact = rounded.detach().float().requires_grad_()
+    tokens, found = torch.randint(V, (N,), generator=generator), []
+    for hidden in (rounded, exact):
+        logps = token_statistics(frozenset({"logps"}), tokens, hidden, head).logps
+        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+        assert gradient.dtype == hidden.dtype
+        found.append((logps, gradient.float()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
 def test_extreme_logits_stay_finite(need):
+    """Of ±1e4, beside a token of which all logits are 0."""
     head = Head(torch.tensor([[1e4], [-1e4]], dtype=torch.bfloat16))
-    policy = torch.tensor([[1.0], [-1.0], [1.0]], dtype=torch.bfloat16).requires_grad_()
-    reference = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.bfloat16)
-    statistic = getattr(
-        token_statistics(frozenset({need}), torch.tensor([0, 0, 1]), policy, head, reference, head), need
-    )
+    policy = torch.tensor([[1.0], [-1.0], [1.0], [0.0]], dtype=torch.bfloat16).requires_grad_()
+    reference = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=torch.bfloat16)
+    tokens = torch.tensor([0, 0, 1, 0])
+    statistic = getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need)
     statistic.sum().backward()
     assert statistic.isfinite().all() and policy.grad.isfinite().all()

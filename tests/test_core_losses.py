@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def batch_from_golden(pairs):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['loss']}-{json.dumps(case['params'])}")
-def test_golden_values_and_gradients(case):
+def test_values_and_gradients_are_those_of_the_published_table(case):
     scores, leaves = batch_from_golden(GOLDEN["pairs"])
     output = from_params(case["loss"], case["params"])(scores)
     assert output.per_pair.tolist() == pytest.approx(case["per_pair"], abs=1e-9)
@@ -92,7 +92,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_the_chosen_response():
 
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
-def test_the_closed_form_is_the_definition_up_to_a_constant(name, kwargs):
+def test_every_generators_loss_is_its_definition_up_to_a_constant(name, kwargs):
     """L_h = h'(R) R − h(R) − h'(1/R), with h' by automatic differentiation."""
     generator = build_generator(name, **kwargs)
     z = torch.linspace(-3, 3, 41, dtype=torch.float64)
@@ -107,8 +107,22 @@ def test_the_closed_form_is_the_definition_up_to_a_constant(name, kwargs):
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9)
 
 
+def test_h_of_every_generator_is_the_one_of_its_paper():
+    """At R = 4. The loss does not tell: a linear part of h is a constant in it."""
+    four = torch.tensor(4.0, dtype=torch.float64)
+    for (name, given), value in {
+        ("logistic", ()): (4 * math.log(4) - 5 * math.log(5)) / 2,
+        ("kliep", ()): 4 * math.log(4) - 4,
+        ("lsif", ()): 9.0,
+        ("ba", (("lam", 0.5),)): (8 - 4) / 0.5,
+        ("ba", (("lam", 0.0),)): 4 * math.log(4) - 4,
+        ("sba", (("lam", 0.5), ("scale", 2.0))): (8 - 4) / (2 * 0.5 * 1.5),
+    }.items():
+        assert build_generator(name, **dict(given)).h(four).item() == pytest.approx(value), name
+
+
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
-def test_h_is_convex(name, kwargs):
+def test_every_generators_h_is_convex(name, kwargs):
     ratio = torch.linspace(0.01, 9, 500, dtype=torch.float64)
     h = build_generator(name, **kwargs).h(ratio)
     assert (h[2:] - 2 * h[1:-1] + h[:-2] > 0).all()
@@ -150,19 +164,49 @@ def test_sba_with_scale_4_has_the_gradient_of_dpo_where_the_policy_is_the_refere
     [
         (lambda: build_generator("sba", lam=-1.0), "lam must be above -1"),
         (lambda: build_generator("ba", lam=float("nan")), "lam must be above -1"),
+        (lambda: build_generator("ba", lam=float("inf")), "lam must be above -1"),
         (lambda: build_generator("sba", scale=0.0), "scale must be positive"),
+        (lambda: build_generator("sba", scale=float("inf")), "scale must be positive"),
         (lambda: build_loss("dpo", beta=0.0), "beta must be positive"),
+        (lambda: build_loss("tdpo", beta=0.0), "beta must be positive"),
         (lambda: build_loss("dpo", label_smoothing=0.5), "label_smoothing must be in"),
+        (lambda: build_loss("bpo", label_smoothing=-0.1), "label_smoothing must be in"),
         (lambda: build_loss("tbpo_a", beta=float("inf")), "beta must be positive"),
         (lambda: build_loss("tbpo_a", min_ratio=1.0), "min_ratio must be in"),
+        (lambda: build_loss("tbpo_a", min_ratio=-0.1), "min_ratio must be in"),
         (lambda: build_loss("tbpo_q", baseline_clip=0.0), "baseline_clip must be positive"),
+        (lambda: build_loss("tbpo_q", beta=0.0), "beta must be positive"),
         (lambda: build_loss("tdpo", version=3), "version must be 1 or 2"),
+        (lambda: build_loss("tdpo", alpha=float("inf")), "alpha must be a finite number"),
         (lambda: build_loss("orpo", lam=-0.1), "lam must not be negative"),
+        (lambda: build_loss("orpo", lam=float("inf")), "lam must not be negative"),
     ],
 )
-def test_impossible_fields_are_refused(build, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_fields_of_losses_and_generators_are_refused(build, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         build()
+
+
+SETTINGS = {  # as the papers, or the codes that they released, have them
+    "sft": {},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "ipo": {"beta": 0.1},
+    "hinge": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.6},
+    "orpo": {"lam": 0.1},
+    "bpo": {"beta": 0.1, "label_smoothing": 0.0, "min_ratio": 0.01, "generator": {"lam": 0.5, "scale": 4.0}},
+    "tdpo": {"beta": 0.1, "version": 2, "alpha": 0.5},
+    "tis_dpo": {"beta": 0.1, "positive": "", "negative": ""},
+    "tbpo_q": {"beta": 0.1, "label_smoothing": 0.0, "min_ratio": 0.0, "generator": {"lam": 0.0, "scale": 4.0},
+               "baseline_clip": 10.0},
+    "tbpo_a": {"beta": 0.1, "label_smoothing": 0.0, "min_ratio": 0.0, "generator": {"lam": 0.0, "scale": 4.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_defaults_of_a_loss_are_its_authors_setting(name):
+    assert asdict(build_loss(name)) == SETTINGS[name]
+    assert build_loss("orpo", lam=0.0).lam == 0, "without its penalty it is sft"
 
 
 # ------------------------------------------------------------------------------------------- truths of the method
@@ -189,18 +233,20 @@ def random_scores(seed, *, batch=4, chosen=6, rejected=5, vocab=9, same_policy=F
 EVERY_LOSS = [pytest.param(build_loss(name), id=name) for name in LOSSES]
 
 
-@pytest.mark.parametrize("loss", EVERY_LOSS)
-def test_a_loss_reads_only_the_statistics_it_says_it_needs(loss):
+@pytest.mark.parametrize("loss", [*EVERY_LOSS, pytest.param(build_loss("tdpo", version=1), id="tdpo, version 1")])
+def test_a_loss_reads_the_statistics_it_says_it_needs_and_no_others(loss):
     scores, _ = random_scores(0)
-    kept = loss.needs | {"mask"}
 
-    def only_needed(side):
-        return SideScores(**{f.name: getattr(side, f.name) for f in fields(side) if f.name in kept})
+    def value(names):
+        kept = {"mask", *names}
+        sides = ({f.name: getattr(side, f.name) for f in fields(side) if f.name in kept}
+                 for side in (scores.chosen, scores.rejected))  # fmt: skip
+        return loss(PairScores(*(SideScores(**side) for side in sides))).per_pair
 
-    expected = loss(scores).per_pair
-    torch.testing.assert_close(
-        loss(PairScores(only_needed(scores.chosen), only_needed(scores.rejected))).per_pair, expected
-    )
+    torch.testing.assert_close(value(loss.needs), loss(scores).per_pair)
+    for name in loss.needs:
+        with pytest.raises((AttributeError, TypeError)):
+            value(loss.needs - {name})
 
 
 @pytest.mark.parametrize("loss", EVERY_LOSS)
@@ -217,7 +263,7 @@ def test_the_order_of_pairs_changes_nothing(loss):
 
 
 @pytest.mark.parametrize("loss", EVERY_LOSS)
-def test_a_loss_reads_only_its_span(loss):
+def test_a_loss_reads_only_the_tokens_of_its_span(loss):
     """Tokens past the aligned length (or, for sft, on the rejected side) change neither value nor gradient."""
     scores, (chosen, rejected) = random_scores(2)
     loss(scores).per_pair.sum().backward()
@@ -233,6 +279,7 @@ def test_a_loss_reads_only_its_span(loss):
             assert touched > 0
     if loss.span == "chosen":
         assert rejected.grad is None
+    assert (loss.mean_over == "chosen_tokens") == (loss.span == "chosen")
 
 
 @pytest.mark.parametrize("loss", EVERY_LOSS)
@@ -260,11 +307,24 @@ def test_tbpo_a_is_neutral_when_the_policy_is_the_reference(name, kwargs):
     torch.testing.assert_close(output.per_pair, generator.loss(torch.zeros(4, dtype=torch.float64)))
 
 
-def test_clipped_ratios_are_counted():
+def test_the_reported_log_ratios_are_those_of_the_aligned_tokens_without_a_gradient():
+    """log R_t = β (A_t^l − A_t^w) where both sides have a token, 0 elsewhere."""
+    short, long = torch.tensor([[True, True, False]]), torch.tensor([[True, True, True, True]])
+    advantage = torch.tensor([[1.0, 3.0, math.nan]], requires_grad=True)
+    scores = PairScores(SideScores(short, advantage=advantage), SideScores(long, advantage=torch.full((1, 4), 2.0)))
+    output = build_loss("tbpo_a", beta=0.5)(scores)
+    assert output.log_ratio_aligned.tolist() == [[0.5, -0.5, 0.0]] and not output.log_ratio_aligned.requires_grad
+
+
+def test_ratios_outside_the_generators_clip_are_counted():
     mask = torch.ones(1, 4, dtype=torch.bool)
     chosen = SideScores(mask, advantage=torch.tensor([[0.0, -500.0, 400.0, 10.0]]))
     rejected = SideScores(mask, advantage=torch.zeros(1, 4))
     assert build_loss("tbpo_a", beta=0.1)(PairScores(chosen, rejected)).num_clipped.item() == 2
+    at_the_clip = PairScores(
+        SideScores(mask, log_ratio=torch.full((1, 4), 7.5)), replace(rejected, log_ratio=torch.zeros(1, 4))
+    )
+    assert build_loss("bpo", beta=1.0)(at_the_clip).num_clipped.item() == 0, "30 is not outside ±30"
 
 
 def test_min_ratio_stops_the_gradient_under_the_floor():
@@ -283,24 +343,38 @@ def test_label_smoothing_mixes_both_orders():
     torch.testing.assert_close(smoothed(scores).per_pair, expected)
 
 
-def test_pair_scores_are_the_scores_of_both_sides_whose_lengths_may_differ():
+def test_pair_scores_are_the_scores_of_both_sides_and_give_no_gradient_to_the_reference():
     generator = torch.Generator().manual_seed(7)
     sides = []
     for length in (3, 5):
-        logits = [torch.randn(2, length, 4, generator=generator) for _ in range(2)]
+        logits = [torch.randn(2, length, 4, generator=generator).requires_grad_() for _ in range(2)]
         sides.append((*logits, torch.zeros(2, length, dtype=torch.int64), torch.ones(2, length, dtype=torch.bool)))
     scores = oracle.pair_scores(*sides[0], *sides[1])
     for side, arguments in zip((scores.chosen, scores.rejected), sides, strict=True):
         assert torch.equal(side.advantage, oracle.side_scores(*arguments).advantage)
     assert scores.aligned_mask.shape == (2, 3)
+    (scores.chosen.advantage.sum() + scores.rejected.kl.sum()).backward()
+    for policy_logits, reference_logits, *_ in sides:
+        assert policy_logits.grad.any() and reference_logits.grad is None
+    assert not scores.chosen.reverse_kl.requires_grad and not scores.chosen.entropy.requires_grad
 
 
 def test_importance_weights_are_linear_in_the_rank_within_the_response():
-    """Four ranked tokens get 0.7, 0.9, 1.1, 1.3; the last token 0; a lone token, or a lone one before the end, 1."""
-    scores = torch.tensor([[3.0, -1.0, 2.0, 0.0, 9.0], [5.0, 7.0, 7.0, 7.0, 7.0], [1.0, 2.0, 0.0, 0.0, 0.0]])
-    mask = torch.tensor([[True] * 5, [True] + [False] * 4, [True, True] + [False] * 3])
-    expected = [[1.3, 0.7, 1.1, 0.9, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
-    torch.testing.assert_close(importance_weights(scores, mask), torch.tensor(expected))
+    """Four ranked tokens get 0.7, 0.9, 1.1, 1.3, and two of them 0.7 and 1.3; the last token 0; a lone token, or a lone
+    one before the end, 1. Of equal scores, the earlier one ranks lower."""
+    expected = {  # scores of the tokens: their weights
+        (3.0, -1.0, 2.0, 0.0, 9.0): (1.3, 0.7, 1.1, 0.9, 0.0),
+        (2.0, 2.0, 2.0, 2.0, 2.0): (0.7, 0.9, 1.1, 1.3, 0.0),
+        (5.0, 2.0, 9.0): (1.3, 0.7, 0.0),
+        (1.0, 2.0): (1.0, 0.0),
+        (5.0,): (1.0,),
+    }
+    mask = torch.arange(5) < torch.tensor([len(scores) for scores in expected])[:, None]
+    scores, weights = (torch.zeros(5, 5, dtype=torch.float64) for _ in range(2))
+    scores[mask], weights[mask] = (torch.tensor(sum(all_of, ())).double() for all_of in (expected, expected.values()))
+    scores[~mask] = math.nan
+    torch.testing.assert_close(importance_weights(scores.requires_grad_(), mask), weights)
+    assert not importance_weights(scores, mask).requires_grad
 
 
 # -------------------------------------------------------------------------------------------------------- recovery
@@ -360,17 +434,17 @@ def test_tbpo_recovers_the_optimal_policy(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
-def test_the_unadjusted_ratio_does_not_recover_it(name, kwargs):
+def test_without_its_correction_the_ratio_does_not_recover_the_optimal_policy(name, kwargs):
     """log w = 0: neither the KL nor a baseline stands in for the partition function."""
     world, generator = World(), build_generator(name, **kwargs)
     assert world.distance(world.fit(generator.loss, world.q)) > 0.05
 
 
-def test_the_misprinted_lsif_does_not_recover_it():
+def test_the_misprinted_lsif_does_not_recover_the_optimal_policy():
     """R² − 2R, as often printed, is minimal at R = 1 whatever the data say."""
     world = World()
     assert world.distance(world.fit(lambda z: (2 * z).exp() - 2 * z.exp(), world.advantage, kl=True)) > 0.05
 
 
-def test_the_tables_are_covered():
-    assert set(GENERATOR_FIELDS) == set(GENERATORS)
+def test_every_generator_and_loss_of_the_tables_is_tested_here():
+    assert set(GENERATOR_FIELDS) == set(GENERATORS) and set(SETTINGS) == set(LOSSES)

@@ -417,16 +417,16 @@ def test_a_truncated_pair_is_counted(recipe_file, tmp_path):
     assert (counts["kept"], counts["noted"]["cut"]) == ({"train": 11}, 1)
 
 
-def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(recipe_file, tmp_path, base, tbpo):
+def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(recipe_file, tmp_path, base, executable):
     """The model's id is the same; what the Hub has under it is not."""
     model = tmp_path / "hub/models/org/base"
     shutil.copytree(base, model)
     arguments = (recipe_file, "--run-dir", "run", "--set", "model.base=org/base")
     with hub(tmp_path / "hub") as (address, _):
         first, second = ({"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / x)} for x in "ab")
-        assert tbpo("prepare", *arguments, **first).returncode == 0
+        assert executable("prepare", *arguments, **first).returncode == 0
         (model / "chat_template.jinja").write_text("Hello. " + (model / "chat_template.jinja").read_text())
-        changed = tbpo("align", *arguments, **second)
+        changed = executable("align", *arguments, **second)
     assert changed.returncode == 2 and "another one than the pairs were prepared with" in changed.stderr
 
 
@@ -460,7 +460,7 @@ def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe
     assert len(PairStore(folder)) == 1510 and [path.name for path in folder.iterdir()] == ["pairs.arrow"]
 
 
-def test_show_prints_pairs_as_the_model_sees_them(recipe_file, tmp_path, capsys):
+def test_prepare_show_prints_pairs_as_the_model_sees_them(recipe_file, tmp_path, capsys):
     """Every token, a bar after each, a double one where the aligned part ends; with ids their numbers."""
     train = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red", "chosen": "a b", "rejected": "a b c [x]"}])
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
@@ -486,7 +486,9 @@ def test_the_report_is_self_contained_and_escapes_what_users_wrote(recipe_file, 
     assert page.count("<h3>") == 10 and "{% for" in page.replace("&#39;", "'"), "ten examples, and the template"
 
 
-def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(recipe_file, tmp_path, base, tbpo):
+def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(
+    recipe_file, tmp_path, base, executable
+):
     """Over HTTP, from a server that answers as the Hub does."""
     rows, repo = preference_rows(20, seed=5), tmp_path / "hub/datasets/org/pairs"
     repo.mkdir(parents=True)
@@ -504,11 +506,8 @@ def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(
     overrides = [part for one in ("model.base=org/base", *sources) for part in ("--set", one)]
     with hub(tmp_path / "hub") as (address, requests):
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        done = tbpo("prepare", recipe_file, "--run-dir", "run", *overrides, **environment)
+        done = executable("prepare", recipe_file, "--run-dir", "run", *overrides, **environment)
         assert done.returncode == 0, done.stderr
         assert [p.aligned_length > 0 for p in PairStore(tmp_path / "run/prepare/train")] == [True] * 20
         assert len(PairStore(tmp_path / "run/prepare/eval")) == 5
         assert any(f"/datasets/org/pairs/resolve/{COMMIT}/train_prefs.jsonl" in line for line in requests)
-        lost = tbpo("prepare", recipe_file, "--run-dir", "b", *overrides, "--set", "data.train=org/none", **environment)
-    assert lost.returncode == 2 and "org/none" in lost.stderr and "data.train cannot be read" in lost.stderr
-    assert "Traceback" not in lost.stderr

@@ -25,7 +25,6 @@ WORLD = Path(__file__).parent.parent / "recipes" / "quickstart" / "world.py"
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def user(text):

@@ -205,3 +205,19 @@ def test_micro_batches_hold_every_pair_once_within_the_token_budget(layout):
         assert sorted(number for group in groups for number in group) == list(range(len(lengths)))
         assert all(len(group) == 1 or LAYOUTS[layout].num_tokens(lengths[group]) <= budget for group in groups)
     assert len(groups) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_is_moved_to_a_device_whole_and_unchanged_in_shape_and_type(pairs, layout):
+    """To "meta", which every machine has; its tensors have no numbers."""
+    batch = collate(pairs, layout)
+    moved = batch.to(torch.device("meta"))
+
+    def tensors(of):
+        sides = (of.chosen.mask, of.chosen.slots, of.rejected.mask, of.rejected.slots)
+        return [of.input_ids, of.position_ids, of.tokens, of.predictor, *sides]
+
+    for found, wanted in zip(tensors(moved), tensors(batch), strict=True):
+        assert (found.device.type, found.shape, found.dtype) == ("meta", wanted.shape, wanted.dtype)
+    assert (moved.pair_ids, moved.sequences, moved.num_tokens) == (batch.pair_ids, batch.sequences, batch.num_tokens)
+    assert batch.to(torch.device("cpu")) is batch

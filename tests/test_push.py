@@ -12,8 +12,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import RECIPE, preference_rows, run_stage, write_jsonl
-from hub_server import COMMIT, serve
+from conftest import preference_rows, run_stage, write_jsonl, write_recipe
+from hub_server import COMMIT, connected, serve
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -63,8 +63,7 @@ def evaluate(run):
 def made(tmp_path_factory, base, rows):
     """A recipe and its aligned and evaluated run."""
     folder = tmp_path_factory.mktemp("made")
-    recipe_file = folder / "tiny.toml"
-    recipe_file.write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
+    recipe_file = write_recipe(folder / "tiny.toml", base, rows)
     evaluate(run_stage("align", recipe_file, folder / "run", *SHORT))
     return recipe_file, folder / "run"
 
@@ -78,19 +77,11 @@ def run(made, tmp_path):
 def server(tmp_path, base, monkeypatch):
     """A Hub with the base on it, and a client in this process that may write."""
     shutil.copytree(base, tmp_path / "hub/models/org/base")
-    constants = huggingface_hub.constants
-    with serve(tmp_path / "hub") as started:
+    with serve(tmp_path / "hub") as started, connected(started.address, tmp_path / "cache"):
         started.tokens[TOKEN] = "write"
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", started.address)
-        template = started.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
         yield started
-    huggingface_hub.close_session()
 
 
 def publish(made, run, *sets, **options):
@@ -403,7 +394,7 @@ def test_after_sft_the_adapter_alone_makes_the_policy_of_the_base(made, tmp_path
     assert not torch.allclose(logits["sft"], logits["base"], atol=1e-2)
 
 
-def test_from_the_hub_and_back(made, base, tmp_path, tbpo, capsys):
+def test_from_the_hub_and_back(made, base, tmp_path, executable, capsys):
     """Rows and base by id, push, and what was pushed: by peft, by transformers, as a start, in `sample`, offline."""
     root = tmp_path / "hub"
     shutil.copytree(base, root / "models/org/base")
@@ -418,7 +409,7 @@ def test_from_the_hub_and_back(made, base, tmp_path, tbpo, capsys):
                   "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}  # fmt: skip
         offline = {**online, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
         for command in (("align",), ("push", "--allow-unevaluated")):
-            done = tbpo(command[0], made[0], "--run-dir", "run", *command[1:], *sets, **online)
+            done = executable(command[0], made[0], "--run-dir", "run", *command[1:], *sets, **online)
             assert done.returncode == 0, done.stderr
         config = json.loads((root / "models/me/tuned/adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
@@ -433,13 +424,13 @@ def test_from_the_hub_and_back(made, base, tmp_path, tbpo, capsys):
         )
         assert used.returncode == 0, used.stderr
         pinned = f"me/tuned@{server.heads[root / 'models/me/tuned'][0]}"
-        shown = tbpo("sample", made[0], "--run-dir", "x", "--adapter", pinned, "--prompt", "red", *sets, **online)
+        shown = executable("sample", made[0], "--run-dir", "x", "--adapter", pinned, "--prompt", "red", *sets, **online)
         assert shown.returncode == 0, shown.stderr
     capsys.readouterr()
     answer(load_recipe(made[0], (*SHORT, "sample.max_new_tokens=8")), RunDir(tmp_path / "run"), ["red"])
     assert "policy: " in shown.stdout and shown.stdout == capsys.readouterr().out
     further = ("--run-dir", "further", "--set", f"model.adapter={pinned}", *sets)
-    done = tbpo("sample", made[0], *further, **offline)
+    done = executable("sample", made[0], *further, **offline)
     assert done.returncode == 0, done.stderr
     assert "the reference is a frozen copy of" in done.stderr
     lines = (tmp_path / "further/align/metrics.jsonl").read_text().splitlines()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_stage, write_jsonl
+from conftest import run_stage, write_jsonl, write_recipe
 from judge_server import chat_completion, chat_server
 from transformers import AutoModelForCausalLM
 
@@ -79,12 +79,24 @@ def test_the_end_of_the_turn_is_that_of_the_pairs(tokenizer):
     assert end_of_turn(Chat(tokenizer, "2026-01-01")) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory, base, rows):
+    folder = tmp_path_factory.mktemp("aligned")
+    return run_stage("align", write_recipe(folder / "tiny.toml", base, rows), folder / "run", *SHORT)
+
+
+@pytest.fixture
+def run_dir(aligned, tmp_path):
+    return shutil.copytree(aligned, tmp_path / "run")
+
+
 def read(run):
     return [json.loads(line) for line in (run / "sample/samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_sample_answers_the_held_out_prompts_by_policy_and_reference(recipe_file, tmp_path, capsys):
-    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT, "sample.num_samples=2")
+def test_sample_answers_the_held_out_prompts_by_policy_and_reference(recipe_file, run_dir, tmp_path, capsys):
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    run = run_stage("sample", recipe_file, run_dir, *SHORT, "sample.num_samples=2")
     samples = read(run)
     assert len(samples) == 8 * 2 * 2, "8 prompts, 2 samples, 2 models"
     first = samples[0]
@@ -92,13 +104,13 @@ def test_sample_answers_the_held_out_prompts_by_policy_and_reference(recipe_file
     assert first["num_tokens"] == len(first["token_ids"]) <= 8 and first["logp"] < 0
     assert {sample["finish_reason"] for sample in samples} <= {"stop", "length"}
     assert "policy: " in capsys.readouterr().out
-    other = run_stage("sample", recipe_file, tmp_path / "b", *SHORT, "sample.num_samples=2", "sample.batch_size=3")
+    run_stage("sample", recipe_file, other, *SHORT, "sample.num_samples=2", "sample.batch_size=3")
     assert [s["token_ids"] for s in read(other)] == [s["token_ids"] for s in samples]
 
 
-def test_an_interrupted_sample_goes_on_where_it_stopped(recipe_file, tmp_path):
-    whole = read(run_stage("sample", recipe_file, tmp_path / "whole", *SHORT))
-    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT)
+def test_an_interrupted_sample_goes_on_where_it_stopped(recipe_file, run_dir):
+    run = run_stage("sample", recipe_file, run_dir, *SHORT)
+    whole = read(run)
     (run / "sample/manifest.json").unlink()
     (run / "sample/samples.jsonl").unlink()
     marked = [json.dumps(sample | {"completion": "kept"}) + "\n" for sample in whole[:5]]
@@ -111,60 +123,58 @@ def test_an_interrupted_sample_goes_on_where_it_stopped(recipe_file, tmp_path):
     )
 
 
-def test_prompts_come_from_a_file_as_text_messages_or_lines(recipe_file, tmp_path, capsys):
+def test_prompts_come_from_a_file_as_text_messages_or_lines(recipe_file, run_dir, tmp_path):
+    other = shutil.copytree(run_dir, tmp_path / "other")
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"},
              {"role": "user", "content": "dog"}]  # fmt: skip
     rows = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "red"}, {"prompt": turns}, {"messages": turns[:1]}])
-    run = run_stage("sample", recipe_file, tmp_path / "run", *SHORT, f"sample.prompts={rows}")
+    run = run_stage("sample", recipe_file, run_dir, *SHORT, f"sample.prompts={rows}")
     prompts = [sample["prompt"] for sample in read(run)[::2]]
     assert prompts[0] == prompts[2] and "blue<|im_end|>" in prompts[1] and prompts[1].count("<|im_start|>") == 4
     lines = tmp_path / "prompts.txt"
     lines.write_text("red\n\nblue\n")
-    run = run_stage("sample", recipe_file, tmp_path / "b", *SHORT, f"sample.prompts={lines}", "sample.max_prompts=1")
-    assert {sample["prompt"] for sample in read(run)} == {prompts[0]}
+    run_stage("sample", recipe_file, other, *SHORT, f"sample.prompts={lines}", "sample.max_prompts=1")
+    assert {sample["prompt"] for sample in read(other)} == {prompts[0]}
 
 
 @pytest.mark.parametrize("row", [{"text": "x"}, {"prompt": ""}, {"prompt": 3}, {"messages": [{"role": "x"}]}])
-def test_a_line_that_is_no_prompt_is_a_message(recipe_file, tmp_path, row):
+def test_a_line_that_is_no_prompt_is_a_message(recipe_file, run_dir, tmp_path, row):
     rows = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "red"}, row])
     with pytest.raises(TbpoError, match="a prompt cannot be used") as error:
-        run_stage("sample", recipe_file, tmp_path / "run", *SHORT, f"sample.prompts={rows}")
+        run_stage("sample", recipe_file, run_dir, *SHORT, f"sample.prompts={rows}")
     assert "row 2" in error.value.where
 
 
-def test_a_prompt_of_the_command_line_is_answered_and_nothing_is_kept(recipe_file, tmp_path, capsys):
-    run = run_stage("align", recipe_file, tmp_path / "run", *SHORT)
+def test_a_prompt_of_the_command_line_is_answered_and_nothing_is_kept(recipe_file, run_dir, tmp_path, capsys):
     recipe = load_recipe(recipe_file, SHORT)
-    capsys.readouterr()
-    answer(recipe, RunDir(run), ["red dog", "blue"])
+    answer(recipe, RunDir(run_dir), ["red dog", "blue"])
     shown = capsys.readouterr().out
     assert shown.count("policy: ") == shown.count("reference: ") == 2 and "red dog<|im_end|>" in shown
-    assert not (run / "sample").exists()
+    assert not (run_dir / "sample").exists()
     with pytest.raises(TbpoError, match="no aligned policy"):
         answer(recipe, RunDir(tmp_path / "none"), ["red"])
 
 
-def test_processes_share_the_prompts(recipe_file, tmp_path, tbpo):
-    alone = run_stage("sample", recipe_file, tmp_path / "alone", *SHORT)
-    shutil.copytree(alone, tmp_path / "two", ignore=shutil.ignore_patterns("sample", "lock"))
+def test_processes_share_the_prompts(recipe_file, run_dir, tmp_path, tbpo):
+    two = shutil.copytree(run_dir, tmp_path / "two")
     sets = [part for one in SHORT for part in ("--set", one)]
-    done = tbpo("sample", recipe_file, "--run-dir", tmp_path / "two", "--gpus", "2", "--cpu", *sets)
+    done = tbpo("sample", recipe_file, "--run-dir", two, "--gpus", "2", "--cpu", *sets)
     assert done.returncode == 0, done.stderr
-    assert [s["token_ids"] for s in read(tmp_path / "two")] == [s["token_ids"] for s in read(alone)]
+    alone = run_stage("sample", recipe_file, run_dir, *SHORT)
+    assert [s["token_ids"] for s in read(two)] == [s["token_ids"] for s in read(alone)]
 
 
-def test_a_prompt_of_the_command_line_may_be_a_conversation(recipe_file, tmp_path, tbpo):
-    run = run_stage("align", recipe_file, tmp_path / "run", *SHORT)
+def test_a_prompt_of_the_command_line_may_be_a_conversation(recipe_file, run_dir, tbpo):
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"},
              {"role": "user", "content": "dog"}]  # fmt: skip
     given = "\n".join([json.dumps({"messages": turns}), json.dumps({"prompt": turns}), '{"a": 1}', "cat\n"])
     sets = [part for one in SHORT for part in ("--set", one)]
-    done = tbpo("sample", recipe_file, "--run-dir", run, "--prompt", "-", *sets, stdin=given)
+    done = tbpo("sample", recipe_file, "--run-dir", run_dir, "--prompt", "-", *sets, stdin=given)
     assert done.returncode == 0, done.stderr
     whole = "user\nred<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n<|im_start|>user\ndog<|im_end|>"
     assert done.stdout.count(whole) == 2 and '{"a": 1}<|im_end|>' in done.stdout and "cat<|im_end|>" in done.stdout
     with pytest.raises(TbpoError, match="a prompt cannot be used"):
-        answer(load_recipe(recipe_file, SHORT), RunDir(run), ['{"messages": [{"role": "x"}]}'])
+        answer(load_recipe(recipe_file, SHORT), RunDir(run_dir), ['{"messages": [{"role": "x"}]}'])
 
 
 def echo(body):
@@ -176,21 +186,6 @@ def echo(body):
 
 def served(server, *more):
     return (*SHORT, f"sample.endpoint={server.url}", "sample.endpoint_model=mine", "sample.num_samples=2", *more)
-
-
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory, base, rows):
-    from conftest import RECIPE
-
-    folder = tmp_path_factory.mktemp("aligned")
-    (folder / "tiny.toml").write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
-    return run_stage("align", folder / "tiny.toml", folder / "run", *SHORT)
-
-
-@pytest.fixture
-def run_dir(aligned, tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return shutil.copytree(aligned, tmp_path / "run")
 
 
 def test_the_policy_can_be_served_while_the_reference_is_run_here(recipe_file, run_dir, tokenizer):

@@ -26,9 +26,9 @@ def recipe(recipe_file):
     return load_recipe(recipe_file)
 
 
-@pytest.fixture
-def pairs(recipe_file, tmp_path):
-    store = PairStore(run_stage("prepare", recipe_file, tmp_path / "run") / "prepare/train")
+@pytest.fixture(scope="module")
+def pairs(trained):
+    store = PairStore(trained / "run/prepare/train")
     return [store[i] for i in range(5)]
 
 

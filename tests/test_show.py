@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,8 +132,14 @@ def test_kept_bytes_are_what_autograd_keeps_of_a_real_pass(recipe_file):
     assert kept_bytes(policy.model, True)[0] < 0.8 * kept_bytes(policy.model, False)[0]
 
 
-def test_the_budget_is_a_power_of_two_only_where_there_is_a_gpu():
-    assert tokens_that_fit(1e6, torch.device("cpu"), 0) == 1024
+def test_the_first_micro_batch_is_a_power_of_two_in_half_of_what_is_left_of_a_gpu_and_1024_tokens_elsewhere(
+    monkeypatch,
+):
+    """(80 GB − 16 GB) / 2 / 1 MB = 32,000 tokens, so 16,384; never under 64 or over 65,536."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    found = [tokens_that_fit(kept, gpu, 16e9) for kept in (1e6, 1e12, 1.0)]
+    assert found == [16384, 64, 65536] and tokens_that_fit(1e6, cpu, 0) == 1024
 
 
 def test_memory_follows_from_processes_and_quantization(recipe_file):
@@ -156,7 +163,7 @@ def test_a_base_that_cannot_be_reached_leaves_the_rest_to_be_shown(recipe_file, 
     assert "could not be found out: the model cannot be loaded" in text and "align would run" in text
 
 
-def test_the_command_loads_no_weights_and_is_quick_about_its_options(tbpo, recipe_file, base, tmp_path):
+def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     """The base's weights may be missing altogether."""
     bare = tmp_path / "bare"
     bare.mkdir()
