@@ -16,7 +16,8 @@ from tbpo_cli.core.types import mean_over_response
 from tbpo_cli.data.layouts import LAYOUTS
 from tbpo_cli.data.pairs import FORMATS, Format, make_pair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import JUDGES, ScoreJudge
+from tbpo_cli.evaluation.judges import JUDGES
+from tbpo_cli.evaluation.verdicts import ScoreJudge
 from tbpo_cli.recipe import Align, Data, Eval, load_recipe
 from tbpo_cli.run import STAGES, RunDir
 from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
