@@ -51,6 +51,7 @@ class Head:
 
     @property
     def frozen(self) -> bool:
+        """Whether no gradient goes to the head itself."""
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
     def logits(self, hidden: Tensor) -> Tensor:

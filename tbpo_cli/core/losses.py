@@ -126,8 +126,8 @@ class TbpoA(_RatioMatching):
     text, evaluated on the data's own token, would cancel the log-ratio.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    span: ClassVar[str] = "aligned"
+    needs = frozenset({"advantage"})
+    span = "aligned"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return self._match_tokens(scores, self.beta * _aligned_difference(scores, "advantage"))
@@ -144,8 +144,8 @@ class TbpoQ(_RatioMatching):
     """
 
     baseline_clip: float = 10.0
-    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "state_baseline"})
-    span: ClassVar[str] = "aligned"
+    needs = frozenset({"log_ratio", "state_baseline"})
+    span = "aligned"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +226,7 @@ class Tdpo(_PairLoss):
 
     @property
     def needs(self) -> frozenset[str]:
+        """Version 1 is a difference of advantages; version 2 weighs the KL by itself."""
         return frozenset({"advantage"} if self.version == 1 else {"log_ratio", "kl"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
@@ -248,7 +249,7 @@ class TisDpo(_PairLoss):
 
     positive: str = ""
     negative: str = ""
-    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "weights"})
+    needs = frozenset({"log_ratio", "weights"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
         chosen, rejected = (
@@ -278,7 +279,7 @@ class SimPo(_PairLoss):
 
     beta: float = 2.0
     gamma: float = 1.6
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
+    needs = frozenset({"logps"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
         margin = self.beta * (_mean(scores.chosen, "logps") - _mean(scores.rejected, "logps"))
@@ -293,7 +294,7 @@ class Orpo(Loss):
     """
 
     lam: float = 0.1
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
+    needs = frozenset({"logps"})
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}")
@@ -314,9 +315,9 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 class Sft(Loss):
     """Supervised fine-tuning: −mean over the chosen response's tokens of log π_θ; a step is the mean over tokens."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
-    span: ClassVar[str] = "chosen"
-    mean_over: ClassVar[str] = "chosen_tokens"
+    needs = frozenset({"logps"})
+    span = "chosen"
+    mean_over = "chosen_tokens"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return LossOutput(-_mean(scores.chosen, "logps"))
