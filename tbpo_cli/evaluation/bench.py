@@ -53,6 +53,7 @@ class Bench:
     attempt: Callable[[Callable[[int], Rows]], Rows]
 
     def preference(self, candidate: Candidate) -> Rows:
+        """The statistics of the held-out pairs, one row a pair."""
         store, scorer = PairStore(self.pairs, self.recipe.align.reverse), Scorer.of(self.policy)
         places = self.share(range(len(store))[: self.recipe.eval.max_pairs])
         device = next(self.policy.model.parameters()).device
@@ -69,10 +70,12 @@ class Bench:
         return self.attempt(measure)
 
     def diversity(self, candidate: Candidate) -> Rows:
+        """Several completions a prompt, by the protocol of the paper."""
         prompts = prompts_of_pairs(PairStore(self.pairs), self.recipe.data, self.recipe.eval.diversity_prompts)
         return self._complete(candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL), NUM_SAMPLES)
 
     def answers(self, candidate: Candidate) -> Rows:
+        """Completions as [sample] asks for them, which the judges read."""
         settings = self.recipe.sample
         prompts = prompts_of(self.recipe, self.pairs, self._chat)
         return self._complete(candidate, "answers", prompts, settings, settings.num_samples)

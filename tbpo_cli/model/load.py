@@ -104,6 +104,7 @@ class Policy:
                 yield
 
     def describe_reference(self) -> str:
+        """Which model it is, in words."""
         if REFERENCE in self.frozen:
             return "a frozen copy of the model"
         return "a frozen copy of the SFT adapter" if REFERENCE in self.adapters else "the base, with the adapter off"

@@ -101,6 +101,7 @@ class Ahead:
         self._next: tuple[tuple[int, int], Future[list[PairBatch]]] | None = None
 
     def batches(self, step: int, tokens: int) -> list[PairBatch]:
+        """Those of a step, cut to `tokens`; the next step is begun."""
         wanted = (step, tokens)
         if self._next is None or self._next[0] != wanted:
             self._next = (wanted, self._thread.submit(self._collate_step, *wanted))

@@ -108,6 +108,7 @@ class MetricsLog:
         temporary.replace(path)
 
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a line, to the disk before it returns."""
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
         if not self._writes:
