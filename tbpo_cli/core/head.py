@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from tbpo_cli.core.types import SideScores
 
@@ -68,6 +69,7 @@ class Head:
     def linear_part(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """∂/∂logits → ∂/∂(W h + bias), both (n, V); `grad` is overwritten. The logits matter to a softcap only."""
         if self.softcap is not None:
+            assert logits is not None
             grad *= 1 - (logits / self.softcap) ** 2
         if self.scale != 1.0:
             grad *= self.scale
@@ -99,13 +101,14 @@ def token_statistics(
     Returns:
         One row, (1, N), in nats; `reverse_kl` and `entropy` carry no gradient.
     """
-    if needs == {"advantage"} and uses_identity(policy_head, reference_head):
+    if needs == {"advantage"} and reference_hidden is not None and uses_identity(policy_head, reference_head):
         known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
     else:
-        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = _ChunkedStatistics.apply(
+        statistics = _ChunkedStatistics.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
             policy_hidden, policy_head.weight, policy_head.bias, policy_head, tokens, reference_hidden, reference_head,
             needs,
         )  # fmt: skip
+        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = statistics
         log_ratio = logps - reference_logps  # r_t
         kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
         known = {"logps": logps, "log_ratio": log_ratio, "kl": kl, "advantage": log_ratio + kl}  # A_t = r_t + K_t
@@ -132,12 +135,13 @@ def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, re
 def _expected_rows(hidden: Tensor, head: Head) -> Tensor:
     """E[W_v] under the head's softmax, (n, H): an online softmax over tiles of the vocabulary (arXiv 1805.02867)."""
     size = TILE_ON_CPU if hidden.is_cpu else head.weight.shape[0]
-    highest, total, rows = -torch.inf, 0.0, 0.0
+    highest = torch.full((len(hidden), 1), -torch.inf, dtype=_accumulator(head), device=hidden.device)
+    total, rows = torch.zeros_like(highest), torch.zeros_like(highest)
     for start in range(0, head.weight.shape[0], size):
         bias = None if head.bias is None else head.bias[start : start + size]
         tile = replace(head, weight=head.weight[start : start + size], bias=bias)
         logits = tile.logits(hidden)
-        before, highest = highest, logits.amax(dim=-1, keepdim=True).clamp_(min=highest)
+        before, highest = highest, torch.maximum(highest, logits.amax(dim=-1, keepdim=True))
         weights, shrink = logits.sub_(highest).exp_(), (before - highest).exp_()
         total, rows = total * shrink + weights.sum(dim=-1, keepdim=True), rows * shrink + tile.to_hidden(weights)
     return rows / total
@@ -148,7 +152,7 @@ class _ChunkedStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, policy_hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tensor,
+        ctx: Any, policy_hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tensor,
         reference_hidden: Tensor | None, reference_head: Head | None, needs: frozenset[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         with_reference, with_mean = bool(needs - REFERENCE_FREE), bool(needs & {"kl", "advantage"})
@@ -160,6 +164,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         for part in _chunks(tokens):
             target, reference, reference_probs = tokens[part, None], None, None
             if with_reference:
+                assert reference_head is not None and reference_hidden is not None
                 reference = reference_head.logits(reference_hidden[part]).log_softmax(dim=-1)
                 reference_logps[part] = reference.gather(-1, target).squeeze(-1)
                 if with_mean:
@@ -169,23 +174,24 @@ class _ChunkedStatistics(torch.autograd.Function):
                     reference = None
             logits = head.logits(policy_hidden[part])
             policy = logits.log_softmax(dim=-1)
-            logits = logits if head.softcap is not None else None  # nothing else needs them: at most three chunks live
+            capped = logits if head.softcap is not None else None
+            del logits  # nothing else needs them: at most three chunks live
             logps[part] = policy.gather(-1, target).squeeze(-1)
-            if with_mean:
+            if reference_probs is not None:
                 mean_logps[part] = torch.linalg.vecdot(reference_probs, policy)
             if needs & {"entropy", "reverse_kl"}:
                 probs = policy.exp()
                 entropy[part] = -torch.linalg.vecdot(probs, policy)
                 if reference is not None:
                     reverse_kl[part] = -entropy[part] - torch.linalg.vecdot(probs, reference)
-            if keep_directions:
+            if directions is not None:
                 probs = policy.exp_()
-                if with_mean:
+                if reference_probs is not None:
                     grad_mean = reference_probs.sub_(probs)  # π_ref − π_θ
-                    directions[1, part] = head.to_hidden(head.linear_part(grad_mean, logits))
+                    directions[1, part] = head.to_hidden(head.linear_part(grad_mean, capped))
                 grad_target = probs.neg_().scatter_add_(-1, target, torch.ones_like(probs[:, :1]))  # e_y − π_θ
-                directions[0, part] = head.to_hidden(head.linear_part(grad_target, logits))
-        if keep_directions:
+                directions[0, part] = head.to_hidden(head.linear_part(grad_target, capped))
+        if directions is not None:
             ctx.save_for_backward(directions)
         elif differentiated:
             ctx.save_for_backward(policy_hidden, tokens, reference_hidden)
@@ -196,7 +202,7 @@ class _ChunkedStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.head.frozen:
             (directions,) = ctx.saved_tensors
             grad_hidden = directions[0] * grad_logps[:, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +96,22 @@ class _RatioMatching(_PairLoss):
         return LossOutput(mean_over_response(self._match(z), mask), z.detach(), _num_clipped(z))
 
 
+def _of(side: SideScores, statistic: str) -> Tensor:
+    """A statistic in the loss's `needs`, which the scorer has computed."""
+    return cast(Tensor, getattr(side, statistic))
+
+
 def _sum(side: SideScores, statistic: str) -> Tensor:
-    return sum_over_response(getattr(side, statistic), side.mask)
+    return sum_over_response(_of(side, statistic), side.mask)
 
 
 def _mean(side: SideScores, statistic: str) -> Tensor:
-    return mean_over_response(getattr(side, statistic), side.mask)
+    return mean_over_response(_of(side, statistic), side.mask)
 
 
 def _aligned_difference(scores: PairScores, statistic: str) -> Tensor:
     """rejected − chosen at the positions that both sides have, (B, min(T)); anything where one has no token."""
-    rejected, chosen = getattr(scores.rejected, statistic), getattr(scores.chosen, statistic)
+    rejected, chosen = _of(scores.rejected, statistic), _of(scores.chosen, statistic)
     length = min(rejected.shape[1], chosen.shape[1])
     return rejected[:, :length] - chosen[:, :length]
 
@@ -225,7 +230,7 @@ class Tdpo(_PairLoss):
         _require(math.isfinite(self.alpha), f"alpha must be a finite number, got {self.alpha}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # nobody assigns it
         """Version 1 is a difference of advantages; version 2 weighs the KL by itself."""
         return frozenset({"advantage"} if self.version == 1 else {"log_ratio", "kl"})
 
@@ -253,7 +258,8 @@ class TisDpo(_PairLoss):
 
     def __call__(self, scores: PairScores) -> LossOutput:
         chosen, rejected = (
-            sum_over_response(side.weights * side.log_ratio, side.mask) for side in (scores.chosen, scores.rejected)
+            sum_over_response(_of(side, "weights") * _of(side, "log_ratio"), side.mask)
+            for side in (scores.chosen, scores.rejected)
         )
         return LossOutput(F.softplus(self.beta * (rejected - chosen)))
 
