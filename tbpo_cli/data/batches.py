@@ -105,6 +105,7 @@ def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
     rows = LAYOUTS[layout].build(pairs)
     responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
     tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
+    chosen, rejected = (_side(np.array([len(ids) for ids in side])) for side in responses)
     return PairBatch(
         tuple(pair.pair_id for pair in pairs),
         torch.from_numpy(rows.input_ids.astype(np.int64)),
@@ -112,7 +113,8 @@ def collate(pairs: Sequence[TokenizedPair], layout: str) -> PairBatch:
         rows.sequences,
         torch.from_numpy(tokens),
         torch.from_numpy(rows.predictor),
-        *(_side(np.array([len(ids) for ids in side])) for side in responses),
+        chosen,
+        rejected,
         num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
     )
 
@@ -157,7 +159,10 @@ def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[
 
 def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
     """Optimiser steps of a training."""
-    return max_steps if max_steps is not None else max(1, round(epochs * num_pairs / batch_size))
+    if max_steps is not None:
+        return max_steps
+    assert epochs is not None
+    return max(1, round(epochs * num_pairs / batch_size))
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.ndarray]:

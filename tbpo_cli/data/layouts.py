@@ -78,6 +78,7 @@ def packed(pairs: Sequence[TokenizedPair]) -> Rows:
 def padded(pairs: Sequence[TokenizedPair]) -> Rows:
     """One row a response, padded on the right."""
     whole = packed(pairs)
+    assert whole.sequences is not None
     lengths = np.array(whole.sequences.lengths)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.zeros(mask.shape, dtype=np.int64)
@@ -91,7 +92,9 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
 
     The rejected response continues the prompt and does not see the chosen one.
     """
-    ids, positions, lengths, continues = [], [], [], []
+    ids, positions = [], []
+    lengths: list[int] = []
+    continues: list[int] = []
     predictors: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     end = 0
     for pair in pairs:
@@ -119,7 +122,7 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
 
 
 def _padded_tokens(lengths: np.ndarray) -> int:
-    return (lengths[:, 1:] > 0).sum() * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
+    return int((lengths[:, 1:] > 0).sum() * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
 LAYOUTS = {  # the first that a model can take is the fastest

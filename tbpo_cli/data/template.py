@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow
 from tbpo_cli.errors import TbpoError
@@ -67,18 +67,19 @@ class Chat:
 
     def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
         """The messages, masked, as text. Raises what the template raises."""
-        tools = self.mask(tools) or None
-        template = _with_date(self.tokenizer.get_chat_template(tools=tools), self.template_date)
-        return self.tokenizer.apply_chat_template(
-            self.mask(messages), tools, chat_template=template, tokenize=False, **options
+        masked: Any = self.mask(tools) or None
+        template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)
+        text = self.tokenizer.apply_chat_template(
+            self.mask(messages), masked, chat_template=template, tokenize=False, **options
         )
+        return cast(str, text)
 
 
 @lru_cache
 def _with_date(template: str, day: str) -> str:
     """The template with the calls that print today's date replaced by the text for that day."""
-    day = date.fromisoformat(day)
-    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(day.strftime(call.group(2))), template)
+    on = date.fromisoformat(day)
+    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(on.strftime(call.group(2))), template)
 
 
 def _masked(match: re.Match[str]) -> str:
@@ -122,7 +123,8 @@ def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
                 "the full rendering begins with the rendering of the prompt and its generation prompt",
                 "give a template of your own as model.chat_template",
             )
-    return prompt, *(_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+    chosen, rejected = (_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+    return prompt, chosen, rejected
 
 
 def _around_split(text: str, other: str) -> str:

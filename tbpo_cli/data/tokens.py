@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.data.template import CLOSE, OPEN, Chat, render_pair, unmask
@@ -92,7 +92,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             "a template that renders the chat",
             "write it to a file and name it as model.chat_template",
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -156,7 +156,7 @@ def _encode_masked(text: str, chat: Chat) -> list[int]:
     for control, after in zip(rest[::2], rest[1::2], strict=True):
         token = chat.control_tokens[control]
         after = after.lstrip() if token.rstrip else after  # some control tokens swallow the white space around them
-        ids += [chat.tokenizer.convert_tokens_to_ids(control)]
+        ids += [cast(int, chat.tokenizer.convert_tokens_to_ids(control))]
         ids += chat.encode([unmask(after)], controls_as_text=True)[0]
     return ids
 
