@@ -14,6 +14,7 @@ from tbpo_cli.data.batches import collate
 from tbpo_cli.data.layouts import LAYOUTS, Sequences
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 BY_SEQUENCE = "tbpo_by_sequence"
 WINDOWS = ("sliding_window", "attention_chunk_size")  # the config's names for "sees no further back than"
@@ -44,7 +45,7 @@ def attend_by_sequence(
             own = [torch.cat((states[prefix], part), dim=2) for states, part in zip(parts, own, strict=True)]
         elif number in sequences.continues[number + 1 :]:
             continue  # its own outputs come with the first sequence that continues it
-        result, _ = sdpa_attention_forward(module, *own, None, is_causal=True, **options)
+        result, _ = sdpa_attention_forward(module, own[0], own[1], own[2], None, is_causal=True, **options)
         if number != prefix:
             before, result = result.split((sequences.lengths[prefix], sequences.lengths[number]), dim=1)
             attended.setdefault(prefix, before)
@@ -55,7 +56,7 @@ def attend_by_sequence(
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
 
 
-def choose_layout(models: Iterable[nn.Module], wanted: str, longest: int) -> tuple[str, str]:
+def choose_layout(models: Iterable[LanguageModel], wanted: str, longest: int) -> tuple[str, str]:
     """The row layout for some models, which are made ready for it.
 
     Args:
@@ -86,9 +87,9 @@ def choose_layout(models: Iterable[nn.Module], wanted: str, longest: int) -> tup
     return wanted, "as the recipe says"
 
 
-def _obstacle(model: nn.Module, longest: int) -> str | None:
+def _obstacle(model: LanguageModel, longest: int) -> str | None:
     """Why a model cannot attend by sequence; if it can, it does from now on."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     config = causal.config.get_text_config()
     windows = [window for name in WINDOWS if isinstance(window := getattr(config, name, None), int)]
     if windows and min(windows) < longest:
@@ -104,7 +105,7 @@ def _obstacle(model: nn.Module, longest: int) -> str | None:
 
 
 @torch.no_grad()
-def _reads_sequences_apart(causal: nn.Module) -> bool:
+def _reads_sequences_apart(causal: LanguageModel) -> bool:
     """Whether two made-up pairs give the same hidden states in one row as in rows of their own.
 
     Of weights without numbers ("meta"), whether the model takes such rows, and keeps nothing else from token to token.

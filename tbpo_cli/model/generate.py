@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tbpo_cli.model.sharding import LanguageModel
 from tbpo_cli.recipe import Sample
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class Completion:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sample, stop_ids: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Sample,
+    stop_ids: Sequence[int],
 ) -> list[Completion]:
     """One completion a prompt, in one batch, padded on the left.
 
@@ -83,7 +88,7 @@ def generate(
 
 
 def complete(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
 ) -> list[str]:
     """One completion a prompt, as text without the end of the turn.
 
@@ -92,13 +97,14 @@ def complete(
         seed: decides the draws, together with the place of a prompt.
     """
     turns = [[{"role": "user", "content": text}] for text in prompts]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    rendered: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    ids = rendered["input_ids"]
     seeds = [seed * 2**32 + number for number in range(len(ids))]
     completions = []
     for start in range(0, len(ids), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         completions += generate(model, ids[part], seeds[part], settings, [tokenizer.eos_token_id])
-    return tokenizer.batch_decode([completion.token_ids for completion in completions], skip_special_tokens=True)
+    return tokenizer.batch_decode([list(completion.token_ids) for completion in completions], skip_special_tokens=True)
 
 
 def seed_of(seed: int, prompt_id: str, number: int) -> int:

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.lora import fuse_lora, local_adapter
-from tbpo_cli.model.sharding import gather_all, shard
+from tbpo_cli.model.sharding import LanguageModel, gather_all, shard
 from tbpo_cli.recipe import Model, Recipe
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Policy:
     itself, with the adapters off.
     """
 
-    model: nn.Module
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    model: LanguageModel
+    frozen: dict[str, LanguageModel] = field(default_factory=dict)
     autocast: torch.dtype | None = None
 
     @property
@@ -78,9 +78,9 @@ class Policy:
                 model.to(device)
 
     @contextlib.contextmanager
-    def view(self, name: str) -> Iterator[nn.Module]:
+    def view(self, name: str) -> Iterator[LanguageModel]:
         """A model, in evaluation mode (no dropout) and without gradients, for the time of the context."""
-        model = self.frozen.get(name, self.model)
+        model: LanguageModel = self.frozen.get(name, self.model)
         was_training = model.training
         model.eval()
         try:
@@ -165,7 +165,7 @@ def load_policy(
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and takes any number
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -203,7 +203,9 @@ def _named_adapter(model: Model) -> Path | None:
     return None if model.adapter is None else local_adapter(model.adapter, "model.adapter")
 
 
-def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Model, trains: bool = True) -> nn.Module:
+def _continue(
+    base: LanguageModel, policy: Path, reference: Path | None, model: Model, trains: bool = True
+) -> LanguageModel:
     """The base with the adapter of one folder as the policy, and that of another, if any, as the frozen reference."""
     from peft import PeftModel
 
@@ -221,7 +223,7 @@ def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Mode
     return peft_model
 
 
-def _with_adapter(peft_model: nn.Module, model: Model, compute: torch.dtype) -> Policy:
+def _with_adapter(peft_model: LanguageModel, model: Model, compute: torch.dtype) -> Policy:
     fuse_lora(peft_model)
     half = compute != torch.float32
     return Policy(peft_model, autocast=compute if model.quantization is not None and half else None)
@@ -271,7 +273,7 @@ def add_helper(
         ) from error
 
 
-def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> nn.Module:
+def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> LanguageModel:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -309,7 +311,7 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
     return loaded if model.quantization is not None else loaded.to(device)
 
 
-def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     key = 'model.quantization = "nf4"'
@@ -330,6 +332,6 @@ def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfi
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     """`model.dtype`; "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
     if model.dtype != "auto":
-        return getattr(torch, model.dtype)
+        return cast(torch.dtype, getattr(torch, model.dtype))
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if on_gpu else torch.float32
