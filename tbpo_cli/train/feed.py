@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -57,7 +57,7 @@ class TokenBudget:
             told = [failure] if self._sharded_in else self._group.gather(failure)
             failures = [what for what in told if what is not None]
             if not failures:
-                return result
+                return cast(T, result)
             result = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
 
 
 def _reward(side: SideScores, beta: float) -> Tensor:
+    assert side.log_ratio is not None
     return beta * sum_over_response(side.log_ratio.detach(), side.mask)
 
 
@@ -64,7 +65,7 @@ def _aligned_log_ratio(scores: PairScores, output: LossOutput) -> Tensor | None:
     """log R_t up to a positive factor; for losses of whole responses, with log w = 0."""
     if output.log_ratio_aligned is not None:
         return output.log_ratio_aligned
-    if scores.chosen.log_ratio is None:
+    if scores.chosen.log_ratio is None or scores.rejected.log_ratio is None:
         return None
     length = scores.aligned_mask.shape[1]
     return (scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]).detach()
@@ -78,7 +79,7 @@ def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
     }
 
 
-def _add_up(parts: Sequence[Totals]) -> dict[str, tuple[float, float]]:
+def _add_up(parts: Sequence[Mapping[str, tuple[Tensor | float, Tensor | float]]]) -> dict[str, tuple[float, float]]:
     tensors = [value for part in parts for pair in part.values() for value in pair if isinstance(value, Tensor)]
     numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
     summed: dict[str, tuple[float, float]] = {}
