@@ -24,7 +24,7 @@ from tbpo_cli.model.generate import generate, seed_of
 from tbpo_cli.recipe import Sample
 
 NUM_SAMPLES = 5
-PROTOCOL = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}
+PROTOCOL: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}
 WORD = re.compile(r"\w+|[^\w\s]")
 
 

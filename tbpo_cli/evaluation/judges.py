@@ -103,6 +103,7 @@ def scorer_of(source: str, _cache: Path | None = None) -> ScoreJudge:
         fix = f"did you mean {near[0]}?" if near else "change eval.scorer"
         raise TbpoError("the scorer's file is not there", where, '"python:FILE:NAME"', fix)
     spec = importlib.util.spec_from_file_location(f"tbpo_scorer_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # of a .py file
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

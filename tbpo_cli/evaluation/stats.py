@@ -18,18 +18,18 @@ def figure(values: Sequence[float] | np.ndarray, seed: int = 0) -> Figure:
     return figure_of(np.mean, values, seed)
 
 
-def mean_of_groups(groups: Sequence[Any], values: Sequence[float]) -> Figure:
+def mean_of_groups(groups: Sequence[Any] | np.ndarray, values: Sequence[float] | np.ndarray) -> Figure:
     """The mean over groups, as prompts, of the mean of each; groups are what is resampled."""
     _, places = np.unique(groups, return_inverse=True)
     return figure(np.bincount(places, values) / np.bincount(places))
 
 
-def ratio_figure(sums: Sequence[float], counts: Sequence[float], seed: int = 0) -> Figure:
+def ratio_figure(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Figure:
     """A mean over tokens, from their sum and number in each pair; pairs are what is resampled."""
     return figure_of(lambda rows: rows[:, 0].sum() / max(rows[:, 1].sum(), 1), np.stack([sums, counts], axis=1), seed)
 
 
-def figure_of(statistic: Callable[[np.ndarray], float], rows: Sequence[Any] | np.ndarray, seed: int = 0) -> Figure:
+def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.ndarray, seed: int = 0) -> Figure:
     """A statistic of n ≥ 1 independent rows, with its interval by the percentile bootstrap.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
