@@ -56,6 +56,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         ]
         console.show_table(f"{recipe.align.loss['name']} on the held-out pairs", ["", "before", "after"], rows)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
+    assert manifest is not None
     kind = "adapter" if recipe.model.lora is not None else "model"
     console.say(f"{kind}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})")
     console.say(f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}")

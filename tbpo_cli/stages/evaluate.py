@@ -111,7 +111,8 @@ def _part(run_dir: RunDir, candidate: Candidate, what: str) -> Path:
 
 def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
     path = _part(run_dir, candidate, what)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows: Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return rows
 
 
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
@@ -149,7 +150,8 @@ def _judge(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) ->
     from tbpo_cli.evaluation.stats import mean_of_groups
     from tbpo_cli.evaluation.winrate import win_rate
 
-    win_rates, lines, scores = [], [], {}
+    win_rates, lines = [], []
+    scores: dict[str, Any] = {}
     judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
     numbered = _comparisons(recipe, run_dir, samples, others) if judges else []
     comparisons = [comparison for _, comparison in numbered]
@@ -237,8 +239,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if gate != results["gate"]:  # the recipe has another one since
-        samples, seconds = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")["seconds"]
-        _write(run_dir, results | {"gate": gate}, samples, seconds)
+        samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
+        assert manifest is not None
+        _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
     _show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
@@ -272,7 +275,7 @@ def _show(results: dict[str, Any]) -> None:
 def _cell(cell: Any, with_interval: bool) -> str:
     if isinstance(cell, str):
         return cell
-    return cell["value"] + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
+    return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
 
 
 def _percent(figure: dict[str, Any]) -> str:

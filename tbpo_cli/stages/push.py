@@ -71,7 +71,8 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
     """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
     manifest, path = run_dir.manifest("eval"), run_dir.stage("eval") / "results.json"
     if manifest is not None and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return results
     if not allow_unevaluated:
         what = "the run is not evaluated" if manifest is None else "the evaluation is older than the weights"
         fix = "tbpo eval RECIPE first, or --allow-unevaluated"

@@ -153,7 +153,7 @@ class _Sampler:
         sft_output = self.run_dir.weights("sft") if self.recipe.sft is not None else None
         return load_trained(self.recipe, device_of_environment(), self.run_dir.weights("align"), sft_output)
 
-    def sample(self, keys: list[Key]) -> Iterator[list[dict[str, Any]]]:
+    def sample(self, keys: Sequence[Key]) -> Iterator[list[dict[str, Any]]]:
         """Yields lists of samples, a batch at a time; prompts of like length share a batch."""
         for model in self.recipe.sample.models:
             of_model = sorted((key for key in keys if key[0] == model), key=lambda key: len(key[1].token_ids))
@@ -172,13 +172,14 @@ class _Sampler:
         with nullcontext(policy.model) if model == "policy" else policy.view(REFERENCE) as viewed:
             completions = generate(viewed, prompts, seeds, self.recipe.sample, self.stop_ids)
         return [
-            self._record(key, decode(one.token_ids, skip_special_tokens=True), one.token_ids, one)
+            self._record(key, str(decode(list(one.token_ids), skip_special_tokens=True)), one.token_ids, one)
             for key, one in zip(keys, completions, strict=True)
         ]
 
     def _served(self, keys: list[Key], asks: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         """Samples from the server, one at a time. What it refuses is asked for once more, without what is in `asks`."""
         settings, refused = self.recipe.sample, []
+        assert settings.endpoint is not None
         same = {"model": settings.endpoint_model, "max_tokens": settings.max_new_tokens, **asks}
         same |= {"temperature": settings.temperature, "top_p": settings.top_p}
         bodies = [{**same, "messages": key[1].messages, "seed": self._seed(key) % 2**31} for key in keys]
@@ -207,7 +208,7 @@ class _Sampler:
             "prompt_id": prompt.prompt_id,
             "sample": number,
             "model": model,
-            "prompt": self.chat.tokenizer.decode(prompt.token_ids),
+            "prompt": self.chat.tokenizer.decode(list(prompt.token_ids)),
             "messages": prompt.messages,
             "completion": text,
             "token_ids": ids,

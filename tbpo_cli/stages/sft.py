@@ -19,7 +19,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.core.losses import build_loss
     from tbpo_cli.training import train_stage
 
-    train_stage("sft", recipe, run_dir, build_loss("sft"), "train" if recipe.sft.train is None else "sft")
+    split = "sft" if recipe.sft is not None and recipe.sft.train is not None else "train"
+    train_stage("sft", recipe, run_dir, build_loss("sft"), split)
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
