@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ class Base:
     id: str
     revision: str
     licence_files: tuple[Path, ...]
-    licence: dict[str, str]
+    licence: dict[str, Any]
 
 
 def open_repository(recipe: Recipe, card: str) -> None:
     """Makes the repository if there is none. Raises TbpoError if token, repository and card do not go together."""
     api, repo, push, found = hf.HfApi(), recipe.push.repo, recipe.push, []
+    assert repo is not None
     if hf.get_token() is None:
         raise TbpoError("there is no token for the Hub", *TOKEN)
     if _ask(api.whoami, repo).get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -57,7 +59,7 @@ def open_repository(recipe: Recipe, card: str) -> None:
     _ask(hf.ModelCard(card).validate, repo)
     if not _ask(lambda: api.repo_exists(repo), repo):
         kinds = ("dataset", "space")
-        found = [f"is a {kind}" for kind in kinds if _ask(lambda k=kind: api.repo_exists(repo, repo_type=k), repo)]
+        found = [f"is a {kind}" for kind in kinds if _ask(partial(api.repo_exists, repo, repo_type=kind), repo)]
     else:
         _ask(lambda: api.auth_check(repo, write=True), repo)
         other, what = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
@@ -80,7 +82,7 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
         what, where = "the base is a folder of this machine, which nobody else can load", f"model.base = {base!r}"
         fix = f'publish it once (hf upload USER/NAME {base}), and add push.base_model = "USER/NAME"'
         raise TbpoError(what, where, "a repository on the Hub, which the adapter and its card can name", fix)
-    name, _, revision = (push.base_model if is_local else base).partition("@")
+    name, _, revision = ((is_local and push.base_model) or base).partition("@")
     revision = revision or (not is_local and (trained.get("base_commit") or recipe.model.revision)) or "main"
     if online and not re.fullmatch("[0-9a-f]{40}", revision):
         revision = _ask(lambda: hf.HfApi().model_info(name, revision=revision).sha, name)
@@ -89,7 +91,8 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
     if online and (other := [path.name for path in weights if not _is_at(path.name, path, there)]):
         where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
         raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
-    folder, licence = Path(base), {"license": push.license}
+    folder = Path(base)
+    licence: dict[str, Any] = {"license": push.license}
     with suppress(OSError, ValueError):  # offline, and not in the cache
         patterns = ["README.md", *LICENCES]
         folder = Path(
@@ -115,6 +118,9 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
     whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
+    index: dict[str, Any] = {}
+    if results:
+        index = {"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)}
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
         base_model=base.id,
@@ -123,7 +129,7 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
         tags=["tbpo", "preference-optimization", loss, *([] if whole else ["lora"])],
         pipeline_tag="text-generation",
         **base.licence,
-        **({"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)} if results else {}),
+        **index,
     )
     source = inspect.getdoc(LOSSES[loss]) or ""
     template = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
@@ -136,7 +142,7 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
             measures=MEASURES,
             settings={key: value for key, value in recipe.settings().items() if key not in FREE_KEYS},
             meaning=source.partition("\n\n")[0].partition(" Source:")[0],
-            paper=re.search(r"arXiv ([\d.]+\d)", source)[1],
+            paper=re.findall(r"arXiv ([\d.]+\d)", source)[0],
         )  # fmt: skip
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         what, where = f"the card cannot be made: {error}", f"{template}, line {getattr(error, 'lineno', '?')}"
@@ -191,6 +197,7 @@ def publish(recipe: Recipe, files: Files, old: Collection[str]) -> tuple[dict[st
         TbpoError: if the Hub cannot be reached, refuses, or has other content than was sent.
     """
     api, repo, is_new = hf.HfApi(), recipe.push.repo, False
+    assert repo is not None
 
     def commit() -> None:  # compares anew at each attempt: an answer that was lost makes no second commit
         nonlocal is_new

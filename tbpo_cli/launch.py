@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -194,7 +195,7 @@ def _launch(folder: Path, processes: Processes) -> int:
 
 
 @contextmanager
-def _passing_on_signals(launcher: subprocess.Popen) -> Iterator[None]:
+def _passing_on_signals(launcher: subprocess.Popen[bytes]) -> Iterator[None]:
     """SIGINT and SIGTERM go to the workers; the second one ends launcher and workers."""
     import psutil
 
@@ -231,11 +232,7 @@ def main() -> None:
     module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
     try:
-        if module == "torch.distributed.run":
-            from torch.distributed.run import main as launch
-        else:
-            from accelerate.commands.launch import main as launch
-        launch()
+        importlib.import_module(module).main()
     except ChildFailedError as error:
         # One that was killed comes first, if not by the launcher: when its connections close, the others fail as well.
         codes = [failure.exitcode for failure in error.failures.values()]

@@ -82,9 +82,9 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     NAME is that of a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), and may end in .low, .high or .n. What
     the results do not have has the value None, and does not pass.
     """
-    if not gate:
+    if (match := GATE.fullmatch(gate)) is None:
         return None
-    name, comparison, bound = GATE.fullmatch(gate).groups()
+    name, comparison, bound = match.groups()
     known, (owner, _, part) = _figures(results), name.rpartition(".")
     figure = known.get(name) or known.get(owner) or {}
     value = figure.get("value" if name in known else part)

@@ -7,7 +7,7 @@ import json
 from dataclasses import field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -284,7 +284,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), ())
     gather(faults + recipe_faults)
-    return recipe
+    return cast(Recipe, recipe)
 
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:

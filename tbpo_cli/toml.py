@@ -99,8 +99,8 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         if isinstance(source, list):
             return [resolve(one) for one in source]
         if isinstance(source, str) and source.count(":") == 2 and source.startswith("python:"):
-            _, path, name = source.split(":")
-            return f"python:{(folder / Path(path).expanduser()).resolve()}:{name}"
+            _, file, name = source.split(":")
+            return f"python:{(folder / Path(file).expanduser()).resolve()}:{name}"
         if not isinstance(source, str) or not source:
             return source
         path = folder / Path(source).expanduser()
