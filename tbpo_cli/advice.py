@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Learning rates that work, by stage and by whether an adapter is trained, for models of 1e9 weights and more.
@@ -48,11 +50,11 @@ class Facts:
     @property
     def high(self) -> float:
         """Rates fall about with the width (arXiv 2203.03466), so with the root of the weights."""
-        return RATES[self.stage, self.lora][1] * max(1.0, (1e9 / self.weights) ** 0.5)
+        return RATES[self.stage, self.lora][1] * max(1.0, math.sqrt(1e9 / self.weights))
 
 
 RATE, USUAL = "{f.stage}.learning_rate = {f.rate:g}", "{f.low:.2g} to {f.high:.2g}"
-ADVICE = (
+ADVICE: tuple[tuple[Callable[[Facts], bool], str], ...] = (
     (lambda f: f.rate > f.high and not f.lora, f"{RATE} is high: all weights take a tenth of LoRA's, usually {USUAL}"),
     (lambda f: f.rate > f.high and f.lora, f"{RATE} is high: LoRA usually takes {USUAL}; watch the KL"),
     (lambda f: f.rate < f.low, f"{RATE} is low: usual are {USUAL}; little will change"),

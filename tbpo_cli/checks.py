@@ -7,7 +7,7 @@ import difflib
 import json
 import typing
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
@@ -15,7 +15,13 @@ from pydantic.dataclasses import dataclass as validated
 from tbpo_cli.errors import TbpoError
 
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
-table = validated(frozen=True, config=STRICT)
+Table = TypeVar("Table")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def table(cls: type[Table]) -> type[Table]:
+    """A frozen dataclass whose values are checked, strictly, when one is made."""
+    return cast(type[Table], validated(cls, frozen=True, config=STRICT))
 
 
 def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:
@@ -60,7 +66,7 @@ def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[An
     checked = cls if hasattr(cls, "__pydantic_config__") else validated(cls, frozen=True, config=STRICT)
     try:
         # By way of JSON, where "strict" takes an array for a tuple and a table for a dataclass, and nothing else.
-        value = TypeAdapter(checked).validate_json(json.dumps(raw, default=str))
+        value: Any = TypeAdapter(checked).validate_json(json.dumps(raw, default=str))
         return (value if checked is cls else cls(**{f.name: getattr(value, f.name) for f in fields(value)})), []
     except ValidationError as error:
         faults: dict[tuple[str, ...], TbpoError] = {}
@@ -113,7 +119,7 @@ def _unknown_key(keys: tuple[str, ...], value: Any, owner: type, path: str) -> T
 
 def _table_class(owner: type, key: str) -> type:
     """The dataclass of a nested table, which may be optional, or one of several."""
-    hints = [typing.get_type_hints(owner)[key]]
+    hints: list[Any] = [typing.get_type_hints(owner)[key]]
     while not dataclasses.is_dataclass(hints[0]):
         hints = [*hints[1:], *typing.get_args(hints[0])]
-    return hints[0]
+    return cast(type, hints[0])

@@ -105,7 +105,8 @@ def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Call
                 raise Interrupted(signal.SIGINT, "nothing is lost", "the same command goes on from there") from None
 
         parameters = inspect.signature(Call, eval_str=True).parameters
-        run.__signature__ = inspect.Signature([parameters[key] for key in parameters if key in options])
+        signature = inspect.Signature([parameters[key] for key in parameters if key in options])
+        vars(run)["__signature__"] = signature  # what typer reads
         return app.command(name)(run)
 
     return add

@@ -194,7 +194,7 @@ def _launch(folder: Path, processes: Processes) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return launcher.wait()
+        return int(launcher.wait())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

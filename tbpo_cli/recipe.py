@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, TypeAdapter
 
@@ -288,12 +288,12 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), ())
     gather(faults + recipe_faults)
-    return recipe
+    return cast(Recipe, recipe)
 
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:
     """{"table.key": "file" or "--set"} of the keys of a recipe that do not have their default."""
-    raw, overriding = read_toml(path), {}
+    raw, overriding = read_toml(path), dict[str, Any]()
     resolve_paths(raw, path.parent)
     apply_overrides(overriding, overrides)
     return dict.fromkeys(_flatten(raw), "file") | dict.fromkeys(_flatten(overriding), "--set")
@@ -301,7 +301,7 @@ def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """Nested dicts and lists of what TOML has: keys without a value are left out."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_none=True)
+    return cast(dict[str, Any], TypeAdapter(Recipe).dump_python(recipe, mode="json", exclude_none=True))
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

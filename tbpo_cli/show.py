@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,8 +69,7 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
 
 def _ask_hub_once() -> None:
     """Where the Hub does not answer, what is cached must do: the Hub's client would try for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
@@ -95,15 +95,16 @@ def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
 
 def _print(text: str, label: str = "", indent: int = 12) -> None:
     begin = f"{label} ".ljust(indent) if label else ""
-    options = {"break_on_hyphens": False, "break_long_words": False, "subsequent_indent": " " * indent}
+    options: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False, "subsequent_indent": " " * indent}
     console.out.print("\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)), markup=False)
 
 
 def examine(name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Examined:
     """What is known of the stage "sft" or "align" before it runs, and what usually goes wrong with such a one."""
-    settings, device, memory = getattr(recipe, name), device_of_environment(), {}
+    settings, device = getattr(recipe, name), device_of_environment()
+    memory: dict[str, float] = {}
     loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
-    beta = loss.beta / type(loss)().beta if hasattr(loss, "beta") else 1.0
+    beta = getattr(loss, "beta", 1.0) / getattr(type(loss)(), "beta", 1.0)
     facts = Facts(name, recipe.model.lora is not None, settings.learning_rate, beta, room=room(device))
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), None
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
@@ -162,9 +163,11 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 
 def _count(
     recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: tuple[PairStore, PairStore]
-) -> tuple[str, float, dict[str, float]]:
+) -> tuple[str, float, dict[str, Any]]:
     """What is in the prepared pairs: a line, the tokens that pass through the model, and what is known for `Facts`."""
-    settings, counts = getattr(recipe, name), run_dir.manifest("prepare")["counts"]
+    settings, manifest = getattr(recipe, name), run_dir.manifest("prepare")
+    assert manifest is not None
+    counts = manifest["counts"]
     train, held_out = (_lengths(store, loss.span) for store in stores)
     batch = settings.batch_size
     steps = num_steps(len(train), batch, settings.epochs, settings.max_steps)

@@ -118,7 +118,7 @@ def _resolve(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value:
         return value
     if value.startswith("python:") and value.count(":") == 2:
-        _, path, name = value.split(":")
-        return f"python:{(folder / Path(path).expanduser()).resolve()}:{name}"
+        _, file, name = value.split(":")
+        return f"python:{(folder / Path(file).expanduser()).resolve()}:{name}"
     path = folder / Path(value).expanduser()
     return str(path.resolve()) if path.exists() or is_local(value) else value

@@ -85,7 +85,9 @@ def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, 
 def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:
     """The base's tokenizer. Raises TbpoError if the pairs were made with another one."""
     tokenizer = load_tokenizer(recipe.model)
-    if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
+    prepared = run_dir.manifest("prepare")
+    assert prepared is not None
+    if fingerprint(tokenizer) != prepared["tokenizer"]:
         raise TbpoError(
             "the tokenizer or its chat template is another one than the pairs were prepared with",
             f"model.base = {recipe.model.base!r}",
@@ -147,6 +149,7 @@ def choose_sharding(policy: Policy, wanted: str, model: Model, device: torch.dev
 def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
     """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
     started = run_dir.started_from(name)
+    assert started is not None
     settings = {
         key: value
         for key, value in started["settings"].items()

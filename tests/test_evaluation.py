@@ -269,6 +269,7 @@ def test_other_runs_stand_beside_the_policy(copied, tmp_path):
     recipe, run = copied
     other = run_stage("align", recipe, tmp_path / "wide", *SHORT, "align.loss.name=dpo", "align.loss.beta=0.2")
     shutil.copytree(run / "align/adapter", tmp_path / "same")
+    shutil.copy(run / "recipe.toml", tmp_path / "same")  # as `tbpo push` publishes it
     against = f"eval.against=['{tmp_path / 'same'}', '{other}']"
     run_stage("eval", recipe, run, *SAME, against, restart=True)
     models = read(run)["models"]

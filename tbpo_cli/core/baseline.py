@@ -30,4 +30,5 @@ class StateBaseline(nn.Module):
         """(…, H) hidden states of any float type → (…) baselines in fp32. No gradient reaches `hidden`."""
         with torch.autocast(hidden.device.type, enabled=False):
             activated = nn.functional.gelu(self.hidden(hidden.detach().float()))
-            return self.out(activated).squeeze(-1)
+            baseline: Tensor = self.out(activated)
+            return baseline.squeeze(-1)

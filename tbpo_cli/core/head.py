@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from tbpo_cli.core.types import SideScores
 
@@ -52,10 +53,12 @@ class Head:
 
     @property
     def frozen(self) -> bool:
+        """Whether no gradient goes to the head itself."""
         return not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
 
     @property
     def is_linear(self) -> bool:
+        """Whether the logits are a linear function of h."""
         return self.softcap is None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -77,6 +80,7 @@ class Head:
     def linear_part(self, grad: Tensor, logits: Tensor | None) -> Tensor:
         """∂/∂logits → ∂/∂(W h + bias), both (n, V); `grad` is overwritten. The logits matter to a softcap only."""
         if self.softcap is not None:
+            assert logits is not None
             grad *= 1 - (logits / self.softcap) ** 2
         if self.scale != 1.0:
             grad *= self.scale
@@ -108,17 +112,18 @@ def token_statistics(
     Returns:
         One row, (1, N), in nats; `reverse_kl` and `entropy` carry no gradient.
     """
-    if needs == {"advantage"} and uses_identity(policy_head, reference_head):
+    if needs == {"advantage"} and reference_hidden is not None and uses_identity(policy_head, reference_head):
         known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
     elif needs <= {"logps", "log_ratio"} and policy_head.frozen and policy_head.is_linear:
         known = {"logps": _logps(tokens, policy_hidden, policy_head)}
-        if reference_hidden is not None:
+        if reference_hidden is not None and reference_head is not None:
             known["log_ratio"] = known["logps"] - _logps(tokens, reference_hidden.detach(), reference_head)
     else:
-        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = _ChunkedStatistics.apply(
+        statistics = _ChunkedStatistics.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
             policy_hidden, policy_head.weight, policy_head.bias, policy_head, tokens, reference_hidden, reference_head,
             needs,
         )  # fmt: skip
+        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = statistics
         log_ratio = logps - reference_logps  # r_t
         kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
         known = {"logps": logps, "log_ratio": log_ratio, "kl": kl, "advantage": log_ratio + kl}  # A_t = r_t + K_t
@@ -136,7 +141,7 @@ def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, re
     """A = scale · (W_y − E_ref[W_v]) · (h_θ − h_ref), (N,); the bias cancels."""
     _, direction = _of_softmax(tokens, reference_hidden, head, with_direction=True)
     difference = _at_least_fp32(policy_hidden) - _at_least_fp32(reference_hidden.detach())
-    return head.scale * torch.linalg.vecdot(direction, difference)
+    return head.scale * (direction * difference).sum(dim=-1)
 
 
 def _logps(tokens: Tensor, hidden: Tensor, head: Head) -> Tensor:
@@ -145,7 +150,7 @@ def _logps(tokens: Tensor, hidden: Tensor, head: Head) -> Tensor:
     if not hidden.requires_grad:
         return logps
     zero = _at_least_fp32(hidden) - _at_least_fp32(hidden.detach())  # that has a gradient
-    return logps + head.scale * torch.linalg.vecdot(direction, zero)
+    return logps + head.scale * (direction * zero).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -158,14 +163,14 @@ def _of_softmax(tokens: Tensor, hidden: Tensor, head: Head, with_direction: bool
     logps = hidden.new_empty(tokens.shape[0], dtype=_accumulator(head))
     direction = logps.new_empty((tokens.shape[0], head.weight.shape[1]) if with_direction else 0)
     for part in _chunks(tokens):
-        highest, total, rows, target = -torch.inf, 0.0, 0.0, -torch.inf
+        column = logps.new_full((len(tokens[part]), 1), -torch.inf)
+        target, highest, total, rows = column, column, torch.zeros_like(column), torch.zeros_like(column)
         for start in range(0, head.weight.shape[0], size):
             tile = head.part(slice(start, start + size))
             logits, place = tile.logits(hidden[part]), tokens[part, None] - start
             inside = (place >= 0) & (place < logits.shape[-1])
-            found = logits.gather(-1, place.clamp(0, logits.shape[-1] - 1))
-            target = torch.where(inside, found, target)
-            before, highest = highest, logits.amax(dim=-1, keepdim=True).clamp_(min=highest)
+            target = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)), target)
+            before, highest = highest, logits.amax(dim=-1, keepdim=True).maximum(highest)
             weights, shrink = logits.sub_(highest).exp_(), (before - highest).exp_()
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
             if with_direction:
@@ -181,7 +186,7 @@ class _ChunkedStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, policy_hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tensor,
+        ctx: Any, policy_hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tensor,
         reference_hidden: Tensor | None, reference_head: Head | None, needs: frozenset[str],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         with_reference, with_mean = bool(needs - REFERENCE_FREE), bool(needs & {"kl", "advantage"})
@@ -193,6 +198,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         for part in _chunks(tokens):
             target, reference, reference_probs = tokens[part, None], None, None
             if with_reference:
+                assert reference_head is not None and reference_hidden is not None
                 reference = reference_head.logits(reference_hidden[part]).log_softmax(dim=-1)
                 reference_logps[part] = reference.gather(-1, target).squeeze(-1)
                 if with_mean:
@@ -202,23 +208,24 @@ class _ChunkedStatistics(torch.autograd.Function):
                     reference = None
             logits = head.logits(policy_hidden[part])
             policy = logits.log_softmax(dim=-1)
-            logits = logits if head.softcap is not None else None  # nothing else needs them: at most three chunks live
+            capped = logits if head.softcap is not None else None
+            del logits  # nothing else needs them: at most three chunks live
             logps[part] = policy.gather(-1, target).squeeze(-1)
-            if with_mean:
+            if reference_probs is not None:
                 mean_logps[part] = torch.linalg.vecdot(reference_probs, policy)
             if needs & {"entropy", "reverse_kl"}:
                 probs = policy.exp()
                 entropy[part] = -torch.linalg.vecdot(probs, policy)
                 if reference is not None:
                     reverse_kl[part] = -entropy[part] - torch.linalg.vecdot(probs, reference)
-            if keep_directions:
+            if directions is not None:
                 probs = policy.exp_()
-                if with_mean:
+                if reference_probs is not None:
                     grad_mean = reference_probs.sub_(probs)  # π_ref − π_θ
-                    directions[1, part] = head.to_hidden(head.linear_part(grad_mean, logits))
+                    directions[1, part] = head.to_hidden(head.linear_part(grad_mean, capped))
                 grad_target = probs.neg_().scatter_add_(-1, target, torch.ones_like(probs[:, :1]))  # e_y − π_θ
-                directions[0, part] = head.to_hidden(head.linear_part(grad_target, logits))
-        if keep_directions:
+                directions[0, part] = head.to_hidden(head.linear_part(grad_target, capped))
+        if directions is not None:
             ctx.save_for_backward(directions)
         elif differentiated:
             ctx.save_for_backward(policy_hidden, tokens, reference_hidden)
@@ -229,7 +236,7 @@ class _ChunkedStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.head.frozen:
             (directions,) = ctx.saved_tensors
             grad_hidden = directions[0] * grad_logps[:, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +96,22 @@ class _RatioMatching(_PairLoss):
         return LossOutput(mean_over_response(self._match(z), mask), z.detach(), _num_clipped(z))
 
 
+def _of(side: SideScores, statistic: str) -> Tensor:
+    """A statistic in the loss's `needs`, which the scorer has computed."""
+    return cast(Tensor, getattr(side, statistic))
+
+
 def _sum(side: SideScores, statistic: str) -> Tensor:
-    return sum_over_response(getattr(side, statistic), side.mask)
+    return sum_over_response(_of(side, statistic), side.mask)
 
 
 def _mean(side: SideScores, statistic: str) -> Tensor:
-    return mean_over_response(getattr(side, statistic), side.mask)
+    return mean_over_response(_of(side, statistic), side.mask)
 
 
 def _aligned_difference(scores: PairScores, statistic: str) -> Tensor:
     """rejected − chosen at the positions that both sides have, (B, min(T)); anything where one has no token."""
-    rejected, chosen = getattr(scores.rejected, statistic), getattr(scores.chosen, statistic)
+    rejected, chosen = _of(scores.rejected, statistic), _of(scores.chosen, statistic)
     length = min(rejected.shape[1], chosen.shape[1])
     return rejected[:, :length] - chosen[:, :length]
 
@@ -126,8 +131,8 @@ class TbpoA(_RatioMatching):
     text, evaluated on the data's own token, would cancel the log-ratio.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"advantage"})
-    span: ClassVar[str] = "aligned"
+    needs = frozenset({"advantage"})
+    span = "aligned"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return self._match_tokens(scores, self.beta * _aligned_difference(scores, "advantage"))
@@ -144,8 +149,8 @@ class TbpoQ(_RatioMatching):
     """
 
     baseline_clip: float = 10.0
-    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "state_baseline"})
-    span: ClassVar[str] = "aligned"
+    needs = frozenset({"log_ratio", "state_baseline"})
+    span = "aligned"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,7 +230,8 @@ class Tdpo(_PairLoss):
         _require(math.isfinite(self.alpha), f"alpha must be a finite number, got {self.alpha}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # nobody assigns it
+        """Version 1 is a difference of advantages; version 2 weighs the KL by itself."""
         return frozenset({"advantage"} if self.version == 1 else {"log_ratio", "kl"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
@@ -248,11 +254,12 @@ class TisDpo(_PairLoss):
 
     positive: str = ""
     negative: str = ""
-    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio", "weights"})
+    needs = frozenset({"log_ratio", "weights"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
         chosen, rejected = (
-            sum_over_response(side.weights * side.log_ratio, side.mask) for side in (scores.chosen, scores.rejected)
+            sum_over_response(_of(side, "weights") * _of(side, "log_ratio"), side.mask)
+            for side in (scores.chosen, scores.rejected)
         )
         return LossOutput(F.softplus(self.beta * (rejected - chosen)))
 
@@ -278,7 +285,7 @@ class SimPo(_PairLoss):
 
     beta: float = 2.0
     gamma: float = 1.6
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
+    needs = frozenset({"logps"})
 
     def __call__(self, scores: PairScores) -> LossOutput:
         margin = self.beta * (_mean(scores.chosen, "logps") - _mean(scores.rejected, "logps"))
@@ -293,7 +300,7 @@ class Orpo(Loss):
     """
 
     lam: float = 0.1
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
+    needs = frozenset({"logps"})
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}")
@@ -314,9 +321,9 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 class Sft(Loss):
     """Supervised fine-tuning: −mean over the chosen response's tokens of log π_θ; a step is the mean over tokens."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logps"})
-    span: ClassVar[str] = "chosen"
-    mean_over: ClassVar[str] = "chosen_tokens"
+    needs = frozenset({"logps"})
+    span = "chosen"
+    mean_over = "chosen_tokens"
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return LossOutput(-_mean(scores.chosen, "logps"))

@@ -63,7 +63,10 @@ def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[
 
 def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
     """Optimiser steps of a training."""
-    return max_steps if max_steps is not None else max(1, round(epochs * num_pairs / batch_size))
+    if max_steps is not None:
+        return max_steps
+    assert epochs is not None
+    return max(1, round(epochs * num_pairs / batch_size))
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.ndarray]:

@@ -40,6 +40,9 @@ class Kept(NamedTuple):
     is_cut: bool
 
 
+Prepared = tuple[pa.RecordBatch, list[Kept], dict[int, RejectedRow]]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What became of some rows.
@@ -72,7 +75,7 @@ def prepare_rows(rows: Iterable[Row], data: Data, pool: Executor) -> Iterator[Ch
     if (first := next(chunks, None)) is None:
         return
     name = recognise(first, data)
-    waiting: deque[tuple[list[Row], Future]] = deque()
+    waiting: deque[tuple[list[Row], Future[Prepared]]] = deque()
     for rows in itertools.chain([first], chunks):
         waiting.append((rows, pool.submit(_prepare, rows, name)))
         if len(waiting) > 2 * data.workers:
@@ -94,7 +97,7 @@ def workers(model: Model, data: Data) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(rows: list[Row], future: Future, name: str) -> Chunk:
+def _result(rows: list[Row], future: Future[Prepared], name: str) -> Chunk:
     try:
         return Chunk(rows, name, *future.result())
     except BrokenExecutor:
@@ -116,7 +119,7 @@ def _begin_worker(model: Model, data: Data) -> None:
     _worker.chat, _worker.data = Chat(load_tokenizer(model), data.template_date), data
 
 
-def _prepare(rows: list[Row], name: str) -> tuple[pa.RecordBatch, list[Kept], dict[int, RejectedRow]]:
+def _prepare(rows: list[Row], name: str) -> Prepared:
     chat, data = _worker.chat, _worker.data
     rejected: dict[int, RejectedRow] = {}
     pairs: dict[int, PreferencePair] = {}

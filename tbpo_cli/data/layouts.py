@@ -123,6 +123,7 @@ def packed(pairs: Sequence[TokenizedPair]) -> Rows:
 def padded(pairs: Sequence[TokenizedPair]) -> Rows:
     """One row a response, padded on the right."""
     ids, _, sequences, predictor = packed(pairs)
+    assert sequences is not None
     lengths = np.array(sequences.lengths)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.zeros(mask.shape, dtype=np.int64)
@@ -135,7 +136,9 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
 
     The rejected response continues the prompt and does not see the chosen one.
     """
-    ids, positions, lengths, continues = [], [], [], []
+    ids, positions = [], []
+    lengths: list[int] = []
+    continues: list[int] = []
     predictors: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     end = 0
     for pair in pairs:
@@ -163,7 +166,7 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
 
 
 def _padded_tokens(lengths: np.ndarray) -> int:
-    return (lengths[:, 1:] > 0).sum() * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max()
+    return int((lengths[:, 1:] > 0).sum() * (lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
 LAYOUTS = {  # the first that a model can take is the fastest
@@ -178,6 +181,7 @@ def collate(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...
     input_ids, position_ids, sequences, predictor = LAYOUTS[layout].build(pairs)
     responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
     tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
+    chosen, rejected = (_side(np.array([len(ids) for ids in side])) for side in responses)
     return PairBatch(
         tuple(pair.pair_id for pair in pairs),
         torch.from_numpy(input_ids.astype(np.int64)),
@@ -185,7 +189,8 @@ def collate(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...
         sequences,
         torch.from_numpy(tokens),
         torch.from_numpy(predictor),
-        *(_side(np.array([len(ids) for ids in side])) for side in responses),
+        chosen,
+        rejected,
         num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
         indices=indices,
     )

@@ -155,7 +155,8 @@ def _message(given: dict[str, Any], column: str) -> Message:
         raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
     if len(given) == 2:
         return {"role": role, "content": content}
-    return _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
+    message: Message = _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
+    return message
 
 
 def _prompt(row: dict[str, Any]) -> Messages:

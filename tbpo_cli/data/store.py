@@ -54,7 +54,7 @@ class PairStore:
         )
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ids = (self._table[name][index].values.to_numpy() for name in ID_COLUMNS)
@@ -69,7 +69,8 @@ class PairStore:
     @property
     def score_margins(self) -> np.ndarray:
         """score_chosen − score_rejected of the pairs whose row had both."""
-        return self._table["score_margin"].drop_null().to_numpy()
+        margins: np.ndarray = self._table["score_margin"].drop_null().to_numpy()
+        return margins
 
     @property
     def has_rejected(self) -> bool:

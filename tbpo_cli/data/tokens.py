@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.errors import TbpoError
@@ -96,7 +96,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             "a template that renders the chat",
             "write it to a file and name it as model.chat_template",
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -148,18 +148,19 @@ class Chat:
 
     def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
         """The messages, masked, as text. Raises what the template raises."""
-        tools = self.mask(tools) or None
-        template = _with_date(self.tokenizer.get_chat_template(tools=tools), self.template_date)
-        return self.tokenizer.apply_chat_template(
-            self.mask(messages), tools, chat_template=template, tokenize=False, **options
+        masked: Any = self.mask(tools) or None
+        template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)
+        text = self.tokenizer.apply_chat_template(
+            self.mask(messages), masked, chat_template=template, tokenize=False, **options
         )
+        return cast(str, text)
 
 
 @lru_cache
 def _with_date(template: str, day: str) -> str:
     """The template with the calls that print today's date replaced by the text for that day."""
-    day = date.fromisoformat(day)
-    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(day.strftime(call.group(2))), template)
+    on = date.fromisoformat(day)
+    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(on.strftime(call.group(2))), template)
 
 
 def _masked(match: re.Match[str]) -> str:
@@ -227,7 +228,8 @@ def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
                 "the full rendering begins with the rendering of the prompt and its generation prompt",
                 "give a template of your own as model.chat_template",
             )
-    return prompt, *(_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+    answers = (_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
+    return prompt, next(answers), next(answers)
 
 
 def _around_split(text: str, other: str) -> str:
@@ -280,7 +282,7 @@ def _encode_masked(text: str, chat: Chat) -> list[int]:
     for control, after in zip(rest[::2], rest[1::2], strict=True):
         token = chat.control_tokens[control]
         after = after.lstrip() if token.rstrip else after  # some control tokens swallow the white space around them
-        ids += [chat.tokenizer.convert_tokens_to_ids(control)]
+        ids += [cast(int, chat.tokenizer.convert_tokens_to_ids(control))]
         ids += chat.encode([_unmask(after)], controls_as_text=True)[0]
     return ids
 

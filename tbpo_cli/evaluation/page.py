@@ -163,7 +163,7 @@ def _rows(samples: list[Json], verdicts: list[Json], main: Kind | None) -> list[
     """The samples of one prompt and number side by side, with what was judged of them."""
     rows: dict[Any, Json] = {}
     for sample in samples:
-        empty = {"messages": (), "samples": {}, "verdicts": [], "verdict": None, "score": None}
+        empty: Json = {"messages": (), "samples": {}, "verdicts": [], "verdict": None, "score": None}
         row = rows.setdefault((sample["prompt_id"], sample["sample"]), empty)
         row["messages"] = sample.get("messages") or row["messages"]
         row["samples"][sample["model"]] = sample
@@ -188,6 +188,6 @@ def _pieces(samples: dict[str, Json]) -> dict[str, list[tuple[bool, str]]]:
 def _compared(before: str, after: str) -> tuple[list[tuple[bool, str]], ...]:
     """Both texts in pieces of words, those marked that the other does not have there."""
     old, new = (re.findall(r"\w+\s*|[^\w\s]\s*|\s+", text) for text in (before, after))
-    matcher = SequenceMatcher(None, *([word.strip() for word in words] for words in (old, new)))
-    pieces = [(tag != "equal", "".join(old[a:b]), "".join(new[c:d])) for tag, a, b, c, d in matcher.get_opcodes()]
-    return tuple([(piece[0], piece[side]) for piece in pieces if piece[side]] for side in (1, 2))
+    matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new])
+    pieces = [(tag != "equal", ("".join(old[a:b]), "".join(new[c:d]))) for tag, a, b, c, d in matcher.get_opcodes()]
+    return tuple([(differs, texts[side]) for differs, texts in pieces if texts[side]] for side in (0, 1))

@@ -39,11 +39,11 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
         return [sum_over_response(getattr(side, name), side.mask) for side in sides]
 
     counts = [side.mask.sum(dim=1) for side in sides]
-    columns = {"tokens": sum(counts), "entropy": sum(sums("entropy"))}
+    columns: dict[str, Any] = {"tokens": sum(counts), "entropy": sum(sums("entropy"))}
     for number, side in enumerate(("chosen", "rejected")):
         columns |= {f"{side}_tokens": counts[number], f"logps_{side}": sums("logps")[number]}
     if scores.chosen.advantage is not None:
-        gains = [side.advantage[:, : aligned.shape[1]] for side in sides]
+        gains = [side.advantage[:, : aligned.shape[1]] for side in sides if side.advantage is not None]
         columns |= {name: sum(sums(name)) for name in ("kl", "reverse_kl")}
         columns |= {"token_accuracy": ((gains[0] > gains[1]) & aligned).sum(dim=1), "aligned": aligned.sum(dim=1)}
         columns["log_ratio"] = sums("log_ratio")[0] - sums("log_ratio")[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 BY_SEQUENCE = "tbpo_by_sequence"
 MORE_THAN_PLAIN = ("dropout", "softcap", "position_bias", "s_aux")  # options of an attention that the one kernel lacks
@@ -58,7 +59,7 @@ def _one_by_one(
             own = [torch.cat((states[prefix], part), dim=2) for states, part in zip(parts, own, strict=True)]
         elif number in sequences.continues[number + 1 :]:
             continue  # its own outputs come with the first sequence that continues it
-        result, _ = sdpa_attention_forward(module, *own, None, is_causal=True, **options)
+        result, _ = sdpa_attention_forward(module, own[0], own[1], own[2], None, is_causal=True, **options)
         if number != prefix:
             before, result = result.split((sequences.lengths[prefix], sequences.lengths[number]), dim=1)
             attended.setdefault(prefix, before)
@@ -98,17 +99,21 @@ def segments_of(sequences: Sequences, device: torch.device) -> Segments:
             queries.append(len(own))
             keys.append([*range(starts[prefix], starts[prefix + 1]), *own] if number != prefix else own)
     places = torch.tensor(list(itertools.chain.from_iterable(keys)), device=device)
-    ends = [torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
-            for counts in (queries, map(len, keys))]  # fmt: skip
-    return Segments(places, *ends, max(queries), max(map(len, keys)))
+    query_ends, key_ends = (
+        torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+        for counts in (queries, map(len, keys))
+    )
+    return Segments(places, query_ends, key_ends, max(queries), max(map(len, keys)))
 
 
 def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float | None) -> Tensor:
     of = segments_of(sequences, query.device)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    counts = (of.query_ends, of.key_ends, of.most_queries, of.most_keys)
-    causal = {"window_size": (-1, 0), "enable_gqa": key.shape[1] != query.shape[1], "scale": scale}
-    return varlen_attn(query.contiguous(), key[of.keys], value[of.keys], *counts, **causal)[None]
+    attended = varlen_attn(
+        query.contiguous(), key[of.keys], value[of.keys], of.query_ends, of.key_ends, of.most_queries, of.most_keys,
+        scale=scale, window_size=(-1, 0), enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
+    return cast(Tensor, attended)[None]
 
 
 @functools.cache
@@ -120,24 +125,27 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, count, sum(sequences.lengths), size) for count in (heads, key_heads, key_heads)]
     states = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
-    module, found = nn.Module(), []
-    module.num_key_value_groups = heads // key_heads
-    ways = (lambda *of: _one_by_one(module, *of, sequences), lambda *of: _in_one_kernel(*of, sequences, None))
+    module = nn.Module()
+    vars(module)["num_key_value_groups"] = heads // key_heads  # as transformers' layers have it
+
+    def with_gradients(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        query, key, value = leaves = [each.clone().requires_grad_() for each in states]
+        result = attend(query, key, value)
+        return [result, *torch.autograd.grad(result.float().square().sum(), leaves)]
+
     try:
         with torch.enable_grad():
-            for way in ways:
-                leaves = [each.clone().requires_grad_() for each in states]
-                result = way(*leaves)
-                found.append([result, *torch.autograd.grad(result.float().square().sum(), leaves)])
+            wanted = with_gradients(lambda query, key, value: _one_by_one(module, query, key, value, sequences))
+            found = with_gradients(lambda query, key, value: _in_one_kernel(query, key, value, sequences, None))
     except (RuntimeError, TypeError, ValueError):  # not on this device, not by this torch, or not for such heads
         return False
-    return all(torch.allclose(*pair, rtol=0.05, atol=0.05) for pair in zip(*found, strict=True))
+    return all(torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True))
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
 
 
-def choose_layout(models: Iterable[nn.Module], wanted: str, longest: int) -> tuple[str, str]:
+def choose_layout(models: Iterable[LanguageModel], wanted: str, longest: int) -> tuple[str, str]:
     """The row layout for some models, which are made ready for it.
 
     Args:
@@ -168,9 +176,9 @@ def choose_layout(models: Iterable[nn.Module], wanted: str, longest: int) -> tup
     return wanted, "as the recipe says"
 
 
-def _obstacle(model: nn.Module, longest: int) -> str | None:
+def _obstacle(model: LanguageModel, longest: int) -> str | None:
     """Why a model cannot attend by sequence; if it can, it does from now on."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     config = causal.config.get_text_config()
     windows = [window for name in WINDOWS if isinstance(window := getattr(config, name, None), int)]
     if windows and min(windows) < longest:
@@ -186,7 +194,7 @@ def _obstacle(model: nn.Module, longest: int) -> str | None:
 
 
 @torch.no_grad()
-def _reads_sequences_apart(causal: nn.Module) -> bool:
+def _reads_sequences_apart(causal: LanguageModel) -> bool:
     """Whether two made-up pairs give the same hidden states in one row as in rows of their own.
 
     Of weights without numbers ("meta"), whether the model takes such rows, and keeps nothing else from token to token.

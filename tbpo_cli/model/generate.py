@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -21,6 +21,7 @@ from transformers import (
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.tokens import Chat, end_of_turn
 from tbpo_cli.model.load import Policy
+from tbpo_cli.model.sharding import LanguageModel
 from tbpo_cli.recipe import Sample
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ class Completion:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sample, stop_ids: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Sample,
+    stop_ids: Sequence[int],
 ) -> list[Completion]:
     """One completion a prompt, in one batch, padded on the left.
 
@@ -105,7 +110,7 @@ def samples_of(
 
 
 def complete(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
+    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
 ) -> list[str]:
     """One completion a prompt, as text without the end of the turn.
 
@@ -123,7 +128,11 @@ def complete(
 
 
 def _batches(
-    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sample, stop_ids: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Sample,
+    stop_ids: Sequence[int],
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Yields (place, completion) of prompts, a batch of prompts of like length at a time."""
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.lora import fuse_lora, local_adapter
-from tbpo_cli.model.sharding import gather_all, shard
+from tbpo_cli.model.sharding import LanguageModel, gather_all, shard
 from tbpo_cli.recipe import Model, Recipe
 
 POLICY = "default"  # peft's own name for a first adapter: what is saved loads without naming it
@@ -41,8 +41,8 @@ class Policy:
     itself, with the adapters off.
     """
 
-    model: nn.Module
-    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    model: LanguageModel
+    frozen: dict[str, LanguageModel] = field(default_factory=dict)
     autocast: torch.dtype | None = None
 
     @property
@@ -76,9 +76,9 @@ class Policy:
                 model.to(device)
 
     @contextlib.contextmanager
-    def view(self, name: str) -> Iterator[nn.Module]:
+    def view(self, name: str) -> Iterator[LanguageModel]:
         """A model, in evaluation mode (no dropout) and without gradients, for the time of the context."""
-        model = self.frozen.get(name, self.model)
+        model: LanguageModel = self.frozen.get(name, self.model)
         was_training = model.training
         model.eval()
         try:
@@ -102,6 +102,7 @@ class Policy:
                 yield
 
     def describe_reference(self) -> str:
+        """Which model it is, in words."""
         if REFERENCE in self.frozen:
             return "a frozen copy of the model"
         return "a frozen copy of the SFT adapter" if REFERENCE in self.adapters else "the base, with the adapter off"
@@ -177,11 +178,12 @@ def _named_adapter(model: Model) -> Path | None:
     return None if model.adapter is None else local_adapter(model.adapter, "model.adapter")
 
 
-def _new_adapter(base: nn.Module, model: Model) -> nn.Module:
+def _new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
     lora = model.lora
+    assert lora is not None
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and takes any number
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         task_type="CAUSAL_LM",
@@ -212,7 +214,7 @@ def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Mode
     return peft_model
 
 
-def _with_adapter(peft_model: nn.Module, model: Model, compute: torch.dtype) -> Policy:
+def _with_adapter(peft_model: LanguageModel, model: Model, compute: torch.dtype) -> Policy:
     fuse_lora(peft_model)
     half = compute != torch.float32
     return Policy(peft_model, autocast=compute if model.quantization is not None and half else None)
@@ -262,7 +264,7 @@ def add_helper(
         ) from error
 
 
-def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> nn.Module:
+def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> LanguageModel:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
     attention = None if model.attention == "auto" else model.attention
     if trusted := model.trust_remote_code:
@@ -298,7 +300,7 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
     return loaded if model.quantization is not None else loaded.to(device)
 
 
-def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
     key = 'model.quantization = "nf4"'
     if device.type == "cpu":  # bitsandbytes has no gradients there once a layer was used for inference
         raise TbpoError("4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out")
@@ -317,6 +319,6 @@ def _quantization(dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfi
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     """`model.dtype`; "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
     if model.dtype != "auto":
-        return getattr(torch, model.dtype)
+        return cast(torch.dtype, getattr(torch, model.dtype))
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if on_gpu else torch.float32

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from tbpo_cli.errors import TbpoError
 
@@ -17,7 +18,7 @@ def fuse_lora(model: nn.Module) -> None:
     """Lets the plain LoRA layers of a model compute by `_LoraLinear`; all others stay as they are."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
-            module.forward = functools.partial(_forward, module)
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]  # of this one only
 
 
 def _forward(module: Linear, x: Tensor) -> Tensor:
@@ -27,10 +28,11 @@ def _forward(module: Linear, x: Tensor) -> Tensor:
     name = adapters[0]
     rows = x.flatten(0, -2)
     dropped = module.lora_dropout[name](rows)
-    return _LoraLinear.apply(
+    result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
         rows, None if dropped is rows else dropped, module.base_layer.weight, module.base_layer.bias,
         module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name],
     ).unflatten(0, x.shape[:-1])  # fmt: skip
+    return result
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -38,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
         scaling: float,
     ) -> Tensor:  # fmt: skip
         inner = (x if dropped is None else dropped) @ a.to(x.dtype).T
@@ -48,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
         grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)  # (n, r)
         grad_a = (grad_inner.T @ x).to(a.dtype)

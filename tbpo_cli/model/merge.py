@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +27,11 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     is_tied = head is not None and head.weight is embeddings.weight
     if is_tied and any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
-        layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        linear: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        linear.weight = nn.Parameter(linear.weight.detach().clone())
         base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
     for layer in (module for module in merged.modules() if isinstance(module, BaseTunerLayer)):
-        weight = layer.get_base_layer().weight
+        weight = layer.get_base_layer().get_parameter("weight")
         dtype, weight.data = weight.dtype, weight.data.float()
         layer.merge()
         weight.data = weight.data.to(dtype)

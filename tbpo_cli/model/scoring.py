@@ -17,7 +17,7 @@ from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.data.layouts import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
-from tbpo_cli.model.sharding import causal_model, gathered
+from tbpo_cli.model.sharding import LanguageModel, causal_model, gathered
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scorer:
                 "logits that are a linear function of the last hidden state",
                 "take a loss without a baseline: align.loss.name = tbpo_a",
             )
-        views = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
+        views: dict[str, Head | None] = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
         return cls(policy, views | {name: read_head(model, compute) for name, model in policy.frozen.items()}, baseline)
 
     def describe(self, needs: frozenset[str]) -> str:
@@ -81,7 +81,7 @@ class Scorer:
             view: a frozen model of the policy's, in whose place it is scored, without gradients.
         """
         statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
-        extra = frozenset()
+        extra: frozenset[str] = frozenset()
         if diagnostics:
             extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
         reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
@@ -97,6 +97,7 @@ class Scorer:
             with torch.no_grad():
                 columns |= self._statistics(extra, batch, view, states.detach(), reference)
         if "state_baseline" in needs:
+            assert self.baseline is not None
             columns["state_baseline"] = self.baseline(states)
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
@@ -109,7 +110,7 @@ class Scorer:
         with self.policy.view(name) as model:
             return self._states(model, batch, self.heads[name])
 
-    def _states(self, model: nn.Module, batch: PairBatch, head: Head | None) -> Tensor:
+    def _states(self, model: LanguageModel, batch: PairBatch, head: Head | None) -> Tensor:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
         rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.sequences is not None:
@@ -126,7 +127,11 @@ class Scorer:
         head, reference_head = self.heads[view], self.heads.get(REFERENCE)
         if head is not None:
             same, head = head is reference_head, _gathered_head(head)
-            reference_head = head if same or reference is None else _gathered_head(reference_head)
+            if same or reference is None:
+                reference_head = head
+            else:
+                assert reference_head is not None
+                reference_head = _gathered_head(reference_head)
             computed = token_statistics(needs, tokens, states, head, reference, reference_head)
         else:
             everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
@@ -142,11 +147,12 @@ def from_reference_logps(needs: frozenset[str]) -> bool:
 
 def _with_importance(scores: PairScores) -> PairScores:
     """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights: they count against a rejected token."""
-    chosen, rejected = scores.chosen, scores.rejected
-    return PairScores(
-        replace(chosen, weights=importance_weights(chosen.weights, chosen.mask)),
-        replace(rejected, weights=importance_weights(-rejected.weights, rejected.mask)),
-    )
+
+    def weighted(side: SideScores, sign: int) -> SideScores:
+        assert side.weights is not None
+        return replace(side, weights=importance_weights(sign * side.weights, side.mask))
+
+    return PairScores(weighted(scores.chosen, 1), weighted(scores.rejected, -1))
 
 
 def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
@@ -163,17 +169,18 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
     return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
 
 
-def _hidden_states(model: nn.Module, rows: dict[str, Any]) -> Tensor:
+def _hidden_states(model: LanguageModel, rows: dict[str, Any]) -> Tensor:
     """(R, L, H): what the output head reads."""
     causal = causal_model(model)
-    return getattr(causal, "sharded_backbone", causal.base_model)(**rows).last_hidden_state
+    states: Tensor = getattr(causal, "sharded_backbone", causal.base_model)(**rows).last_hidden_state
+    return states
 
 
 def _gathered_head(head: Head) -> Head:
     return replace(head, weight=gathered(head.weight), bias=gathered(head.bias))
 
 
-def read_head(model: nn.Module, compute: torch.dtype | None = None) -> Head | None:
+def read_head(model: LanguageModel, compute: torch.dtype | None = None) -> Head | None:
     """What the model's output head can do, checked against the model's own logits; None if it is something else.
 
     Weights without numbers ("meta") are not checked.
@@ -206,5 +213,6 @@ def read_head(model: nn.Module, compute: torch.dtype | None = None) -> Head | No
     return head
 
 
-def _unknown_head(reason: str) -> None:
+def _unknown_head(reason: str) -> Head | None:
     logging.getLogger("tbpo").warning("the output head is unknown (%s): scoring falls back to dense logits", reason)
+    return None

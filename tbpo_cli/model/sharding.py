@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
+# A transformers causal language model, or peft's around one: no class says what both can do.
+LanguageModel = Any
 
-def causal_model(model: nn.Module) -> nn.Module:
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+def causal_model(model: LanguageModel) -> LanguageModel:
     """The transformers model inside a peft model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
     """Leaves each process of a mesh its part of every weight, on the mesh's device; all processes call it.
 
     Gradients become sums over the processes, and every pass, forward or backward, a work of all of them together.
@@ -40,7 +46,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> No
     register_fsdp_forward_method(causal, "sharded_backbone")
 
 
-def gathered(tensor: Tensor | None) -> Tensor | None:
+def gathered(tensor: MaybeTensor) -> MaybeTensor:
     """The whole of a tensor that is shared out, on every process; gradients add up on the way back. Others as they are.
 
     All processes call it.
@@ -54,11 +60,12 @@ def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     Args:
         keep: whether this process wants them; it gets nothing otherwise.
     """
-    kept, known = {}, {}
+    kept: dict[str, Tensor] = {}
+    known: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if id(tensor) not in known:  # tied weights stay one tensor
             whole = gathered(tensor.detach())
-            known[id(tensor)] = whole.cpu() if keep else None
+            known[id(tensor)] = whole.cpu() if keep else whole.new_empty(0)
         kept[name] = known[id(tensor)]
     return kept if keep else {}
 

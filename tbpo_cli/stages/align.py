@@ -48,6 +48,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     console.show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
+    assert manifest is not None
     console.say(f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})")
     console.say(f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}")
     console.say(f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:")

@@ -110,7 +110,8 @@ def _part(run_dir: RunDir, candidate: Candidate, what: str) -> Path:
 
 def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
     path = _part(run_dir, candidate, what)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows: Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return rows
 
 
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 
@@ -73,7 +73,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
                 counts += [sifter.sift(source, split, writers) for source in sources]
     for key, *_ in work:
         _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
-    facts = {
+    facts: dict[str, Any] = {
         "counts": [vars(count) for count in counts],
         "tokenizer": fingerprint(tokenizer),
         "seconds": round(time.monotonic() - started, 1),
@@ -87,7 +87,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the counts of the complete stage."""
     folder = run_dir.stage("prepare")
-    counts = run_dir.manifest("prepare")["counts"]
+    manifest = run_dir.manifest("prepare")
+    assert manifest is not None
+    counts = manifest["counts"]
     rows = [
         [split, count["source"].rpartition("/")[2], count["format"], f"{count['rows']:,}", f"{pairs:,}"]
         for count in counts
@@ -109,7 +111,7 @@ def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) 
     preview.show_pairs(PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model), num_pairs, with_ids)
 
 
-def _show_rejected(counts: list[dict], folder: Path) -> None:
+def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
     rows = [
         [reason, count["source"].rpartition("/")[2], f"{number:,}"]
         for count in counts

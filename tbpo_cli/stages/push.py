@@ -13,7 +13,8 @@ from tbpo_cli import console, hub
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, told_as_unwritable, write_sealed
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import TOKENIZER_FILES, WEIGHT_FILES, RunDir
+from tbpo_cli.run import RunDir
+from tbpo_cli.toml import TOKENIZER_FILES, WEIGHT_FILES
 
 
 def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluated: bool = False) -> None:
@@ -71,7 +72,8 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
     """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
     manifest, path = run_dir.manifest("eval"), run_dir.stage("eval") / "results.json"
     if manifest is not None and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return results
     if not allow_unevaluated:
         what = "the run is not evaluated" if manifest is None else "the evaluation is older than the weights"
         fix = "tbpo eval RECIPE first, or --allow-unevaluated"

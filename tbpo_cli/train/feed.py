@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -57,7 +57,7 @@ class TokenBudget:
             told = [failure] if self._sharded_in else self._group.gather(failure)
             failures = [what for what in told if what is not None]
             if not failures:
-                return result
+                return cast(T, result)
             result = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -104,6 +104,7 @@ class Ahead:
         self._next: tuple[tuple[int, int], Future[list[PairBatch]]] | None = None
 
     def batches(self, step: int, tokens: int) -> list[PairBatch]:
+        """Those of a step, cut to `tokens`; the next step is begun."""
         wanted = (step, tokens)
         if self._next is None or self._next[0] != wanted:
             self._next = (wanted, self._thread.submit(self._collate_step, *wanted))

@@ -79,7 +79,7 @@ ONE = Group()
 
 def device_of_environment() -> torch.device:
     """Where this process computes."""
-    return _process_state().device
+    return torch.device(_process_state().device)
 
 
 def _process_state() -> PartialState:
@@ -89,7 +89,8 @@ def _process_state() -> PartialState:
 @functools.cache
 def _side_channel() -> dist.ProcessGroup:
     """For what is said on the CPU, so that no device is waited for."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

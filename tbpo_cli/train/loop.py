@@ -91,7 +91,8 @@ class TrainingRun:
             console.say(line)
         if step:
             console.say(f"going on from step {step}")
-        log, latest = MetricsLog(self.folder / "metrics.jsonl", step, self.group.is_main), {}
+        log = MetricsLog(self.folder / "metrics.jsonl", step, self.group.is_main)
+        latest: dict[str, float] = {}
         if len(set(self.group.gather(step))) > 1:  # and nobody writes to the log before all have read it
             raise TbpoError(
                 "the processes do not see the same checkpoints",

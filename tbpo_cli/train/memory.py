@@ -7,13 +7,13 @@ import time
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.load import Policy
-from tbpo_cli.model.sharding import causal_model
+from tbpo_cli.model.sharding import LanguageModel, causal_model
 from tbpo_cli.recipe import Model, Training
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
@@ -26,7 +26,7 @@ MOMENTS = {"adamw": 2, "rmsprop": 1}  # numbers that an optimizer keeps of a wei
 PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
 
 
-def kept_bytes(model: nn.Module, activation_checkpointing: bool) -> tuple[float, float]:
+def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
     """Bytes that all layers, and that one layer, keep of a token for the backward pass.
 
     They are counted in a pass without numbers ("meta"); a quantized model makes it on its device.
@@ -34,7 +34,8 @@ def kept_bytes(model: nn.Module, activation_checkpointing: bool) -> tuple[float,
     Args:
         model: not shared out over processes yet.
     """
-    causal, kept = causal_model(model), {}
+    causal = causal_model(model)
+    kept: dict[int, torch.UntypedStorage] = {}
     config, meta = causal.config.get_text_config(), torch.device("meta")
     layers, width = config.num_hidden_layers, config.hidden_size * causal.dtype.itemsize
     device = causal.device if getattr(causal, "quantization_method", None) else meta
@@ -73,13 +74,13 @@ def tokens_that_fit(kept: float, device: torch.device, used: float | None = None
         return TOKENS_ON_CPU
     used = torch.cuda.memory_allocated(device) if used is None else used
     tokens = int((room(device) - used) / 2 / kept)
-    return min(MOST_TOKENS, max(LEAST_TOKENS, 2 ** (tokens.bit_length() - 1)))
+    return min(MOST_TOKENS, max(LEAST_TOKENS, int(2 ** (tokens.bit_length() - 1))))
 
 
 def room(device: torch.device) -> int:
     """Bytes of a device's memory."""
     on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    return int(torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total)
 
 
 def foresee(
@@ -100,9 +101,9 @@ def foresee(
         in_4_bits = model.quantization and p.ndim == 2 and id(p) not in {*trained, *(id(end.weight) for end in ends)}
         weights += p.numel() * (NF4_BYTES if in_4_bits else p.element_size()) / processes
     kept, layer = kept_bytes(policy.model, settings.activation_checkpointing)
-    tokens = settings.max_tokens_per_device
-    tokens = tokens_that_fit(kept, device, weights) if tokens == "auto" else tokens
-    tokens = min(bounds[1], max(bounds[0], tokens))
+    wanted = settings.max_tokens_per_device
+    fit = wanted if isinstance(wanted, int) else tokens_that_fit(kept, device, weights)
+    tokens = min(bounds[1], max(bounds[0], fit))
     return {
         "weights": weights,
         "gradients and moments": 4.0 * sum(trained.values()) * (1 + MOMENTS[settings.optimizer]) / processes,
@@ -114,7 +115,9 @@ def foresee(
 
 def operations(policy: Policy, activation_checkpointing: bool) -> float:
     """Floating-point operations of training on one token: products with the weights, also of the frozen models."""
-    weights = sum(p.numel() for p in policy.model.parameters()) - policy.model.get_input_embeddings().weight.numel()
+    weights: int = (
+        sum(p.numel() for p in policy.model.parameters()) - policy.model.get_input_embeddings().weight.numel()
+    )
     return 2.0 * weights * (3 + len(policy.frozen) + activation_checkpointing)
 
 

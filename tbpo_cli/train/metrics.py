@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     chosen, rejected = scores.chosen, scores.rejected
     num_pairs, weights = len(output.per_pair), pair_weights(scores, loss)
     totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
-    per_token = {"logps_chosen": ("logps", (chosen,)), "logps_rejected": ("logps", (rejected,))}
+    per_token: dict[str, tuple[str, tuple[SideScores, ...]]] = {
+        "logps_chosen": ("logps", (chosen,)),
+        "logps_rejected": ("logps", (rejected,)),
+    }
     per_token |= {name: (name, (chosen, rejected)) for name in ("kl", "reverse_kl", "entropy")}
     for metric, (name, sides) in per_token.items():
         if getattr(chosen, name) is not None:
@@ -59,6 +62,7 @@ def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
 
 
 def _reward(side: SideScores, beta: float) -> Tensor:
+    assert side.log_ratio is not None
     return beta * sum_over_response(side.log_ratio.detach(), side.mask)
 
 
@@ -66,7 +70,7 @@ def _aligned_log_ratio(scores: PairScores, output: LossOutput) -> Tensor | None:
     """log R_t up to a positive factor; for losses of whole responses, with log w = 0."""
     if output.log_ratio_aligned is not None:
         return output.log_ratio_aligned
-    if scores.chosen.log_ratio is None:
+    if scores.chosen.log_ratio is None or scores.rejected.log_ratio is None:
         return None
     length = scores.aligned_mask.shape[1]
     return (scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]).detach()
@@ -80,7 +84,7 @@ def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
     }
 
 
-def _add_up(parts: Sequence[Totals]) -> dict[str, tuple[float, float]]:
+def _add_up(parts: Sequence[Mapping[str, tuple[Tensor | float, Tensor | float]]]) -> dict[str, tuple[float, float]]:
     tensors = [value for part in parts for pair in part.values() for value in pair if isinstance(value, Tensor)]
     numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
     summed: dict[str, tuple[float, float]] = {}
@@ -107,6 +111,7 @@ class MetricsLog:
             write_whole(path, "".join(_encode(line) for line in self.lines))
 
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a line, to the disk before it returns."""
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
         if not self._writes:

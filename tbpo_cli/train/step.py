@@ -76,8 +76,9 @@ class Stepper:
         values = average([*totals, {"grad_norm": (norm, 1), "num_tokens": (tokens, 1)}], run.group)
         if not np.isfinite([values["grad_norm"], values["loss"]]).all():
             raise self._diverged(number, batches)
-        for indices, logps in found:
-            self.cache.write(indices, logps)
+        if self.cache is not None:
+            for indices, logps in found:
+                self.cache.write(indices, logps)
         rate = learning_rate(run.settings, number, run.num_steps)
         for group in policy.optimizer.param_groups:
             group["lr"] = rate
@@ -162,7 +163,7 @@ class Stepper:
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch, reference = batch.to(run.device), None
         if self.cache is not None and not full:
-            reference, is_new = self._reference_logps(batch)
+            reference, is_new = self._reference_logps(self.cache, batch)
             found = [(batch.indices, reference)] if is_new else []
         scores = self.scorer.score(batch, run.loss.needs, full, reference)
         output = run.loss(scores)
@@ -172,9 +173,9 @@ class Stepper:
         (output.per_pair * pair_weights(scores, run.loss)).sum().div(total).backward()
         return scores, output, found
 
-    def _reference_logps(self, batch: PairBatch) -> tuple[Tensor, bool]:
+    def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> tuple[Tensor, bool]:
         """log π_ref of a batch's tokens, (N,): what the cache knows, and for the rest what the reference says now."""
-        known = self.cache.read(batch.indices)
+        known = cache.read(batch.indices)
         reference, is_new = known.to(self.run.device, non_blocking=True), bool(known.isnan().any())
         if not (any(self.run.group.gather(is_new)) if self.run.policy.is_sharded else is_new):
             return reference, False

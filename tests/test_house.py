@@ -1,0 +1,227 @@
+"""The rules of the house that a machine can check. Each is a function from source text to faults, and has found one."""
+
+import ast
+import re
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tbpo_cli.core import GENERATORS, LOSSES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tbpo_cli"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+MAX_LINES, MAX_FUNCTION_LINES, MAX_OBVIOUS_LINES = 350, 60, 3
+
+# These may be imported by everything except core.
+ANYWHERE = {"errors", "files", "endpoint", "console", "recipe", "toml", "checks", "report", "run", "measures"}
+ANYWHERE |= {"svg", "curves"}
+LAYERS = {  # room: the rooms it may import
+    "core": set(),
+    "report": set(),
+    "svg": set(),
+    "curves": set(),
+    "data": {"core"},
+    "model": {"core", "data"},
+    "train": {"core", "data", "model"},
+    "training": {"core", "data", "model", "train"},
+    "launch": set(),
+    "hub": {"core"},
+    "evaluation": {"core", "data", "model"},
+    "stages": {"core", "data", "model", "train", "training", "evaluation", "launch", "hub"},
+    "cli": {"stages", "launch", "starter", "show"},
+    "show": {"core", "data", "model", "train", "training", "stages", "advice"},
+    "advice": set(),
+    "starter": set(),
+    "measures": set(),
+    "worker": {"stages", "train", "launch"},
+    "errors": set(),
+    "files": set(),
+    "endpoint": set(),
+    "console": set(),
+    "checks": {"core"},
+    "recipe": set(),
+    "toml": set(),
+    "run": set(),
+    "__init__": set(),
+}
+
+
+def modules(nodes):
+    """The modules that some statements import; `from a import b` is a.b."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def at_import(tree):
+    """The nodes that run when a module is imported: nothing inside a function, nothing for the type checker."""
+    for node in ast.iter_child_nodes(tree):
+        typing = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        if not typing and not isinstance(node, ast.FunctionDef):
+            yield node
+            yield from at_import(node)
+
+
+def wrong_imports(name, source):
+    """Imports against the layers, of one stage by another, and of more than torch by core."""
+    own, stage = name.split("/")[0].removesuffix(".py"), Path(name).stem
+    for module in modules(ast.walk(ast.parse(source))):
+        top, room, *inside = [*module.split("."), "__init__"]
+        if top != "tbpo_cli":
+            wrong = own == "core" and top not in sys.stdlib_module_names | {"torch"}
+        elif own == "stages" == room and stage != "__init__":
+            wrong = inside[0] != stage
+        else:
+            wrong = room not in {own} | LAYERS[own] | (ANYWHERE if own != "core" else set())
+        if wrong:
+            yield module
+
+
+def too_long(name, source):
+    """The file, and its functions, that are no longer read in one go."""
+    if (lines := source.count("\n")) > MAX_LINES:
+        yield f"{lines} lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:
+            yield node.name
+
+
+def undocumented(name, source):
+    """Public names without a docstring. A method has one once in a file: its other classes do the same thing.
+
+    Outside core, a function of a single short statement is its own description.
+    """
+    tree = ast.parse(source)
+
+    def public(body):
+        found = (node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+        return [node for node in found if not node.name.startswith("_")]
+
+    classes = [node for node in public(tree.body) if isinstance(node, ast.ClassDef)]
+    methods = [method for owner in classes for method in public(owner.body)]
+    documented = {method.name for method in methods if ast.get_docstring(method)}
+    if tree.body and not ast.get_docstring(tree):
+        yield name
+    for node in [*public(tree.body), *methods]:
+        obvious = not name.startswith("core/") and isinstance(node, ast.FunctionDef) and len(node.body) == 1
+        obvious = obvious and node.end_lineno - node.body[0].lineno < MAX_OBVIOUS_LINES
+        if not (ast.get_docstring(node) or obvious or (node in methods and node.name in documented)):
+            yield node.name
+
+
+def losses_by_name(name, source):
+    """Comparisons with the name of a loss: what depends on the loss is asked of the loss."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if constants & (LOSSES.keys() - {"sft"}):  # which is the name of a stage, too
+                yield ast.unparse(node)
+
+
+def import_cycle(files):
+    """A way from a module back to itself through what is imported when it is imported; empty if there is none."""
+    sources = {
+        f"tbpo_cli.{name}".replace("/", ".").removesuffix(".py").removesuffix(".__init__"): name for name in files
+    }
+    graph = {}
+    for module, name in sources.items():
+        imported = modules(at_import(ast.parse(files[name])))
+        graph[module] = {one if one in sources else one.rpartition(".")[0] for one in imported} & sources.keys()
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def unread_keys(files):
+    """Keys of the recipe that nothing but their own check reads."""
+    recipe = ast.parse(files["recipe.py"])
+    tables = [node for node in recipe.body if isinstance(node, ast.ClassDef)]
+    keys = {item.target.id for table in tables for item in table.body if isinstance(item, ast.AnnAssign)}
+    for table in tables:
+        table.body = [item for item in table.body if getattr(item, "name", "") != "__post_init__"]
+    trees = [recipe, *(ast.parse(source) for name, source in files.items() if name != "recipe.py")]
+    return keys - {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def missing_in_layout(readme, names):
+    """Files that the README's layout does not name: a room's by their stems, on the lines of the room."""
+    layout = re.search(r"^## Layout\n+```\n(.*?)^```", readme, re.DOTALL | re.MULTILINE).group(1)
+    rooms = dict(re.findall(r"^  (\w+)/(.*?)(?=^ {0,2}\S|\Z)", layout, re.DOTALL | re.MULTILINE))
+    for name in names:
+        room, _, file = name.rpartition("/")
+        where, word = (rooms.get(room, ""), file.removesuffix(".py")) if room else (layout, file)
+        if word not in ("__init__", "__init__.py") and not re.search(rf"\b{re.escape(word)}\b", where):
+            yield name
+
+
+def without_source(table):
+    """Methods of a paper whose docstring, or that of their module, does not say which."""
+    return [
+        name
+        for name, method in table.items()
+        if "Source:" not in method.__doc__ + sys.modules[method.__module__].__doc__
+    ]
+
+
+RULES = (wrong_imports, too_long, undocumented, losses_by_name)
+BAD = [
+    (wrong_imports, "core/head.py", "import numpy"),
+    (wrong_imports, "core/head.py", "from tbpo_cli.errors import TbpoError"),
+    (wrong_imports, "data/pairs.py", "def late():\n    import tbpo_cli.train.loop"),
+    (wrong_imports, "stages/align.py", "from tbpo_cli.stages.sft import run"),
+    (wrong_imports, "stages/align.py", "from tbpo_cli.stages import sft"),
+    (too_long, "run.py", "\n" * 351),
+    (too_long, "run.py", "class A:\n    def f(self):\n" + "        self\n" * 60),
+    (undocumented, "run.py", "import os"),
+    (undocumented, "run.py", '"""."""\nclass A: pass'),
+    (undocumented, "run.py", '"""."""\nclass A:\n    """."""\n    def f(self):\n        g()\n        h()'),
+    (undocumented, "run.py", '"""."""\ndef f():\n    return (\n        1,\n        2,\n    )'),
+    (undocumented, "core/head.py", '"""."""\ndef f():\n    return 1'),
+    (losses_by_name, "hub.py", 'if loss.name in ("ipo", "dpo"): pass'),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_keeps_every_rule(name, rule):
+    assert not [*rule(name, FILES[name])]
+
+
+@pytest.mark.parametrize(("rule", "name", "source"), BAD, ids=range(len(BAD)))
+def test_a_file_that_breaks_a_rule_is_found(rule, name, source):
+    assert len([*rule(name, source)]) == 1
+
+
+def test_no_module_imports_itself_through_others():
+    assert not import_cycle(FILES)
+    circle = {"a.py": "from tbpo_cli.b import c", "b/__init__.py": "", "b/c.py": "if X:\n    import tbpo_cli.a"}
+    assert {*import_cycle(circle)} == {"tbpo_cli.a", "tbpo_cli.b.c"}
+    for late in ("def f():\n    import tbpo_cli.a", "if TYPE_CHECKING:\n    import tbpo_cli.a"):
+        assert not import_cycle({**circle, "b/c.py": late})
+
+
+def test_every_key_of_a_recipe_is_read():
+    assert not unread_keys(FILES)
+    checked = "class Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
+    assert unread_keys({"recipe.py": checked, "run.py": "recipe.run.name"}) == {"seed"}
+
+
+def test_the_readme_names_every_file():
+    assert not [*missing_in_layout(README, FILES)]
+    layout = (
+        "## Layout\n```\ntbpo_cli/\n  run.py   a run\n  data/    pairs\n           tokens\n  core/    losses\n```\n"
+    )
+    names = ["run.py", "hub.py", "data/tokens.py", "data/losses.py", "core/__init__.py"]
+    assert [*missing_in_layout(layout, names)] == ["hub.py", "data/losses.py"]
+
+
+def test_every_method_of_a_paper_names_it():
+    assert without_source(LOSSES | GENERATORS) == ["sft"]
