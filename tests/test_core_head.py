@@ -180,6 +180,16 @@ def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradien
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2**-8, atol=0)
 
 
+def test_gradients_of_a_bf16_head_are_added_up_in_fp32(monkeypatch):
+    """600 chunks that give 3/4 or −1/4 each: in bf16, 256 + 3/4 is 256."""
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 1)
+    weight, bias = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((4, 1), (4,)))
+    hidden = torch.ones(600, 1, dtype=torch.bfloat16)
+    tokens = torch.zeros(600, dtype=torch.int64)
+    token_statistics(frozenset({"logps"}), tokens, hidden, Head(weight, bias)).logps.sum().backward()
+    assert weight.grad.flatten().tolist() == bias.grad.tolist() == [450.0, -150.0, -150.0, -150.0]
+
+
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
 def test_extreme_logits_stay_finite(need):
     """Of ±1e4, beside a token of which all logits are 0."""

@@ -11,6 +11,7 @@ from hub_server import COMMIT, hub
 
 from tbpo_cli.data.batches import cut_to_span, num_steps, step_indices
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
+from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import Chat, TokenizedPair, tokenize_pairs
@@ -75,9 +76,31 @@ def test_a_system_column_comes_before_the_prompt():
     assert pair.prompt == ({"role": "system", "content": "Be kind."}, USER)
 
 
-def test_the_format_is_that_of_the_first_row_that_has_one():
+def test_the_format_is_that_of_the_first_row_that_has_one_or_the_recipes():
     rows = [Row("here", 1, {"prompt": "p", "chosen": None, "rejected": "b"}), Row("here", 2, ROWS["prompt"])]
-    assert recognise(rows, DATA) == "prompt"
+    assert recognise(rows, DATA) == "prompt" and recognise(rows, Data(train=UNUSED, format="hh")) == "hh"
+
+
+def test_an_answer_may_be_a_call_of_a_tool_without_text():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    pair = pair_of({"prompt": [USER], "chosen": [call], "rejected": [OTHER]})
+    assert (pair.chosen, pair.rejected) == (call | {"content": ""}, OTHER)
+
+
+def test_a_demonstration_ends_with_the_assistant():
+    for messages in ([USER], [USER, ANSWER, USER], []):
+        with pytest.raises(RejectedRow) as rejected:
+            to_pair(Row("here", 1, {"messages": messages}), "sft_messages", {})
+        assert rejected.value.reason == "roles"
+
+
+def test_held_out_pairs_that_are_no_longer_among_the_rows_are_a_message(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [ROWS["prompt"]])
+    data, known = Data(train=UNUSED, eval=(Source(str(rows)),)), pair_of(ROWS["prompt"])
+    assert held_out_texts(data, {known.pair_id}) == {known.pair_id: known}
+    with pytest.raises(TbpoError, match="1 held-out pairs are not among the rows any more, feed for one") as error:
+        held_out_texts(data, {known.pair_id, "feed"})
+    assert "data.eval" in error.value.where and "--restart" in error.value.fix
 
 
 def test_the_implicit_prompt_is_what_both_conversations_begin_with():
@@ -113,7 +136,9 @@ def test_columns_are_named_by_the_recipe():
         ({"prompt": [ANSWER], "chosen": "a", "rejected": "b"}, "roles"),
         ({"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
         ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "roles"),
+        ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "wrong_type"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": ["add"]}, "wrong_type"),
     ],
 )
 def test_an_unusable_row_has_a_reason(row, reason):
@@ -274,6 +299,7 @@ def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():
 def test_jsonl_is_read_line_by_line_also_compressed(tmp_path):
     rows = preference_rows(3)
     plain = write_jsonl(tmp_path / "a.jsonl", rows)
+    plain.write_text(plain.read_text() + "\n")  # an empty line is no row
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     for path in (plain, packed):

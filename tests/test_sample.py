@@ -145,6 +145,12 @@ def test_a_line_that_is_no_prompt_is_a_message(recipe_file, run_dir, tmp_path, r
     assert "row 2" in error.value.where
 
 
+def test_a_file_without_a_prompt_is_a_message(recipe_file, run_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n\n")
+    with pytest.raises(TbpoError, match="there are no prompts to answer"):
+        run_stage("sample", recipe_file, run_dir, *SHORT, f"sample.prompts={tmp_path / 'prompts.txt'}")
+
+
 def test_a_prompt_of_the_command_line_is_answered_and_nothing_is_kept(recipe_file, run_dir, tmp_path, capsys):
     recipe = load_recipe(recipe_file, SHORT)
     answer(recipe, RunDir(run_dir), ["red dog", "blue"])
