@@ -71,7 +71,7 @@ def assert_same_scores(got, want, names, **tolerance):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("needs", [{"advantage"}, {"log_ratio"}, {"log_ratio", "kl"}, {"logps"}], ids=str)
+@pytest.mark.parametrize("needs", [["advantage"], ["log_ratio"], ["kl", "log_ratio"], ["logps"]], ids="-".join)
 def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(recipe, pairs, lora, needs):
     if not lora:
         recipe = replace(recipe, model=replace(recipe.model, lora=None))
