@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,22 @@ app = typer.Typer(
 )
 
 Texts = list[str] | None
+
+
+def tell_version(asked: bool) -> None:
+    """Prints the version, and ends the command there."""
+    if asked:
+        console.out.print(version("tbpo"), markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, Option("--version", callback=tell_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @dataclass

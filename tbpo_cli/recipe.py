@@ -119,7 +119,6 @@ class Training:
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 10.0
     checkpoint_every: Count = 100
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # the newest, and those before it in case it is damaged
     eval_every: Count = 100
     log_every: Count = 10
     activation_checkpointing: bool = False
@@ -204,7 +203,6 @@ class Eval:
 
     against: tuple[str, ...] = ()  # run directories, adapters or models, for the same report
     opponents: tuple[Literal["reference", "chosen"], ...] = ("reference",)  # of the win rate, beside those of `against`
-    max_pairs: Count | None = None  # of the held-out pairs, for the preference metrics
     diversity_prompts: Annotated[int, Field(ge=0)] = 100  # 5 samples each; 0 leaves diversity out
     scorer: str | None = None  # "python:FILE:NAME", a function of the prompt's and the completion's text
     reward_model: str | None = None  # a sequence classification model: a folder or a Hub repository

@@ -61,7 +61,7 @@ FREE_KEYS = {
     "eval.judge.concurrency",
     "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
-        "max_tokens_per_device", "layout", "checkpoint_every", "keep_checkpoints", "eval_every", "log_every",
+        "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every",
         "activation_checkpointing", "sharding")),
 }  # fmt: skip
 

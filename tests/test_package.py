@@ -74,6 +74,7 @@ def test_the_wheel_works_in_a_fresh_environment_and_is_small(installed, tmp_path
         )
 
     assert sum(path.stat().st_size for path in package.rglob("*") if path.suffix != ".pyc") < 8e6
+    assert tbpo("--version").stdout.strip() == PROJECT["version"]
     assert "quickstart" in tbpo("init").stdout
     assert tbpo("init", "quickstart").returncode == 0 and (tmp_path / "quickstart/train.jsonl").exists()
     shown = tbpo("show", "quickstart.toml")

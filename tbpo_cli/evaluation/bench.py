@@ -58,7 +58,7 @@ class Bench:
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
         store, scorer = PairStore(self.pairs, self.recipe.align.reverse), Scorer.of(self.policy)
-        places = self.share(range(len(store))[: self.recipe.eval.max_pairs])
+        places = self.share(range(len(store)))
         device = next(self.policy.model.parameters()).device
 
         def measure(tokens: int) -> Rows:

@@ -17,6 +17,8 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, write_sealed
 from tbpo_cli.model.sharding import gather_all, gathered, placed_like
 
+KEPT = 2  # the newest, and the one before it in case it is damaged
+
 
 @dataclass(frozen=True)
 class Trainee:
@@ -58,8 +60,8 @@ class Trainee:
                 }
 
 
-def save_checkpoint(folder: Path, step: int, states: dict[str, dict[str, Tensor]], keep: int) -> None:
-    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest `keep` stay.
+def save_checkpoint(folder: Path, step: int, states: dict[str, dict[str, Tensor]]) -> None:
+    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest KEPT stay.
 
     Raises:
         OSError: if there is no room; the checkpoints that were there are as they were.
@@ -80,7 +82,7 @@ def save_checkpoint(folder: Path, step: int, states: dict[str, dict[str, Tensor]
         _sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in list(kept_checkpoints(folder).values())[:-keep]:
+    for old in list(kept_checkpoints(folder).values())[:-KEPT]:
         shutil.rmtree(old)
 
 

@@ -120,7 +120,7 @@ class TrainingRun:
                 if due:
                     states = {name: each.state(self.group.is_main) for name, each in stepper.trainees.items()}
                     if self.group.is_main:
-                        save_checkpoint(checkpoints, step, states, self.settings.keep_checkpoints)
+                        save_checkpoint(checkpoints, step, states)
                     del states
                 if stops:
                     raise Interrupted(
