@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -28,6 +29,7 @@ from common import RESULTS, write_results
 
 from tbpo_cli import console
 from tbpo_cli.cli import app
+from tbpo_cli.errors import DivergenceError
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "recipes/quickstart"
@@ -146,15 +148,19 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
     directory, started = folder / label, time.monotonic()
     sets = [f"align.loss={loss_of(folder, method, choice, seed)}", f"align.learning_rate={rate}"]
     sets += [f"sample.prompts={folder / split}.jsonl", "eval.opponents=['reference']"]
-    train(folder, directory, seed, sets)
-    row = {"method": method, "rate": rate, "multiple": multiple, "seed": seed, "split": split}
-    row |= stability(directory / "align/metrics.jsonl")
-    if split == "validation":
-        tbpo("sample", directory, seed, *sets, "sample.models=['policy']")
+    row = {"method": method, "rate": rate, "multiple": multiple, "seed": seed, "split": split, "diverged": False}
+    try:
+        train(folder, directory, seed, sets)
+    except DivergenceError:
+        row |= {"diverged": True, "true_score": 0.0}
     else:
-        tbpo("eval", directory, seed, *sets)
-        row |= evaluation(directory / "eval/results.json")
-    row |= true_scores(directory / "sample/samples.jsonl", "policy")
+        row |= stability(directory / "align/metrics.jsonl")
+        if split == "validation":
+            tbpo("sample", directory, seed, *sets, "sample.models=['policy']")
+        else:
+            tbpo("eval", directory, seed, *sets)
+            row |= evaluation(directory / "eval/results.json")
+        row |= true_scores(directory / "sample/samples.jsonl", "policy")
     found.write_text(json.dumps(row), encoding="utf-8")
     shutil.rmtree(directory)
     print(f"{label}: true score {row['true_score']:.3f}, {time.monotonic() - started:.0f} s", flush=True)
@@ -248,18 +254,22 @@ def stability(path: Path) -> dict[str, float]:
 def report(folder: Path) -> None:
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*-*-*-*.json"))]
     of_split = {split: [row for row in rows if row["split"] == split] for split in ("test", "speed")}
-    tested = {method: [row for row in of_split["test"] if row["method"] == method] for method in METHODS}
+    finished = [row for row in of_split["test"] if not row.get("diverged")]
+    tested = {method: [row for row in finished if row["method"] == method] for method in METHODS}
     tested = {method: found for method, found in tested.items() if found}
     speeds = {row["method"]: row["pairs_per_s"] for row in of_split["speed"]}
     base = next((row["base"] for row in of_split["speed"] if "base" in row), {})
-    table = markdown(tested, speeds, base)
+    failed = Counter(row["method"] for row in of_split["test"] if row.get("diverged"))
+    table = markdown(tested, speeds, base, failed)
     print(table)
     write_results("methods", "Every loss on the quickstart's world", rows, table)
     plot(tested)
 
 
-def markdown(tested: dict[str, list[dict]], speeds: dict[str, float], base: dict[str, float]) -> str:
-    """Means and 95 % intervals over the seeds, the best true score first."""
+def markdown(
+    tested: dict[str, list[dict]], speeds: dict[str, float], base: dict[str, float], failed: Counter[str]
+) -> str:
+    """Means and 95 % intervals over the seeds that did not diverge, the best true score first."""
     lines = [f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
     base = base | {key.removeprefix("base_"): value for key, value in next(iter(tested.values()))[0].items()
@@ -269,7 +279,8 @@ def markdown(tested: dict[str, list[dict]], speeds: dict[str, float], base: dict
     for method, rows in sorted(tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])):
         cells = [interval([row[name] for row in rows], form) for name, (_, form) in COLUMNS.items()]
         speed = f"{speeds[method]:.0f}" if method in speeds else ""
-        lines.append(f"| {method} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |")
+        name = f"{method} ({failed[method]} diverged)" if failed[method] else method
+        lines.append(f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |")
     return "\n".join(lines)
 
 
