@@ -18,7 +18,11 @@ def test_it_starts_at_zero_and_its_seed_alone_decides_the_rest():
 
 
 def test_it_is_linear_gelu_linear_in_fp32_whatever_the_hidden_states_are():
-    baseline = StateBaseline(6)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        baseline = StateBaseline(6)
+    finally:
+        torch.set_default_dtype(torch.float32)
     torch.nn.init.normal_(baseline.out.weight)
     torch.nn.init.ones_(baseline.out.bias)
     hidden = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()

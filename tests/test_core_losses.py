@@ -207,6 +207,7 @@ SETTINGS = {  # as the papers, or the codes that they released, have them
 def test_the_defaults_of_a_loss_are_its_authors_setting(name):
     assert asdict(build_loss(name)) == SETTINGS[name]
     assert build_loss("orpo", lam=0.0).lam == 0, "without its penalty it is sft"
+    assert build_generator("sba", scale=0.5).scale == 0.5
 
 
 # ------------------------------------------------------------------------------------------- truths of the method
