@@ -67,8 +67,9 @@ COLUMNS = {  # of the table: figure of a row, what a person reads, how it is wri
     "true_score": ("true score", "{:.3f}"), "win_rate": ("win rate", "{:.3f}"), "right": ("right", "{:.3f}"),
     "rude": ("rude", "{:.3f}"), "kl": ("KL", "{:.3f}"), "entropy": ("entropy", "{:.3f}"),
     "self_bleu": ("self-BLEU", "{:.1f}"), "distinct_1": ("distinct-1", "{:.3f}"), "length": ("length", "{:.1f}"),
-    "largest_grad_norm": ("largest gradient", "{:.2f}"), "clipped": ("clipped", "{:.0f}"),
+    "largest_grad_norm": ("largest gradient", "{:.2g}"), "clipped": ("clipped", "{:.0f}"),
 }  # fmt: skip
+LARGEST = ("largest_grad_norm", "clipped")  # of all seeds, not their mean
 SPEED_STEPS = 16  # of which the first two are left out
 FAMILIES = {"bpo": "tab:orange", "tbpo_q": "tab:green", "tbpo_a": "tab:blue", "": "tab:gray"}  # of the plot
 Choice = tuple[float, float]
@@ -277,7 +278,12 @@ def markdown(
     cells = [form.format(base[name]) if name in base else "" for name, (_, form) in COLUMNS.items()]
     lines.append(f"| the base | | {' | '.join(cells)} | |")
     for method, rows in sorted(tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])):
-        cells = [interval([row[name] for row in rows], form) for name, (_, form) in COLUMNS.items()]
+        cells = [
+            form.format(max(row[name] for row in rows))
+            if name in LARGEST
+            else interval([row[name] for row in rows], form)
+            for name, (_, form) in COLUMNS.items()
+        ]
         speed = f"{speeds[method]:.0f}" if method in speeds else ""
         name = f"{method} ({failed[method]} diverged)" if failed[method] else method
         lines.append(f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |")

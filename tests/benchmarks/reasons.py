@@ -1,13 +1,17 @@
-"""What a loss that compares position with position loses where the answers are shifted, and how often they agree.
+"""Why a loss does as it does on the quickstart's world: shifted positions, shared prefixes, a floor under R.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/reasons.py          # about 10 minutes of one CPU core
+    export OMP_NUM_THREADS=1
+    python tests/benchmarks/reasons.py --part 0/2 & python tests/benchmarks/reasons.py --part 1/2 & wait
+    python tests/benchmarks/reasons.py --report        # results/reasons.{json,md}; about 15 minutes on two CPU cores
 
-On the quickstart's pairs. In half of the pairs, "Okay! " is put before answers: in `straight` pairs before both or
-neither, so that position t of one still means position t of the other; in `shifted` pairs before one of the two, a
-random one. Either way as many answers have it, chosen and rejected ones alike; the scorer takes it away again. Each
-loss is trained at the rate and β that results/methods.json found for it. And of the pairs as they are: how much of the
-aligned length the two responses have in common before they part, where log R_t = 0 says nothing. Writes
-results/reasons.{json,md}.
+Three questions, each over SEEDS, by the true score of answers to the test prompts of methods.py; steps, rates and β are
+those of results/methods.json if nothing else is said.
+
+- Positions. "Okay! " is put before answers: in `straight` pairs before both or neither, so that position t of one still
+  means position t of the other; in `shifted` pairs before one of the two, a random one. Either way half of the answers
+  have it, chosen and rejected ones alike; the scorer takes it away again.
+- Prefixes. How much of the aligned length the two responses have in common before they part: log R_t = 0 there.
+- A floor. TBPO-A at the learning rates where it begins to break, with and without `min_ratio`.
 """
 
 from __future__ import annotations
@@ -24,58 +28,85 @@ from common import RESULTS, write_results
 
 from tbpo_cli.data.store import PairStore
 
-LOSSES = ("tbpo_a, sba λ 0", "tbpo_q, sba λ 0", "tdpo 1", "dpo")
 EXTRA, SEEDS = "Okay! ", (1, 2, 3)
-COUNTS = {"straight": (0, 2), "shifted": (1,)}  # of the two answers, how many get it
+OPENINGS = tuple(text for texts in methods.world.OPENINGS.values() for text in texts)
+PAIRS = {"straight": (0, 2), "shifted": (1,)}  # of the two answers, how many get it
+POSITIONS = [(loss, kind) for loss in ("tbpo_a, sba λ 0", "tbpo_q, sba λ 0", "tdpo 1", "dpo") for kind in PAIRS]
+FLOORS = [(rate, floor) for rate in (1e-3, 2e-3) for floor in (0.0, 0.6)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=methods.ROOT / ".benchmarks/reasons", help="of the runs")
-    folder = parser.parse_args().folder
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th run, from the K-th, from 0")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     methods.write_prompts(folder)
-    rows = [
-        {"loss": loss, "pairs": kind, "seed": seed} | measured(folder, loss, kind, seed)
-        for loss in LOSSES for kind in COUNTS for seed in SEEDS
-    ]  # fmt: skip
-    table = ["| loss | straight pairs | shifted pairs | lost |", "|---|---|---|---|"]
-    for loss in LOSSES:
-        scores = [[row["true_score"] for row in rows if (row["loss"], row["pairs"]) == (loss, kind)] for kind in COUNTS]
-        means = [f"{fmean(each):.3f} ± {stdev(each):.3f}" for each in scores]
-        table.append(f"| {loss} | {' | '.join(means)} | {fmean(scores[0]) - fmean(scores[1]):.3f} |")
-    about = f"True scores, means ± standard deviations of {len(SEEDS)} seeds. {in_common(folder)}"
-    print("\n".join([about, "", *table]))
-    write_results(
-        "reasons", "Positions that are shifted, prefixes that are shared", rows, "\n".join([about, "", *table])
-    )
+    if arguments.report:
+        report(folder)
+        return
+    part, parts = map(int, arguments.part.split("/"))
+    work = [(question, seed) for question in [*POSITIONS, *FLOORS] for seed in SEEDS]
+    for (first, second), seed in work[part::parts]:
+        print(first, second, seed, scored(folder, first, second, seed), flush=True)
 
 
-def measured(folder: Path, loss: str, kind: str, seed: int) -> dict[str, float]:
-    """A training on pairs of a kind, and the true score of its answers to the test prompts."""
+def scored(folder: Path, first: str | float, second: str | float, seed: int) -> float:
+    """The true score of one training; read from the folder if it is there."""
+    label = f"{first}-{second}-{seed}".replace(" ", "")
+    found = folder / f"{label}.json"
+    if not found.exists():
+        sets = positions(folder, str(first), str(second), seed) if isinstance(first, str) else floor(first, second)
+        sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['policy']"]
+        methods.tbpo("sample", folder / label, seed, *sets)
+        samples = folder / label / "sample/samples.jsonl"
+        lines = [json.loads(line) for line in samples.open(encoding="utf-8")]
+        for line in lines:
+            bare = line["completion"].removeprefix(EXTRA)
+            line["completion"] = bare if bare.startswith(OPENINGS) else line["completion"]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        found.write_text(json.dumps(methods.true_scores(samples, "policy")["true_score"]), encoding="utf-8")
+    return json.loads(found.read_text())
+
+
+def positions(folder: Path, method: str, kind: str, seed: int) -> list[str]:
     rows = [json.loads(line) for line in (methods.QUICKSTART / "train.jsonl").open(encoding="utf-8")]
     rng = Random(seed)
     for row in rows:
-        sides = rng.sample(("chosen", "rejected"), rng.choice(COUNTS[kind]))
-        row |= {side: EXTRA + row[side] for side in sides}
+        row |= {side: EXTRA + row[side] for side in rng.sample(("chosen", "rejected"), rng.choice(PAIRS[kind]))}
     data = folder / f"{kind}-{seed}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     known = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))["rows"]
-    best = next(row for row in known if (row["method"], row["split"]) == (loss, "test"))
-    fields = methods.METHODS[loss] | {"beta": str(0.1 * best["multiple"])}
-    sets = [f"align.loss={{{', '.join(f'{key} = {value}' for key, value in fields.items())}}}", f"data.train={data}"]
-    sets += [f"align.learning_rate={best['rate']}", f"sample.prompts={folder}/test.jsonl", "sample.models=['policy']"]
-    directory = folder / f"{loss}-{kind}-{seed}".replace(" ", "")
-    methods.tbpo("sample", directory, seed, *sets)
-    samples = directory / "sample/samples.jsonl"
-    lines = [json.loads(line) for line in samples.open(encoding="utf-8")]
-    for line in lines:
-        bare = line["completion"].removeprefix(EXTRA)
-        line["completion"] = (
-            bare if bare.startswith(tuple(sum(methods.world.OPENINGS.values(), ()))) else line["completion"]
-        )
-    samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return methods.true_scores(samples, "policy")
+    best = next(row for row in known if (row["method"], row["split"]) == (method, "test"))
+    loss = methods.loss_of(folder, method, (best["rate"], best["multiple"]), seed)
+    return [f"align.loss={loss}", f"data.train={data}", f"align.learning_rate={best['rate']}"]
+
+
+def floor(rate: float, min_ratio: float) -> list[str]:
+    return [f"align.loss={{name = 'tbpo_a', min_ratio = {min_ratio}}}", f"align.learning_rate={rate}"]
+
+
+def report(folder: Path) -> None:
+    rows = [
+        {"question": [first, second], "true_scores": [scored(folder, first, second, seed) for seed in SEEDS]}
+        for first, second in [*POSITIONS, *FLOORS]
+    ]
+    cells = {
+        tuple(row["question"]): f"{fmean(row['true_scores']):.3f} ± {stdev(row['true_scores']):.3f}" for row in rows
+    }
+    means = {tuple(row["question"]): fmean(row["true_scores"]) for row in rows}
+    lines = [f"True scores, means ± standard deviations of {len(SEEDS)} seeds.", "", in_common(folder), ""]
+    lines += ["| loss | straight pairs | shifted pairs | lost |", "|---|---|---|---|"]
+    for loss in dict.fromkeys(loss for loss, _ in POSITIONS):
+        both = [(loss, kind) for kind in PAIRS]
+        lines.append(f"| {loss} | {' | '.join(map(cells.get, both))} | {means[both[0]] - means[both[1]]:.3f} |")
+    lines += ["", "| tbpo_a, learning rate | no floor | min_ratio 0.6 |", "|---|---|---|"]
+    for rate in dict.fromkeys(rate for rate, _ in FLOORS):
+        lines.append(f"| {rate:g} | {cells[rate, 0.0]} | {cells[rate, 0.6]} |")
+    print("\n".join(lines))
+    write_results("reasons", "Why a loss does as it does on the quickstart's world", rows, "\n".join(lines))
 
 
 def in_common(folder: Path) -> str:
@@ -89,7 +120,7 @@ def in_common(folder: Path) -> str:
         same_length.append(len(pair.chosen_ids) == len(pair.rejected_ids))
     return (
         f"Of the pairs as they are, the responses share the first {np.mean(shares):.0%} of the aligned length, and "
-        f"{np.mean(same_length):.0%} have the same number of tokens."
+        f"{np.mean(same_length):.0%} of the pairs have responses of the same number of tokens."
     )
 
 
