@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbpo_cli.core import head as head_module
 from tbpo_cli.core import oracle
@@ -106,18 +107,44 @@ def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trai
         assert not scores.reverse_kl.requires_grad and not scores.entropy.requires_grad, "they are diagnostics"
 
 
-def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned():
+@pytest.mark.parametrize("needs", [{"reverse_kl"}, {"entropy"}, {"entropy", "kl"}, set(DIAGNOSTICS)])
+def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned(needs):
     generator = torch.Generator().manual_seed(1)
     head = make_head(generator)
     policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
     tokens = torch.randint(V, (N,), generator=generator)
-    fast = token_statistics(frozenset(DIAGNOSTICS), tokens, policy, head, reference, head)
+    fast = token_statistics(frozenset(needs), tokens, policy, head, reference, head)
     dense = oracle.side_scores(
         dense_logits(head, policy)[None], dense_logits(head, reference)[None], tokens[None], torch.ones(1, N).bool()
     )
-    for name in DIAGNOSTICS:
+    for name in needs:
         torch.testing.assert_close(getattr(fast, name), getattr(dense, name), rtol=1e-9, atol=1e-9)
-    assert fast.logps is None and fast.kl is None
+    assert all(getattr(fast, name) is None for name in STATISTICS - needs)
+
+
+class Widths(TorchDispatchMode):
+    """The last dimensions of the tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.ndim:
+            self.seen.add(result.shape[-1])
+        return result
+
+
+@pytest.mark.parametrize("needs", [{"advantage"}, {"logps"}, {"log_ratio"}, {"logps", "log_ratio"}])
+def test_no_tensor_of_a_frozen_linear_head_is_as_wide_as_the_vocabulary(needs):
+    generator = torch.Generator().manual_seed(8)
+    head = make_head(generator, bias=True, scale=0.5)
+    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    tokens = torch.randint(V, (N,), generator=generator)
+    with Widths() as widths:
+        token_statistics(frozenset(needs), tokens, policy.requires_grad_(), head, reference, head)
+    assert 16 in widths.seen and V not in widths.seen
 
 
 def test_the_identity_is_taken_for_one_frozen_linear_head_only():
@@ -147,6 +174,8 @@ def test_without_a_reference_only_the_policy_is_read():
     torch.testing.assert_close(found.logps[0], dense[torch.arange(N), tokens], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.entropy[0], -(dense.exp() * dense).sum(-1), rtol=1e-12, atol=1e-12)
     assert found.mask.all() and found.log_ratio is None
+    alone = token_statistics(frozenset({"logps"}), tokens, policy, head, reference_head=head)
+    torch.testing.assert_close(alone.logps, found.logps, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -165,17 +194,19 @@ def test_half_precision_stays_within_its_rounding_error(need, dtype):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradients_in_their_own(trained):
+@pytest.mark.parametrize("need", DIFFERENTIABLE)
+def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradients_in_their_own(need, trained):
     generator = torch.Generator().manual_seed(5)
     head = make_head(generator, trained=trained, dtype=torch.bfloat16)
     rounded = torch.randn(N, H, generator=generator).bfloat16().requires_grad_()
     exact = rounded.detach().float().requires_grad_()
+    reference = torch.randn(N, H, generator=generator).bfloat16()
     tokens, found = torch.randint(V, (N,), generator=generator), []
     for hidden in (rounded, exact):
-        logps = token_statistics(frozenset({"logps"}), tokens, hidden, head).logps
-        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+        statistic = getattr(token_statistics(frozenset({need}), tokens, hidden, head, reference, head), need)
+        (gradient,) = torch.autograd.grad(statistic.sum(), hidden)
         assert gradient.dtype == hidden.dtype
-        found.append((logps, gradient.float()))
+        found.append((statistic, gradient.float()))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2**-8, atol=0)
 

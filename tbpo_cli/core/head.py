@@ -230,7 +230,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         elif differentiated:
             ctx.save_for_backward(policy_hidden, tokens, reference_hidden)
             ctx.reference_head = reference_head
-        ctx.head, ctx.with_mean, ctx.hidden_dtype = head, with_mean, policy_hidden.dtype
+        ctx.head, ctx.with_mean = head, with_mean
         ctx.mark_non_differentiable(reference_logps, reference_mean, reverse_kl, entropy)
         return logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy
 
@@ -242,7 +242,7 @@ class _ChunkedStatistics(torch.autograd.Function):
             grad_hidden = directions[0] * grad_logps[:, None]
             if ctx.with_mean:
                 grad_hidden += directions[1] * grad_mean[:, None]
-            return grad_hidden.to(ctx.hidden_dtype), *(None,) * 7
+            return grad_hidden, *(None,) * 7
         hidden, tokens, reference_hidden = ctx.saved_tensors
         head, grad_hidden = ctx.head, torch.empty_like(hidden)
         grad_weight = torch.zeros_like(head.weight, dtype=_accumulator(head))
@@ -259,8 +259,7 @@ class _ChunkedStatistics(torch.autograd.Function):
             grad_weight += grad.to(head.weight.dtype).T @ hidden[part].to(head.weight.dtype)
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
-        grads = [grad if grad is None else grad.to(head.weight.dtype) for grad in (grad_weight, grad_bias)]
-        return grad_hidden, *grads, *(None,) * 5
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
 
 
 def _chunks(tokens: Tensor) -> Iterator[slice]:
