@@ -1,16 +1,19 @@
 """What the README says can be typed, and does what it says."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import tomli_w
 import torch
-from conftest import command, preference_rows, write_jsonl
-from hub_server import connected, hub
+from conftest import preference_rows, write_jsonl
+from hub_server import hub
 
 from tbpo_cli.core import LOSSES, PairScores, SideScores, build_loss
 from tbpo_cli.recipe import load_recipe
@@ -37,14 +40,21 @@ COMMANDS = [line.removeprefix("srun ") for line in LINES if "tbpo" in line and l
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory, base):
-    """A user's folder with rows and mine.toml as it stands there; a Hub has its base, a tiny one."""
+    """(A user's folder with rows and mine.toml as it stands there, what runs Python in it); a Hub has its base, a tiny
+    one. Processes of their own, as the libraries read the Hub's address when they are imported."""
     here = tmp_path_factory.mktemp("user")
     (here / "mine.toml").write_text(RECIPE, encoding="utf-8")
     write_jsonl(here / "pairs.jsonl", preference_rows(40))
     write_jsonl(here / "mine.jsonl", preference_rows(8, seed=1))
     shutil.copytree(base, here / "hub/models" / tomllib.loads(RECIPE)["model"]["base"])
-    with hub(here / "hub") as (address, _), connected(address, here / "cache"):
-        yield here
+    with hub(here / "hub") as (address, _):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "0"}
+
+        def run(*arguments):
+            called, known = [sys.executable, *arguments], {**os.environ, **environment}
+            return subprocess.run(called, cwd=here, env=known, capture_output=True, text=True, timeout=120)
+
+        yield here, run
 
 
 def test_the_readme_is_short_has_two_set_up_commands_and_its_links_lead_somewhere():
@@ -64,7 +74,7 @@ def test_every_command_runs_in_the_order_of_the_page(user, line):
     """Of several processes or machines only the plan is asked for."""
     _, name, *arguments = shlex.split(line)
     plan = ["--dry-run"] if "--gpus" in arguments else []
-    done = command(name, *plan, *arguments, cwd=user)
+    done = user[1]("-m", "tbpo_cli.cli", name, *plan, *arguments)
     assert done.returncode == 0, done.stderr
     if name == "push":
         assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in done.stdout
@@ -77,11 +87,11 @@ def test_every_piece_of_a_recipe_loads(fragment, tmp_path):
     assert settings["eval.gate"] == "win_rate.low > 0.5" or settings["data.train.2.weight"] == 2.0
 
 
-def test_the_stages_run_as_a_library_in_the_way_that_is_shown(user, monkeypatch):
+def test_the_stages_run_as_a_library_in_the_way_that_is_shown(user):
     code = next(block for block in blocks("python") if "load_recipe" in block)
-    monkeypatch.chdir(user)
-    exec(compile(code.replace("runs/dpo", "runs/library"), "README.md", "exec"), {})
-    assert (user / "runs/library/align/adapter/adapter_model.safetensors").exists()
+    done = user[1]("-c", code.replace("runs/dpo", "runs/library"))
+    assert done.returncode == 0, done.stderr
+    assert (user[0] / "runs/library/align/adapter/adapter_model.safetensors").exists()
 
 
 def test_a_loss_is_added_as_it_is_shown():
