@@ -378,6 +378,12 @@ def test_importance_weights_are_linear_in_the_rank_within_the_response():
     assert not importance_weights(scores, mask).requires_grad
 
 
+def test_importance_weights_of_equal_scores_grow_with_the_position():
+    """Of 100 tokens, since a sort that is not stable keeps the order of the few."""
+    weights = importance_weights(torch.zeros(1, 101), torch.ones(1, 101, dtype=torch.bool))
+    torch.testing.assert_close(weights[0], torch.cat([torch.linspace(0.7, 1.3, 100), torch.zeros(1)]))
+
+
 # -------------------------------------------------------------------------------------------------------- recovery
 
 
