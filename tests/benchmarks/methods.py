@@ -196,7 +196,12 @@ def measure_speed(folder: Path) -> None:
         row = {"method": method, "rate": 0, "multiple": 0, "seed": 0, "split": "speed"}
         row |= {"pairs_per_s": float(np.median(speeds))}
         if method == next(iter(METHODS)):
-            sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['reference']", "sample.num_samples=3"]
+            sets += [
+                f"sample.prompts={folder}/test.jsonl",
+                "sample.models=['reference']",
+                "sample.num_samples=3",
+                "eval.opponents=['reference']",
+            ]
             tbpo("sample", directory, TUNING_SEED, *sets)
             row |= {"base": true_scores(directory / "sample/samples.jsonl", "reference")}
         (folder / f"{label_of(method, (0, 0), 0, 'speed')}.json").write_text(json.dumps(row), encoding="utf-8")
@@ -299,24 +304,39 @@ def interval(values: list[float], form: str) -> str:
 
 
 def plot(tested: dict[str, list[dict]]) -> None:
-    """The frontier with its intervals, and the KL of the training pairs over the training."""
+    """The frontier with its spread, and the KL of the training pairs over the training; names where there is room."""
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "tbpo"})
     figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2))
+    points, ends = {}, {}
     for method, rows in tested.items():
         colour = next(colour for family, colour in FAMILIES.items() if method.startswith(family))
         kl, score = ([row[name] for row in rows] for name in ("kl", "true_score"))
         spread = np.std(score, ddof=1) if len(score) > 1 else 0.0
-        frontier.errorbar(np.mean(kl), np.mean(score), yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour)
-        frontier.annotate(method, (np.mean(kl), np.mean(score)), (3, 3), textcoords="offset points", fontsize=6.5)
+        points[method] = (np.mean(kl), np.mean(score))
+        frontier.errorbar(*points[method], yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour)
         steps, kls = zip(*((step, kl) for step, kl, _ in rows[0]["curve"]), strict=True)
+        ends[method] = (steps[-1], kls[-1])
         curves.plot(steps, kls, linewidth=0.9, color=colour)
-        curves.annotate(method, (steps[-1], kls[-1]), fontsize=5.5)
     frontier.set(xlabel="KL from the reference (nats a token)", ylabel="true score (± standard deviation of the seeds)")
     curves.set(xlabel="step", ylabel="KL from the reference (nats a token)", title="over training (first seed)")
-    for panel in (frontier, curves):
+    for panel, places in ((frontier, points), (curves, ends)):
         panel.spines[["top", "right"]].set_visible(False)
+        name_apart(panel, places)
+    for family, colour in FAMILIES.items():
+        frontier.plot([], [], "o", color=colour, label=f"{family}, by generator" if family else "others")
+    frontier.legend(frameon=False, fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
+
+
+def name_apart(panel, places: dict[str, tuple[float, float]]) -> None:
+    """Names the places from the outside in, but none that would cover the name of another."""
+    shown = {name: panel.transLimits.transform(place) for name, place in places.items()}
+    middle, named = np.median(list(shown.values()), axis=0), []
+    for name, place in sorted(shown.items(), key=lambda item: -np.abs(item[1] - middle).sum()):
+        if all(abs(place[1] - other[1]) > 0.03 or abs(place[0] - other[0]) > 0.25 for other in named):
+            named.append(place)
+            panel.annotate(name, places[name], (4, 2), textcoords="offset points", fontsize=7)
 
 
 if __name__ == "__main__":

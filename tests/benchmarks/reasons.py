@@ -59,7 +59,7 @@ def scored(folder: Path, first: str | float, second: str | float, seed: int) -> 
     found = folder / f"{label}.json"
     if not found.exists():
         sets = positions(folder, str(first), str(second), seed) if isinstance(first, str) else floor(first, second)
-        sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['policy']"]
+        sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['policy']", "eval.opponents=['reference']"]
         methods.tbpo("sample", folder / label, seed, *sets)
         samples = folder / label / "sample/samples.jsonl"
         lines = [json.loads(line) for line in samples.open(encoding="utf-8")]
