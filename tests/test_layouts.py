@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.batches import cut_to_span, micro_batches
-from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate
+from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout, segments_of
+from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
 
@@ -38,6 +38,8 @@ MODELS = {  # model type, further settings, and whether one row can hold several
         "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, False),
 }  # fmt: skip
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     """Query i of a segment with n queries and m keys sees its first m − n + i + 1 keys: by softmax, head by head."""
     query, key, value = states = random_states(SEQUENCES[kind])
     expected, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
-    segments, outputs = segments_of(SEQUENCES[kind], torch.device("cpu")), []
+    segments, outputs = segments_of(SEQUENCES[kind]), []
     for (start, end), (first, last) in zip(
         segments.query_ends.unfold(0, 2, 1).tolist(), segments.key_ends.unfold(0, 2, 1).tolist(), strict=True
     ):
@@ -160,21 +162,46 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     torch.testing.assert_close(torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6)
 
 
+@needs_gpu
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
     """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few times over."""
     found = []
     for states in (random_states(SEQUENCES[kind]), random_states(SEQUENCES[kind], "cuda", torch.bfloat16)):
         if states[0].is_cuda:
-            result = _in_one_kernel(*states, SEQUENCES[kind], None)
+            result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("cuda"), None)
         else:
             result, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
         gradients = torch.autograd.grad(result.float().square().sum(), states)
         found.append([each.detach().cpu().float() for each in (result, *gradients)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gpu_has_the_losses_and_gradients_of_the_cpu(pairs, name, dtype):
+    """In bf16 within 5 % of the largest gradient: the numbers of a small model, each rounded to 2⁻⁸."""
+    loss, found = build_loss(name), {}
+    cut = [cut_to_span(pair, loss.span) for pair in pairs]
+    for device in ("cpu", "cuda"):
+        scorer = make_scorer()
+        models = [scorer.policy.model, *scorer.policy.frozen.values()]
+        for model in models:
+            model.to(device, dtype if device == "cuda" else torch.float32)
+        scorer = Scorer.of(scorer.policy, scorer.baseline.to(device))
+        choose_layout(models, "auto", longest=20)
+        batches = [collate(cut, "shared_prompt").to(torch.device(device))]
+        losses, gradients = losses_and_gradients(scorer, loss, batches)
+        found[device] = losses, {each: gradient.cpu().float() for each, gradient in gradients.items()}
+    if dtype == torch.float32:
+        return assert_same(found["cuda"], found["cpu"])
+    largest = max(float(gradient.abs().max()) for gradient in found["cpu"][1].values())
+    for each, gradient in found["cpu"][1].items():
+        torch.testing.assert_close(found["cuda"][1][each], gradient, rtol=0, atol=0.05 * largest)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,9 +242,10 @@ def test_a_batch_is_moved_to_a_device_whole_and_unchanged_in_shape_and_type(pair
 
     def tensors(of):
         sides = (of.chosen.mask, of.chosen.slots, of.rejected.mask, of.rejected.slots)
-        return [of.input_ids, of.position_ids, of.tokens, of.predictor, *sides]
+        return [of.input_ids, of.position_ids, of.tokens, of.predictor, *sides, *(of.segments or ())[:3]]
 
     for found, wanted in zip(tensors(moved), tensors(batch), strict=True):
         assert (found.device.type, found.shape, found.dtype) == ("meta", wanted.shape, wanted.dtype)
     assert (moved.pair_ids, moved.sequences, moved.num_tokens) == (batch.pair_ids, batch.sequences, batch.num_tokens)
+    assert (moved.segments or ())[3:] == (batch.segments or ())[3:]
     assert batch.to(torch.device("cpu")) is batch

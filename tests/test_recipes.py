@@ -136,9 +136,9 @@ def test_the_committed_pairs_are_a_bradley_terry_draw_of_the_true_score(world):
 
 
 def test_the_base_fits_into_4_mb_and_answers_right_only_some_of_the_time(world):
+    from rebuild import complete
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tbpo_cli.model.generate import complete
     from tbpo_cli.recipe import Sample
 
     assert (QUICKSTART / "model.safetensors").stat().st_size <= 4_000_000

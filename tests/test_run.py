@@ -269,8 +269,9 @@ class Own(LlamaForCausalLM):
 """
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
 def test_code_of_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said_loudly(
-    recipe_file, tmp_path, base, tbpo, executable
+    recipe_file, tmp_path, base, tbpo, executable, weights
 ):
     """The model's folder brings code that leaves a mark; without the key the mark is not made."""
     folder, mark = tmp_path / "remote", tmp_path / "mark"
@@ -280,7 +281,8 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said_lou
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(OWN_CODE.format(mark=str(mark)))
-    override = ("--set", f"model.base={folder}", "--set", "align.max_steps=1")
+    sets = (f"model.base={folder}", f"model.initial_weights={weights}", "align.max_steps=1")
+    override = [part for each in sets for part in ("--set", each)]
     refused = tbpo("align", recipe_file, "--run-dir", "a", *override)
     assert refused.returncode == 2 and not mark.exists()
     allow = ("--set", "model.trust_remote_code=true")

@@ -25,7 +25,7 @@ import torch
 import world
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from tbpo_cli.model.generate import complete
+from tbpo_cli.model.generate import completions
 from tbpo_cli.recipe import Sample
 
 HERE = Path(__file__).parent
@@ -117,6 +117,17 @@ def preference_rows(
         if a != b and a.strip() and b.strip():
             chosen, rejected = world.preference(prompt, a, b, judge)
             yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def complete(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Sample, seed: int
+) -> list[str]:
+    """One completion a prompt, as text without the end of the turn; the seed and a prompt's place decide the draws."""
+    turns = [[{"role": "user", "content": text}] for text in prompts]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    seeds = [seed * 2**32 + number for number in range(len(ids))]
+    found = dict(itertools.chain(*completions(model, ids, seeds, settings, [tokenizer.eos_token_id])))
+    return tokenizer.batch_decode([list(found[n].token_ids) for n in range(len(ids))], skip_special_tokens=True)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -6,8 +6,10 @@ that predicts it. All layouts give the same scores; a new one is a function and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +31,44 @@ class Sequences:
 
     lengths: tuple[int, ...]
     continues: tuple[int, ...]
+
+
+class Segments(NamedTuple):
+    """Sequences as queries that each see some keys: their last query the last key, the one before it all but that.
+
+    Args:
+        keys: (K,) int64 places in the row of the keys, those of one segment after the other; a prefix stands in each
+            segment that continues it.
+        query_ends, key_ends: (segments + 1,) int32, the cumulated numbers of queries and of keys, from 0.
+        most_queries, most_keys: of a segment.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+
+    def to(self, device: torch.device | str) -> Segments:
+        return Segments(*(part.to(device) for part in self[:3]), *self[3:])
+
+
+def segments_of(sequences: Sequences) -> Segments:
+    """The segments of a row: a sequence right behind the one that it continues shares its segment."""
+    starts = [0, *itertools.accumulate(sequences.lengths)]
+    places = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
+    queries: list[int] = []
+    keys: list[np.ndarray] = []
+    for number, prefix in enumerate(sequences.continues):
+        own = places[number]
+        if number != prefix and number - 1 == prefix:
+            queries[-1] += len(own)
+            keys[-1] = np.concatenate([keys[-1], own])
+        else:
+            queries.append(len(own))
+            keys.append(own if number == prefix else np.concatenate([places[prefix], own]))
+    ends = (np.cumsum([0, *counts], dtype=np.int32) for counts in (queries, map(len, keys)))
+    return Segments(*map(torch.from_numpy, (np.concatenate(keys), *ends)), max(queries), max(map(len, keys)))
 
 
 @dataclass(frozen=True)
@@ -53,6 +93,7 @@ class PairBatch:
         input_ids, position_ids: (R, L) int64.
         sequences: what sees what in the one row (R = 1); None for plain causal attention in rows of one sequence each,
             padded on the right, where causal attention never looks.
+        segments: of the sequences, for a kernel that takes all of them at once.
         tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
         predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
@@ -64,12 +105,19 @@ class PairBatch:
     input_ids: Tensor
     position_ids: Tensor
     sequences: Sequences | None
+    segments: Segments | None
     tokens: Tensor
     predictor: Tensor
     chosen: SideBatch
     rejected: SideBatch
     num_tokens: int
     indices: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What a model reads of it; `sequences` and `segments` are on their way to `attend_by_sequence`."""
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        return inputs if self.sequences is None else inputs | {"sequences": self.sequences, "segments": self.segments}
 
     def to(self, device: torch.device) -> PairBatch:
         """The batch on a device, by one transfer that the host does not wait for."""
@@ -78,6 +126,7 @@ class PairBatch:
         sides = (self.chosen, self.rejected)
         parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
         parts += [part for side in sides for part in (side.mask, side.slots)]
+        parts += [] if self.segments is None else self.segments[:3]
         whole = torch.cat([part.flatten().long() for part in parts])
         whole = (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
         moved = [
@@ -86,7 +135,9 @@ class PairBatch:
         ]
         names = ("input_ids", "position_ids", "tokens", "predictor")
         chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
-        return replace(self, **dict(zip(names, moved, strict=False)), chosen=chosen, rejected=rejected)
+        segments = None if self.segments is None else Segments(*moved[8:], *self.segments[3:])
+        moved_rows = dict(zip(names, moved, strict=False))
+        return replace(self, **moved_rows, chosen=chosen, rejected=rejected, segments=segments)
 
 
 Rows = tuple[np.ndarray, np.ndarray, Sequences | None, np.ndarray]
@@ -187,6 +238,7 @@ def collate(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...
         torch.from_numpy(input_ids.astype(np.int64)),
         torch.from_numpy(np.array(position_ids)),
         sequences,
+        None if sequences is None else segments_of(sequences),
         torch.from_numpy(tokens),
         torch.from_numpy(predictor),
         chosen,
@@ -205,4 +257,4 @@ def blank_batch() -> PairBatch:
     """No pair, in a row of one token: a pass through the model, forward and backward, that adds nothing to a sum."""
     none, row = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), none)
-    return PairBatch((), row, row, None, none, none, side, side, num_tokens=0)
+    return PairBatch((), row, row, None, None, none, none, side, side, num_tokens=0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate
+from tbpo_cli.data.layouts import LAYOUTS, Segments, Sequences, collate, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.sharding import LanguageModel, causal_model
@@ -25,7 +24,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")  # the config's names for "
 
 def attend_by_sequence(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    sequences: Sequences | None = None, **options: Any,
+    sequences: Sequences | None = None, segments: Segments | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention within each sequence of a row: no mask, no padding, nothing computed across.
 
@@ -35,6 +34,7 @@ def attend_by_sequence(
     Args:
         query: (1, heads, L, head size); key and value may have fewer heads.
         sequences: what sees what in the row; None for rows of one sequence each.
+        segments: the same for the one kernel, on the device.
 
     Returns:
         (1, L, heads, head size), and no attention weights.
@@ -42,8 +42,10 @@ def attend_by_sequence(
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     plain = not any(options.get(name) for name in MORE_THAN_PLAIN)
-    if plain and query.is_cuda and _one_kernel_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):
-        return _in_one_kernel(query, key, value, sequences, options.get("scaling")), None
+    if segments is not None and plain and query.is_cuda and _one_kernel_agrees(
+        query.dtype, query.shape[1], key.shape[1], query.shape[3]
+    ):  # fmt: skip
+        return _in_one_kernel(query, key, value, segments, options.get("scaling")), None
     return _one_by_one(module, query, key, value, sequences, **options), None
 
 
@@ -67,47 +69,7 @@ def _one_by_one(
     return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1)
 
 
-class Segments(NamedTuple):
-    """Sequences as queries that each see some keys: their last query the last key, the one before it all but that.
-
-    Args:
-        keys: (K,) places in the row of the keys, those of one segment after the other; a prefix stands in each segment
-            that continues it.
-        query_ends, key_ends: (segments + 1,) int32, the cumulated numbers of queries and of keys, from 0.
-        most_queries, most_keys: of a segment.
-    """
-
-    keys: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
-    most_queries: int
-    most_keys: int
-
-
-@functools.lru_cache(maxsize=4)  # all layers read the same rows
-def segments_of(sequences: Sequences, device: torch.device) -> Segments:
-    """The segments of a row, on a device: a sequence right behind the one that it continues shares its segment."""
-    starts = [0, *itertools.accumulate(sequences.lengths)]
-    queries: list[int] = []
-    keys: list[list[int]] = []
-    for number, prefix in enumerate(sequences.continues):
-        own = list(range(starts[number], starts[number + 1]))
-        if number != prefix and number - 1 == prefix:
-            queries[-1] += len(own)
-            keys[-1] += own
-        else:
-            queries.append(len(own))
-            keys.append([*range(starts[prefix], starts[prefix + 1]), *own] if number != prefix else own)
-    places = torch.tensor(list(itertools.chain.from_iterable(keys)), device=device)
-    query_ends, key_ends = (
-        torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
-        for counts in (queries, map(len, keys))
-    )
-    return Segments(places, query_ends, key_ends, max(queries), max(map(len, keys)))
-
-
-def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float | None) -> Tensor:
-    of = segments_of(sequences, query.device)
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, of: Segments, scale: float | None) -> Tensor:
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     attended = varlen_attn(
         query.contiguous(), key[of.keys], value[of.keys], of.query_ends, of.key_ends, of.most_queries, of.most_keys,
@@ -122,6 +84,7 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     sequences = Sequences((5, 3, 4, 2, 6), (0, 0, 0, 3, 3))
+    segments = segments_of(sequences).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, count, sum(sequences.lengths), size) for count in (heads, key_heads, key_heads)]
     states = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
@@ -136,7 +99,7 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
     try:
         with torch.enable_grad():
             wanted = with_gradients(lambda query, key, value: _one_by_one(module, query, key, value, sequences))
-            found = with_gradients(lambda query, key, value: _in_one_kernel(query, key, value, sequences, None))
+            found = with_gradients(lambda query, key, value: _in_one_kernel(query, key, value, segments, None))
     except (RuntimeError, TypeError, ValueError):  # not on this device, not by this torch, or not for such heads
         return False
     return all(torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True))
@@ -208,8 +171,7 @@ def _reads_sequences_apart(causal: LanguageModel) -> bool:
         states = []
         for layout in ("shared_prompt", "padded"):
             batch = collate(pairs, layout).to(device)
-            rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-            hidden = causal.base_model(**rows, sequences=batch.sequences).last_hidden_state
+            hidden = causal.base_model(**batch.rows).last_hidden_state
             states.append(hidden.flatten(0, 1)[batch.predictor].float())
     except (TypeError, ValueError):  # it takes no further arguments, or its scores are capped
         return False

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from tbpo_cli.data.tokens import Chat, end_of_turn
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel
 from tbpo_cli.recipe import Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def samples_of(
     prompts = [prompt.token_ids for prompt, _ in keys]
     seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in keys]
     with policy.view(view) as model:
-        for batch in _batches(model, prompts, seeds, settings, [end_of_turn(chat)]):
+        for batch in completions(model, prompts, seeds, settings, [end_of_turn(chat)]):
             yield [
                 {
                     "prompt_id": keys[place][0].prompt_id,
@@ -109,25 +105,7 @@ def samples_of(
             ]
 
 
-def complete(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], settings: Sample, seed: int
-) -> list[str]:
-    """One completion a prompt, as text without the end of the turn.
-
-    Args:
-        prompts: texts of one user turn each, rendered with the tokenizer's chat template.
-        seed: decides the draws, together with the place of a prompt.
-    """
-    turns = [[{"role": "user", "content": text}] for text in prompts]
-    rendered: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    ids = rendered["input_ids"]
-    seeds = [seed * 2**32 + number for number in range(len(ids))]
-    batches = _batches(model, ids, seeds, settings, [tokenizer.eos_token_id])
-    completions = dict(itertools.chain.from_iterable(batches))
-    return tokenizer.batch_decode([list(completions[n].token_ids) for n in range(len(ids))], skip_special_tokens=True)
-
-
-def _batches(
+def completions(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],

@@ -276,7 +276,9 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
         config = AutoConfig.from_pretrained(folder_or_id, revision=model.revision, trust_remote_code=trusted)
         own_dtype = config.dtype
         if model.initial_weights == "random" and folder_or_id == model.base:
-            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            loaded = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
+            )
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder_or_id, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options

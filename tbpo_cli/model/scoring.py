@@ -112,12 +112,9 @@ class Scorer:
 
     def _states(self, model: LanguageModel, batch: PairBatch, head: Head | None) -> Tensor:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
-        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        if batch.sequences is not None:
-            rows["sequences"] = batch.sequences  # on its way to `attend_by_sequence`
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            states = model(**rows).logits if head is None else _hidden_states(model, rows)
+            states = model(**batch.rows).logits if head is None else _hidden_states(model, batch.rows)
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(

@@ -25,7 +25,7 @@ from common import about_lengths, make_store, write_results
 from torch import Tensor, nn
 
 from tbpo_cli.data.batches import cut_to_span
-from tbpo_cli.data.layouts import Sequences, collate
+from tbpo_cli.data.layouts import Sequences, collate, segments_of
 from tbpo_cli.model.attention import _in_one_kernel, _one_by_one
 
 ON_GPU = torch.cuda.is_available()
@@ -84,7 +84,8 @@ def ways_for(sequences: Sequences, group: int, states: list[Tensor]) -> dict[str
         length = states[0].shape[2]
         mask = create_block_mask(lambda b, h, q, k: visible[q, k], None, None, length, length, device=DEVICE)
         flex = torch.compile(flex_attention, dynamic=False)
-        ways["one kernel"] = (0, lambda *qkv: _in_one_kernel(*qkv, sequences, None))
+        segments = segments_of(sequences).to("cuda")
+        ways["one kernel"] = (0, lambda *qkv: _in_one_kernel(*qkv, segments, None))
         ways["flex"] = (0, lambda *qkv: flex(*qkv, block_mask=mask, **gqa).transpose(1, 2))
     return ways
 

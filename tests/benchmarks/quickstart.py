@@ -21,7 +21,6 @@ from common import write_results
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tbpo_cli.model.generate import complete
 from tbpo_cli.recipe import Sample
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,6 +34,7 @@ SETTINGS = {
 }
 sys.path.insert(0, str(QUICKSTART))
 import world  # noqa: E402
+from rebuild import complete  # noqa: E402
 
 
 def main() -> None:
