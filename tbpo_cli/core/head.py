@@ -116,7 +116,8 @@ def token_statistics(
         known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
     elif needs <= {"logps", "log_ratio"} and policy_head.frozen and policy_head.is_linear:
         known = {"logps": _logps(tokens, policy_hidden, policy_head)}
-        if reference_hidden is not None and reference_head is not None:
+        if "log_ratio" in needs:
+            assert reference_hidden is not None and reference_head is not None
             known["log_ratio"] = known["logps"] - _logps(tokens, reference_hidden.detach(), reference_head)
     else:
         statistics = _ChunkedStatistics.apply(  # type: ignore[no-untyped-call]  # torch gives it no types

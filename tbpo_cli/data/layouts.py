@@ -50,13 +50,14 @@ class Segments(NamedTuple):
     most_keys: int
 
     def to(self, device: torch.device | str) -> Segments:
-        return Segments(*(part.to(device) for part in self[:3]), *self[3:])
+        keys, query_ends, key_ends = (part.to(device) for part in self[:3])
+        return self._replace(keys=keys, query_ends=query_ends, key_ends=key_ends)
 
 
 def segments_of(sequences: Sequences) -> Segments:
     """The segments of a row: a sequence right behind the one that it continues shares its segment."""
-    starts = [0, *itertools.accumulate(sequences.lengths)]
-    places = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
+    ends = itertools.accumulate(sequences.lengths)
+    places = [np.arange(end - length, end) for end, length in zip(ends, sequences.lengths, strict=True)]
     queries: list[int] = []
     keys: list[np.ndarray] = []
     for number, prefix in enumerate(sequences.continues):
@@ -67,8 +68,9 @@ def segments_of(sequences: Sequences) -> Segments:
         else:
             queries.append(len(own))
             keys.append(own if number == prefix else np.concatenate([places[prefix], own]))
-    ends = (np.cumsum([0, *counts], dtype=np.int32) for counts in (queries, map(len, keys)))
-    return Segments(*map(torch.from_numpy, (np.concatenate(keys), *ends)), max(queries), max(map(len, keys)))
+    counts = (queries, [len(seen) for seen in keys])
+    query_ends, key_ends = (torch.from_numpy(np.cumsum([0, *count], dtype=np.int32)) for count in counts)
+    return Segments(torch.from_numpy(np.concatenate(keys)), query_ends, key_ends, *map(max, counts))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ class PairBatch:
         ]
         names = ("input_ids", "position_ids", "tokens", "predictor")
         chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
-        segments = None if self.segments is None else Segments(*moved[8:], *self.segments[3:])
+        segments = self.segments
+        if segments is not None:
+            keys, query_ends, key_ends = moved[8:]
+            segments = segments._replace(keys=keys, query_ends=query_ends, key_ends=key_ends)
         moved_rows = dict(zip(names, moved, strict=False))
         return replace(self, **moved_rows, chosen=chosen, rejected=rejected, segments=segments)
 
