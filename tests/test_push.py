@@ -170,9 +170,10 @@ def test_a_dry_run_shows_files_and_card_and_asks_nothing(made, run, server, caps
     assert server.requests == [] and not (run / "push/receipt.json").exists()
 
 
-def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made, run, server, base):
+def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made, run, server, base, monkeypatch):
+    monkeypatch.setattr(push, "SHARD_SIZE", "20KB")
     (server.root / "models/org/base/LICENSE").write_text("as you like")
-    publish(made, run, *(merged := ("push.merge=true", "push.max_shard_size=20KB")))
+    publish(made, run, "push.merge=true")
     repo = server.root / "models/me/tuned"
     names = {path.name for path in repo.iterdir()}
     assert {
@@ -190,7 +191,7 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(repo)(input_ids=ids).logits, expected, atol=1e-5)
     (config,) = run.glob("push/merged-*/config.json")
     made_at = config.stat().st_mtime_ns
-    publish(made, run, *merged)
+    publish(made, run, "push.merge=true")
     assert config.stat().st_mtime_ns == made_at and len(server.heads[repo]) == 1, "merged once"
 
 
