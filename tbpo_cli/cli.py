@@ -37,20 +37,12 @@ app = typer.Typer(
 Texts = list[str] | None
 
 
-def tell_version(asked: bool) -> None:
+@app.callback(invoke_without_command=True)  # of --version
+def say_version(asked: Annotated[bool, Option("--version", help="Say which version.")] = False) -> None:
     """Prints the version, and ends the command there."""
     if asked:
         console.out.print(version("tbpo"), markup=False)
         raise typer.Exit
-
-
-@app.callback()
-def main_options(
-    version: Annotated[
-        bool, Option("--version", callback=tell_version, is_eager=True, help="Say which version.")
-    ] = False,
-) -> None:
-    """What stands before a command."""
 
 
 @dataclass
@@ -98,8 +90,8 @@ class Call:
 
     def processes(self) -> Processes:
         """Those that the stage is to run in."""
-        flags, environment = tuple(self.flags or ()), dict(os.environ)
-        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags, environment)
+        given = (self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address)
+        return processes_of(*given, tuple(self.flags or ()), dict(os.environ))
 
 
 RUN = ("recipe", "sets", "run_dir")
