@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.launch import ALONE, Processes, processes_of
+from tbpo_cli.launch import Processes, processes_of
 
 if TYPE_CHECKING:
     from tbpo_cli.recipe import Recipe
@@ -140,7 +140,7 @@ def sft(call: Call) -> None:
 
     Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5
     """
-    run_stage("sft", call, call.processes())
+    run_stage("sft", call)
 
 
 @command("align", *TRAINING)
@@ -149,7 +149,7 @@ def align(call: Call) -> None:
 
     Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
     """
-    run_stage("align", call, call.processes())
+    run_stage("align", call)
 
 
 @command("sample", *PARALLEL, "prompt", "adapter")
@@ -159,7 +159,7 @@ def sample(call: Call) -> None:
     Example: tbpo sample recipes/quickstart.toml --prompt "How many letters are in cat?"
     """
     if call.prompt is None:
-        run_stage("sample", call, call.processes())
+        run_stage("sample", call)
         return
     from tbpo_cli.stages.sample import answer
 
@@ -177,9 +177,8 @@ def evaluate(call: Call) -> None:
 
     while call.against and call.flags and not call.flags[0].startswith("-"):  # --against RUN RUN
         call.against.append(call.flags.pop(0))
-    processes = call.processes()
     check(call.load()[0])
-    run_stage("eval", call, processes)
+    run_stage("eval", call)
 
 
 @command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
@@ -227,11 +226,11 @@ def show(call: Call) -> None:
     what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
-def run_stage(name: str, call: Call, processes: Processes = ALONE) -> None:
+def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
     from tbpo_cli.stages import run_through, show_plan
 
-    recipe, run_dir = call.load()
+    (recipe, run_dir), processes = call.load(), call.processes()
     if call.dry_run:
         show_plan(name, recipe, run_dir)
     else:

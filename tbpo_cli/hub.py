@@ -16,6 +16,7 @@ import huggingface_hub as hf
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
+from jinja2 import StrictUndefined, Template, TemplateError
 
 from tbpo_cli import console
 from tbpo_cli.core.losses import LOSSES
@@ -163,8 +164,6 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
 
     Raises TbpoError if the template cannot be rendered.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
-
     whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
@@ -178,12 +177,10 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
     )
     source = inspect.getdoc(LOSSES[loss]) or ""
     paper = re.search(r"arXiv ([\d.]+\d)", source)
-    template = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
-    environment = Environment(
-        loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    path = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
     try:
-        text = environment.get_template(template.name).render(
+        template = Template(path.read_text("utf-8"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        text = template.render(
             recipe=recipe, repo=repo, base=base, whole=whole, results=results, manifests=manifests, name_of=_name_of,
             measures=MEASURES,
             settings={key: value for key, value in recipe.settings().items() if key not in FREE_KEYS},
@@ -191,7 +188,7 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
             paper=paper and paper[1],
         )  # fmt: skip
     except (TemplateError, OSError, UnicodeDecodeError) as error:
-        what, where = f"the card cannot be made: {error}", f"{template}, line {getattr(error, 'lineno', '?')}"
+        what, where = f"the card cannot be made: {error}", f"{path}, line {getattr(error, 'lineno', '?')}"
         raise TbpoError(what, where, "a Jinja template with the names of templates/card.md", "mend it") from None
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
