@@ -78,7 +78,10 @@ class Call:
     def overrides(self) -> tuple[str, ...]:
         """What --set says, and the options that are a recipe's keys by another name."""
         keys = {"sample.adapter": self.adapter, "eval.against": self.against}
-        return (*(self.sets or ()), *(f"{key}={json.dumps(value)}" for key, value in keys.items() if value))
+        return (
+            *(self.sets or ()),
+            *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if value),
+        )
 
     def load(self) -> tuple[Recipe, RunDir]:
         """The recipe, checked, and its run directory."""

@@ -93,13 +93,14 @@ def card_of(server, repo="me/tuned"):
 
 
 def test_one_commit_holds_the_adapter_its_card_and_what_it_was_made_with(made, run, server, capsys):
-    publish(made, run)
+    publish(made, run, f"eval.scorer=python:{made[0].parent}/mine.py:score")
     repo = server.root / "models/me/tuned"
     assert {path.name for path in repo.iterdir()} == FILES
     assert len(server.heads[repo]) == 1
     config = json.loads((repo / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
     assert (recipe := load_recipe(repo / "recipe.toml").model).base == "org/base" and recipe.revision == COMMIT
+    assert 'scorer = "python:mine.py:score"' in (repo / "recipe.toml").read_text()
     receipt = json.loads((run / "push/receipt.json").read_text())
     assert receipt["commit"] == server.heads[repo][0] and set(receipt["sha256"]) == FILES
     texts = "".join(path.read_text() for path in repo.iterdir() if path.suffix != ".safetensors")

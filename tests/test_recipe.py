@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tbpo_cli.cli import Call
 from tbpo_cli.core import GENERATORS, LOSSES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source, load_recipe
@@ -122,6 +123,12 @@ def test_set_takes_toml_values_and_bare_text(load):
     for override in ("seed", "seed=1", "run.seed", "#run.seed=1", "run seed.x=1", ".seed=1", "=1"):
         with pytest.raises(TbpoError, match="--set is not understood"):
             load(SMALL, override)
+
+
+def test_options_that_are_keys_by_another_name_take_any_text(load):
+    call = Call(Path("x.toml"), adapter='./🙂 "a"', against=["me/é", "b\\n"], sets=["run.seed=3"])
+    recipe = load(SMALL, *call.overrides)
+    assert Path(recipe.sample.adapter).name == '🙂 "a"' and recipe.eval.against == ("me/é", "b\\n")
 
 
 def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_folder(load, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
 
 def _without_folders(text: str) -> str:
     """Of the files and folders of this machine only their names: where they lie is nobody's business."""
-    return re.sub(r'"/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1"', text)
+    return re.sub(r'"(python:)?/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1\2"', text)
 
 
 def _weights(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> hub.Files:
