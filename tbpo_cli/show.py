@@ -102,7 +102,8 @@ def examine(
     settings, device = getattr(recipe, name), device_of_environment()
     loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), 0.0
-    known, memory = dict[str, Any](room=room(device)), dict[str, float]()
+    known: dict[str, Any] = {"room": room(device)}  # of what `advice` asks
+    memory: dict[str, float] = {}
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
         stores = open_stores(name, recipe, run_dir)
         longest, whole = longest_sequence(stores), np.sort(_lengths(stores[0], "response").sum(axis=1))
