@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 # Learning rates that work, by stage and by whether an adapter is trained, for models of 1e9 weights and more.
 # align, LoRA: 5e-7 (arXiv 2605.12288) to 5e-5 (TRL's and peft's DPO examples); full: 3e-7 to 1e-6 (arXiv 2405.14734,
@@ -18,61 +16,47 @@ RATES = {
 }
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one training stage; what is not is as it should be.
+def advice(
+    stage: str,
+    lora: bool,
+    rate: float,
+    beta: float,
+    *,
+    weights: float = 1e9,
+    memory: float = 0.0,
+    room: float = 0.0,
+    visits: float = 1.0,
+    held_out: int = 1,
+    length_ratio: float = 1.0,
+    cut: float = 0.0,
+) -> list[str]:
+    """What to say about a training stage, "sft" or "align"; what is not known of it is as it should be.
 
     Args:
-        stage: "sft" or "align".
-        weights: of the model; `memory`: bytes that a device needs, `room`: and has.
         beta: that of the loss, over its default.
+        weights: of the model; `memory`: bytes that a device needs, `room`: and has.
         visits: how often a pair is read.
         length_ratio: mean tokens of the chosen responses over those of the rejected ones.
         cut: share of the rows that data.max_length drops or cuts.
     """
-
-    stage: str
-    lora: bool
-    rate: float
-    beta: float
-    weights: float = 1e9
-    memory: float = 0.0
-    room: float = 0.0
-    visits: float = 1.0
-    held_out: int = 1
-    length_ratio: float = 1.0
-    cut: float = 0.0
-
-    @property
-    def low(self) -> float:
-        return RATES[self.stage, self.lora][0]
-
-    @property
-    def high(self) -> float:
-        """Rates fall about with the width (arXiv 2203.03466), so with the root of the weights."""
-        return RATES[self.stage, self.lora][1] * max(1.0, math.sqrt(1e9 / self.weights))
-
-
-RATE, USUAL = "{f.stage}.learning_rate = {f.rate:g}", "{f.low:.2g} to {f.high:.2g}"
-ADVICE: tuple[tuple[Callable[[Facts], bool], str], ...] = (
-    (lambda f: f.rate > f.high and not f.lora, f"{RATE} is high: all weights take a tenth of LoRA's, usually {USUAL}"),
-    (lambda f: f.rate > f.high and f.lora, f"{RATE} is high: LoRA usually takes {USUAL}; watch the KL"),
-    (lambda f: f.rate < f.low, f"{RATE} is low: usual are {USUAL}; little will change"),
-    # A twentieth to ten times the default: of dpo 0.005 to 1, around the DPO and Zephyr papers' 0.01 to 0.5.
-    (lambda f: f.beta < 1 / 20, "beta is {f.beta:.2g} of its default: the policy may go far from the reference"),
-    (lambda f: f.beta > 10, "beta is {f.beta:.0f} times its default: the policy will hardly leave the reference"),
-    # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
-    (lambda f: f.length_ratio > 1.3, "chosen responses are {f.length_ratio:.1f} times as long as rejected ones: the "
-     "policy may learn to be long"),
-    (lambda f: f.cut > 0.1, "{f.cut:.0%} of the rows are over data.max_length: little is learned about long answers"),
-    # Zephyr's DPO overfits after one epoch; most published runs take one to three.
-    (lambda f: f.visits > 3, "each pair is read {f.visits:.1f} times: beyond 3, held-out metrics usually fall"),
-    (lambda f: not f.held_out, "no pair is held out: nothing will tell when the policy gets worse"),
-    (lambda f: f.memory > f.room, "{f.stage} needs more memory than the device has: lower "
-     "{f.stage}.max_tokens_per_device, set {f.stage}.activation_checkpointing, or take more GPUs"),
-)  # fmt: skip
-
-
-def advice(facts: Facts) -> list[str]:
-    """What to say about a stage."""
-    return [text.format(f=facts) for applies, text in ADVICE if applies(facts)]
+    low, high = RATES[stage, lora]
+    high *= max(1.0, math.sqrt(1e9 / weights))  # rates fall about with the width (arXiv 2203.03466), weights its square
+    given, usual = f"{stage}.learning_rate = {rate:g}", f"{low:.2g} to {high:.2g}"
+    table = (
+        (rate > high and not lora, f"{given} is high: all weights take a tenth of LoRA's, usually {usual}"),
+        (rate > high and lora, f"{given} is high: LoRA usually takes {usual}; watch the KL"),
+        (rate < low, f"{given} is low: usual are {usual}; little will change"),
+        # A twentieth to ten times the default: of dpo 0.005 to 1, around the DPO and Zephyr papers' 0.01 to 0.5.
+        (beta < 1 / 20, f"beta is {beta:.2g} of its default: the policy may go far from the reference"),
+        (beta > 10, f"beta is {beta:.0f} times its default: the policy will hardly leave the reference"),
+        # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
+        (length_ratio > 1.3, f"chosen responses are {length_ratio:.1f} times as long as rejected ones: the policy may "
+         "learn to be long"),
+        (cut > 0.1, f"{cut:.0%} of the rows are over data.max_length: little is learned about long answers"),
+        # Zephyr's DPO overfits after one epoch; most published runs take one to three.
+        (visits > 3, f"each pair is read {visits:.1f} times: beyond 3, held-out metrics usually fall"),
+        (not held_out, "no pair is held out: nothing will tell when the policy gets worse"),
+        (memory > room, f"{stage} needs more memory than the device has: lower {stage}.max_tokens_per_device, set "
+         f"{stage}.activation_checkpointing, or take more GPUs"),
+    )  # fmt: skip
+    return [text for applies, text in table if applies]

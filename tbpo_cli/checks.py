@@ -90,10 +90,11 @@ def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError
     """One of pydantic's errors in our words."""
     name, given = ".".join(keys), entry["input"]
     if entry["type"] == "unexpected_keyword_argument":
-        owner: Any = cls
-        for key in (str(part) for part in entry["loc"][:-1] if _is_key(part)):
-            owner = _table_class(owner, key)
-        return _unknown_key(keys, given, owner, path)
+        names = [f.name for f in fields(_owner(cls, entry["loc"]))]
+        near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+        fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?" if near else "remove it"
+        what = f"{name} is an unknown {'table' if isinstance(given, dict) else 'key'}"
+        return _error(what, path, keys, f"one of {', '.join(names)}" if names else "no further keys", fix)
     if entry["type"] == "missing":
         fix = f"add {keys[-1]} = … under [{'.'.join(keys[:-1])}]" if len(keys) > 1 else f"add a table [{name}]"
         return _error(f"{name} is missing", path, keys, "a value: it has no default", fix)
@@ -109,17 +110,11 @@ def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError
     return _error(f"{name} = {json.dumps(given, default=str)} is not possible", path, keys, expected, fix)
 
 
-def _unknown_key(keys: tuple[str, ...], value: Any, owner: type, path: str) -> TbpoError:
-    names = [f.name for f in fields(owner)]
-    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-    fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?" if near else "remove it"
-    what = f"{'.'.join(keys)} is an unknown {'table' if isinstance(value, dict) else 'key'}"
-    return _error(what, path, keys, f"one of {', '.join(names)}" if names else "no further keys", fix)
-
-
-def _table_class(owner: type, key: str) -> type:
-    """The dataclass of a nested table, which may be optional, or one of several."""
-    hints: list[Any] = [typing.get_type_hints(owner)[key]]
-    while not dataclasses.is_dataclass(hints[0]):
-        hints = [*hints[1:], *typing.get_args(hints[0])]
-    return cast(type, hints[0])
+def _owner(table: Any, loc: tuple[Any, ...]) -> Any:
+    """The dataclass of the table that a key is in, by way of tables that may be optional, or one of several."""
+    for key in filter(_is_key, loc[:-1]):
+        hints: list[Any] = [typing.get_type_hints(table)[key]]
+        while not dataclasses.is_dataclass(hints[0]):
+            hints = [*hints[1:], *typing.get_args(hints[0])]
+        table = hints[0]
+    return table

@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.launch import ALONE, Processes, processes_of
+from tbpo_cli.launch import Processes, processes_of
 
 if TYPE_CHECKING:
     from tbpo_cli.recipe import Recipe
@@ -37,20 +37,12 @@ app = typer.Typer(
 Texts = list[str] | None
 
 
-def tell_version(asked: bool) -> None:
+@app.callback(invoke_without_command=True)  # of --version
+def say_version(asked: Annotated[bool, Option("--version", help="Say which version.")] = False) -> None:
     """Prints the version, and ends the command there."""
     if asked:
         console.out.print(version("tbpo"), markup=False)
         raise typer.Exit
-
-
-@app.callback()
-def main_options(
-    version: Annotated[
-        bool, Option("--version", callback=tell_version, is_eager=True, help="Say which version.")
-    ] = False,
-) -> None:
-    """What stands before a command."""
 
 
 @dataclass
@@ -86,7 +78,10 @@ class Call:
     def overrides(self) -> tuple[str, ...]:
         """What --set says, and the options that are a recipe's keys by another name."""
         keys = {"sample.adapter": self.adapter, "eval.against": self.against}
-        return (*(self.sets or ()), *(f"{key}={json.dumps(value)}" for key, value in keys.items() if value))
+        return (
+            *(self.sets or ()),
+            *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items() if value),
+        )
 
     def load(self) -> tuple[Recipe, RunDir]:
         """The recipe, checked, and its run directory."""
@@ -98,8 +93,8 @@ class Call:
 
     def processes(self) -> Processes:
         """Those that the stage is to run in."""
-        flags, environment = tuple(self.flags or ()), dict(os.environ)
-        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags, environment)
+        given = (self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address)
+        return processes_of(*given, tuple(self.flags or ()), dict(os.environ))
 
 
 RUN = ("recipe", "sets", "run_dir")
@@ -148,7 +143,7 @@ def sft(call: Call) -> None:
 
     Example: tbpo sft recipe.toml --set sft.learning_rate=1e-5
     """
-    run_stage("sft", call, call.processes())
+    run_stage("sft", call)
 
 
 @command("align", *TRAINING)
@@ -157,7 +152,7 @@ def align(call: Call) -> None:
 
     Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
     """
-    run_stage("align", call, call.processes())
+    run_stage("align", call)
 
 
 @command("sample", *PARALLEL, "prompt", "adapter")
@@ -166,8 +161,8 @@ def sample(call: Call) -> None:
 
     Example: tbpo sample recipes/quickstart.toml --prompt "How many letters are in cat?"
     """
-    if call.prompt is None:
-        run_stage("sample", call, call.processes())
+    if call.prompt is None or call.dry_run:
+        run_stage("sample", call)
         return
     from tbpo_cli.stages.sample import answer
 
@@ -185,9 +180,8 @@ def evaluate(call: Call) -> None:
 
     while call.against and call.flags and not call.flags[0].startswith("-"):  # --against RUN RUN
         call.against.append(call.flags.pop(0))
-    processes = call.processes()
     check(call.load()[0])
-    run_stage("eval", call, processes)
+    run_stage("eval", call)
 
 
 @command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
@@ -235,11 +229,11 @@ def show(call: Call) -> None:
     what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
-def run_stage(name: str, call: Call, processes: Processes = ALONE) -> None:
+def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
     from tbpo_cli.stages import run_through, show_plan
 
-    recipe, run_dir = call.load()
+    (recipe, run_dir), processes = call.load(), call.processes()
     if call.dry_run:
         show_plan(name, recipe, run_dir)
     else:

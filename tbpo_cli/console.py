@@ -23,6 +23,7 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
+# Each (metric, what a person reads, how it is written, whether it means something before the first step).
 Summary = tuple[tuple[str, str, str, bool], ...]
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -53,14 +54,8 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 
 def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary) -> None:
-    """The held-out figures of a training, before and after, as a table; nothing if no pair was held out.
-
-    Args:
-        metrics: the lines of its metrics.jsonl.
-        summary: (metric, what a person reads, how it is written, whether it means something before the first step).
-    """
-    evaluations = [line for line in metrics if line["split"] == "eval"]
-    if evaluations:
+    """The held-out figures of a training (its metrics.jsonl), before and after; nothing if no pair was held out."""
+    if evaluations := [line for line in metrics if line["split"] == "eval"]:
         before, after = evaluations[0], evaluations[-1]
         rows = [
             [label, form.format(before[name]) if at_start else "–", form.format(after[name])]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 
+
+@dataclass(eq=False)
 class TbpoError(Exception):
     """Anything that a user can cause. `cli.py` prints it, without a traceback, and exits with `exit_code`.
 
@@ -14,21 +17,16 @@ class TbpoError(Exception):
         also: further faults of the same thing, so that all are reported at once.
     """
 
+    what: str
+    where: str = ""
+    expected: str = ""
+    fix: str = ""
+    also: tuple[TbpoError, ...] = ()
     exit_code = 2
 
-    def __init__(
-        self, what: str, where: str = "", expected: str = "", fix: str = "", also: tuple[TbpoError, ...] = ()
-    ) -> None:
-        super().__init__(what)
-        self.what, self.where, self.expected, self.fix, self.also = what, where, expected, fix, also
-
     def __str__(self) -> str:
-        """The message as it is printed, one fault after the other."""
-        lines = [f"error: {self.what}"]
-        for label in ("where", "expected", "fix"):
-            if text := getattr(self, label):
-                lines.append(f"  {label}: {text}")
-        return "\n".join([*lines, *(str(fault) for fault in self.also)])
+        told = [f"  {label}: {text}" for label in ("where", "expected", "fix") if (text := getattr(self, label))]
+        return "\n".join([f"error: {self.what}", *told, *map(str, self.also)])
 
 
 class DivergenceError(TbpoError):
@@ -69,4 +67,4 @@ def gather(faults: list[TbpoError]) -> None:
     """Raises all faults as one error; returns if there are none."""
     if faults:
         first, *rest = faults
-        raise TbpoError(first.what, first.where, first.expected, first.fix, tuple(rest))
+        raise replace(first, also=tuple(rest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import time
@@ -9,12 +10,13 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import huggingface_hub as hf
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
+from jinja2 import StrictUndefined, Template, TemplateError
 
 from tbpo_cli import console
 from tbpo_cli.core.losses import LOSSES
@@ -35,6 +37,7 @@ SECRETS = {
     "a password in an address": r"://[^/\s:@]+:[^/\s@]+@",
     "a secret": r"(?i)(?:(?:api|access)_?key|secret|token|passw(?:or)?d)[\"']?\s*[=:]\s*[\"']?(?!\d*\.)[^\s\"'$<{]{8,}",
 }
+Ask = TypeVar("Ask", bound=Callable[..., Any])
 Files = dict[str, Path | bytes]  # path in the repository → content, or the file that has it
 
 
@@ -48,54 +51,99 @@ class Base:
     licence: dict[str, Any]
 
 
-def open_repository(recipe: Recipe, card: str) -> None:
-    """Makes the repository if there is none. Raises TbpoError if token, repository and card do not go together."""
-    api, repo, push, fault = hf.HfApi(), recipe.push.repo, recipe.push, ""
-    assert repo is not None
+def patient(ask: Ask) -> Ask:
+    """Makes a function that asks the Hub about a repository, its first argument, patient: it asks again while the Hub
+    is busy or cut off, as few calls of the client do, and raises TbpoError if the Hub refuses or never answers.
+
+    An answer may be lost, so what is asked must do no harm twice.
+    """
+
+    @functools.wraps(ask)
+    def insist(repo: str, *arguments: Any) -> Any:
+        for planned in (*WAITS, None):
+            try:
+                return ask(repo, *arguments)
+            except Exception as error:
+                # A large file's fault is the cause of a RuntimeError; TransportError is httpx's, or httpx2's.
+                fault = error.__cause__ or error if type(error) is RuntimeError else error
+                response = getattr(fault, "response", None)
+                status = getattr(response, "status_code", None)
+                is_cut = any(kind.__name__ == "TransportError" for kind in type(fault).__mro__)
+                if not is_cut and status not in PASSING:
+                    if not isinstance(fault, HfHubHTTPError | ValueError | ConnectionError):
+                        raise
+                    asked = ("a request that it takes", "mend what it says, and push again")
+                    expected, fix = TOKEN[1:] if status in (401, 403) else asked
+                    raise TbpoError(f"the Hub refuses: {' '.join(str(fault).split())}", repo, expected, fix) from error
+                what = f"the Hub answers {status}" if status else f"the connection is cut ({type(fault).__name__})"
+                if planned is None:
+                    raise TbpoError(what, repo, "a Hub that answers", "the same command goes on from there") from error
+            told = "" if response is None else response.headers.get("Retry-After", "")
+            wait = max(planned, retry_after(told) or 0)
+            console.say(f"{what}; again in {wait:g} s")
+            time.sleep(wait)
+
+    return cast(Ask, insist)
+
+
+@patient
+def look_up(repo: str, revision: str | None = None) -> tuple[str, dict[str, RepoFile]]:
+    """The commit that a revision is, by default the newest one, and its files by their paths."""
+    api = hf.HfApi()
+    commit = api.model_info(repo, revision=revision).sha or ""
+    entries = api.list_repo_tree(repo, recursive=True, revision=commit)
+    return commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+@patient
+def open_repository(repo: str, recipe: Recipe, card: str) -> str:
+    """Makes the repository if there is none; returns its newest commit.
+
+    Raises TbpoError if token, repository and card do not go together.
+    """
+    api, private = hf.HfApi(), recipe.push.private
     if hf.get_token() is None:
         raise TbpoError("there is no token for the Hub", *TOKEN)
-    if _ask(repo, api.whoami).get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise TbpoError("the token may only read", *TOKEN)
-    _ask(repo, hf.ModelCard(card).validate)
-    if _ask(repo, api.repo_exists, repo):
-        _ask(repo, api.auth_check, repo, write=True)
+    hf.ModelCard(card).validate()
+    if api.repo_exists(repo):
+        api.auth_check(repo, write=True)
         other, kind = ("adapter_config.json", "an adapter") if is_whole(recipe) else ("config.json", "a whole model")
-        if other in _ask(repo, _files, api, repo):
-            fault = f"holds {kind}"
-        elif push.private and not _ask(repo, api.model_info, repo).private:
-            fault = "is public"
+        is_public = private and not api.model_info(repo).private
+        faults = {f"holds {kind}": other in look_up(repo)[1], "is public": is_public}
     else:
-        others = (kind for kind in ("dataset", "space") if _ask(repo, api.repo_exists, repo, repo_type=kind))
-        fault = next((f"is a {kind}" for kind in others), "")
-    if fault:
-        expected = f"a {'private ' if push.private else ''}model repository with the same kind of weights, or none"
+        faults = {f"is a {kind}": api.repo_exists(repo, repo_type=kind) for kind in ("dataset", "space")}
+    if fault := next((what for what, holds in faults.items() if holds), None):
+        expected = f"a {'private ' if private else ''}model repository with the same kind of weights, or none"
         raise TbpoError(f"the repository {fault}", f"push.repo = {repo!r}", expected, "give it another name")
-    _ask(repo, api.create_repo, repo, private=push.private, exist_ok=True)
+    api.create_repo(repo, private=private, exist_ok=True)
+    return look_up(repo)[0]
 
 
 def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Base:
     """The base on the Hub, pinned to the commit that was `trained` on (align's manifest), as far as `online` allows.
 
-    Raises:
-        TbpoError: if the base is a folder and push.base_model names no repository with the same weights.
+    Raises TbpoError if the base is a folder and push.base_model names no repository with the same weights.
     """
-    api, base, push = hf.HfApi(), recipe.model.base, recipe.push
-    is_local = Path(base).is_absolute()
-    if is_local and push.base_model is None:
+    base, push = recipe.model.base, recipe.push
+    if not Path(base).is_absolute():
+        name, revision = base, trained.get("base_commit") or recipe.model.revision
+    elif push.base_model:
+        name, _, revision = push.base_model.partition("@")
+    else:
         what, where = "the base is a folder of this machine, which nobody else can load", f"model.base = {base!r}"
         fix = f'publish it once (hf upload USER/NAME {base}), and add push.base_model = "USER/NAME"'
         raise TbpoError(what, where, "a repository on the Hub, which the adapter and its card can name", fix)
-    name, _, revision = ((is_local and push.base_model) or base).partition("@")
-    revision = revision or (not is_local and (trained.get("base_commit") or recipe.model.revision)) or "main"
-    if online and not re.fullmatch("[0-9a-f]{40}", revision):
-        revision = _ask(name, api.model_info, name, revision=revision).sha
-    weights = trained["inputs"]["files"].get("model.base", {})
-    hashes = {path: file["sha256"] for path, file in weights.items() if path.endswith("safetensors")}
-    there = _ask(name, _files, api, name, revision).values() if online and hashes else ()
-    published = {file.lfs.sha256 for file in there if file.lfs is not None}
-    if online and (other := [Path(path).name for path, digest in hashes.items() if digest not in published]):
-        where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
-        raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
+    revision = revision or "main"
+    if online:
+        revision, files = look_up(name, revision)
+        published = {file.lfs.sha256 for file in files.values() if file.lfs is not None}
+        weights = trained["inputs"]["files"].get("model.base", {}).items()
+        weights = [(Path(path).name, file["sha256"]) for path, file in weights if path.endswith("safetensors")]
+        if other := [path for path, digest in weights if digest not in published]:
+            where, fix = f"{name}@{revision}: {', '.join(other)}", "name the repository[@revision] that holds them"
+            raise TbpoError("push.base_model is another base than was trained on", where, "the same weights", fix)
     folder, wanted = base, ["README.md", *LICENCES]
     licence: dict[str, Any] = {"license": push.license}
     with suppress(OSError, ValueError):  # offline, and not in the cache
@@ -114,15 +162,9 @@ def is_whole(recipe: Recipe) -> bool:
 def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, manifests: dict[str, Any]) -> str:
     """The model card: metadata that is always made here, and the text of push.card or of templates/card.md.
 
-    Raises:
-        TbpoError: if the template cannot be rendered.
+    Raises TbpoError if the template cannot be rendered.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
-
     whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
-    index: dict[str, Any] = {}
-    if results:
-        index = {"model_name": repo.partition("/")[2], "eval_results": _index(recipe, results)}
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
         base_model=base.id,
@@ -131,16 +173,14 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
         tags=["tbpo", "preference-optimization", loss, *([] if whole else ["lora"])],
         pipeline_tag="text-generation",
         **base.licence,
-        **index,
+        **(_index(recipe, repo, results) if results else {}),
     )
     source = inspect.getdoc(LOSSES[loss]) or ""
     paper = re.search(r"arXiv ([\d.]+\d)", source)
-    template = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
-    environment = Environment(
-        loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    path = Path(recipe.push.card or Path(__file__).parent / "templates" / "card.md")
     try:
-        text = environment.get_template(template.name).render(
+        template = Template(path.read_text("utf-8"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        text = template.render(
             recipe=recipe, repo=repo, base=base, whole=whole, results=results, manifests=manifests, name_of=_name_of,
             measures=MEASURES,
             settings={key: value for key, value in recipe.settings().items() if key not in FREE_KEYS},
@@ -148,13 +188,13 @@ def render_card(recipe: Recipe, base: Base, results: dict[str, Any] | None, mani
             paper=paper and paper[1],
         )  # fmt: skip
     except (TemplateError, OSError, UnicodeDecodeError) as error:
-        what, where = f"the card cannot be made: {error}", f"{template}, line {getattr(error, 'lineno', '?')}"
+        what, where = f"the card cannot be made: {error}", f"{path}, line {getattr(error, 'lineno', '?')}"
         raise TbpoError(what, where, "a Jinja template with the names of templates/card.md", "mend it") from None
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
 
-def _index(recipe: Recipe, results: dict[str, Any]) -> list[hf.EvalResult]:
-    """What goes into the card's model-index."""
+def _index(recipe: Recipe, repo: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What the card's model-index is made of."""
     policy = results["models"]["policy"]
     figures = {("accuracy", "reward accuracy"): policy["preference"]["all"].get("accuracy")}
     for rate in (rate for rate in results["win_rates"] if rate["model"] == "policy"):
@@ -162,11 +202,12 @@ def _index(recipe: Recipe, results: dict[str, Any]) -> list[hf.EvalResult]:
     for suite, tasks in policy.get("suites", {}).items():
         figures |= {(task, f"{suite}: {task}"): figure for task, figure in tasks.items()}
     name_of = _name_of((recipe.data.eval or recipe.data.train)[0].path)
-    return [
+    evaluated = [
         hf.EvalResult("text-generation", name_of, name_of, kind, figure["value"], metric_name=name)
         for (kind, name), figure in figures.items()
         if figure is not None
     ]
+    return {"model_name": repo.partition("/")[2], "eval_results": evaluated}
 
 
 def _name_of(path: str) -> str:
@@ -188,80 +229,34 @@ def check_no_secret(texts: dict[str, str]) -> None:
         raise TbpoError("what would be published holds a secret", "; ".join(places), "texts for everyone", fix)
 
 
-def publish(recipe: Recipe, files: Files, old: Collection[str]) -> tuple[dict[str, Any], bool]:
+@patient
+def publish(repo: str, message: str, files: Files, old: Collection[str]) -> dict[str, Any]:
     """Uploads what the repository does not have yet, in one commit, and compares what is there afterwards.
 
-    What an earlier push put there (`old` paths) and is not among the files is removed.
-
-    Returns:
-        The receipt: repo, url, commit and the files' hashes; and whether the commit is a new one.
-
-    Raises:
-        TbpoError: if the Hub cannot be reached, refuses, or has other content than was sent.
+    What an earlier push put there (`old` paths) and is not among the files is removed. Returns the receipt: repo, url,
+    commit and the files' hashes. Raises TbpoError if the Hub has other content than was sent.
     """
-    api, repo = hf.HfApi(), recipe.push.repo
-    assert repo is not None
-
-    def commit() -> None:  # compares anew at each attempt: an answer that was lost makes no second commit
-        there = _files(api, repo)
-        changes: list[Any] = [hf.CommitOperationDelete(path) for path in old if path in there and path not in files]
-        changes += [hf.CommitOperationAdd(path, files[path]) for path in files if not _is_at(path, files[path], there)]
-        if changes:
-            console.say(f"sending {len(changes)} changes to {repo} …")
-            api.create_commit(repo, changes, commit_message=f"{recipe.run.name}, by tbpo")
-
-    before = _ask(repo, api.model_info, repo).sha
-    _ask(repo, commit)
-    head = _ask(repo, api.model_info, repo).sha
-    there = _ask(repo, _files, api, repo, head)
-    if wrong := [path for path in files if not _is_at(path, files[path], there)]:
+    api, (_, there) = hf.HfApi(), look_up(repo)
+    additions = [hf.CommitOperationAdd(path, source) for path, source in files.items()]
+    changes: list[Any] = [hf.CommitOperationDelete(path) for path in old if path in there and path not in files]
+    changes += [addition for addition in additions if not _is_at(addition, there)]
+    if changes:
+        console.say(f"sending {len(changes)} changes to {repo} …")
+        api.create_commit(repo, changes, commit_message=message)
+    commit, there = look_up(repo)
+    if wrong := [addition.path_in_repo for addition in additions if not _is_at(addition, there)]:
         where = f"{repo}: {', '.join(wrong)}"
         raise TbpoError("the Hub has other content than was sent", where, "the same hashes", "push again")
-    hashes = {path: hf.CommitOperationAdd(path, source).upload_info.sha256.hex() for path, source in files.items()}
-    return {"repo": repo, "url": f"{api.endpoint}/{repo}", "commit": head, "sha256": hashes}, head != before
+    hashes = {addition.path_in_repo: addition.upload_info.sha256.hex() for addition in additions}
+    return {"repo": repo, "url": f"{api.endpoint}/{repo}", "commit": commit, "sha256": hashes}
 
 
-def _files(api: hf.HfApi, repo: str, revision: str | None = None) -> dict[str, RepoFile]:
-    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _is_at(path: str, source: Path | bytes, there: dict[str, RepoFile]) -> bool:
+def _is_at(addition: hf.CommitOperationAdd, there: dict[str, RepoFile]) -> bool:
     """Whether the Hub has this content, by the hash that it keeps: SHA-256 of large files, git's of the others."""
-    file, remote = hf.CommitOperationAdd(path, source), there.get(path)
-    if remote is None or remote.size != file.upload_info.size:
+    remote = there.get(addition.path_in_repo)
+    if remote is None or remote.size != addition.upload_info.size:
         return False
     if remote.lfs is not None:
-        return remote.lfs.sha256 == file.upload_info.sha256.hex()
-    with file.as_file() as opened:
+        return remote.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as opened:
         return remote.blob_id == git_hash(opened.read())
-
-
-def _ask(repo: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a call to the Hub returns; repeated while the Hub is busy or cut off, which few calls do by themselves.
-
-    Raises:
-        TbpoError: if the Hub refuses, or does not answer the last attempt.
-    """
-    for planned in (*WAITS, None):
-        try:
-            return call(*arguments, **options)
-        except Exception as error:
-            # A large file's fault is the cause of a RuntimeError; TransportError is httpx's, or httpx2's.
-            fault = error.__cause__ or error if type(error) is RuntimeError else error
-            response = getattr(fault, "response", None)
-            status = getattr(response, "status_code", None)
-            is_cut = any(kind.__name__ == "TransportError" for kind in type(fault).__mro__)
-            if not is_cut and status not in PASSING:
-                if not isinstance(fault, HfHubHTTPError | ValueError | ConnectionError):
-                    raise
-                asked = ("a request that it takes", "mend what it says, and push again")
-                expected, fix = TOKEN[1:] if status in (401, 403) else asked
-                raise TbpoError(f"the Hub refuses: {' '.join(str(fault).split())}", repo, expected, fix) from error
-            what = f"the Hub answers {status}" if status else f"the connection is cut ({type(fault).__name__})"
-            if planned is None:
-                raise TbpoError(what, repo, "a Hub that answers", "the same command goes on from there") from error
-        told = "" if response is None else response.headers.get("Retry-After", "")
-        wait = max(planned, retry_after(told) or 0)
-        console.say(f"{what}; again in {wait:g} s")
-        time.sleep(wait)

@@ -227,7 +227,6 @@ class Push:
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     private: bool = False
     merge: bool = False  # the base with the adapter's weights added, instead of the adapter
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+[KMG]B$")] = "5GB"  # of a file of merged weights
     base_model: HubId | None = None  # where a local base is published
     license: str | None = None  # absent: that of the base's card
     card: str | None = None  # a Jinja file that replaces the text of the model card
@@ -265,16 +264,11 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Reads, completes and checks a recipe.
-
-    Relative paths in the file are relative to the file, those of `overrides` to the current folder.
+    """Reads, completes and checks a recipe. Raises TbpoError with every fault that it has.
 
     Args:
-        path: the TOML file.
-        overrides: "table.key=value" each; the value is TOML, or, if it is none, text.
-
-    Raises:
-        TbpoError: with every fault of the recipe.
+        path: the TOML file; relative paths in it are relative to it.
+        overrides: "table.key=value" each, TOML or else text; relative paths are seen from the current folder.
     """
     raw = read_toml(path)
     resolve_paths(raw, path.parent)

@@ -7,7 +7,7 @@ import json
 import os
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tbpo_cli import console
-from tbpo_cli.advice import Facts, advice
+from tbpo_cli.advice import advice
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.batches import longest_sequence, num_steps, span_lengths
@@ -37,14 +37,6 @@ from tbpo_cli.training import choose_sharding, open_stores
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}  # of a step, over bare matrix products; tests/benchmarks/results/train_step*.md
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What is known of a training stage before it runs: (what, words for a person), and bytes by what takes them."""
-
-    lines: list[tuple[str, str]]
-    memory: dict[str, float]
-
-
 def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int = 1) -> None:
     """Prints all of it to stdout.
 
@@ -53,17 +45,17 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
         processes: of the training, one a device.
     """
     _show_values(recipe, given)
-    _print("")
     if not Path(recipe.model.base).exists():
         _ask_hub_once()
+    console.out.print()
     for name, (state, changes) in plan("eval", recipe, run_dir).items():
         _print(f"{WORDS[state]} {'; '.join(changes)}", name)
         if (name, state) == ("prepare", "new"):
             run_dir.inputs(name, recipe)  # says which files are not there
     for name in ("sft", "align"):
         if getattr(recipe, name) is not None:
-            _print("")
-            for label, text in examine(name, recipe, run_dir, processes).lines:
+            console.out.print()
+            for label, text in examine(name, recipe, run_dir, processes)[0]:
                 _print(text, label)
 
 
@@ -99,20 +91,25 @@ def _print(text: str, label: str = "", indent: int = 12) -> None:
     console.out.print("\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)), markup=False)
 
 
-def examine(name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Examined:
-    """What is known of the stage "sft" or "align" before it runs, and what usually goes wrong with such a one."""
+def examine(
+    name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1
+) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    """What is known of the stage "sft" or "align" before it runs, and what usually goes wrong with such a one.
+
+    Returns:
+        (what, words for a person) a line; and the bytes of each device by what takes them, if the base can be read.
+    """
     settings, device = getattr(recipe, name), device_of_environment()
-    memory: dict[str, float] = {}
     loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
-    beta = getattr(loss, "beta", 1.0) / getattr(type(loss)(), "beta", 1.0)
-    facts = Facts(name, recipe.model.lora is not None, settings.learning_rate, beta, room=room(device))
-    longest, bounds, passed = recipe.data.max_length, (0, 2**31), None
+    longest, bounds, passed = recipe.data.max_length, (0, 2**31), 0.0
+    known: dict[str, Any] = {"room": room(device)}  # of what `advice` asks
+    memory: dict[str, float] = {}
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
         stores = open_stores(name, recipe, run_dir)
         longest, whole = longest_sequence(stores), np.sort(_lengths(stores[0], "response").sum(axis=1))
         bounds = int(whole[-1]), int(whole[-settings.batch_size :].sum())  # a step with all metrics reads all of them
-        line, passed, known = _count(recipe, name, run_dir, loss, stores)
-        lines, facts = [(name, line)], replace(facts, **known)
+        line, passed, of_pairs = _count(recipe, name, run_dir, loss, stores)
+        lines, known = [(name, line)], known | of_pairs
     else:
         lines = [(name, "pairs, tokens and steps are known once `tbpo prepare` has read the rows")]
     try:
@@ -125,16 +122,17 @@ def examine(name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> E
             lines.append(("processes", f"{processes}, {'fsdp' if is_sharded else 'ddp'}: {why}"))
         lines += _choices(policy, loss, settings.layout, longest)
         memory, tokens = foresee(policy, recipe.model, settings, device, processes if is_sharded else 1, bounds)
+        known |= {"weights": sum(p.numel() for p in policy.model.parameters()), "memory": sum(memory.values())}
         parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
-        said = f"about {sum(memory.values()) / 1e9:.1f} of {room(device) / 1e9:.0f} GB on each {device.type}"
+        said = f"about {known['memory'] / 1e9:.1f} of {known['room'] / 1e9:.0f} GB on each {device.type}"
         lines.append(("memory", f"{said}, with {tokens:,} tokens at a time: {parts}"))
-        if passed is not None:
+        if passed:
             needed = operations(policy, settings.activation_checkpointing) / processes
             dtype = policy.autocast or policy.model.dtype
             lines.append(("time", _time(run_dir.stage(name), passed, needed, device, dtype)))
-        weights = sum(p.numel() for p in policy.model.parameters())
-        facts = replace(facts, weights=weights, memory=sum(memory.values()))
-    return Examined(lines + [("WARNING", warning) for warning in advice(facts)], memory)
+    beta = getattr(loss, "beta", 1.0) / getattr(type(loss)(), "beta", 1.0)
+    warnings = advice(name, recipe.model.lora is not None, settings.learning_rate, beta, **known)
+    return lines + [("WARNING", warning) for warning in warnings], memory
 
 
 def policy_on_meta(name: str, recipe: Recipe, loss: Loss, device: torch.device) -> Policy:
@@ -164,10 +162,9 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 def _count(
     recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: tuple[PairStore, PairStore]
 ) -> tuple[str, float, dict[str, Any]]:
-    """What is in the prepared pairs: a line, the tokens that pass through the model, and what is known for `Facts`."""
+    """Of the prepared pairs: a line, the tokens that pass through the model, and what `advice` asks about them."""
     settings, manifest = getattr(recipe, name), run_dir.manifest("prepare")
     assert manifest is not None
-    counts = manifest["counts"]
     train, held_out = (_lengths(store, loss.span) for store in stores)
     batch = settings.batch_size
     steps = num_steps(len(train), batch, settings.epochs, settings.max_steps)
@@ -178,6 +175,7 @@ def _count(
         f"{train.sum() * visits:,.0f} tokens; mean tokens of a pair that the loss reads: "
         f"prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}"
     )
+    counts = manifest["counts"]
     cut = sum(count["rejected"].get("overlong", 0) + count["noted"].get("cut", 0) for count in counts)
     known = {"visits": visits, "held_out": len(held_out), "cut": cut / max(1, sum(count["rows"] for count in counts))}
     if name == "align" and stores[0].has_rejected:

@@ -24,18 +24,16 @@ def write(name: str, folder: Path) -> list[Path]:
         TbpoError: if there is no such recipe, or something of that name is there already.
     """
     if name not in descriptions():
-        raise TbpoError(
-            f"there is no recipe {name!r}", expected=f"one of {', '.join(descriptions())}", fix="tbpo init lists them"
-        )
+        names = f"one of {', '.join(descriptions())}"
+        raise TbpoError(f"there is no recipe {name!r}", expected=names, fix="tbpo init lists them")
     sources = [source for source in (FOLDER / f"{name}.toml", FOLDER / name) if source.exists()]
-    for source in sources:
-        if (folder / source.name).exists():
-            raise TbpoError(
-                f"{source.name} is there already", str(folder), "a folder without it", "move it away, or go elsewhere"
-            )
-    for source in sources:
+    targets = [folder / source.name for source in sources]
+    if there := next((target.name for target in targets if target.exists()), None):
+        fix = "move it away, or go elsewhere"
+        raise TbpoError(f"{there} is there already", str(folder), "a folder without it", fix)
+    for source, target in zip(sources, targets, strict=True):
         if source.is_dir():
-            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copyfile(source, folder / source.name)
-    return [folder / source.name for source in sources]
+            shutil.copyfile(source, target)
+    return targets

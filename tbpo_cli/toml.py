@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,19 @@ PATHS = {
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a recipe's file. Raises TbpoError if there is none, or if it is not TOML."""
+    where, expected = str(path), "a TOML file"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = sorted(map(str, path.parent.glob("*.toml")))
         near = difflib.get_close_matches(str(path), there, n=1)
         fix = f"did you mean {near[0]}?" if near else f"recipes in that folder: {', '.join(there) or 'none'}"
-        what, where, expected = "there is no such recipe", str(path), "a TOML file"
+        what = "there is no such recipe"
     except OSError as error:
         reason = "is a folder" if isinstance(error, IsADirectoryError) else f"cannot be read: {error.strerror}"
-        what, where, expected, fix = f"the recipe {reason}", str(path), "a TOML file", "give one that can be read"
+        what, fix = f"the recipe {reason}", "give one that can be read"
     except UnicodeDecodeError as error:
-        what, where = "the recipe is not UTF-8 text", f"{path}, byte {error.start}"
-        expected, fix = "a TOML file", "save it as UTF-8"
+        what, where, fix = "the recipe is not UTF-8 text", f"{path}, byte {error.start}", "save it as UTF-8"
     except tomllib.TOMLDecodeError as error:
         what, where = "the recipe is not valid TOML", f"{path}: {error}"
         expected, fix = "key = value lines under [table] headings", 'mend that line; text needs quotes: key = "text"'
@@ -62,21 +64,16 @@ def apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> list[Tbp
     faults = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        names = key.strip().split(".")
-        if not equals or len(names) < 2 or not all(names):
-            faults.append(
-                TbpoError("--set is not understood", f"--set {override}", "table.key=value", "e.g. --set run.seed=1")
-            )
-            continue
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        one: dict[str, Any] = {names[-1]: value}
-        for name in reversed(names[:-1]):
-            one = {name: one}
-        resolve_paths(one, Path.cwd())
-        _merge(raw, one)
+        one: dict[str, Any] = {}
+        for value in (text, json.dumps(text, ensure_ascii=False)):  # TOML or, if it is none, bare text
+            with suppress(tomllib.TOMLDecodeError):
+                one = one or tomllib.loads(f"{key} = {value}")
+        if one and equals and "." in key:
+            resolve_paths(one, Path.cwd())
+            _merge(raw, one)
+        else:
+            where, fix = f"--set {override}", "e.g. --set run.seed=1"
+            faults.append(TbpoError("--set is not understood", where, "table.key=value", fix))
     return faults
 
 
@@ -93,20 +90,19 @@ def is_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or Path(source).suffix in FILE_SUFFIXES or source.count("/") > 1
 
 
-def resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+def resolve_paths(table: dict[str, Any], folder: Path, prefix: str = "") -> None:
     """Makes the local paths among PATHS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
-    for key in PATHS:
-        *names, leaf = key.split(".")
-        owner: Any = raw
-        for name in names:
-            owner = owner.get(name) if isinstance(owner, dict) else None
-        if not isinstance(owner, dict) or leaf not in owner or (key, owner[leaf]) == ("sample.prompts", "eval"):
-            continue  # "eval" means the held-out pairs, also where there is a folder of that name
-        value = owner[leaf]
+    for name, value in table.items():
+        key = prefix + name
+        if (key, value) == ("sample.prompts", "eval"):
+            continue  # the held-out pairs, also where there is a folder of that name
         if key in SOURCE_KEYS and isinstance(value, str | dict | list):
             listed = value if isinstance(value, list) else [value]
             value = [{"path": source} if isinstance(source, str) else source for source in listed]
-        owner[leaf] = _resolve(value, folder)
+        if key in PATHS:
+            table[name] = _resolve(value, folder)
+        elif isinstance(value, dict):
+            resolve_paths(value, folder, f"{key}.")
 
 
 def _resolve(value: Any, folder: Path) -> Any:

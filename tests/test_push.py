@@ -93,13 +93,14 @@ def card_of(server, repo="me/tuned"):
 
 
 def test_one_commit_holds_the_adapter_its_card_and_what_it_was_made_with(made, run, server, capsys):
-    publish(made, run)
+    publish(made, run, f"eval.scorer=python:{made[0].parent}/mine.py:score")
     repo = server.root / "models/me/tuned"
     assert {path.name for path in repo.iterdir()} == FILES
     assert len(server.heads[repo]) == 1
     config = json.loads((repo / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
     assert (recipe := load_recipe(repo / "recipe.toml").model).base == "org/base" and recipe.revision == COMMIT
+    assert 'scorer = "python:mine.py:score"' in (repo / "recipe.toml").read_text()
     receipt = json.loads((run / "push/receipt.json").read_text())
     assert receipt["commit"] == server.heads[repo][0] and set(receipt["sha256"]) == FILES
     texts = "".join(path.read_text() for path in repo.iterdir() if path.suffix != ".safetensors")
@@ -170,9 +171,10 @@ def test_a_dry_run_shows_files_and_card_and_asks_nothing(made, run, server, caps
     assert server.requests == [] and not (run / "push/receipt.json").exists()
 
 
-def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made, run, server, base):
+def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made, run, server, base, monkeypatch):
+    monkeypatch.setattr(push, "SHARD_SIZE", "20KB")
     (server.root / "models/org/base/LICENSE").write_text("as you like")
-    publish(made, run, *(merged := ("push.merge=true", "push.max_shard_size=20KB")))
+    publish(made, run, "push.merge=true")
     repo = server.root / "models/me/tuned"
     names = {path.name for path in repo.iterdir()}
     assert {
@@ -190,7 +192,7 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(repo)(input_ids=ids).logits, expected, atol=1e-5)
     (config,) = run.glob("push/merged-*/config.json")
     made_at = config.stat().st_mtime_ns
-    publish(made, run, *merged)
+    publish(made, run, "push.merge=true")
     assert config.stat().st_mtime_ns == made_at and len(server.heads[repo]) == 1, "merged once"
 
 

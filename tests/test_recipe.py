@@ -1,7 +1,10 @@
 """A recipe is checked as a whole, completed with every default, and means the same when it is written out."""
 
+from pathlib import Path
+
 import pytest
 
+from tbpo_cli.cli import Call
 from tbpo_cli.core import GENERATORS, LOSSES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source, load_recipe
@@ -113,8 +116,19 @@ def test_set_takes_toml_values_and_bare_text(load):
     recipe = load(SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}")
     assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (7, "dpo", 1e-4)
     assert recipe.model.lora.r == 8
-    with pytest.raises(TbpoError, match="--set is not understood"):
-        load(SMALL, "seed")
+    for text in ("", "=", "a b # [c]", "[1", 'a "b" \\'):
+        assert load(SMALL, f"push.card=/{text}").push.card == str(Path(f"/{text}").resolve()), (
+            "bare text, whatever is in it"
+        )
+    for override in ("seed", "seed=1", "run.seed", "#run.seed=1", "run seed.x=1", ".seed=1", "=1"):
+        with pytest.raises(TbpoError, match="--set is not understood"):
+            load(SMALL, override)
+
+
+def test_options_that_are_keys_by_another_name_take_any_text(load):
+    call = Call(Path("x.toml"), adapter='./🙂 "a"', against=["me/é", "b\\n"], sets=["run.seed=3"])
+    recipe = load(SMALL, *call.overrides)
+    assert Path(recipe.sample.adapter).name == '🙂 "a"' and recipe.eval.against == ("me/é", "b\\n")
 
 
 def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_folder(load, tmp_path, monkeypatch):

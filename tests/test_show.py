@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import preference_rows, run_stage, write_jsonl
 
-from tbpo_cli.advice import RATES, Facts, advice
+from tbpo_cli.advice import RATES, advice
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.recipe import load_recipe, sources
 from tbpo_cli.run import RunDir
@@ -75,7 +75,7 @@ HEADS = {
 
 @pytest.mark.parametrize("overrides", HEADS)
 def test_the_way_through_the_head_is_named(recipe_file, tmp_path, overrides):
-    lines = dict(examine("align", load_recipe(recipe_file, overrides), RunDir(tmp_path)).lines)
+    lines = dict(examine("align", load_recipe(recipe_file, overrides), RunDir(tmp_path))[0])
     assert HEADS[overrides] in lines["head"]
     assert ("metrics only" in lines["reference"]) == ("align.loss.name=simpo" in overrides)
 
@@ -89,7 +89,7 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
         "sft.toml": ("a frozen copy of the SFT adapter", "no policy logits"),
     }
     for name, (reference, head) in cases.items():
-        lines = dict(examine("align", load_recipe(tmp_path / name), RunDir(tmp_path / "run")).lines)
+        lines = dict(examine("align", load_recipe(tmp_path / name), RunDir(tmp_path / "run"))[0])
         assert lines["reference"] == reference and head in lines["head"]
     for name, count in (("full.toml", 3), (recipe_file.name, 0)):
         recipe = load_recipe(tmp_path / name, ("align.loss.name=tis_dpo",))
@@ -175,7 +175,7 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
-FACTS = Facts("align", True, 5e-6, 1.0, 7e9, memory=1e9, room=2e9)
+FACTS = {"stage": "align", "lora": True, "rate": 5e-6, "beta": 1.0, "weights": 7e9, "memory": 1e9, "room": 2e9}
 SAID = {
     "nothing is wrong": ({}, []),
     "what suits LoRA is too high for all weights": ({"lora": False, "rate": 5e-5}, ["all weights take a tenth"]),
@@ -197,7 +197,7 @@ SAID = {
 @pytest.mark.parametrize("case", SAID)
 def test_what_usually_goes_wrong_is_said(case):
     changes, expected = SAID[case]
-    said = advice(replace(FACTS, **changes))
+    said = advice(**FACTS | changes)
     assert len(said) == len(expected)
     for line, part in zip(said, expected, strict=True):
         assert part in line

@@ -16,17 +16,19 @@ from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.toml import TOKENIZER_FILES, WEIGHT_FILES
 
+SHARD_SIZE = "5GB"  # of a file of merged weights
+
 
 def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluated: bool = False) -> None:
     """Publishes a complete run, and writes push/receipt.json; a dry run shows files and card instead, all offline.
 
-    Raises:
-        TbpoError: if the run is not complete or not evaluated, or cannot be published.
+    Raises TbpoError if the run is not complete or not evaluated, or cannot be published.
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     manifests, results = _manifests(recipe, run_dir), _results(run_dir, allow_unevaluated)
-    if recipe.push.repo is None and not dry_run:
+    repo = recipe.push.repo or ""
+    if not (repo or dry_run):
         raise TbpoError("push.repo is missing", "[push] repo", '"user/name"', "--set push.repo=user/name")
     with run_dir.lock(), told_as_unwritable(run_dir.path):
         base = hub.published_base(recipe, manifests["align"], online=not dry_run)
@@ -38,8 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluate
         if results is not None:
             texts["results.json"] = _without_folders(json.dumps(results, indent=1, ensure_ascii=False))
         hub.check_no_secret(texts)
-        if not dry_run:
-            hub.open_repository(recipe, card)
+        head = "" if dry_run else hub.open_repository(repo, recipe, card)
         files = {name: text.encode() for name, text in texts.items()} | _weights(recipe, run_dir, base)
         if dry_run:
             sizes = [[name, f"{len(f) if isinstance(f, bytes) else f.stat().st_size:,}"] for name, f in files.items()]
@@ -48,11 +49,11 @@ def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluate
             return
         path = run_dir.stage("push") / "receipt.json"
         before = read_sealed(path) or {}
-        old = before["sha256"] if before.get("repo") == recipe.push.repo else ()
-        receipt, is_new = hub.publish(recipe, files, old)
+        old = before["sha256"] if before.get("repo") == repo else ()
+        receipt = hub.publish(repo, f"{recipe.run.name}, by tbpo", files, old)
         path.parent.mkdir(exist_ok=True)
         write_sealed(path, receipt)
-    told = "published, and read back" if is_new else "unchanged, the Hub has all of it"
+    told = "unchanged, the Hub has all of it" if receipt["commit"] == head else "published, and read back"
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
     console.out.print(receipt["url"], markup=False)
 
@@ -83,7 +84,7 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
 
 def _without_folders(text: str) -> str:
     """Of the files and folders of this machine only their names: where they lie is nobody's business."""
-    return re.sub(r'"/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1"', text)
+    return re.sub(r'"(python:)?/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1\2"', text)
 
 
 def _weights(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> hub.Files:
@@ -105,11 +106,11 @@ def _merged(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> Path:
     """The merged weights' folder, made unless it is there already, from the same weights."""
     from tbpo_cli.model.merge import merge_adapter
 
-    model, size, align = recipe.model, recipe.push.max_shard_size, run_dir.outputs_hash("align")
-    folder = run_dir.stage("push") / f"merged-{align[:12]}-{base.revision[:12]}-{size}"
+    model = recipe.model
+    folder = run_dir.stage("push") / f"merged-{run_dir.outputs_hash('align')[:12]}-{base.revision[:12]}"
     if not folder.exists():
         console.say("merging the adapter into the base …")
         model = model if Path(model.base).is_absolute() else replace(model, revision=base.revision)
-        merge_adapter(model, run_dir.weights("align"), part := folder.with_name(f".{folder.name}"), size)
+        merge_adapter(model, run_dir.weights("align"), part := folder.with_name(f".{folder.name}"), SHARD_SIZE)
         part.rename(folder)
     return folder

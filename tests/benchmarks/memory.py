@@ -75,7 +75,7 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
         for stage in ("prepare", "align"):
             peak = run(stage, folder)
         recipe = load_recipe(folder / "recipe.toml")
-        memory = examine("align", recipe, RunDir(folder / "run")).memory
+        _, memory = examine("align", recipe, RunDir(folder / "run"))
         if torch.cuda.is_available():
             peak = max(line.get("peak_memory_gb", 0) for line in read_metrics(folder / "run/align/metrics.jsonl"))
     foretold = sum(memory.values()) / 1e9
