@@ -233,9 +233,12 @@ def test_changed_rows_are_noticed_and_touched_or_moved_ones_are_not(recipe_file,
     assert f"data.train: the content of {mine} changed" in str(error.value)
 
 
-def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_path):
-    result = tbpo("align", recipe_file, "--run-dir", "run", "--dry-run")
-    assert (result.returncode, result.stdout.splitlines()) == (0, ["prepare: would run", "align: would run"])
+@pytest.mark.parametrize("stages", [["prepare", "align"], ["prepare", "align", "sample"]], ids=["align", "prompt"])
+def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_path, stages):
+    """Also of a prompt that is to be answered."""
+    prompt = ["--prompt", "Hello"] if stages[-1] == "sample" else []
+    result = tbpo(stages[-1], recipe_file, "--run-dir", "run", "--dry-run", *prompt)
+    assert (result.returncode, result.stdout.splitlines()) == (0, [f"{stage}: would run" for stage in stages])
     assert not (tmp_path / "run").exists()
 
 
