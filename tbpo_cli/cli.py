@@ -98,8 +98,7 @@ class Call:
 
     def processes(self) -> Processes:
         """Those that the stage is to run in."""
-        flags, environment = tuple(self.flags or ()), dict(os.environ)
-        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags, environment)
+        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, self.flags or [])
 
 
 RUN = ("recipe", "sets", "run_dir")

@@ -165,9 +165,7 @@ def _count(
     recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: tuple[PairStore, PairStore]
 ) -> tuple[str, float, dict[str, Any]]:
     """What is in the prepared pairs: a line, the tokens that pass through the model, and what is known for `Facts`."""
-    settings, manifest = getattr(recipe, name), run_dir.manifest("prepare")
-    assert manifest is not None
-    counts = manifest["counts"]
+    settings, counts = getattr(recipe, name), run_dir.manifest("prepare")["counts"]
     train, held_out = (_lengths(store, loss.span) for store in stores)
     batch = settings.batch_size
     steps = num_steps(len(train), batch, settings.epochs, settings.max_steps)
