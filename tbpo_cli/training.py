@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tbpo_cli import console
 from tbpo_cli.core.head import REFERENCE_FREE
@@ -24,9 +23,6 @@ from tbpo_cli.train.loop import TrainingRun
 from tbpo_cli.train.memory import room
 from tbpo_cli.train.trackers import open_trackers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     """Trains "sft" or "align", and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
@@ -36,13 +32,14 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     """
     started, settings, stores = time.monotonic(), getattr(recipe, name), open_stores(name, recipe, run_dir)
     if loss.span != "chosen" and not all(store.has_rejected for store in stores):
-        raise TbpoError(
-            "the rows have no rejected responses",
-            "data.train or data.eval",
-            "preference pairs, with a chosen and a rejected response",
-            "demonstrations are for `tbpo sft`",
-        )
-    tokenizer = _open_tokenizer(recipe, run_dir)
+        what, where = "the rows have no rejected responses", "data.train or data.eval"
+        expected = "preference pairs, with a chosen and a rejected response"
+        raise TbpoError(what, where, expected, "demonstrations are for `tbpo sft`")
+    tokenizer = load_tokenizer(recipe.model)
+    if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
+        what = "the tokenizer or its chat template is another one than the pairs were prepared with"
+        fix = "tbpo prepare RECIPE --restart, or name the old one as model.revision"
+        raise TbpoError(what, f"model.base = {recipe.model.base!r}", "the same tokenizer for all stages", fix)
     group, device = Group.of_environment(), device_of_environment()
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
     group.gather(None)
@@ -82,21 +79,6 @@ def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, 
     return PairStore(folder / settings.split, settings.reverse), PairStore(folder / "eval", settings.reverse)
 
 
-def _open_tokenizer(recipe: Recipe, run_dir: RunDir) -> PreTrainedTokenizerFast:
-    """The base's tokenizer. Raises TbpoError if the pairs were made with another one."""
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = run_dir.manifest("prepare")
-    assert prepared is not None
-    if fingerprint(tokenizer) != prepared["tokenizer"]:
-        raise TbpoError(
-            "the tokenizer or its chat template is another one than the pairs were prepared with",
-            f"model.base = {recipe.model.base!r}",
-            "the same tokenizer for all stages",
-            "tbpo prepare RECIPE --restart, or name the old one as model.revision",
-        )
-    return tokenizer
-
-
 def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, device: torch.device) -> Policy:
     """The policy in its starting state, with the frozen models that the loss compares it with."""
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
@@ -105,20 +87,16 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, 
     policy = load_policy(recipe, device, sft_output, not loss.needs <= REFERENCE_FREE, home)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
-            key = f"align.loss.{view}"
-            add_helper(policy, view, getattr(loss, view), recipe.model, device, home, key)
+            add_helper(policy, view, getattr(loss, view), recipe.model, device, home, f"align.loss.{view}")
     return policy
 
 
 def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model: Model) -> None:
     embeddings = policy.model.get_input_embeddings().weight.shape[0]
     if (largest := max(store.largest_id for store in stores)) >= embeddings:
-        raise TbpoError(
-            f"the tokenizer has an id that the model has no embedding for: {largest}",
-            f"model.base = {model.base!r}",
-            f"ids below {embeddings:,}, as the model's config says",
-            "take the tokenizer that belongs to the model",
-        )
+        what = f"the tokenizer has an id that the model has no embedding for: {largest}"
+        expected = f"ids below {embeddings:,}, as the model's config says"
+        raise TbpoError(what, f"model.base = {model.base!r}", expected, "take the tokenizer that belongs to the model")
 
 
 def _place(policy: Policy, wanted: str, model: Model, device: torch.device, group: Group) -> DeviceMesh | None:
@@ -127,7 +105,7 @@ def _place(policy: Policy, wanted: str, model: Model, device: torch.device, grou
     kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
     console.say(f"{kept}: {reason}")
     if is_sharded:
-        return group.mesh(device)
+        return init_device_mesh(device.type, (group.size,))
     policy.move_to(device)
     return None
 
@@ -149,12 +127,8 @@ def choose_sharding(policy: Policy, wanted: str, model: Model, device: torch.dev
 def _reference_key(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device) -> str:
     """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
     started = run_dir.started_from(name)
-    assert started is not None
-    settings = {
-        key: value
-        for key, value in started["settings"].items()
-        if key.startswith(("run.seed", "model.")) and not key.startswith("model.lora.")
-    }
+    of_model = (key for key in started["settings"] if key.startswith(("run.seed", "model.")))
+    settings = {key: started["settings"][key] for key in of_model if not key.startswith("model.lora.")}
     base = started["files"].get("model.base", {}) | started["files"].get("model.adapter", {})
     parts = {
         "model": [settings, [file["sha256"] for file in base.values()], str(compute_dtype(recipe.model, device))],

@@ -30,18 +30,16 @@ def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, l
         TbpoError: for `sft`, if the recipe has no [sft].
     """
     if target == "sft" and recipe.sft is None:
-        raise TbpoError(
-            "the recipe has no SFT stage", f"run {recipe.run.name}", "a table [sft]", "add [sft], it may be empty"
-        )
+        what, where = "the recipe has no SFT stage", f"run {recipe.run.name}"
+        raise TbpoError(what, where, "a table [sft]", "add [sft], it may be empty")
     states: dict[str, tuple[str, list[str]]] = {}
     for name in [*run_dir.needed(target, recipe), target]:
-        changes = run_dir.changes(name, recipe)
-        if run_dir.started_from(name) is None:
-            state = "new"
-        elif changes:
-            state = "changed" if run_dir.has_results(name) else "stale"
+        changes, is_complete = run_dir.changes(name, recipe), bool(run_dir.manifest(name))
+        if changes:
+            has_results = is_complete or any(run_dir.stage(name).glob("checkpoints/step-*"))
+            state = "changed" if has_results else "stale"
         else:
-            state = "begun" if run_dir.manifest(name) is None else "done"
+            state = "done" if is_complete else "begun" if run_dir.started_from(name) else "new"
         states[name] = (state, changes)
     return states
 
@@ -79,7 +77,7 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         return
     if processes.machine_rank > 0:
         for name in states:
-            if STAGES[name].parallel and run_dir.manifest(name) is None:
+            if STAGES[name].parallel and not run_dir.manifest(name):
                 join_workers(name, run_dir, processes)
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
@@ -90,7 +88,7 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
             anew = states[name][0] in ("stale", "changed") or (restart and name == target)
             if anew and (old := run_dir.set_aside(name)):
                 console.say(f"the old {name} is kept as {old}")
-            if run_dir.manifest(name) is None:
+            if not run_dir.manifest(name):
                 parallel = (processes,) if STAGES[name].parallel else ()
                 module_of(name).run(recipe, run_dir, *parallel)
 
@@ -101,10 +99,7 @@ def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -
     if changed:
         lines = dict.fromkeys(line for changes in changed.values() for line in changes)
         invalidated = list(states)[list(states).index(next(iter(changed))) :]
-        raise TbpoError(
-            f"the inputs of a stage changed since it was run: {', '.join(changed)}",
-            str(run_dir.path),
-            "\n    ".join(["what the stage was made from:", *lines]),
-            f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), or --run-dir DIR "
-            "starts another run",
-        )
+        what = f"the inputs of a stage changed since it was run: {', '.join(changed)}"
+        expected = "\n    ".join(["what the stage was made from:", *lines])
+        anew = f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed)"
+        raise TbpoError(what, str(run_dir.path), expected, f"{anew}, or --run-dir DIR starts another run")
