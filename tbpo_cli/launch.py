@@ -62,13 +62,15 @@ def processes_of(
 ) -> Processes:
     """The processes that the command line asks for; of several machines, what it leaves out is read from SLURM.
 
-    Raises:
-        TbpoError: if it asks for several machines and does not say where the first one is.
+    Raises TbpoError if it asks for several machines and does not say where the first one is.
     """
     job = os.environ
     if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
         nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
-        main_address = main_address or _slurm_address()
+        if not main_address:  # the first host of the job, and a port that the job's number decides
+            command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
+            hosts = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+            main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
     nodes, address = nodes or 1, main_address or ""
     if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in address):
         raise TbpoError(
@@ -78,13 +80,6 @@ def processes_of(
             f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500",
         )
     return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
-
-
-def _slurm_address() -> str:
-    """The first host of the job, and a port that the job's number decides."""
-    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
-    hosts = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return f"{hosts.split()[0]}:{29500 + int(os.environ.get('SLURM_JOB_ID', 0)) % 1000}"
 
 
 def run_or_launch(
@@ -110,9 +105,7 @@ def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
 def _run_workers(folder: Path, processes: Processes) -> None:
     """Runs the stage of a folder in several processes, and waits for them. They read recipe.toml beside the folder.
 
-    Raises:
-        TbpoError: if there are fewer GPUs than processes, or a worker was killed.
-        ToldError: if a worker failed with a message of its own.
+    Raises TbpoError if there are fewer GPUs than processes or a worker was killed, ToldError if one has told of it.
     """
     import torch
 

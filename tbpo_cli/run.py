@@ -48,13 +48,8 @@ STAGES = {  # by the command, which is also the folder in the run directory
 
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
 FREE_KEYS = {
-    "data.max_reject_fraction",
-    "data.workers",
-    "sample.batch_size",
-    "sample.endpoint",
-    "eval.gate",
-    "eval.judge.concurrency",
-    "eval.judge.timeout",
+    "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
+    "eval.gate", "eval.judge.concurrency", "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every",
         "activation_checkpointing", "sharding")),
@@ -82,11 +77,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes this process the one writer of the run for the time of the context. The kernel ends the lock with it.
-
-        Raises:
-            TbpoError: if another process has it, with its pid and host.
-        """
+        """Makes this process the one writer of the run; TbpoError names another. The kernel ends the lock with it."""
         path, host = self.path / "lock", platform.node()
         with told_as_unwritable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -120,11 +111,7 @@ class RunDir:
         return read_sealed(self.stage(name) / "inputs.json")
 
     def inputs(self, name: str, recipe: Recipe) -> dict[str, Any]:
-        """The inputs a stage would be started with now: settings, hashes of files, outputs of other stages.
-
-        Raises:
-            TbpoError: if a file that the recipe names is not there.
-        """
+        """What a stage would start from now: settings, hashes of files (TbpoError without one), results of others."""
         stage, given = STAGES[name], recipe.settings()
         settings = {key: value for key, value in given.items() if key.startswith(stage.tables) and key not in FREE_KEYS}
         known = self.started_from(name).get("files", {})
@@ -181,17 +168,14 @@ class RunDir:
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:
         """Writes a stage's manifest, its last act: from now on it is complete."""
         folder = self.stage(name)
-        write_sealed(
-            folder / "manifest.json",
-            {
-                "stage": name,
-                "inputs": self.started_from(name),
-                "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
-                "versions": {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}},
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                **facts,
-            },
-        )
+        manifest = {
+            "stage": name,
+            "inputs": self.started_from(name),
+            "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
+            "versions": {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_sealed(folder / "manifest.json", manifest | facts)
 
     def set_aside(self, name: str) -> Path | None:
         """Moves a stage's folder to NAME.old-1 (or the next free number); returns where it is now."""

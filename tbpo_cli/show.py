@@ -29,7 +29,7 @@ from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.stages import WORDS, plan
 from tbpo_cli.stages.align import loss_of
-from tbpo_cli.train.group import device_of_environment
+from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import foresee, matrix_rate, operations, room
 from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.training import choose_sharding, open_stores
@@ -101,7 +101,7 @@ def _print(text: str, label: str = "", indent: int = 12) -> None:
 
 def examine(name: str, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Examined:
     """What is known of the stage "sft" or "align" before it runs, and what usually goes wrong with such a one."""
-    settings, device = getattr(recipe, name), device_of_environment()
+    settings, device = getattr(recipe, name), Group.of_environment().device
     memory: dict[str, float] = {}
     loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
     beta = getattr(loss, "beta", 1.0) / getattr(type(loss)(), "beta", 1.0)

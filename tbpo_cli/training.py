@@ -18,7 +18,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
 from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
-from tbpo_cli.train.group import Group, device_of_environment
+from tbpo_cli.train.group import Group
 from tbpo_cli.train.loop import TrainingRun
 from tbpo_cli.train.memory import room
 from tbpo_cli.train.trackers import open_trackers
@@ -27,8 +27,7 @@ from tbpo_cli.train.trackers import open_trackers
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     """Trains "sft" or "align", and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
 
-    Raises:
-        TbpoError: if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
+    Raises TbpoError if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
     """
     started, settings, stores = time.monotonic(), getattr(recipe, name), open_stores(name, recipe, run_dir)
     if loss.span != "chosen" and not all(store.has_rejected for store in stores):
@@ -40,14 +39,14 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
         what = "the tokenizer or its chat template is another one than the pairs were prepared with"
         fix = "tbpo prepare RECIPE --restart, or name the old one as model.revision"
         raise TbpoError(what, f"model.base = {recipe.model.base!r}", "the same tokenizer for all stages", fix)
-    group, device = Group.of_environment(), device_of_environment()
+    group = Group.of_environment()
     folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
     group.gather(None)
     torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{name}: loading {recipe.model.base}")
-    policy = _load(name, recipe, run_dir, loss, group, device)
+    policy = _load(name, recipe, run_dir, loss, group)
     _check_embeddings(policy, stores, recipe.model)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else group.device.type
     trained = sum(parameter.numel() for parameter in policy.trained.values())
     console.say(
         f"{name}: training {trained:,} weights on {f'{group.size} × ' if group.size > 1 else ''}{where}; "
@@ -55,13 +54,11 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     )
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
-    mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, device, group)
-    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, device)}.f32"
+    mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
+    reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, group.device)}.f32"
     names = recipe.run.trackers if group.is_main else ()
     with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
-        TrainingRun(
-            policy, loss, settings, *stores, folder, recipe.run.seed, device, reference, group, tell, mesh
-        ).run()
+        TrainingRun(policy, loss, settings, *stores, folder, recipe.run.seed, reference, group, tell, mesh).run()
     weights = run_dir.weights(name)
     outputs = policy.save(weights, group.is_main)
     if not group.is_main:
@@ -79,15 +76,15 @@ def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, 
     return PairStore(folder / settings.split, settings.reverse), PairStore(folder / "eval", settings.reverse)
 
 
-def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, device: torch.device) -> Policy:
+def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) -> Policy:
     """The policy in its starting state, with the frozen models that the loss compares it with."""
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
     # Where several processes may share the weights out, one of them alone need not have room for all.
-    home = device if group.size == 1 or recipe.model.quantization is not None else torch.device("cpu")
-    policy = load_policy(recipe, device, sft_output, not loss.needs <= REFERENCE_FREE, home)
+    home = group.device if group.size == 1 or recipe.model.quantization is not None else torch.device("cpu")
+    policy = load_policy(recipe, group.device, sft_output, not loss.needs <= REFERENCE_FREE, home)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
-            add_helper(policy, view, getattr(loss, view), recipe.model, device, home, f"align.loss.{view}")
+            add_helper(policy, view, getattr(loss, view), recipe.model, group.device, home, f"align.loss.{view}")
     return policy
 
 
@@ -99,14 +96,14 @@ def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model
         raise TbpoError(what, f"model.base = {model.base!r}", expected, "take the tokenizer that belongs to the model")
 
 
-def _place(policy: Policy, wanted: str, model: Model, device: torch.device, group: Group) -> DeviceMesh | None:
+def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:
     """The mesh over which several processes will share the weights out; None if they do not: the models are moved."""
-    is_sharded, reason = choose_sharding(policy, wanted, model, device)
+    is_sharded, reason = choose_sharding(policy, wanted, model, group.device)
     kept = "the processes share the weights out (fsdp)" if is_sharded else "each process has all weights (ddp)"
     console.say(f"{kept}: {reason}")
     if is_sharded:
-        return init_device_mesh(device.type, (group.size,))
-    policy.move_to(device)
+        return init_device_mesh(group.device.type, (group.size,))
+    policy.move_to(group.device)
     return None
 
 

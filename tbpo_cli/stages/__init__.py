@@ -24,10 +24,8 @@ def module_of(name: str) -> ModuleType:
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
     """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
 
-    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
-
-    Raises:
-        TbpoError: for `sft`, if the recipe has no [sft].
+    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet. Raises TbpoError for `sft`
+    if the recipe has no [sft].
     """
     if target == "sft" and recipe.sft is None:
         what, where = "the recipe has no SFT stage", f"run {recipe.run.name}"
@@ -66,9 +64,8 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         processes: how the stages that can do so run. Of several machines the first prepares, and the others join it.
         restart: move the folders of `target`, and of needed stages whose inputs changed, aside, and begin anew.
 
-    Raises:
-        TbpoError: if a stage on the way was made from other inputs and `restart` is False, if another process works
-            in the run directory, or if that cannot be written.
+    Raises TbpoError if a stage on the way was made from other inputs and `restart` is False, if another process works
+    in the run directory, or if that cannot be written.
     """
     states = plan(target, recipe, run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):

@@ -72,7 +72,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.data.tokens import Chat, load_tokenizer
     from tbpo_cli.evaluation.bench import Bench, open_models
     from tbpo_cli.train.feed import TokenBudget
-    from tbpo_cli.train.group import Group, device_of_environment
+    from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 
     group = Group.of_environment()
@@ -93,8 +93,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    policy = open_models(recipe, run_dir, candidates, device_of_environment())
-    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device_of_environment())
+    policy = open_models(recipe, run_dir, candidates, group.device)
+    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], group.device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
     bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)

@@ -158,12 +158,13 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
     from tbpo_cli.model.load import load_trained
     from tbpo_cli.model.lora import local_adapter
-    from tbpo_cli.train.group import device_of_environment
+    from tbpo_cli.train.group import Group
 
+    device = Group.of_environment().device
     if recipe.sample.adapter:
-        return load_trained(recipe, device_of_environment(), local_adapter(recipe.sample.adapter), None)
+        return load_trained(recipe, device, local_adapter(recipe.sample.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    return load_trained(recipe, device_of_environment(), run_dir.weights("align"), sft_output)
+    return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
 def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Rows]:

@@ -35,31 +35,29 @@ class Trainee:
 
     def state(self, keep: bool) -> dict[str, Tensor]:
         """Everything as flat, whole tensors, "parameter|NAME" and "optimizer|NAME|KEY"; nothing where not to `keep`."""
-        tensors = {f"parameter|{name}": p.detach() for name, p in self.parameters.items()}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer|{name}|{key}"] = value
+            tensors[f"parameter|{name}"] = parameter.detach()
+            tensors |= {f"optimizer|{name}|{key}": each for key, each in self.optimizer.state[parameter].items()}
         return {name: tensor.contiguous() for name, tensor in gather_all(tensors, keep).items()}
 
     def restore(self, path: Path) -> None:
         """The inverse of `state`, in place, from the file that it was saved to; tensor by tensor."""
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for name, parameter in self.parameters.items():
-                with torch.no_grad():
-                    parameter.copy_(placed_like(file.get_tensor(f"parameter|{name}"), parameter))
-                prefix = f"optimizer|{name}|"
-                state = {key.removeprefix(prefix): file.get_tensor(key) for key in names if key.startswith(prefix)}
-                self.optimizer.state[parameter] = {  # torch keeps "step" on the CPU, the moments beside the parameter
-                    key: placed_like(value, parameter) if value.ndim else value for key, value in state.items()
-                }
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for key in file.keys():  # noqa: SIM118 - no dict
+                kind, name, *state = key.split("|")
+                parameter, value = self.parameters[name], file.get_tensor(key)
+                if kind == "parameter":
+                    parameter.copy_(placed_like(value, parameter))
+                else:  # torch keeps "step" on the CPU, and the moments beside the parameter
+                    value = placed_like(value, parameter) if value.ndim else value
+                    self.optimizer.state[parameter][state[0]] = value
 
 
 def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], writes: bool) -> None:
     """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest KEPT stay. All processes call it.
 
-    Raises:
-        OSError: if there is no room; the checkpoints that were there are as they were.
+    Raises OSError if there is no room; the checkpoints that were there are as they were.
     """
     states = {name: trainee.state(writes) for name, trainee in trainees.items()}
     if not writes:

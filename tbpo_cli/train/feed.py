@@ -23,11 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
 class TokenBudget:
-    """`max_tokens_per_device`, and what becomes of it when memory runs out.
-
-    Attributes:
-        tokens: of a micro-batch, padding included.
-    """
+    """`max_tokens_per_device`, of a micro-batch, padding included; and what becomes of it when memory runs out."""
 
     def __init__(
         self, wanted: int | Literal["auto"], that_fit: int, group: Group, sharded_in: Path | None = None
@@ -40,10 +36,9 @@ class TokenBudget:
     def attempt(self, work: Callable[[int], T]) -> T:
         """The result of `work(tokens)`; all processes repeat it with half as many tokens while one runs out of memory.
 
-        Raises:
-            TbpoError: if the number is the recipe's, or cannot be halved any more.
-            ToldError: if the weights are sharded. The other processes wait in the middle of a pass for this one, and
-                end with it; the launcher finds the halved number in the stage's folder, and starts all of them again.
+        Raises TbpoError if the number is the recipe's or cannot be halved any more, and ToldError if the weights are
+        sharded: the other processes wait in the middle of a pass for this one, and end with it; the launcher finds the
+        halved number in the stage's folder, and starts all of them again.
         """
         while True:
             result, failure = None, None

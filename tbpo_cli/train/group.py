@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 TOGETHER = 32  # gradients that are summed as one tensor
 PATIENCE = timedelta(hours=6)  # with a process that saves or evaluates for long; one that died is noticed at once
 
@@ -27,12 +28,13 @@ class Group:
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU  # where this process computes
 
     @classmethod
     def of_environment(cls) -> Group:
         """The group that the launcher has started this process in."""
-        state = _process_state()
-        return cls(state.process_index, state.num_processes)
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        return cls(state.process_index, state.num_processes, torch.device(state.device))
 
     @property
     def is_main(self) -> bool:
@@ -66,15 +68,6 @@ class Group:
 
 
 ONE = Group()
-
-
-def device_of_environment() -> torch.device:
-    """Where this process computes."""
-    return torch.device(_process_state().device)
-
-
-def _process_state() -> PartialState:
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli import console
@@ -53,7 +52,6 @@ class TrainingRun:
     evaluation: PairStore  # may be empty
     folder: Path  # of the stage, for metrics.jsonl and checkpoints/
     seed: int  # with the step it decides the order of pairs and every random number
-    device: torch.device  # where the model is
     reference: Path | None = None  # a file for log π_ref of the training pairs, named by what it depends on
     group: Group = ONE  # of processes that all run this, with the same arguments
     tell: Tell = lambda split, step, values: None
@@ -66,9 +64,8 @@ class TrainingRun:
     def run(self) -> MetricsLog:
         """Trains to the last step, from the newest checkpoint if there is one.
 
-        Raises:
-            DivergenceError: on a gradient that is not finite, before the optimizer step.
-            Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+        Raises DivergenceError on a gradient that is not finite, before the optimizer step, and Interrupted on SIGINT
+        or SIGTERM, after a checkpoint.
         """
         stepper, checkpoints = self._build(), self.folder / "checkpoints"
         if step := load_newest_checkpoint(checkpoints, stepper.trainees):
@@ -101,7 +98,7 @@ class TrainingRun:
     def _build(self) -> Stepper:
         """The parts of the training, in their state before the first step."""
         settings, model = self.settings, self.policy.model
-        if self.device.type == "cpu":
+        if self.group.device.type == "cpu":
             keep_freed_memory()
         # Some models fail when the layout is tried: not in the middle of a pass of many processes.
         longest = longest_sequence((self.train, self.evaluation))
@@ -113,12 +110,12 @@ class TrainingRun:
         trainees = {"policy": Trainee(self.policy.trained, build_optimizer(settings, self.policy.trained.values()))}
         baseline = None
         if "state_baseline" in self.loss.needs:
-            baseline = StateBaseline(model.get_output_embeddings().weight.shape[1], self.seed).to(self.device)
+            baseline = StateBaseline(model.get_output_embeddings().weight.shape[1], self.seed).to(self.group.device)
             optimizer = build_baseline_optimizer(baseline.parameters())
             trainees["baseline"] = Trainee(dict(baseline.named_parameters()), optimizer)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        fit = tokens_that_fit(kept, self.device)
+        fit = tokens_that_fit(kept, self.group.device)
         sharded_in = self.folder if self.policy.is_sharded else None
         budget = TokenBudget(settings.max_tokens_per_device, fit, self.group, sharded_in)
         return Stepper(self, Scorer.of(self.policy, baseline), trainees, layout, budget, self._open_cache())

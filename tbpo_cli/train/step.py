@@ -52,8 +52,7 @@ class Stepper:
     def step(self, number: int) -> dict[str, float]:
         """An optimizer step (from 0); returns its metrics.
 
-        Raises:
-            DivergenceError: on a loss or gradient that is not finite, before anything changed.
+        Raises DivergenceError on a loss or gradient that is not finite, before anything changed.
         """
         started, run = time.monotonic(), self.run
         batches, totals = self.budget.attempt(lambda tokens: self._accumulate(number, tokens))
@@ -78,7 +77,7 @@ class Stepper:
         seconds, pairs, tokens = time.monotonic() - started, run.settings.batch_size, int(values.pop("num_tokens"))
         values |= {"learning_rate": rate, "pairs": pairs, "tokens": tokens}
         values |= {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "seconds": seconds}
-        return values | {"peak_memory_gb": peak_memory_gb(run.device)}
+        return values | {"peak_memory_gb": peak_memory_gb(run.group.device)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -92,7 +91,7 @@ class Stepper:
             totals, done = [], 0
             with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
                 for batch in self._matched(collate_all(run.evaluation, pairs, tokens, span, self.layout)):
-                    scores = self.scorer.score(batch.to(run.device), run.loss.needs, diagnostics=True)
+                    scores = self.scorer.score(batch.to(run.group.device), run.loss.needs, diagnostics=True)
                     totals.append(measure(scores, run.loss(scores), run.loss))
                     done += len(batch.pair_ids)
                     update(done, "")
@@ -143,7 +142,7 @@ class Stepper:
         run.policy.model.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
-        batch = batch.to(run.device)
+        batch = batch.to(run.group.device)
         reference = None if self.cache is None or full else self._reference_logps(self.cache, batch)
         scores = self.scorer.score(batch, run.loss.needs, full, reference)
         output = run.loss(scores)
@@ -156,7 +155,7 @@ class Stepper:
     def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
         """log π_ref of a batch's tokens, (N,): what the cache knows, and for the rest what the reference says now."""
         known = cache.read(batch.indices)
-        reference, is_new = known.to(self.run.device, non_blocking=True), bool(known.isnan().any())
+        reference, is_new = known.to(self.run.group.device, non_blocking=True), bool(known.isnan().any())
         if any(self.run.group.gather(is_new)) if self.run.policy.is_sharded else is_new:
             reference = torch.where(reference.isnan(), self.scorer.view_logps(REFERENCE, batch), reference)
             self.found[batch.indices] = reference

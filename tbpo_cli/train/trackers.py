@@ -17,17 +17,10 @@ Tell = Callable[[str, int, dict[str, float]], None]
 
 @contextmanager
 def open_trackers(names: tuple[str, ...], project: str, folder: Path, settings: dict[str, Any]) -> Iterator[Tell]:
-    """Opens the named trackers for the time of the context.
+    """Opens the named trackers for the time of the context; yields tell("train" or "eval", step, metrics).
 
-    Args:
-        folder: for trackers that write files.
-        settings: the recipe, which each tracker shows beside the curves.
-
-    Yields:
-        tell("train" or "eval", step, metrics).
-
-    Raises:
-        TbpoError: if the package of one is not installed.
+    They write files into the folder and show the settings beside the curves. Raises TbpoError if the package of one is
+    not installed.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
