@@ -1,7 +1,4 @@
-"""The stages, one file a command, each `run(recipe, run_dir)`; and the chain that runs what a stage needs first.
-
-As a library: `from tbpo_cli.stages import align; align.run(recipe, run_dir)`.
-"""
+"""The stages, one file a command, each `run(recipe, run_dir)`; and the chain that runs what a stage needs first."""
 
 from __future__ import annotations
 
@@ -24,8 +21,7 @@ def module_of(name: str) -> ModuleType:
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
     """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
 
-    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet. Raises TbpoError for `sft`
-    if the recipe has no [sft].
+    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
     """
     if target == "sft" and recipe.sft is None:
         what, where = "the recipe has no SFT stage", f"run {recipe.run.name}"
@@ -60,12 +56,8 @@ def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
 def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE) -> None:
     """Runs the stages that `target` needs and that are not up to date, then `target`.
 
-    Args:
-        processes: how the stages that can do so run. Of several machines the first prepares, and the others join it.
-        restart: move the folders of `target`, and of needed stages whose inputs changed, aside, and begin anew.
-
-    Raises TbpoError if a stage on the way was made from other inputs and `restart` is False, if another process works
-    in the run directory, or if that cannot be written.
+    Of several machines the first prepares, and the others join it. With `restart`, the folders of `target`, and of
+    needed stages whose inputs changed, are moved aside; without it such a change raises TbpoError.
     """
     states = plan(target, recipe, run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):

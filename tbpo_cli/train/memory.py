@@ -25,18 +25,15 @@ PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
 
 
 def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
-    """Bytes that all layers, and that one layer, keep of a token for the backward pass.
+    """Bytes that all layers, and that one layer, keep of a token for the backward pass; before weights are shared out.
 
     They are counted in a pass without numbers ("meta"); a quantized model makes it on its device.
-
-    Args:
-        model: not shared out over processes yet.
     """
     causal = causal_model(model)
     kept: dict[int, torch.UntypedStorage] = {}
-    config, meta = causal.config.get_text_config(), torch.device("meta")
+    config = causal.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size * causal.dtype.itemsize
-    device = causal.device if getattr(causal, "quantization_method", None) else meta
+    device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
     own = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
     twins = {name: each.to(device) for name, each in own}
 
@@ -65,9 +62,8 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
 def tokens_that_fit(kept: float, device: torch.device, used: float | None = None) -> int:
     """Tokens of a first micro-batch: a power of two that depends on model and device, not on what else runs there.
 
-    Args:
-        kept: bytes of a token; all of them get a half of what is left of the device's memory.
-        used: bytes of it that are taken; None: as it is now.
+    Those that keep `kept` bytes each get a half of what is left of the device's memory; `used` bytes are taken, or as
+    many as now.
     """
     if device.type != "cuda":
         return TOKENS_ON_CPU

@@ -55,16 +55,14 @@ class Stepper:
         Raises DivergenceError on a loss or gradient that is not finite, before anything changed.
         """
         started, run = time.monotonic(), self.run
-        batches, totals = self.budget.attempt(lambda tokens: self._accumulate(number, tokens))
+        totals = self.budget.attempt(lambda tokens: self._accumulate(number, tokens))
         policy = self.trainees["policy"]
         for trainee in self.trainees.values():
             run.group.sum_gradients(trainee.parameters.values())
         norm = gathered(torch.nn.utils.clip_grad_norm_(policy.parameters.values(), run.settings.max_grad_norm))
-        tokens = sum(batch.num_tokens for batch in batches)
-        # The one moment when the device is waited for.
-        values = average([*totals, {"grad_norm": (norm, 1), "num_tokens": (tokens, 1)}], run.group)
+        values = average([*totals, {"grad_norm": (norm, 1)}], run.group)  # the one moment when the device is waited for
         if not np.isfinite([values["grad_norm"], values["loss"]]).all():
-            raise self._diverged(number, batches)
+            raise self._diverged(number)
         if self.cache is not None:
             for indices, logps in self.found.items():
                 self.cache.write(indices, logps)
@@ -122,15 +120,15 @@ class Stepper:
         missing = max(self.run.group.gather(len(batches))) - len(batches)
         return [*batches, *[blank_batch()] * missing]
 
-    def _accumulate(self, number: int, tokens: int) -> tuple[list[PairBatch], list[Totals]]:
+    def _accumulate(self, number: int, tokens: int) -> list[Totals]:
         """A whole step's gradients, one micro-batch after the other; those of an earlier attempt are dropped."""
         self._drop_gradients()
         self.found.clear()
-        batches, totals = self.ahead.batches(number, tokens), []
-        for part, batch in enumerate(self._matched(batches)):
+        totals = []
+        for part, batch in enumerate(self._matched(self.ahead.batches(number, tokens))):
             scores, output = self._backward(number, part, batch)
-            totals.append(measure(scores, output, self.run.loss))
-        return batches, totals
+            totals.append(measure(scores, output, self.run.loss) | {"num_tokens": (batch.num_tokens, 1)})
+        return totals
 
     def _drop_gradients(self) -> None:
         for trainee in self.trainees.values():
@@ -161,10 +159,10 @@ class Stepper:
             self.found[batch.indices] = reference
         return reference
 
-    def _diverged(self, number: int, batches: list[PairBatch]) -> DivergenceError:
+    def _diverged(self, number: int) -> DivergenceError:
         """The error that names the first micro-batch whose gradient is not finite by itself, if there is one."""
         run = self.run
-        known = next((found for found in run.group.gather(self._find_diverged(number, batches)) if found), None)
+        known = next((found for found in run.group.gather(self._find_diverged(number)) if found), None)
         indices = known["indices"] if known else self._pairs(number)
         pairs = [run.train[index] for index in indices]
         folder = run.folder / "diverged"
@@ -179,8 +177,8 @@ class Stepper:
         fix = f"lower the learning rate, or look at those pairs alone: {folder}"
         return DivergenceError("training diverged: the loss or its gradient is not finite", where, expected, fix)
 
-    def _find_diverged(self, number: int, batches: list[PairBatch]) -> dict[str, Any] | None:
-        rank, found = self.run.group.rank, None
+    def _find_diverged(self, number: int) -> dict[str, Any] | None:
+        rank, found, batches = self.run.group.rank, None, self._collate(number, self.budget.tokens)
         # Gradients of sharded weights are sums over the processes: only one of them at a time has pairs then.
         for turn in range(self.run.group.size) if self.run.policy.is_sharded else [rank]:
             for part, batch in enumerate(self._matched(batches if turn == rank else [])):
