@@ -56,13 +56,10 @@ def told_as_unwritable(folder: Path) -> Iterator[None]:
         is_ours = error.filename is not None and Path(error.filename).is_relative_to(folder)
         if not is_ours and error.errno not in DISK_ERRORS:
             raise
-        raise TbpoError(
-            f"the run directory cannot be written: {error.strerror}",
-            str(error.filename or folder),
-            "a folder with room that you may write to",
-            "make room and give the same command again, which goes on from the last checkpoint; or give another one "
-            "with --run-dir DIR",
-        ) from None
+        what, where = f"the run directory cannot be written: {error.strerror}", str(error.filename or folder)
+        again = "make room and give the same command again, which goes on from the last checkpoint"
+        fix = f"{again}; or give another one with --run-dir DIR"
+        raise TbpoError(what, where, "a folder with room that you may write to", fix) from None
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -80,12 +77,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise TbpoError(
-            f"a file of the run is damaged: {error}",
-            str(path),
-            "the JSON that tbpo wrote",
-            f"move {path.parent} away and give the same command again, or give another --run-dir",
-        ) from None
+        fix = f"move {path.parent} away and give the same command again, or give another --run-dir"
+        raise TbpoError(f"a file of the run is damaged: {error}", str(path), "the JSON that tbpo wrote", fix) from None
 
 
 def _seal(content: dict[str, Any]) -> str:

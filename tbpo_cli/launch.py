@@ -73,12 +73,10 @@ def processes_of(
             main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
     nodes, address = nodes or 1, main_address or ""
     if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in address):
-        raise TbpoError(
-            f"{nodes} machines do not find each other",
-            f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}",
-            "the number of this machine, from 0, and HOST:PORT of machine 0",
-            f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500",
-        )
+        where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
+        expected = "the number of this machine, from 0, and HOST:PORT of machine 0"
+        fix = f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500"
+        raise TbpoError(f"{nodes} machines do not find each other", where, expected, fix)
     return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tbpo_cli import console
@@ -19,9 +24,8 @@ from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_
 from tbpo_cli.recipe import Model, Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.loop import Tell, TrainingRun
 from tbpo_cli.train.memory import room
-from tbpo_cli.train.trackers import open_trackers
 
 
 def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
@@ -56,8 +60,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
         console.say(f"the reference is {policy.describe_reference()}")
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
     reference = run_dir.path / "reference" / f"{_reference_key(name, recipe, run_dir, loss, group.device)}.f32"
-    names = recipe.run.trackers if group.is_main else ()
-    with open_trackers(names, recipe.run.name, folder / "logs", recipe.settings()) as tell:
+    with _trackers(recipe, folder / "logs", group) as tell:
         TrainingRun(policy, loss, settings, *stores, folder, recipe.run.seed, reference, group, tell, mesh).run()
     weights = run_dir.weights(name)
     outputs = policy.save(weights, group.is_main)
@@ -68,6 +71,28 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     facts = {"seed": recipe.run.seed, "device": where, "num_processes": group.size, "seconds": seconds}
     facts["base_commit"] = getattr(policy.model.config, "_commit_hash", None)  # of a Hub repository
     run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
+
+
+@contextmanager
+def _trackers(recipe: Recipe, folder: Path, group: Group) -> Iterator[Tell]:
+    """Opens run.trackers, through accelerate: what metrics.jsonl holds, live in tensorboard, wandb or trackio.
+
+    Yields tell("train" or "eval", step, metrics). Raises TbpoError if the package of one is not installed.
+    """
+    names = recipe.run.trackers if group.is_main else ()
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise TbpoError(f"{name} is not installed", "run.trackers", "its package", f"pip install {name}")
+    if not names:
+        yield lambda split, step, values: None
+        return
+    accelerator, given = Accelerator(log_with=list(names), project_dir=folder), recipe.settings()
+    shown = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in given.items()}
+    accelerator.init_trackers(recipe.run.name, shown)  # the recipe is shown beside the curves
+    try:
+        yield lambda split, step, values: accelerator.log({f"{split}/{key}": v for key, v in values.items()}, step)
+    finally:
+        accelerator.end_training()
 
 
 def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, PairStore]:

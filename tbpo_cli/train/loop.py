@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,8 @@ from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
 from tbpo_cli.train.step import Stepper
-from tbpo_cli.train.trackers import Tell
 
+Tell = Callable[[str, int, dict[str, float]], None]
 SHOWN = (  # beside the bar, as far as it is known: every step, or since the last one that reported all
     ("loss", "loss {:.4f}"),
     ("accuracy", "accuracy {:.0%}"),

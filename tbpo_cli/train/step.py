@@ -73,8 +73,8 @@ class Stepper:
             trainee.optimizer.step()
             trainee.optimizer.zero_grad(set_to_none=True)
         seconds, pairs, tokens = time.monotonic() - started, run.settings.batch_size, int(values.pop("num_tokens"))
-        values |= {"learning_rate": rate, "pairs": pairs, "tokens": tokens}
-        values |= {"pairs_per_s": pairs / seconds, "tokens_per_s": tokens / seconds, "seconds": seconds}
+        values |= {"learning_rate": rate, "pairs": pairs, "tokens": tokens, "pairs_per_s": pairs / seconds}
+        values |= {"tokens_per_s": tokens / seconds, "seconds": seconds}
         return values | {"peak_memory_gb": peak_memory_gb(run.group.device)}
 
     @torch.no_grad()
