@@ -19,10 +19,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
-    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
-
-    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
-    """
+    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed)."""
     if target == "sft" and recipe.sft is None:
         what, where = "the recipe has no SFT stage", f"run {recipe.run.name}"
         raise TbpoError(what, where, "a table [sft]", "add [sft], it may be empty")

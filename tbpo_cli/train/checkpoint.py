@@ -62,8 +62,7 @@ def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], write
     states = {name: trainee.state(writes) for name, trainee in trainees.items()}
     if not writes:
         return
-    final = folder / f"step-{step}"
-    partial = folder / f".step-{step}.partial"
+    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -109,7 +109,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"]), "split": str(line["split"])})
         except (ValueError, TypeError, KeyError, RecursionError):
-            what, where = "a line of the metrics is damaged", f"{path}, line {number}"
-            expected = '{"split": …, "step": …, …}, as tbpo wrote it'
-            raise TbpoError(what, where, expected, "remove that line") from None
+            what, expected = "a line of the metrics is damaged", '{"split": …, "step": …, …}, as tbpo wrote it'
+            raise TbpoError(what, f"{path}, line {number}", expected, "remove that line") from None
     return lines

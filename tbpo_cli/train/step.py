@@ -50,10 +50,7 @@ class Stepper:
         self.ahead = Ahead(self._collate)
 
     def step(self, number: int) -> dict[str, float]:
-        """An optimizer step (from 0); returns its metrics.
-
-        Raises DivergenceError on a loss or gradient that is not finite, before anything changed.
-        """
+        """An optimizer step (from 0); returns its metrics, or raises DivergenceError before anything has changed."""
         started, run = time.monotonic(), self.run
         totals = self.budget.attempt(lambda tokens: self._accumulate(number, tokens))
         policy = self.trainees["policy"]
