@@ -93,8 +93,7 @@ class Call:
 
     def processes(self) -> Processes:
         """Those that the stage is to run in."""
-        given = (self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address)
-        return processes_of(*given, tuple(self.flags or ()), dict(os.environ))
+        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, self.flags or [])
 
 
 RUN = ("recipe", "sets", "run_dir")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,23 +30,14 @@ LAUNCHED, TOLD = ".launched", ".told"
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes a stage runs in, and where.
-
-    Args:
-        per_machine: processes on this machine.
-        cpu: on the CPU, also where there is a GPU.
-        machines: how many machines run the same command.
-        machine_rank: the number of this one, from 0.
-        main_address: HOST:PORT of machine 0; "" for one machine.
-        flags: for `accelerate launch`, as they are.
-    """
+    """How many processes a stage runs in, and where."""
 
     per_machine: int = 1
-    cpu: bool = False
-    machines: int = 1
-    machine_rank: int = 0
-    main_address: str = ""
-    flags: tuple[str, ...] = ()
+    cpu: bool = False  # also where there is a GPU
+    machines: int = 1  # that run the same command
+    machine_rank: int = 0  # of this one
+    main_address: str = ""  # HOST:PORT of machine 0, if there are several
+    flags: tuple[str, ...] = ()  # for `accelerate launch`, as they are
 
     @property
     def total(self) -> int:
@@ -56,50 +47,37 @@ class Processes:
         """The command line of the launcher, whose workers get `target` as their one argument."""
         host, _, port = self.main_address.rpartition(":")
         # "multi_gpu" means several processes; ACCELERATE_USE_CPU says that they compute on the CPU.
-        kind = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
-        counts = [f"--num_processes={self.total}", f"--num_machines={self.machines}"]
-        where = [f"--machine_rank={self.machine_rank}", f"--main_process_port={port or 0}"]
-        where += [f"--main_process_ip={host}"] if host else []
-        options = [*kind, *counts, *where, *self.flags]
-        return [sys.executable, "-m", "tbpo_cli.launch", *options, "-m", "tbpo_cli.worker", target]
+        options = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
+        options += [f"--num_processes={self.total}", f"--num_machines={self.machines}"]
+        options += [f"--machine_rank={self.machine_rank}", f"--main_process_port={port or 0}"]
+        options += [f"--main_process_ip={host}"] if host else []
+        return [sys.executable, "-m", "tbpo_cli.launch", *options, *self.flags, "-m", "tbpo_cli.worker", target]
 
 
 ALONE = Processes()
 
 
 def processes_of(
-    gpus: int | None,
-    cpu: bool,
-    nodes: int | None,
-    node_rank: int | None,
-    main_address: str | None,
-    flags: tuple[str, ...],
-    environment: dict[str, str],
+    gpus: int | None, cpu: bool, nodes: int | None, node_rank: int | None, main_address: str | None, flags: list[str]
 ) -> Processes:
     """The processes that the command line asks for; of several machines, what it leaves out is read from SLURM.
 
-    Raises:
-        TbpoError: if it asks for several machines and does not say where the first one is.
+    Raises TbpoError if it asks for several machines and does not say where the first one is.
     """
-    if nodes is None and int(environment.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in environment:
-        nodes, node_rank = int(environment["SLURM_NNODES"]), int(environment["SLURM_NODEID"])
-        main_address = main_address or _slurm_address(environment)
-    nodes = nodes or 1
-    if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in (main_address or "")):
-        raise TbpoError(
-            f"{nodes} machines do not find each other",
-            f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}",
-            "the number of this machine, from 0, and HOST:PORT of machine 0",
-            f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500",
-        )
-    return Processes(gpus or 1, cpu, nodes, node_rank or 0, main_address or "", flags)
-
-
-def _slurm_address(environment: dict[str, str]) -> str:
-    """The first host of the job, and a port that the job's number decides."""
-    nodes = ["scontrol", "show", "hostnames", environment.get("SLURM_JOB_NODELIST", "")]
-    host = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-    return f"{host}:{29500 + int(environment.get('SLURM_JOB_ID', 0)) % 1000}"
+    job = os.environ
+    if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
+        nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
+        if not main_address:  # the first host of the job, and a port that the job's number decides
+            command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
+            hosts = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+            main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
+    nodes, address = nodes or 1, main_address or ""
+    if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in address):
+        where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
+        expected = "the number of this machine, from 0, and HOST:PORT of machine 0"
+        fix = f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500"
+        raise TbpoError(f"{nodes} machines do not find each other", where, expected, fix)
+    return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
 
 
 def run_or_launch(
@@ -107,8 +85,7 @@ def run_or_launch(
 ) -> None:
     """Calls `work` here, or lets the workers of the stage `name` call it."""
     if processes.total > 1:
-        run_dir.begin(name, recipe)
-        _run_workers(name, run_dir, processes)
+        _run_workers(run_dir.begin(name, recipe), processes)
         return
     if processes.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -117,55 +94,42 @@ def run_or_launch(
 
 def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
     """On another machine than the first: waits until that has launched the stage, and adds the workers of this one."""
-    launched = run_dir.stage(name) / LAUNCHED
     console.say(f"waiting for {processes.main_address} to begin {name} …")
-    while not launched.exists():
+    while not (run_dir.stage(name) / LAUNCHED).exists():
         time.sleep(0.5)
-    _run_workers(name, run_dir, processes)
+    _run_workers(run_dir.stage(name), processes)
 
 
-def _run_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
-    """Runs a stage in several processes, and waits for them. They read run_dir/recipe.toml.
+def _run_workers(folder: Path, processes: Processes) -> None:
+    """Runs the stage of a folder in several processes, and waits for them. They read recipe.toml beside the folder.
 
-    Raises:
-        TbpoError: if there are fewer GPUs than processes, or a worker was killed.
-        ToldError: if a worker failed with a message of its own.
+    Raises TbpoError if there are fewer GPUs than processes or a worker was killed, ToldError if one has told of it.
     """
     import torch
 
     available = torch.cuda.device_count()
     if not processes.cpu and processes.per_machine > available:
-        raise TbpoError(
-            f"{processes.per_machine} GPUs are asked for, and {available} are here",
-            "--gpus",
-            "as many processes as GPUs",
-            f"--gpus {available}" if available else "--cpu for processes on the CPU",
-        )
-    folder = run_dir.stage(name)
+        what = f"{processes.per_machine} GPUs are asked for, and {available} are here"
+        fix = f"--gpus {available}" if available else "--cpu for processes on the CPU"
+        raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
     try:
         before = halved_tokens(folder)
         while (code := _launch(folder, processes)) and (tokens := halved_tokens(folder)) != before:
-            console.say(
-                "out of memory: all processes begin again, from the last checkpoint, with max_tokens_per_device = "
-                f"{tokens:,}"
-            )
+            how = f"from the last checkpoint, with max_tokens_per_device = {tokens:,}"
+            console.say(f"out of memory: all processes begin again, {how}")
             before = tokens
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)
-    if code < 0 or (code and not (folder / TOLD).exists()):
-        number = -code if code < 0 else code - 128
-        reason = f"was killed by signal {number}" if number > 0 else "failed"
-        raise TbpoError(
-            f"a worker process {reason}",
-            str(folder),
-            "processes that end by themselves",
-            "look at the memory of the machine; the same command goes on from the last checkpoint",
-        )
-    if code:
+    if code > 0 and (folder / TOLD).exists():
         raise ToldError(code)
+    if code:
+        number = -code if code < 0 else code - 128
+        what = f"a worker process {f'was killed by signal {number}' if number > 0 else 'failed'}"
+        fix = "look at the memory of the machine; the same command goes on from the last checkpoint"
+        raise TbpoError(what, str(folder), "processes that end by themselves", fix)
 
 
 def _launch(folder: Path, processes: Processes) -> int:
@@ -192,12 +156,10 @@ def _launch(folder: Path, processes: Processes) -> int:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL if is_second else number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as after:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, pass_on))
         return int(launcher.wait())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
@@ -26,19 +28,12 @@ LIBRARIES = ("tbpo", "torch", "transformers", "peft", "accelerate", "datasets", 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage is made from.
+    """What a stage is made from."""
 
-    Args:
-        needs: stages whose outputs it reads, if the recipe has them.
-        tables: prefixes of the recipe's keys that it depends on.
-        base: patterns of the files in the folder of the base that it depends on.
-        parallel: whether it can run in several processes.
-    """
-
-    needs: tuple[str, ...]
-    tables: tuple[str, ...]
-    base: tuple[str, ...] = WEIGHT_FILES
-    parallel: bool = True
+    needs: tuple[str, ...]  # stages whose outputs it reads, if the recipe has them
+    tables: tuple[str, ...]  # prefixes of the recipe's keys that it depends on
+    base: tuple[str, ...] = WEIGHT_FILES  # patterns of the files in the folder of the base that it depends on
+    parallel: bool = True  # whether it can run in several processes
 
 
 _PREPARED = ("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train")
@@ -53,13 +48,8 @@ STAGES = {  # by the command, which is also the folder in the run directory
 
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
 FREE_KEYS = {
-    "data.max_reject_fraction",
-    "data.workers",
-    "sample.batch_size",
-    "sample.endpoint",
-    "eval.gate",
-    "eval.judge.concurrency",
-    "eval.judge.timeout",
+    "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
+    "eval.gate", "eval.judge.concurrency", "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every",
         "activation_checkpointing", "sharding")),
@@ -82,77 +72,63 @@ class RunDir:
 
     def weights(self, name: str) -> Path:
         """Where a training stage puts what it trained: the adapter, or the model if the recipe has no [model.lora]."""
-        started = self.started_from(name) or {"settings": {}}
-        lora = any(key.startswith("model.lora.") for key in started["settings"])
+        lora = any(key.startswith("model.lora.") for key in self.started_from(name).get("settings", {}))
         return self.stage(name) / ("adapter" if lora else "model")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes this process the one writer of the run for the time of the context. The kernel ends the lock with it.
-
-        Raises:
-            TbpoError: if another process has it, with its pid and host.
-        """
+        """Makes this process the one writer of the run; TbpoError names another. The kernel ends the lock with it."""
+        path, host = self.path / "lock", platform.node()
         with told_as_unwritable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+", encoding="utf-8")
+            file = path.open("a")
         with file:
-            file.seek(0)
-            owner, host, is_held = file.read(), platform.node(), False
+            owner = path.read_text(encoding="utf-8")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A file system may not share locks between machines: then only what is written there tells.
+                is_free = not owner or owner.endswith(f"on {host}")
             except OSError:
-                is_held = True
-            # A file system may not share locks between machines: then only what is written there tells.
-            if is_held or (owner and not owner.endswith(f"on {host}")):
-                raise TbpoError(
-                    f"the run is in use by {owner or 'an unknown process'}",
-                    str(self.path),
-                    "one process a run directory",
-                    f"wait for it, or give another --run-dir; if it is gone, remove {self.path / 'lock'}",
-                )
+                is_free = False
+            if not is_free:
+                what = f"the run is in use by {owner or 'an unknown process'}"
+                fix = f"wait for it, or give another --run-dir; if it is gone, remove {path}"
+                raise TbpoError(what, str(self.path), "one process a run directory", fix)
             if owner:
                 console.say(f"taking over the run from {owner}, which ended without a word")
-            _rewrite(file, f"process {os.getpid()} on {host}")
+            path.write_text(f"process {os.getpid()} on {host}", encoding="utf-8")
             try:
                 yield
             finally:
-                _rewrite(file, "")
+                path.write_text("")
 
-    def manifest(self, name: str) -> dict[str, Any] | None:
-        """What a complete stage says of itself; None if it is not complete."""
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a complete stage says of itself; empty if it is not complete."""
         return read_sealed(self.stage(name) / "manifest.json")
 
-    def started_from(self, name: str) -> dict[str, Any] | None:
-        """The inputs a stage was started with; None if it was never started."""
+    def started_from(self, name: str) -> dict[str, Any]:
+        """The inputs a stage was started with; empty if it was never started."""
         return read_sealed(self.stage(name) / "inputs.json")
 
-    def has_results(self, name: str) -> bool:
-        """Whether a stage is complete or has a checkpoint: something that a new start would lose."""
-        return self.manifest(name) is not None or any(self.stage(name).glob("checkpoints/step-*"))
-
     def inputs(self, name: str, recipe: Recipe) -> dict[str, Any]:
-        """The inputs a stage would be started with now: settings, hashes of files, outputs of other stages.
-
-        Raises:
-            TbpoError: if a file that the recipe names is not there.
-        """
+        """What a stage would start from now: settings, hashes of files (TbpoError without one), results of others."""
         stage, given = STAGES[name], recipe.settings()
         settings = {key: value for key, value in given.items() if key.startswith(stage.tables) and key not in FREE_KEYS}
-        known = (self.started_from(name) or {}).get("files", {})
+        known = self.started_from(name).get("files", {})
         files: dict[str, dict[str, Any]] = {}
-        for key in (key for key in PATHS if key.startswith(stage.tables)):
+        for setting, value in list(settings.items()):
+            key = re.sub(r"\.\d+\.path$", "", setting)  # of one of several sources
+            if key not in PATHS or not value:
+                continue
+            sources = value if isinstance(value, list) else [value]
             patterns = stage.base if key == "model.base" else PATHS[key]
-            for setting in (s for s in given if s == key or (s.startswith(f"{key}.") and s.endswith(".path"))):
-                sources = given[setting] if isinstance(given[setting], list) else [given[setting]]
-                local = [_files_of(key, source, patterns) for source in sources]
-                for path in (path for paths in local for path in paths):
-                    before = known.get(key, {}).get(str(path))
-                    files.setdefault(key, {})[str(path)] = _fingerprint(path, before)
-                if sources and all(local):  # their content counts, not where they lie
-                    settings.pop(setting, None)
-                if sources and sources[0].startswith("python:"):
-                    settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
+            local = [_files_of(key, source, patterns) for source in sources]
+            for path in itertools.chain(*local):
+                files.setdefault(key, {})[str(path)] = _fingerprint(path, known.get(key, {}).get(str(path)))
+            if all(local):  # their content counts, not where they lie
+                settings.pop(setting, None)
+            if sources[0].startswith("python:"):
+                settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
         outputs = {need: self.outputs_hash(need) for need in self.needed(name, recipe)}
         return {"settings": settings, "files": files, "outputs": outputs}
 
@@ -163,60 +139,53 @@ class RunDir:
 
     def changes(self, name: str, recipe: Recipe) -> list[str]:
         """What differs between the inputs of a started stage and those of now, one line each."""
-        started = self.started_from(name)
-        if started is None:
+        before = self.started_from(name)
+        if not before:
             return []
         now, lines = self.inputs(name, recipe), []
-        files = sorted(started["files"].keys() | now["files"].keys())
-        for key in sorted((started["settings"].keys() | now["settings"].keys()).difference(files)):
-            old, new = started["settings"].get(key), now["settings"].get(key)
+        files = sorted(before["files"].keys() | now["files"].keys())
+        for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(files)):
+            old, new = before["settings"].get(key), now["settings"].get(key)
             if old != new:
                 lines.append(f"{key}: {_shown(old)} → {_shown(new)}")
         for key in files:
-            old, new = started["files"].get(key, {}), now["files"].get(key, {})
+            old, new = before["files"].get(key, {}), now["files"].get(key, {})
             if _hashes(old) != _hashes(new):
                 moved = f"{_names(old)} → {_names(new)}"
                 lines.append(f"{key}: {moved if old.keys() != new.keys() else f'the content of {_names(new)} changed'}")
-        for need, digest in now["outputs"].items():
-            if digest != started["outputs"].get(need):
-                lines.append(f"the result of {need} changed")
-        return lines
+        changed = (need for need, digest in now["outputs"].items() if digest != before["outputs"].get(need))
+        return lines + [f"the result of {need} changed" for need in changed]
 
     def begin(self, name: str, recipe: Recipe) -> Path:
         """Makes a stage's folder and notes its inputs, unless it was begun before; returns the folder."""
         folder = self.stage(name)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
-        if self.started_from(name) is None:
+        if not self.started_from(name):
             write_sealed(folder / "inputs.json", self.inputs(name, recipe))
         return folder
 
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:
         """Writes a stage's manifest, its last act: from now on it is complete."""
         folder = self.stage(name)
-        write_sealed(
-            folder / "manifest.json",
-            {
-                "stage": name,
-                "inputs": self.started_from(name),
-                "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
-                "versions": {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}},
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                **facts,
-            },
-        )
+        manifest = {
+            "stage": name,
+            "inputs": self.started_from(name),
+            "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
+            "versions": {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_sealed(folder / "manifest.json", manifest | facts)
 
     def set_aside(self, name: str) -> Path | None:
         """Moves a stage's folder to NAME.old-1 (or the next free number); returns where it is now."""
-        folder, number = self.stage(name), 1
-        while (old := self.path / f"{name}.old-{number}").exists():
-            number += 1
-        return folder.rename(old) if folder.exists() else None
+        folder, numbered = self.stage(name), (self.path / f"{name}.old-{number}" for number in itertools.count(1))
+        return folder.rename(next(path for path in numbered if not path.exists())) if folder.exists() else None
 
     def outputs_hash(self, name: str) -> str:
         """Names what a complete stage has produced; "" if it is not complete."""
         manifest = self.manifest(name)
-        return "" if manifest is None else hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest() if manifest else ""
 
 
 def _files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -227,12 +196,8 @@ def _files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
     if path.is_absolute() and path.is_file():
         return [path]
     if is_local(source):
-        raise TbpoError(
-            f"{key} names a file that is not there",
-            source,
-            "an existing file or folder",
-            f"change {key} in the recipe, or give --set {key}=PATH",
-        )
+        what, fix = f"{key} names a file that is not there", f"change {key} in the recipe, or give --set {key}=PATH"
+        raise TbpoError(what, source, "an existing file or folder", fix)
     return []
 
 
@@ -254,9 +219,3 @@ def _names(files: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return "(not set)" if value is None else json.dumps(value)
-
-
-def _rewrite(file: TextIO, text: str) -> None:
-    file.truncate(0)
-    file.write(text)
-    file.flush()

@@ -29,7 +29,7 @@ from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.stages import WORDS, plan
 from tbpo_cli.stages.align import loss_of
-from tbpo_cli.train.group import device_of_environment
+from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import foresee, matrix_rate, operations, room
 from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.training import choose_sharding, open_stores
@@ -99,7 +99,7 @@ def examine(
     Returns:
         (what, words for a person) a line; and the bytes of each device by what takes them, if the base can be read.
     """
-    settings, device = getattr(recipe, name), device_of_environment()
+    settings, device = getattr(recipe, name), Group.of_environment().device
     loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), 0.0
     known: dict[str, Any] = {"room": room(device)}  # of what `advice` asks
@@ -163,8 +163,7 @@ def _count(
     recipe: Recipe, name: str, run_dir: RunDir, loss: Loss, stores: tuple[PairStore, PairStore]
 ) -> tuple[str, float, dict[str, Any]]:
     """Of the prepared pairs: a line, the tokens that pass through the model, and what `advice` asks about them."""
-    settings, manifest = getattr(recipe, name), run_dir.manifest("prepare")
-    assert manifest is not None
+    settings, counts = getattr(recipe, name), run_dir.manifest("prepare")["counts"]
     train, held_out = (_lengths(store, loss.span) for store in stores)
     batch = settings.batch_size
     steps = num_steps(len(train), batch, settings.epochs, settings.max_steps)
@@ -175,7 +174,6 @@ def _count(
         f"{train.sum() * visits:,.0f} tokens; mean tokens of a pair that the loss reads: "
         f"prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}"
     )
-    counts = manifest["counts"]
     cut = sum(count["rejected"].get("overlong", 0) + count["noted"].get("cut", 0) for count in counts)
     known = {"visits": visits, "held_out": len(held_out), "cut": cut / max(1, sum(count["rows"] for count in counts))}
     if name == "align" and stores[0].has_rejected:

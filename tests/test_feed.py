@@ -33,7 +33,7 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 
     policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
     (run / "align").mkdir()
-    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, run / "align", 0, torch.device("cpu")).run()
+    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, run / "align", 0).run()
     return {name: p.detach() for name, p in policy.trained.items()}
 
 

@@ -104,4 +104,4 @@ def test_every_stage_is_a_call_with_typed_arguments(base, tmp_path):
     for stage, output in outputs.items():
         stage.run(recipe, run)
         name = stage.__name__.rpartition(".")[2]
-        assert (run.stage(name) / output).exists() and run.manifest(name) is not None
+        assert (run.stage(name) / output).exists() and run.manifest(name)

@@ -148,16 +148,18 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "70012"}
-    found = processes_of(8, False, None, None, None, (), slurm)
-    assert found == Processes(8, False, 2, 1, "gpu3:29512")
-    assert processes_of(8, False, None, None, None, (), slurm | {"SLURM_NNODES": "1"}) == Processes(8)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert processes_of(8, False, None, None, None, []) == Processes(8, False, 2, 1, "gpu3:29512")
+    monkeypatch.setenv("SLURM_NNODES", "1")
+    assert processes_of(8, False, None, None, None, []) == Processes(8)
 
 
 @pytest.mark.parametrize("given", [(2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host")])
 def test_machines_that_cannot_find_each_other_are_a_message(given):
     nodes, rank, address = given
     with pytest.raises(TbpoError, match="do not find each other"):
-        processes_of(8, False, nodes, rank, address, (), {})
+        processes_of(8, False, nodes, rank, address, [])
 
 
 MEMORY = """

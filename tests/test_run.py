@@ -108,7 +108,7 @@ def test_a_disk_that_turned_read_only_stops_with_a_message(small_disk, recipe_fi
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(TbpoError, match="cannot be written: Read-only file system"):
         run_stage("align", recipe_file, small_disk / "run")
-    assert RunDir(small_disk / "run").manifest("prepare") is not None
+    assert RunDir(small_disk / "run").manifest("prepare")
 
 
 # --------------------------------------------------------------------------------------------------------- damage
@@ -227,7 +227,7 @@ def test_a_damaged_line_of_the_metrics_is_a_message(trained, tmp_path, seed):
 def test_what_is_sealed_is_read_back_and_nothing_else(tmp_path):
     content = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
     write_sealed(tmp_path / "x.json", content)
-    assert read_sealed(tmp_path / "x.json") == content and read_sealed(tmp_path / "none.json") is None
+    assert read_sealed(tmp_path / "x.json") == content and read_sealed(tmp_path / "none.json") == {}
     (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.6"))
     with pytest.raises(TbpoError, match="damaged"):
         read_sealed(tmp_path / "x.json")

@@ -256,7 +256,7 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, re
     before = reference_logps(policy, pairs)
     folder = tmp_path / "align"
     folder.mkdir()
-    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, folder, 0, CPU).run()
+    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, folder, 0).run()
     assert torch.equal(reference_logps(policy, pairs), before), "the reference moved during training"
     policy.model.eval()
     moved = plain_logps(policy.model, pairs) - expected

@@ -12,6 +12,7 @@ import transformers
 from conftest import preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 from test_processes import finish, metrics, start, wait_for_step
+from torch.distributed.device_mesh import init_device_mesh
 
 from tbpo_cli.core import LOSSES
 from tbpo_cli.core.baseline import StateBaseline
@@ -123,7 +124,7 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
 def mesh(tmp_path):
     """Of this process alone: it shares the weights out to itself, by the same code."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield Group().mesh(CPU)
+    yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 

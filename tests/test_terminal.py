@@ -46,7 +46,7 @@ def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_
     ours = r"(align|evaluating|sampling|preparing|rows are|the reference is|more about|all of them|adapter:|every|next"
     assert not [line for line in done.stderr.splitlines() if not re.match(rf"{ours}|\s+the same)", line)]
     assert "align 6/6" in done.stderr and "\x1b" not in done.stdout + done.stderr
-    for part in ("Prepared pairs", "reward accuracy", "KL from the reference", "policy: "):
+    for part in ("Prepared pairs", "reward accuracy", "KL(ref ‖ model)", "policy: "):
         assert part in done.stdout, part
     assert all(len(line) <= 80 for line in done.stdout.splitlines()), done.stdout
 

@@ -96,6 +96,14 @@ def sum_over_response(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0).sum(dim=1)
 
 
+def sums_over_response(side: SideScores) -> dict[str, Tensor]:
+    """Detached sums over the response tokens, (B,), of all statistics that a side has, by name; `tokens`: how many."""
+    statistics = {field.name: getattr(side, field.name) for field in fields(side) if field.name != "mask"}
+    present = {name: values.detach() for name, values in statistics.items() if values is not None}
+    sums = {name: sum_over_response(values, side.mask) for name, values in present.items()}
+    return sums | {"tokens": side.mask.sum(dim=1)}
+
+
 def mean_over_response(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B, T) values over the response tokens, (B,); 0 for a row without tokens."""
     return sum_over_response(values, mask) / mask.sum(dim=1).clamp(min=1)

@@ -75,7 +75,7 @@ def _check_base(run: RunDir, own: RunDir) -> None:
     """Raises TbpoError if a run was trained from other weights than this one."""
     bases = []
     for inputs in (run.started_from("align"), own.started_from("align")):
-        if inputs is None:  # a published adapter has a recipe.toml, too
+        if not inputs:  # a published adapter has a recipe.toml, too
             return
         hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
         bases.append(sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
-from tbpo_cli.core.types import sum_over_response
+from tbpo_cli.core.types import sums_over_response
 from tbpo_cli.data.layouts import PairBatch
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
 from tbpo_cli.measures import MEASURES
@@ -34,19 +33,15 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
     """
     scores = scorer.score(batch, REFERENCE_FREE if view == REFERENCE else STATISTICS, view=view)
     sides, aligned = (scores.chosen, scores.rejected), scores.aligned_mask
-
-    def sums(name: str) -> list[Tensor]:
-        return [sum_over_response(getattr(side, name), side.mask) for side in sides]
-
-    counts = [side.mask.sum(dim=1) for side in sides]
-    columns: dict[str, Any] = {"tokens": sum(counts), "entropy": sum(sums("entropy"))}
-    for number, side in enumerate(("chosen", "rejected")):
-        columns |= {f"{side}_tokens": counts[number], f"logps_{side}": sums("logps")[number]}
+    chosen, rejected = map(sums_over_response, sides)
+    columns = {"chosen_tokens": chosen["tokens"], "rejected_tokens": rejected["tokens"]}
+    columns |= {"logps_chosen": chosen["logps"], "logps_rejected": rejected["logps"]}
+    columns |= {name: chosen[name] + rejected[name] for name in ("tokens", "entropy")}
     if scores.chosen.advantage is not None:
         gains = [side.advantage[:, : aligned.shape[1]] for side in sides if side.advantage is not None]
-        columns |= {name: sum(sums(name)) for name in ("kl", "reverse_kl")}
+        columns |= {name: chosen[name] + rejected[name] for name in ("kl", "reverse_kl")}
         columns |= {"token_accuracy": ((gains[0] > gains[1]) & aligned).sum(dim=1), "aligned": aligned.sum(dim=1)}
-        columns["log_ratio"] = sums("log_ratio")[0] - sums("log_ratio")[1]
+        columns["log_ratio"] = chosen["log_ratio"] - rejected["log_ratio"]
     rows = zip(batch.indices, *(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(("pair", *columns), row, strict=True)) for row in rows]
 

@@ -1,7 +1,4 @@
-"""The stages, one file a command, each `run(recipe, run_dir)`; and the chain that runs what a stage needs first.
-
-As a library: `from tbpo_cli.stages import align; align.run(recipe, run_dir)`.
-"""
+"""The stages, one file a command, each `run(recipe, run_dir)`; and the chain that runs what a stage needs first."""
 
 from __future__ import annotations
 
@@ -22,26 +19,18 @@ def module_of(name: str) -> ModuleType:
 
 
 def plan(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
-    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed).
-
-    A stage whose inputs changed is "changed" if it has results, "stale" if it has none yet.
-
-    Raises:
-        TbpoError: for `sft`, if the recipe has no [sft].
-    """
+    """Every stage up to `target`, in order: ("done" | "new" | "begun" | "stale" | "changed", what changed)."""
     if target == "sft" and recipe.sft is None:
-        raise TbpoError(
-            "the recipe has no SFT stage", f"run {recipe.run.name}", "a table [sft]", "add [sft], it may be empty"
-        )
+        what, where = "the recipe has no SFT stage", f"run {recipe.run.name}"
+        raise TbpoError(what, where, "a table [sft]", "add [sft], it may be empty")
     states: dict[str, tuple[str, list[str]]] = {}
     for name in [*run_dir.needed(target, recipe), target]:
-        changes = run_dir.changes(name, recipe)
-        if run_dir.started_from(name) is None:
-            state = "new"
-        elif changes:
-            state = "changed" if run_dir.has_results(name) else "stale"
+        changes, is_complete = run_dir.changes(name, recipe), bool(run_dir.manifest(name))
+        if changes:
+            has_results = is_complete or any(run_dir.stage(name).glob("checkpoints/step-*"))
+            state = "changed" if has_results else "stale"
         else:
-            state = "begun" if run_dir.manifest(name) is None else "done"
+            state = "done" if is_complete else "begun" if run_dir.started_from(name) else "new"
         states[name] = (state, changes)
     return states
 
@@ -64,13 +53,8 @@ def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
 def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE) -> None:
     """Runs the stages that `target` needs and that are not up to date, then `target`.
 
-    Args:
-        processes: how the stages that can do so run. Of several machines the first prepares, and the others join it.
-        restart: move the folders of `target`, and of needed stages whose inputs changed, aside, and begin anew.
-
-    Raises:
-        TbpoError: if a stage on the way was made from other inputs and `restart` is False, if another process works
-            in the run directory, or if that cannot be written.
+    Of several machines the first prepares, and the others join it. With `restart`, the folders of `target`, and of
+    needed stages whose inputs changed, are moved aside; without it such a change raises TbpoError.
     """
     states = plan(target, recipe, run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
@@ -79,7 +63,7 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         return
     if processes.machine_rank > 0:
         for name in states:
-            if STAGES[name].parallel and run_dir.manifest(name) is None:
+            if STAGES[name].parallel and not run_dir.manifest(name):
                 join_workers(name, run_dir, processes)
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
@@ -90,7 +74,7 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
             anew = states[name][0] in ("stale", "changed") or (restart and name == target)
             if anew and (old := run_dir.set_aside(name)):
                 console.say(f"the old {name} is kept as {old}")
-            if run_dir.manifest(name) is None:
+            if not run_dir.manifest(name):
                 parallel = (processes,) if STAGES[name].parallel else ()
                 module_of(name).run(recipe, run_dir, *parallel)
 
@@ -101,10 +85,7 @@ def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -
     if changed:
         lines = dict.fromkeys(line for changes in changed.values() for line in changes)
         invalidated = list(states)[list(states).index(next(iter(changed))) :]
-        raise TbpoError(
-            f"the inputs of a stage changed since it was run: {', '.join(changed)}",
-            str(run_dir.path),
-            "\n    ".join(["what the stage was made from:", *lines]),
-            f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), or --run-dir DIR "
-            "starts another run",
-        )
+        what = f"the inputs of a stage changed since it was run: {', '.join(changed)}"
+        expected = "\n    ".join(["what the stage was made from:", *lines])
+        anew = f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed)"
+        raise TbpoError(what, str(run_dir.path), expected, f"{anew}, or --run-dir DIR starts another run")

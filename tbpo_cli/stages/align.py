@@ -6,18 +6,13 @@ from tbpo_cli import console
 from tbpo_cli.core.generators import build_generator
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.measures import PREFERENCE
 from tbpo_cli.recipe import Align, Recipe
 from tbpo_cli.run import RunDir
 
-# metric, what a person reads, whether it means something while policy and reference are still the same
-SUMMARY = (
-    ("accuracy", "reward accuracy (chosen above rejected)", "{:.1%}", False),
-    ("margin", "reward margin (nats)", "{:.3f}", True),
-    ("kl", "KL from the reference (nats a token)", "{:.4f}", True),
-    ("entropy", "entropy of the policy (nats a token)", "{:.3f}", True),
-    ("logps_chosen", "log-probability of chosen tokens (nats)", "{:.3f}", True),
-    ("logps_rejected", "log-probability of rejected tokens (nats)", "{:.3f}", True),
-)
+SHOWN = ("accuracy", "margin", "kl", "entropy", "logps_chosen", "logps_rejected")
+# While policy and reference are still the same, the accuracy means nothing.
+SUMMARY = tuple((name, *PREFERENCE[name], name != "accuracy") for name in SHOWN)
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -48,7 +43,6 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     console.show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
-    assert manifest is not None
     console.say(f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})")
     console.say(f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}")
     console.say(f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:")

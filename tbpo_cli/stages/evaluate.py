@@ -10,7 +10,7 @@ from typing import Any
 from tbpo_cli import console
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
-from tbpo_cli.files import write_whole
+from tbpo_cli.files import json_lines, write_whole
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.measures import decide
 from tbpo_cli.recipe import Recipe
@@ -72,7 +72,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.data.tokens import Chat, load_tokenizer
     from tbpo_cli.evaluation.bench import Bench, open_models
     from tbpo_cli.train.feed import TokenBudget
-    from tbpo_cli.train.group import Group, device_of_environment
+    from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 
     group = Group.of_environment()
@@ -93,8 +93,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    policy = open_models(recipe, run_dir, candidates, device_of_environment())
-    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device_of_environment())
+    policy = open_models(recipe, run_dir, candidates, group.device)
+    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], group.device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
     bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
@@ -117,12 +117,7 @@ def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
     """What all models have answered to the prompts of the sample stage."""
     answers = [{"model": each.name, **row} for each in candidates for row in _rows(run_dir, each, "answers")]
-    return _lines(run_dir.stage("sample") / "samples.jsonl") + answers
-
-
-def _lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return json_lines(run_dir.stage("sample") / "samples.jsonl") + answers
 
 
 def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
@@ -169,7 +164,7 @@ def _write(run_dir: RunDir, results: dict[str, Any], samples: Rows, seconds: flo
 
     folder, metrics = run_dir.stage("eval"), read_metrics(run_dir.stage("align") / "metrics.jsonl")
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_report(folder / "report.html", results, samples, _lines(folder / "verdicts.jsonl"), metrics)
+    write_report(folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics)
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
     run_dir.finish("eval", outputs, {"seconds": seconds})
 
@@ -187,7 +182,6 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     gate = decide(recipe.eval.gate, results)
     if gate != results["gate"]:  # the recipe has another one since
         samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
-        assert manifest is not None
         _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")

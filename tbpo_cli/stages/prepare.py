@@ -86,10 +86,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the counts of the complete stage."""
-    folder = run_dir.stage("prepare")
-    manifest = run_dir.manifest("prepare")
-    assert manifest is not None
-    counts = manifest["counts"]
+    folder, counts = run_dir.stage("prepare"), run_dir.manifest("prepare")["counts"]
     rows = [
         [split, count["source"].rpartition("/")[2], count["format"], f"{count['rows']:,}", f"{pairs:,}"]
         for count in counts

@@ -48,7 +48,7 @@ def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluate
             console.out.print(card, markup=False)
             return
         path = run_dir.stage("push") / "receipt.json"
-        before = read_sealed(path) or {}
+        before = read_sealed(path)
         old = before["sha256"] if before.get("repo") == repo else ()
         receipt = hub.publish(repo, f"{recipe.run.name}, by tbpo", files, old)
         path.parent.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def _manifests(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     manifests = {name: run_dir.manifest(name) for name in [*run_dir.needed("align", recipe), "align"]}
     for name, manifest in manifests.items():
         changes = run_dir.changes(name, recipe)
-        if manifest is None or changes:
+        if changes or not manifest:
             what = f"was made from other inputs: {'; '.join(changes)}" if manifest else "is not complete"
             raise TbpoError(f"the stage {name} {what}", str(run_dir.path), "a complete run", "tbpo align RECIPE first")
     return manifests
@@ -72,11 +72,11 @@ def _manifests(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
     """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
     manifest, path = run_dir.manifest("eval"), run_dir.stage("eval") / "results.json"
-    if manifest is not None and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
+    if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
     if not allow_unevaluated:
-        what = "the run is not evaluated" if manifest is None else "the evaluation is older than the weights"
+        what = "the evaluation is older than the weights" if manifest else "the run is not evaluated"
         fix = "tbpo eval RECIPE first, or --allow-unevaluated"
         raise TbpoError(what, str(path), "results of what is published", fix)
     return None

@@ -16,7 +16,7 @@ from rich.text import Text
 from tbpo_cli import console
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import write_whole
+from tbpo_cli.files import json_lines, write_whole
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
@@ -50,9 +50,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the completions of the first prompts, and how many there are."""
     path = run_dir.stage("sample") / "samples.jsonl"
-    with path.open(encoding="utf-8") as lines:
-        samples = [json.loads(line) for line in lines]
-    rows = []
+    samples, rows = json_lines(path), []
     for model in recipe.sample.models:
         tokens = [one["num_tokens"] for one in samples if one["model"] == model]
         stopped = [one["finish_reason"] == "stop" for one in samples if one["model"] == model]
@@ -74,7 +72,7 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     from tbpo_cli.data.prompts import prompt_of
     from tbpo_cli.data.sources import Row
 
-    if not recipe.sample.adapter and run_dir.manifest("align") is None:
+    if not recipe.sample.adapter and not run_dir.manifest("align"):
         what, expected = "the run has no aligned policy", "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, "tbpo align RECIPE first")
     chat = _chat(recipe)
@@ -160,12 +158,13 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
     from tbpo_cli.model.load import load_trained
     from tbpo_cli.model.lora import local_adapter
-    from tbpo_cli.train.group import device_of_environment
+    from tbpo_cli.train.group import Group
 
+    device = Group.of_environment().device
     if recipe.sample.adapter:
-        return load_trained(recipe, device_of_environment(), local_adapter(recipe.sample.adapter), None)
+        return load_trained(recipe, device, local_adapter(recipe.sample.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    return load_trained(recipe, device_of_environment(), run_dir.weights("align"), sft_output)
+    return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
 def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Rows]:
@@ -196,11 +195,7 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
 
 def _written(folder: Path) -> Rows:
     """What is in the parts; lines that were cut short are left out."""
-    found = []
-    for line in (line for part in sorted(folder.glob("part-*.jsonl")) for line in part.read_bytes().splitlines()):
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    return [line for part in sorted(folder.glob("part-*.jsonl")) for line in json_lines(part, may_be_cut=True)]
 
 
 def _line(sample: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.files import read_sealed, sha256, write_sealed
 from tbpo_cli.model.sharding import gather_all, gathered, placed_like
@@ -32,42 +33,36 @@ class Trainee:
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return gathered(torch.nn.utils.get_total_norm(gradients))
 
-    def state(self, keep: bool = True) -> dict[str, Tensor]:
-        """Everything as flat, whole tensors: "parameter|NAME" and "optimizer|NAME|KEY".
-
-        Args:
-            keep: whether this process wants them; the others take part in gathering sharded ones, and get nothing.
-        """
-        tensors = {f"parameter|{name}": p.detach() for name, p in self.parameters.items()}
+    def state(self, keep: bool) -> dict[str, Tensor]:
+        """Everything as flat, whole tensors, "parameter|NAME" and "optimizer|NAME|KEY"; nothing where not to `keep`."""
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer|{name}|{key}"] = value
+            tensors[f"parameter|{name}"] = parameter.detach()
+            tensors |= {f"optimizer|{name}|{key}": each for key, each in self.optimizer.state[parameter].items()}
         return {name: tensor.contiguous() for name, tensor in gather_all(tensors, keep).items()}
 
     def restore(self, path: Path) -> None:
         """The inverse of `state`, in place, from the file that it was saved to; tensor by tensor."""
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for name, parameter in self.parameters.items():
-                with torch.no_grad():
-                    parameter.copy_(placed_like(file.get_tensor(f"parameter|{name}"), parameter))
-                prefix = f"optimizer|{name}|"
-                state = {key.removeprefix(prefix): file.get_tensor(key) for key in names if key.startswith(prefix)}
-                self.optimizer.state[parameter] = {
-                    # torch keeps "step" on the CPU and the moments beside the parameter
-                    key: value if value.ndim == 0 else placed_like(value, parameter)
-                    for key, value in state.items()
-                }
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for key in file.keys():  # noqa: SIM118 - no dict
+                kind, name, *state = key.split("|")
+                parameter, value = self.parameters[name], file.get_tensor(key)
+                if kind == "parameter":
+                    parameter.copy_(placed_like(value, parameter))
+                else:  # torch keeps "step" on the CPU, and the moments beside the parameter
+                    value = placed_like(value, parameter) if value.ndim else value
+                    self.optimizer.state[parameter][state[0]] = value
 
 
-def save_checkpoint(folder: Path, step: int, states: dict[str, dict[str, Tensor]]) -> None:
-    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest KEPT stay.
+def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], writes: bool) -> None:
+    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest KEPT stay. All processes call it.
 
-    Raises:
-        OSError: if there is no room; the checkpoints that were there are as they were.
+    Raises OSError if there is no room; the checkpoints that were there are as they were.
     """
-    final = folder / f"step-{step}"
-    partial = folder / f".step-{step}.partial"
+    states = {name: trainee.state(writes) for name, trainee in trainees.items()}
+    if not writes:
+        return
+    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -95,28 +90,23 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from None
 
 
-def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> tuple[int, list[str]]:
-    """Restores the newest whole checkpoint.
-
-    Returns:
-        Its step (0 if there is none), and a line for every damaged one that was skipped.
-    """
-    skipped = []
+def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> int:
+    """Restores the newest whole checkpoint, says which damaged ones it skips, and returns its step; 0 without one."""
     for step, path in reversed(kept_checkpoints(folder).items()):
         try:
-            listed = (read_sealed(path / "checkpoint.json") or {"files": {}})["files"]
+            listed = read_sealed(path / "checkpoint.json").get("files", {})
             if set(listed) != {f"{name}.safetensors" for name in trainees}:
                 raise ValueError("it is incomplete")
             for file, digest in listed.items():
                 if sha256(path / file) != digest:
                     raise ValueError(f"{file} is damaged")
         except (OSError, ValueError, TbpoError) as error:
-            skipped.append(f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}")
+            console.say(f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}")
             continue
         for name, trainee in trainees.items():
             trainee.restore(path / f"{name}.safetensors")
-        return step, skipped
-    return 0, skipped
+        return step
+    return 0
 
 
 def kept_checkpoints(folder: Path) -> dict[int, Path]:

@@ -23,11 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
 class TokenBudget:
-    """`max_tokens_per_device`, and what becomes of it when memory runs out.
-
-    Attributes:
-        tokens: of a micro-batch, padding included.
-    """
+    """`max_tokens_per_device`, of a micro-batch, padding included; and what becomes of it when memory runs out."""
 
     def __init__(
         self, wanted: int | Literal["auto"], that_fit: int, group: Group, sharded_in: Path | None = None
@@ -40,17 +36,16 @@ class TokenBudget:
     def attempt(self, work: Callable[[int], T]) -> T:
         """The result of `work(tokens)`; all processes repeat it with half as many tokens while one runs out of memory.
 
-        Raises:
-            TbpoError: if the number is the recipe's, or cannot be halved any more.
-            ToldError: if the weights are sharded. The other processes wait in the middle of a pass for this one, and
-                end with it; the launcher finds the halved number in the stage's folder, and starts all of them again.
+        Raises TbpoError if the number is the recipe's or cannot be halved any more, and ToldError if the weights are
+        sharded: the other processes wait in the middle of a pass for this one, and end with it; the launcher finds the
+        halved number in the stage's folder, and starts all of them again.
         """
         while True:
             result, failure = None, None
             try:
                 result = work(self.tokens)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
                     raise
                 failure = str(error).splitlines()[0]
             # Only here has the failed attempt let go of its tensors.
@@ -62,22 +57,15 @@ class TokenBudget:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self._fixed or self.tokens < 2 * LEAST_TOKENS:
+                what, where = f"out of memory: {failures[0]}", f"max_tokens_per_device = {self.tokens}"
                 smaller = "activation_checkpointing = true, or a smaller data.max_length"
-                raise TbpoError(
-                    f"out of memory: {failures[0]}",
-                    f"max_tokens_per_device = {self.tokens}",
-                    "a micro-batch that fits into memory",
-                    'max_tokens_per_device = "auto"' if self._fixed else smaller,
-                )
+                fix = 'max_tokens_per_device = "auto"' if self._fixed else smaller
+                raise TbpoError(what, where, "a micro-batch that fits into memory", fix)
             self.tokens //= 2
             if self._sharded_in:
                 write_whole(self._sharded_in / HALVED, str(self.tokens))
                 raise ToldError(1)
             console.say(f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:
@@ -99,18 +87,14 @@ class Ahead:
 
     def __init__(self, collate_step: Callable[[int, int], list[PairBatch]]) -> None:
         """`collate_step(step, tokens)` is a pure function."""
-        self._collate_step = collate_step
-        self._thread = ThreadPoolExecutor(1)
-        self._next: tuple[tuple[int, int], Future[list[PairBatch]]] | None = None
+        self._collate_step, self._thread = collate_step, ThreadPoolExecutor(1)
+        self._made: dict[tuple[int, int], Future[list[PairBatch]]] = {}
 
     def batches(self, step: int, tokens: int) -> list[PairBatch]:
         """Those of a step, cut to `tokens`; the next step is begun."""
-        wanted = (step, tokens)
-        if self._next is None or self._next[0] != wanted:
-            self._next = (wanted, self._thread.submit(self._collate_step, *wanted))
-        batches = self._next[1].result()
-        self._next = ((step + 1, tokens), self._thread.submit(self._collate_step, step + 1, tokens))
-        return batches
+        wanted = ((step, tokens), (step + 1, tokens))
+        self._made = {key: self._made.get(key) or self._thread.submit(self._collate_step, *key) for key in wanted}
+        return self._made[step, tokens].result()
 
     def close(self) -> None:
         """Waits for what is being made."""

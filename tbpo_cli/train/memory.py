@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-
 import psutil
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.benchmark import Timer
 
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
@@ -27,21 +25,17 @@ PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
 
 
 def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
-    """Bytes that all layers, and that one layer, keep of a token for the backward pass.
+    """Bytes that all layers, and that one layer, keep of a token for the backward pass; before weights are shared out.
 
     They are counted in a pass without numbers ("meta"); a quantized model makes it on its device.
-
-    Args:
-        model: not shared out over processes yet.
     """
     causal = causal_model(model)
     kept: dict[int, torch.UntypedStorage] = {}
-    config, meta = causal.config.get_text_config(), torch.device("meta")
+    config = causal.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size * causal.dtype.itemsize
-    device = causal.device if getattr(causal, "quantization_method", None) else meta
-    named = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
-    twins = {name: each.to(device) for name, each in named}
-    own = {twin.untyped_storage()._cdata for twin in twins.values()}
+    device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
+    own = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
+    twins = {name: each.to(device) for name, each in own}
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -54,7 +48,9 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         causal.set_attn_implementation(BY_SEQUENCE)  # the others look at the numbers of their masks
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             functional_call(causal.base_model, twins, (), rows)
-        whole = sum(storage.nbytes() for key, storage in kept.items() if key not in own) / PROBE_TOKENS
+        for twin in twins.values():
+            kept.pop(twin.untyped_storage()._cdata, None)
+        whole = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
     except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its code asks for numbers
         whole = float(TYPICAL * layers * width)
     finally:
@@ -66,9 +62,8 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
 def tokens_that_fit(kept: float, device: torch.device, used: float | None = None) -> int:
     """Tokens of a first micro-batch: a power of two that depends on model and device, not on what else runs there.
 
-    Args:
-        kept: bytes of a token; all of them get a half of what is left of the device's memory.
-        used: bytes of it that are taken; None: as it is now.
+    Those that keep `kept` bytes each get a half of what is left of the device's memory; `used` bytes are taken, or as
+    many as now.
     """
     if device.type != "cuda":
         return TOKENS_ON_CPU
@@ -115,17 +110,14 @@ def foresee(
 
 def operations(policy: Policy, activation_checkpointing: bool) -> float:
     """Floating-point operations of training on one token: products with the weights, also of the frozen models."""
-    weights: int = (
-        sum(p.numel() for p in policy.model.parameters()) - policy.model.get_input_embeddings().weight.numel()
-    )
+    embeddings: int = policy.model.get_input_embeddings().weight.numel()
+    weights: int = sum(p.numel() for p in policy.model.parameters()) - embeddings
     return 2.0 * weights * (3 + len(policy.frozen) + activation_checkpointing)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of this device in matrix products, timed for half a second."""
     size = 8192 if device.type == "cuda" else 1024
-    square, times = torch.ones(size, size, device=device, dtype=dtype), [time.monotonic()]
-    while len(times) < 3 or times[-1] - times[0] < 0.5:
-        float((square @ square)[0, 0])  # waits for the device
-        times.append(time.monotonic())
-    return 2.0 * size**3 / min(after - before for before, after in itertools.pairwise(times))
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+    return float(2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer, RMSprop
 
 from tbpo_cli.recipe import Training
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "rmsprop": RMSprop}
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
@@ -21,18 +18,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return OPTIMIZERS[settings.optimizer](
-        list(parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
     """The state baseline's own: AdamW, 1e-3, constant, no decay, untouched by the policy's clipping.
 
     Source: arXiv 2605.12288, the released code's setting.
     """
-    return torch.optim.AdamW(list(parameters), lr=1e-3, weight_decay=0.0)
+    return AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
 
 def learning_rate(settings: Training, step: int, num_steps: int) -> float:

@@ -73,12 +73,11 @@ def train(num_pairs: int, steps: int, tell) -> list[dict]:
             f'[data]\ntrain = "unused"\n[align]\nbatch_pairs = 4\nmax_steps = {steps}\ncheckpoint_every = 1000000\n'
         )
         recipe = load_recipe(folder / "recipe.toml")
-        cpu = torch.device("cpu")
         stores = make_store(folder / "train", num_pairs, 1024, 2000), make_store(folder / "eval", 0, 1, 3)
         (folder / "align").mkdir()
-        policy = load_policy(recipe, cpu, None, with_reference=True)
+        policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
         loss = loss_of(recipe.align)
-        run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, cpu, tell=tell)
+        run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, tell=tell)
         return [line for line in run.run().lines if "kl" not in line]  # steps that report all read more
 
 

@@ -164,6 +164,7 @@ def peak_gb() -> float:
 def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     """The product's own loop, as `tbpo align` runs it: its first epoch, or the one after it."""
     from tbpo_cli.stages.align import loss_of
+    from tbpo_cli.train.group import Group
     from tbpo_cli.train.loop import TrainingRun
 
     policy = load_policy(recipe, DEVICE, None, with_reference=True)
@@ -174,7 +175,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     if way == "tbpo-cached":
         settings, reference = replace(settings, max_steps=2 * steps), folder / "reference.f32"
     loss = loss_of(recipe.align)
-    log = TrainingRun(policy, loss, settings, store, nothing, run, 0, DEVICE, reference).run()
+    log = TrainingRun(policy, loss, settings, store, nothing, run, 0, reference, Group(device=DEVICE)).run()
     return {name: [line[key] for line in log.lines[-steps:]] for name, key in (("seconds",) * 2, ("losses", "loss"))}
 
 
