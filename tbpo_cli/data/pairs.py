@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tbpo_cli.data.sources import Row
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data
 
@@ -147,14 +148,12 @@ def _messages(row: dict[str, Any], column: str) -> Messages:
 
 def _message(given: dict[str, Any], column: str) -> Message:
     role, content = given.get("role"), given.get("content")
-    if not isinstance(role, str) or role not in ROLES_BEFORE:
+    if role not in [*ROLES_BEFORE]:
         raise RejectedRow("unknown_role", f"{column}: {role!r}")
     if content is None and given.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
-    if len(given) == 2:
-        return {"role": role, "content": content}
     message: Message = _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
     return message
 
@@ -268,23 +267,25 @@ FORMATS = {
 }
 
 
-def recognise(rows: Sequence[Row], data: Data) -> str:
-    """The name of the rows' format: `data.format`, or the first of FORMATS that fits the first row that any fits.
+def recognise(rows: Iterator[Row], data: Data) -> tuple[str, Iterator[Row]]:
+    """The rows' format, `data.format` or the first of FORMATS that fits the first row that any fits; and all rows.
 
     Raises:
         TbpoError: if none fits, with the columns of the first row.
     """
-    if data.format != "auto":
-        return data.format
-    contents = [_renamed(row.content, data.columns) for row in rows]
+    first = list(itertools.islice(rows, ROWS_AT_A_TIME))
+    rows = itertools.chain(first, rows)
+    if data.format != "auto" or not first:
+        return data.format, rows
+    contents = [_renamed(row.content, data.columns) for row in first]
     for content in contents:
         for name, known in FORMATS.items():
             if isinstance(content, dict) and all(c in content for c in known.columns) and known.recognise(content):
-                return name
+                return name, rows
     columns = ", ".join(contents[0]) if isinstance(contents[0], dict) else f"none, it is {type(contents[0]).__name__}"
     raise TbpoError(
         "the rows have none of the known formats",
-        f"{rows[0].source}, row {rows[0].number}; its columns: {columns}",
+        f"{first[0].source}, row {first[0].number}; its columns: {columns}",
         "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items()),
         'name the columns, e.g. [data.columns] prompt = "question"',
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ import numpy as np
 from rich.text import Text
 
 from tbpo_cli import console
+from tbpo_cli.charts import Panel, histogram
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.report import histogram, write_page
-from tbpo_cli.svg import Panel
+from tbpo_cli.report import write_page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,21 +35,22 @@ class ShownToken:
 
 
 def shown_parts(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[ShownToken]]:
-    """The tokens of prompt, chosen and rejected."""
-    controls = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    """The tokens of prompt, chosen and, unless it is a demonstration, rejected."""
+    controls = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     anchor = int(pair.prompt_ids[0])  # a decoder may treat the first token of a text in its own way
     before = len(tokenizer.decode([anchor]))
-    aligned = pair.aligned_length if len(pair.rejected_ids) else len(pair.chosen_ids)
+    aligned = pair.aligned_length or len(pair.chosen_ids)
 
-    def shown(ids: Any, name: str) -> list[ShownToken]:
-        texts = tokenizer.batch_decode([[anchor, int(i)] for i in ids]) if len(ids) else []
-        parts = ("prompt" if name == "prompt" else "aligned" if t < aligned else "tail" for t in range(len(ids)))
+    def shown(ids: Sequence[int], in_prompt: bool = False) -> list[ShownToken]:
+        texts = tokenizer.batch_decode([[anchor, int(i)] for i in ids])
+        parts = ("prompt" if in_prompt else "aligned" if t < aligned else "tail" for t in range(len(ids)))
         return [
             ShownToken(int(i), text[before:], part, int(i) in controls)
             for i, text, part in zip(ids, texts, parts, strict=True)
         ]
 
-    return {name: shown(getattr(pair, f"{name}_ids"), name) for name in ("prompt", "chosen", "rejected")}
+    parts = {"prompt": shown(pair.prompt_ids, in_prompt=True), "chosen": shown(pair.chosen_ids)}
+    return parts | ({"rejected": shown(pair.rejected_ids)} if len(pair.rejected_ids) else {})
 
 
 def show_pairs(store: PairStore, tokenizer: PreTrainedTokenizerFast, num_pairs: int, with_ids: bool) -> None:
@@ -88,6 +90,7 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
     tokenizer = load_tokenizer(recipe.model)
     names = dict.fromkeys(split for count in counts for split in count["kept"])
     stores = {name: PairStore(folder / name) for name in names}
+    examples = [stores["train"][index] for index in range(min(NUM_EXAMPLES, len(stores["train"])))]
     write_page(
         folder / "report.html",
         "prepare.html",
@@ -102,27 +105,26 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         reasons=[[reason, c["source"], f"{n:,}"] for c in counts for reason, n in sorted(c["rejected"].items())],
         notes=[[note, c["source"], f"{n:,}"] for c in counts for note, n in c["noted"].items() if n],
         splits=[_describe(name, store) for name, store in stores.items() if len(store)],
-        examples=[
-            _example(stores["train"][index], tokenizer) for index in range(min(NUM_EXAMPLES, len(stores["train"])))
-        ],
+        examples=[(pair.pair_id, shown_parts(pair, tokenizer)) for pair in examples],
         chat_template=tokenizer.chat_template,
     )
 
 
 def _describe(name: str, store: PairStore) -> dict[str, Any]:
     """Figures and histograms of a split."""
-    lengths = {"prompt": store.prompt_lengths, "chosen": store.chosen_lengths, "rejected": store.rejected_lengths}
-    figures = []
+    prompt, chosen, rejected = store.prompt_lengths, store.chosen_lengths, store.rejected_lengths
+    lengths, figures = {"prompt": prompt, "chosen": chosen}, []
     if store.has_rejected:
-        lengths["aligned"] = np.minimum(store.chosen_lengths, store.rejected_lengths)
-        responses = int(store.chosen_lengths.sum() + store.rejected_lengths.sum())
+        aligned = np.minimum(chosen, rejected)
+        lengths |= {"rejected": rejected, "aligned": aligned}
         figures = [
-            ["response tokens beyond the aligned length", f"{1 - 2 * int(lengths['aligned'].sum()) / responses:.1%}"],
-            ["pairs whose chosen response is longer", f"{(store.chosen_lengths > store.rejected_lengths).mean():.1%}"],
-            ["mean of chosen − rejected tokens", f"{(store.chosen_lengths - store.rejected_lengths).mean():+.1f}"],
+            [
+                "response tokens beyond the aligned length",
+                f"{1 - 2 * aligned.sum() / (chosen.sum() + rejected.sum()):.1%}",
+            ],
+            ["pairs whose chosen response is longer", f"{(chosen > rejected).mean():.1%}"],
+            ["mean of chosen − rejected tokens", f"{(chosen - rejected).mean():+.1f}"],
         ]
-    else:
-        del lengths["rejected"]
     histograms = [_histogram(part, f"{part}, tokens", values) for part, values in lengths.items()]
     if len(margins := store.score_margins):
         figures.append(["pairs whose chosen response has the lower score", f"{(margins < 0).mean():.1%}"])
@@ -132,12 +134,3 @@ def _describe(name: str, store: PairStore) -> dict[str, Any]:
 
 def _histogram(title: str, what: str, values: np.ndarray) -> Panel:
     return histogram(title, "pairs", f"{what}; mean {values.mean():.3g}", {0: values})
-
-
-def _example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    parts = {name: tokens for name, tokens in shown_parts(pair, tokenizer).items() if tokens}
-    return {
-        "pair_id": pair.pair_id,
-        "summary": ", ".join(f"{name} {len(tokens)} tokens" for name, tokens in parts.items()),
-        "parts": [{"name": name, "tokens": tokens} for name, tokens in parts.items()],
-    }

@@ -15,6 +15,9 @@ from typing import Any
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source
 
+ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
+Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,12 +42,8 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """
     path, number, split = Path(source.path), 0, source.split or split
     if path.is_file() and path.suffix not in READERS:
-        raise TbpoError(
-            f"{key} is of an unknown kind",
-            source.path,
-            f"one of {', '.join(READERS)}",
-            "convert the file, or rename it if its ending is wrong",
-        )
+        kinds, fix = f"one of {', '.join(READERS)}", "convert the file, or rename it if its ending is wrong"
+        raise TbpoError(f"{key} is of an unknown kind", source.path, kinds, fix)
     try:
         for number, content in READERS[path.suffix](path) if path.is_file() else _read_dataset(source, split):
             yield Row(source.path, number, content)
@@ -59,17 +58,26 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         ) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
+def _read_lines(path: Path, parse: Callable[[bytes], Any], expected: str) -> Numbered:
     number = 0
     opened = gzip.open if path.suffix == ".gz" else open
-    with _told(path, lambda: number, "one JSON object a line, in UTF-8"), opened(path, "rb") as file:
+    with _told(path, lambda: number, expected), opened(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, json.loads(line)
+                yield number, parse(line)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: Path) -> Numbered:
+    """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
+    return _read_lines(path, json.loads, "one JSON object a line, in UTF-8")
+
+
+def _read_text(path: Path) -> Numbered:
+    """Each line as it stands; for prompts."""
+    return _read_lines(path, lambda line: line.decode().rstrip("\r\n"), "text in UTF-8")
+
+
+def _read_csv(path: Path) -> Numbered:
     """Every field is text, as it stands; `datasets` would make a number of 007, and nothing of NA."""
     csv.field_size_limit(2**31 - 1)
     number = 1
@@ -90,39 +98,32 @@ def _told(path: Path, line: Callable[[], int], expected: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError, csv.Error) as error:
-        raise TbpoError(
-            f"the line cannot be read: {error}", f"{path}, line {line()}", expected, "mend or remove that line"
-        ) from None
+        what, where = f"the line cannot be read: {error}", f"{path}, line {line()}"
+        raise TbpoError(what, where, expected, "mend or remove that line") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise TbpoError(
-            f"the compressed file is damaged: {error}",
-            f"{path}, after line {line()}",
-            "a whole .gz file",
-            "copy or download it again",
-        ) from None
-    except OSError as error:
-        raise TbpoError(f"the file cannot be read: {error.strerror}", str(path), "a readable file") from None
+        what, where = f"the compressed file is damaged: {error}", f"{path}, after line {line()}"
+        raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
 
 
-def _read_columnar(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_columnar(path: Path) -> Numbered:
     import datasets
 
     rows = datasets.load_dataset(path.suffix.removeprefix("."), data_files=str(path), split="train", streaming=True)
     return enumerate(rows, 1)
 
 
-# ending of a file: its rows, each with its number
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+READERS: dict[str, Callable[[Path], Numbered]] = {  # by the ending of a file
     ".jsonl": _read_jsonl,
     ".gz": _read_jsonl,
     ".csv": _read_csv,
     ".json": _read_columnar,
     ".parquet": _read_columnar,
     ".arrow": _read_columnar,
+    ".txt": _read_text,
 }
 
 
-def _read_dataset(source: Source, split: str) -> Iterator[tuple[int, Any]]:
+def _read_dataset(source: Source, split: str) -> Numbered:
     """A folder that `datasets` saved, or a Hub data set, downloaded once."""
     import datasets
 

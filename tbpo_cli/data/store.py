@@ -21,9 +21,9 @@ SCHEMA = pa.schema(
 )
 
 
-def record_batch(pairs: Sequence[tuple[TokenizedPair, float | None]]) -> pa.RecordBatch:
-    """Pairs and their score margins as Arrow columns of SCHEMA."""
-    return pa.RecordBatch.from_pylist([vars(pair) | {"score_margin": margin} for pair, margin in pairs], schema=SCHEMA)
+def record_batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
+    """Pairs as Arrow columns of SCHEMA."""
+    return pa.RecordBatch.from_pylist([vars(pair) for pair in pairs], schema=SCHEMA)
 
 
 @contextmanager
