@@ -90,7 +90,7 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
     tokenizer = load_tokenizer(recipe.model)
     names = dict.fromkeys(split for count in counts for split in count["kept"])
     stores = {name: PairStore(folder / name) for name in names}
-    examples = [stores["train"][index] for index in range(min(NUM_EXAMPLES, len(stores["train"])))]
+    train = stores["train"]
     write_page(
         folder / "report.html",
         "prepare.html",
@@ -105,7 +105,10 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         reasons=[[reason, c["source"], f"{n:,}"] for c in counts for reason, n in sorted(c["rejected"].items())],
         notes=[[note, c["source"], f"{n:,}"] for c in counts for note, n in c["noted"].items() if n],
         splits=[_describe(name, store) for name, store in stores.items() if len(store)],
-        examples=[(pair.pair_id, shown_parts(pair, tokenizer)) for pair in examples],
+        examples=[
+            (train[index].pair_id, shown_parts(train[index], tokenizer))
+            for index in range(min(NUM_EXAMPLES, len(train)))
+        ],
         chat_template=tokenizer.chat_template,
     )
 

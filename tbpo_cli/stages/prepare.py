@@ -173,10 +173,10 @@ class _Sifter:
         with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
             for chunk, results in prepare_rows(rows, format_name, data, pool):
                 kept: dict[str, list[TokenizedPair]] = {name: [] for name in self.writers}
-                for row, result in zip(chunk, map(self._checked, results), strict=True):
-                    if isinstance(result, RejectedRow):
-                        self._reject(row, result, counts)
-                    else:
+                for row, result in zip(chunk, results, strict=True):
+                    if reason := self._reason_against(result):
+                        self._reject(row, reason, counts)
+                    elif isinstance(result, TokenizedPair):
                         kept[self._split_of(result)] += [result] * self._copies(result, source.weight, counts)
                 for name, pairs in kept.items():
                     counts.kept[name] += len(pairs)
@@ -186,16 +186,14 @@ class _Sifter:
                 update(counts.rows, "rows")
         return counts
 
-    def _checked(self, result: TokenizedPair | RejectedRow) -> TokenizedPair | RejectedRow:
-        """The pair, unless what came before it speaks against it."""
+    def _reason_against(self, result: TokenizedPair | RejectedRow) -> RejectedRow | None:
         if isinstance(result, RejectedRow):
             return result
         if [*self.writers] != ["eval"] and result.prompt_hash in self.eval_prompts:
             return RejectedRow("in_eval", "the prompt is among the evaluation prompts")
         if self.recipe.data.dedup and result.pair_id in self.seen:
             return RejectedRow("duplicate", "the same comparison came before")
-        self.seen.add(result.pair_id)
-        return result
+        return None
 
     def _split_of(self, pair: TokenizedPair) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
@@ -206,7 +204,8 @@ class _Sifter:
         return splits[held_out]
 
     def _copies(self, pair: TokenizedPair, weight: float, counts: Counts) -> int:
-        """How often a pair is written; counts what is noted of it."""
+        """How often a pair that is kept is written; counts what is noted of it."""
+        self.seen.add(pair.pair_id)
         copies = int(weight) + (self._draw(pair.pair_id) < weight % 1)
         counts.noted["reversed"] += pair.reversed_id != pair.pair_id and pair.reversed_id in self.seen
         counts.noted["cut"] += pair.is_cut
