@@ -84,21 +84,19 @@ def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: 
 
 
 def _check_roles(messages: Messages) -> None:
-    before = ""
-    for number, message in enumerate(messages, 1):
-        if before not in ROLES_BEFORE[message["role"]]:
-            raise RejectedRow("roles", f"message {number} is of {message['role']}, after {before or 'no message'}")
-        before = message["role"]
+    roles = ["", *(message["role"] for message in messages)]
+    for number, (before, role) in enumerate(itertools.pairwise(roles), 1):
+        if before not in ROLES_BEFORE[role]:
+            raise RejectedRow("roles", f"message {number} is of {role}, after {before or 'no message'}")
 
 
 def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The `tools` column: a list of schemas, or that list as JSON text."""
     tools = row.get("tools") or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRow("wrong_type", "tools is no list of JSON schemas")
     return tuple(_without_nulls(tools))

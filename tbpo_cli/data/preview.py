@@ -1,16 +1,13 @@
-"""Prepared pairs for a person: tokens with their loss mask at a terminal, and prepare's report.html."""
+"""Prepared pairs for a person: their tokens with the loss mask, and prepare's report.html."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.text import Text
 
-from tbpo_cli import console
 from tbpo_cli.charts import Panel, histogram
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUM_EXAMPLES = 10
-STYLES = {"prompt": "dim", "aligned": "green", "tail": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -40,44 +36,14 @@ def shown_parts(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict
     anchor = int(pair.prompt_ids[0])  # a decoder may treat the first token of a text in its own way
     before = len(tokenizer.decode([anchor]))
     aligned = pair.aligned_length or len(pair.chosen_ids)
-
-    def shown(ids: Sequence[int], in_prompt: bool = False) -> list[ShownToken]:
-        texts = tokenizer.batch_decode([[anchor, int(i)] for i in ids])
-        parts = ("prompt" if in_prompt else "aligned" if t < aligned else "tail" for t in range(len(ids)))
-        return [
-            ShownToken(int(i), text[before:], part, int(i) in controls)
-            for i, text, part in zip(ids, texts, parts, strict=True)
-        ]
-
-    parts = {"prompt": shown(pair.prompt_ids, in_prompt=True), "chosen": shown(pair.chosen_ids)}
-    return parts | ({"rejected": shown(pair.rejected_ids)} if len(pair.rejected_ids) else {})
-
-
-def show_pairs(store: PairStore, tokenizer: PreTrainedTokenizerFast, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first pairs of a split, token by token, to stdout."""
-    console.out.print(
-        Text.assemble(
-            "│ ends a token, ‖ the aligned part. ",
-            ("The prompt is never in the loss; ", STYLES["prompt"]),
-            ("aligned tokens are read by every loss; ", STYLES["aligned"]),
-            ("a tail by those of whole responses.", STYLES["tail"]),
-        )
-    )
-    for index in range(min(num_pairs, len(store))):
-        pair = store[index]
-        console.out.print(f"\n[bold]pair {pair.pair_id}[/bold]")
-        for name, tokens in shown_parts(pair, tokenizer).items():
-            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
-            console.out.print(_line(tokens, with_ids))
-
-
-def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
-    line = Text()
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(token.text.replace("\n", "⏎\n"), f"{STYLES[token.part]}{' bold' if token.control else ''}")
-        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
-        line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
-    return line
+    parts = {}
+    for name, ids in (("prompt", pair.prompt_ids), ("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        if len(ids):
+            texts = [text[before:] for text in tokenizer.batch_decode([[anchor, int(i)] for i in ids])]
+            read = ["prompt" if name == "prompt" else "aligned" if t < aligned else "tail" for t in range(len(ids))]
+            is_control = [int(i) in controls for i in ids]
+            parts[name] = list(map(ShownToken, map(int, ids), texts, read, is_control))
+    return parts
 
 
 def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
+from rich.text import Text
 
 from tbpo_cli import console
-from tbpo_cli.data import preview
 from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.pairs import RejectedRow, recognise
+from tbpo_cli.data.preview import ShownToken, shown_parts, write_report
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair, fingerprint, load_tokenizer
@@ -26,6 +27,7 @@ from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
 
 EXCERPT_CHARACTERS = 200
+STYLES = {"prompt": "dim", "aligned": "green", "tail": "yellow"}
 
 
 @dataclass
@@ -75,7 +77,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         "tokenizer": fingerprint(tokenizer),
         "seconds": round(time.monotonic() - started, 1),
     }
-    preview.write_report(recipe, folder, facts["counts"])
+    write_report(recipe, folder, facts["counts"])
     outputs = [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"]
     run_dir.finish("prepare", outputs, facts)
     report(recipe, run_dir)
@@ -104,8 +106,30 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first training pairs of the complete stage as the model sees them."""
-    preview.show_pairs(PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model), num_pairs, with_ids)
+    """Prints the first training pairs of the complete stage to stdout as the model sees them, token by token."""
+    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
+    console.out.print(
+        Text.assemble(
+            "│ ends a token, ‖ the aligned part. ",
+            ("The prompt is never in the loss; ", STYLES["prompt"]),
+            ("aligned tokens are read by every loss; ", STYLES["aligned"]),
+            ("a tail by those of whole responses.", STYLES["tail"]),
+        )
+    )
+    for index in range(min(num_pairs, len(store))):
+        console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
+        for name, tokens in shown_parts(store[index], tokenizer).items():
+            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
+            console.out.print(_line(tokens, with_ids))
+
+
+def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
+    line = Text()
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        line.append(token.text.replace("\n", "⏎\n"), f"{STYLES[token.part]}{' bold' if token.control else ''}")
+        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
+        line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
+    return line
 
 
 def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
