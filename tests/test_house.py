@@ -41,7 +41,7 @@ LAYERS = {  # room: the rooms it may import
     "files": set(),
     "endpoint": set(),
     "console": set(),
-    "checks": {"core"},
+    "checks": {"core", "data"},
     "recipe": set(),
     "toml": set(),
     "run": set(),
