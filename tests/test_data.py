@@ -132,6 +132,7 @@ def test_columns_are_named_by_the_recipe():
         ({"prompt": "p", "chosen": "a"}, "missing_column"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "null_column"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "system": 3}, "wrong_type"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty_prompt"),
         ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty_response"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical"),
@@ -433,7 +434,7 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
 def test_a_worker_that_dies_is_a_message(base):
     data = Data(train=UNUSED, workers=2)
     with workers(Model(base=str(base)), data) as pool, pytest.raises(TbpoError, match="a worker died") as error:
-        pool.submit(os._exit, 1)
+        pool.submit(os._exit, 1).exception()
         list(prepare_rows(iter([Row("here", 1, ROWS["prompt"])] * 3000), "prompt", data, pool))
     assert "lower data.workers" in error.value.fix
 

@@ -42,7 +42,7 @@ class PreferencePair:
 
     Args:
         pair_id: 16 hex digits of the hash of the texts: the same comparison has the same id everywhere.
-        reversed_id: the id it would have with chosen and rejected exchanged; of a demonstration, its pair_id.
+        reversed_id: the id it would have with chosen and rejected exchanged.
         prompt_hash: 16 hex digits of the hash of prompt and tools.
         prompt: the messages before the response.
         chosen: the preferred response, an assistant's message.
@@ -77,9 +77,7 @@ def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: 
         raise RejectedRow("identical", "chosen and rejected are the same")
     tools = _tools(row)
     prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
-    pair_id, reversed_id = (
-        _hash((prompt_hash, *order)) for order in (responses, responses[::-1] if rejected else responses)
-    )
+    pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
     return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row))
 
 
@@ -162,7 +160,7 @@ def _prompt(row: dict[str, Any]) -> Messages:
         prompt = _messages(row, "prompt")
     else:
         prompt = ({"role": "user", "content": _text(row, "prompt")},)
-    return ({"role": "system", "content": row["system"]}, *prompt) if row.get("system") else prompt
+    return ({"role": "system", "content": _text(row, "system")}, *prompt) if row.get("system") else prompt
 
 
 def read_prompt(row: Any) -> Messages:
@@ -214,19 +212,16 @@ def _hh_messages(text: str) -> Messages:
     before, *turns = HH_TURN.split(text)  # "", "Human", its text, "Assistant", its text, …
     if before.strip() or not turns:
         raise RejectedRow("wrong_type", "the dialogue does not begin with a Human: or Assistant: turn")
-    return tuple(
-        {"role": HH_ROLES[turn], "content": content.strip()}
-        for turn, content in zip(turns[::2], turns[1::2], strict=True)
-    )
+    spoken = zip(turns[::2], turns[1::2], strict=True)
+    return tuple({"role": HH_ROLES[turn], "content": content.strip()} for turn, content in spoken)
 
 
 def _from_hh(row: dict[str, Any]) -> PreferencePair:
     """Whole dialogues, or the `prompt` column's dialogue and how it goes on."""
     prompt = _text(row, "prompt") if row.get("prompt") else ""
     chosen, rejected = (_hh_messages(prompt + _text(row, side)) for side in ("chosen", "rejected"))
-    for side in (chosen, rejected):
-        if side[-1]["role"] != "assistant":
-            raise RejectedRow("roles", "the dialogue does not end with the assistant")
+    if any(side[-1]["role"] != "assistant" for side in (chosen, rejected)):
+        raise RejectedRow("roles", "the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("prompts_differ")
     return make_pair(row, chosen[:-1], chosen[-1], rejected[-1])

@@ -7,8 +7,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,51 +58,46 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         ) from error
 
 
-def _read_lines(path: Path, parse: Callable[[bytes], Any], expected: str) -> Numbered:
+def _read_text(path: Path, parse: Callable[[Iterator[bytes]], Iterator[Any]], expected: str) -> Numbered:
+    """What `parse` makes of the lines, each with the number of the last line that it took."""
     number = 0
-    opened = gzip.open if path.suffix == ".gz" else open
-    with _told(path, lambda: number, expected), opened(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, parse(line)
+
+    def lines() -> Iterator[bytes]:
+        nonlocal number
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                number += 1
+                yield line
+
+    try:
+        for content in parse(lines()):
+            yield number, content
+    except (ValueError, RecursionError, csv.Error) as error:
+        what, where = f"the line cannot be read: {error}", f"{path}, line {number}"
+        raise TbpoError(what, where, f"{expected}, in UTF-8", "mend or remove that line") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what, where = f"the compressed file is damaged: {error}", f"{path}, after line {number}"
+        raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
 
 
-def _read_jsonl(path: Path) -> Numbered:
+def _parse_jsonl(lines: Iterator[bytes]) -> Iterator[Any]:
     """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
-    return _read_lines(path, json.loads, "one JSON object a line, in UTF-8")
+    return (json.loads(line) for line in lines if line.strip())
 
 
-def _read_text(path: Path) -> Numbered:
-    """Each line as it stands; for prompts."""
-    return _read_lines(path, lambda line: line.decode().rstrip("\r\n"), "text in UTF-8")
-
-
-def _read_csv(path: Path) -> Numbered:
+def _parse_csv(lines: Iterator[bytes]) -> Iterator[dict[str, str]]:
     """Every field is text, as it stands; `datasets` would make a number of 007, and nothing of NA."""
     csv.field_size_limit(2**31 - 1)
-    number = 1
-    with _told(path, lambda: number, "rows with as many fields as the first line, in UTF-8"), path.open("rb") as file:
-        reader = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
-        names = next(reader, [])
-        for fields in reader:
-            number = reader.line_num
-            if len(fields) != len(names):
-                raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
-            yield number, dict(zip(names, fields, strict=True))
-            number += 1
+    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
+    names = next(reader, [])
+    for fields in reader:
+        if len(fields) != len(names):
+            raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
+        yield dict(zip(names, fields, strict=True))
 
 
-@contextmanager
-def _told(path: Path, line: Callable[[], int], expected: str) -> Iterator[None]:
-    """Turns what reading a text file can raise into a TbpoError that names the line."""
-    try:
-        yield
-    except (ValueError, RecursionError, csv.Error) as error:
-        what, where = f"the line cannot be read: {error}", f"{path}, line {line()}"
-        raise TbpoError(what, where, expected, "mend or remove that line") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        what, where = f"the compressed file is damaged: {error}", f"{path}, after line {line()}"
-        raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
+def _parse_txt(lines: Iterator[bytes]) -> Iterator[str]:
+    return (line.decode().rstrip("\r\n") for line in lines if line.strip())
 
 
 def _read_columnar(path: Path) -> Numbered:
@@ -112,14 +107,13 @@ def _read_columnar(path: Path) -> Numbered:
     return enumerate(rows, 1)
 
 
+_read_jsonl = partial(_read_text, parse=_parse_jsonl, expected="one JSON object a line")
 READERS: dict[str, Callable[[Path], Numbered]] = {  # by the ending of a file
     ".jsonl": _read_jsonl,
     ".gz": _read_jsonl,
-    ".csv": _read_csv,
-    ".json": _read_columnar,
-    ".parquet": _read_columnar,
-    ".arrow": _read_columnar,
-    ".txt": _read_text,
+    ".csv": partial(_read_text, parse=_parse_csv, expected="rows with as many fields as the first line"),
+    ".txt": partial(_read_text, parse=_parse_txt, expected="a prompt a line"),
+    **dict.fromkeys((".json", ".parquet", ".arrow"), _read_columnar),
 }
 
 

@@ -40,7 +40,7 @@ def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
 
 
 class PairStore:
-    """The pairs of a split: `len(store)`, `store[i]`, and the lengths of all of them."""
+    """The pairs of a split: `len(store)`, `store[i]`, and `lengths`, (n, 3) tokens of prompt, chosen and rejected."""
 
     def __init__(self, folder: Path, reverse: bool = False) -> None:
         """Opens a split; with `reverse`, chosen and rejected change places."""
@@ -49,9 +49,9 @@ class PairStore:
         if reverse:
             renamed = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
             self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
-        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS
-        )
+        columns = [pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS]
+        self.lengths = np.stack(columns, axis=1).astype(np.int64)
+        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = self.lengths.T
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -18,6 +18,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
@@ -151,8 +153,6 @@ class Chat:
             RejectedRow: template_error, if the template refuses the messages.
             TbpoError: if it is no template.
         """
-        from jinja2 import TemplateError, TemplateSyntaxError
-
         masked: Any = self.mask(tools) or None
         try:
             template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)

@@ -98,9 +98,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     _show_rejected(counts, folder)
     rows = []
     for split in dict.fromkeys(split for count in counts for split in count["kept"]):
-        store = PairStore(folder / split)
-        lengths = (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
-        rows.append([split, *(f"{x.mean():.0f}" if len(x) else "" for x in lengths)])
+        lengths = PairStore(folder / split).lengths
+        rows.append([split, *(f"{mean:.0f}" for mean in lengths.mean(axis=0))] if len(lengths) else [split, "", "", ""])
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
     console.say(f"more about them: {folder / 'report.html'}")
 
@@ -231,7 +230,7 @@ class _Sifter:
         """How often a pair that is kept is written; counts what is noted of it."""
         self.seen.add(pair.pair_id)
         copies = int(weight) + (self._draw(pair.pair_id) < weight % 1)
-        counts.noted["reversed"] += pair.reversed_id != pair.pair_id and pair.reversed_id in self.seen
+        counts.noted["reversed"] += pair.reversed_id in self.seen
         counts.noted["cut"] += pair.is_cut
         counts.noted["unsampled"] += not copies
         return copies
