@@ -28,10 +28,7 @@ Results = list[TokenizedPair | RejectedRow]
 def prepare_rows(
     rows: Iterator[Row], format_name: str, data: Data, pool: Executor
 ) -> Iterator[tuple[list[Row], Results]]:
-    """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever `data.workers` is.
-
-    Args:
-        pool: of `workers`.
+    """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever the pool of `workers` is.
 
     Raises:
         TbpoError: if the chat template cannot be cut, or if a worker died.

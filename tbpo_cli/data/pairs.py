@@ -133,8 +133,11 @@ def _text(row: dict[str, Any], column: str) -> str:
     return value
 
 
-def _messages(row: dict[str, Any], column: str) -> Messages:
+def _messages(row: dict[str, Any], column: str, text_by: str = "") -> Messages:
+    """The messages in a column; text, if it may be there, is a message of the role `text_by`."""
     value = row[column]
+    if text_by and not isinstance(value, list):
+        return ({"role": text_by, "content": _text(row, column)},)
     if value is None:
         raise RejectedRow("null_column", column)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -156,11 +159,8 @@ def _message(given: dict[str, Any], column: str) -> Message:
 
 def _prompt(row: dict[str, Any]) -> Messages:
     """The `prompt` column, text or messages, after the `system` column's text."""
-    if isinstance(row["prompt"], list):
-        prompt = _messages(row, "prompt")
-    else:
-        prompt = ({"role": "user", "content": _text(row, "prompt")},)
-    return ({"role": "system", "content": _text(row, "system")}, *prompt) if row.get("system") else prompt
+    system = ({"role": "system", "content": _text(row, "system")},) if row.get("system") else ()
+    return (*system, *_messages(row, "prompt", "user"))
 
 
 def read_prompt(row: Any) -> Messages:
@@ -172,9 +172,7 @@ def read_prompt(row: Any) -> Messages:
 
 
 def _answer(row: dict[str, Any], column: str) -> Message:
-    if not isinstance(row[column], list):
-        return {"role": "assistant", "content": _text(row, column)}
-    messages = _messages(row, column)
+    messages = _messages(row, column, "assistant")
     if [message["role"] for message in messages] != ["assistant"]:
         raise RejectedRow("roles", f"{column} is not one message of the assistant")
     return messages[0]

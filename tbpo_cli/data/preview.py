@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tbpo_cli.charts import Panel, histogram
+from tbpo_cli.charts import histogram
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer
 from tbpo_cli.recipe import Recipe
@@ -47,12 +47,7 @@ def shown_parts(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict
 
 
 def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> None:
-    """Writes report.html of prepared splits.
-
-    Args:
-        folder: prepare's folder, with the splits.
-        counts: what became of the rows, one entry a source, as in the manifest.
-    """
+    """Writes report.html beside prepared splits; `counts` says what became of the rows, as the manifest does."""
     tokenizer = load_tokenizer(recipe.model)
     names = dict.fromkeys(split for count in counts for split in count["kept"])
     stores = {name: PairStore(folder / name) for name in names}
@@ -71,10 +66,7 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         reasons=[[reason, c["source"], f"{n:,}"] for c in counts for reason, n in sorted(c["rejected"].items())],
         notes=[[note, c["source"], f"{n:,}"] for c in counts for note, n in c["noted"].items() if n],
         splits=[_describe(name, store) for name, store in stores.items() if len(store)],
-        examples=[
-            (train[index].pair_id, shown_parts(train[index], tokenizer))
-            for index in range(min(NUM_EXAMPLES, len(train)))
-        ],
+        examples=[(train[n].pair_id, shown_parts(train[n], tokenizer)) for n in range(min(NUM_EXAMPLES, len(train)))],
         chat_template=tokenizer.chat_template,
     )
 
@@ -85,21 +77,19 @@ def _describe(name: str, store: PairStore) -> dict[str, Any]:
     lengths, figures = {"prompt": prompt, "chosen": chosen}, []
     if store.has_rejected:
         aligned = np.minimum(chosen, rejected)
+        beyond = 1 - 2 * aligned.sum() / (chosen.sum() + rejected.sum())
         lengths |= {"rejected": rejected, "aligned": aligned}
         figures = [
-            [
-                "response tokens beyond the aligned length",
-                f"{1 - 2 * aligned.sum() / (chosen.sum() + rejected.sum()):.1%}",
-            ],
+            ["response tokens beyond the aligned length", f"{beyond:.1%}"],
             ["pairs whose chosen response is longer", f"{(chosen > rejected).mean():.1%}"],
             ["mean of chosen − rejected tokens", f"{(chosen - rejected).mean():+.1f}"],
         ]
-    histograms = [_histogram(part, f"{part}, tokens", values) for part, values in lengths.items()]
+    shown = [(part, f"{part}, tokens", values) for part, values in lengths.items()]
     if len(margins := store.score_margins):
         figures.append(["pairs whose chosen response has the lower score", f"{(margins < 0).mean():.1%}"])
-        histograms.append(_histogram("score difference", "score of chosen − score of rejected", margins))
+        shown.append(("score difference", "score of chosen − score of rejected", margins))
+    histograms = [
+        histogram(title, "pairs", f"{x_title}; mean {values.mean():.3g}", {0: values})
+        for title, x_title, values in shown
+    ]
     return {"name": name, "num_pairs": len(store), "figures": figures, "histograms": histograms}
-
-
-def _histogram(title: str, what: str, values: np.ndarray) -> Panel:
-    return histogram(title, "pairs", f"{what}; mean {values.mean():.3g}", {0: values})

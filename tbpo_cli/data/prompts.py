@@ -32,11 +32,7 @@ class Prompt:
 
 
 def prompts_of(recipe: Recipe, held_out: Path, chat: Chat) -> list[Prompt]:
-    """The prompts that `sample.prompts` names, as many as `sample.max_prompts` allows.
-
-    Args:
-        held_out: the folder of the held-out pairs' store.
-    """
+    """The prompts that `sample.prompts` names, up to `sample.max_prompts`; `held_out` is the folder of a store."""
     settings = recipe.sample
     if settings.prompts == "eval":
         prompts = prompts_of_pairs(PairStore(held_out), recipe.data, settings.max_prompts)

@@ -81,10 +81,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        what, expected = str(error).splitlines()[0], "a folder with tokenizer.json, or the id of a Hub repository"
-        raise refused(
-            f"the tokenizer cannot be loaded: {what}", expected, "check model.base and the network"
-        ) from error
+        what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        expected = "a folder with tokenizer.json, or the id of a Hub repository"
+        raise refused(what, expected, "check model.base and the network") from error
     if not tokenizer.is_fast:
         expected, fix = "a tokenizer.json beside the model", "convert it with transformers and save it in the folder"
         raise refused("the model has no fast tokenizer", expected, fix)
@@ -107,12 +106,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its chat template.
-
-    Args:
-        tokenizer: a fast one.
-        template_date: YYYY-MM-DD, what templates that print today's date print.
-    """
+    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that print a date."""
 
     tokenizer: PreTrainedTokenizerFast
     template_date: str
@@ -233,20 +227,16 @@ def _response(pair: PreferencePair, prompt: str, full: str, chat: Chat) -> str:
             "the full rendering begins with the rendering of the prompt and its generation prompt",
             OTHER_TEMPLATE,
         )
-    response = full[len(prompt) :]
-    cut, end = None, len(response)
-    for match in reversed(list(chat.controls.finditer(response))):
-        if response[match.end() : end].strip():
-            break
-        cut, end = match.end(), match.start()
-    if cut is None:
+    response, control = full[len(prompt) :], chat.controls.pattern
+    end = re.search(rf"({control})(?:\s|{control})*\Z", response)
+    if end is None:
         raise TbpoError(
             "the chat template ends an answer without an end-of-turn token",
             f"the answer renders as …{response[-80:]!r}",
             "a control token after the answer, so that the model learns to stop",
             OTHER_TEMPLATE,
         )
-    return response[:cut]
+    return response[: end.end(1)]
 
 
 def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
