@@ -23,11 +23,10 @@ from tbpo_cli.recipe import Data, Model
 
 _worker = threading.local()
 Results = list[TokenizedPair | RejectedRow]
+Chunk = tuple[list[Row], Results]
 
 
-def prepare_rows(
-    rows: Iterator[Row], format_name: str, data: Data, pool: Executor
-) -> Iterator[tuple[list[Row], Results]]:
+def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Executor) -> Iterator[Chunk]:
     """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever the pool of `workers` is.
 
     Raises:
@@ -42,12 +41,8 @@ def prepare_rows(
                 first, results = waiting.popleft()
                 yield first, results.result()
     except BrokenExecutor:
-        raise TbpoError(
-            "a worker died while it prepared rows",
-            f"data.workers = {data.workers}",
-            "enough memory for so many processes",
-            "lower data.workers",
-        ) from None
+        where, expected = f"data.workers = {data.workers}", "enough memory for so many processes"
+        raise TbpoError("a worker died while it prepared rows", where, expected, "lower data.workers") from None
 
 
 @contextmanager

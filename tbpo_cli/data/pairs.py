@@ -274,12 +274,10 @@ def recognise(rows: Iterator[Row], data: Data) -> tuple[str, Iterator[Row]]:
             if isinstance(content, dict) and all(c in content for c in known.columns) and known.recognise(content):
                 return name, rows
     columns = ", ".join(contents[0]) if isinstance(contents[0], dict) else f"none, it is {type(contents[0]).__name__}"
-    raise TbpoError(
-        "the rows have none of the known formats",
-        f"{first[0].source}, row {first[0].number}; its columns: {columns}",
-        "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items()),
-        'name the columns, e.g. [data.columns] prompt = "question"',
-    )
+    where = f"{first[0].source}, row {first[0].number}; its columns: {columns}"
+    formats = "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items())
+    fix = 'name the columns, e.g. [data.columns] prompt = "question"'
+    raise TbpoError("the rows have none of the known formats", where, formats, fix)
 
 
 def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePair:

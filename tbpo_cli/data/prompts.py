@@ -87,10 +87,8 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
         messages: Messages = read_prompt(content)
         ids = tokenize_prompt(messages, chat)
     except RejectedRow as reason:
-        raise TbpoError(
-            f"a prompt cannot be used: {reason.reason} {reason.detail}",
-            f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}",
-            'text, or {"prompt": text or messages}, or {"messages": [...]}',
-            "mend that line",
-        ) from None
+        what = f"a prompt cannot be used: {reason.reason} {reason.detail}"
+        where = f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}"
+        expected = 'text, or {"prompt": text or messages}, or {"messages": [...]}'
+        raise TbpoError(what, where, expected, "mend that line") from None
     return Prompt(f"{Path(row.source).name}:{row.number}", tuple(ids), messages)

@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source
 
 ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
+COLUMNS = (".json", ".parquet", ".arrow")
 Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
 
 
@@ -32,8 +32,8 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """The rows of a source, in order, never all in memory.
 
     Args:
-        source: its path is a file whose ending is in READERS, a folder that `datasets` saved, or the id of a Hub data
-            set.
+        source: its path is a file with an ending of TEXT or COLUMNS, a folder that `datasets` saved, or the id of a Hub
+            data set.
         split: of a Hub data set or a saved folder, if the source names none.
         key: the recipe key that names the source, for messages.
 
@@ -41,11 +41,12 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
     path, number, split = Path(source.path), 0, source.split or split
-    if path.is_file() and path.suffix not in READERS:
-        kinds, fix = f"one of {', '.join(READERS)}", "convert the file, or rename it if its ending is wrong"
+    if path.is_file() and path.suffix not in (*TEXT, *COLUMNS):
+        kinds, fix = f"one of {', '.join((*TEXT, *COLUMNS))}", "convert the file, or rename it if its ending is wrong"
         raise TbpoError(f"{key} is of an unknown kind", source.path, kinds, fix)
+    is_text = path.is_file() and path.suffix in TEXT
     try:
-        for number, content in READERS[path.suffix](path) if path.is_file() else _read_dataset(source, split):
+        for number, content in _read_text(path) if is_text else _read_dataset(source, split):
             yield Row(source.path, number, content)
     except TbpoError:
         raise
@@ -58,9 +59,9 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         ) from error
 
 
-def _read_text(path: Path, parse: Callable[[Iterator[bytes]], Iterator[Any]], expected: str) -> Numbered:
-    """What `parse` makes of the lines, each with the number of the last line that it took."""
-    number = 0
+def _read_text(path: Path) -> Numbered:
+    """Each row with the number of the last line that it took."""
+    (parse, expected), number = TEXT[path.suffix], 0
 
     def lines() -> Iterator[bytes]:
         nonlocal number
@@ -100,30 +101,26 @@ def _parse_txt(lines: Iterator[bytes]) -> Iterator[str]:
     return (line.decode().rstrip("\r\n") for line in lines if line.strip())
 
 
-def _read_columnar(path: Path) -> Numbered:
-    import datasets
-
-    rows = datasets.load_dataset(path.suffix.removeprefix("."), data_files=str(path), split="train", streaming=True)
-    return enumerate(rows, 1)
-
-
-_read_jsonl = partial(_read_text, parse=_parse_jsonl, expected="one JSON object a line")
-READERS: dict[str, Callable[[Path], Numbered]] = {  # by the ending of a file
-    ".jsonl": _read_jsonl,
-    ".gz": _read_jsonl,
-    ".csv": partial(_read_text, parse=_parse_csv, expected="rows with as many fields as the first line"),
-    ".txt": partial(_read_text, parse=_parse_txt, expected="a prompt a line"),
-    **dict.fromkeys((".json", ".parquet", ".arrow"), _read_columnar),
+JSONL = (_parse_jsonl, "one JSON object a line")
+TEXT: dict[str, tuple[Callable[[Iterator[bytes]], Iterator[Any]], str]] = {  # by the ending of a file
+    ".jsonl": JSONL,
+    ".gz": JSONL,
+    ".csv": (_parse_csv, "rows with as many fields as the first line"),
+    ".txt": (_parse_txt, "a prompt a line"),
 }
 
 
 def _read_dataset(source: Source, split: str) -> Numbered:
-    """A folder that `datasets` saved, or a Hub data set, downloaded once."""
+    """A file of one of COLUMNS, a folder that `datasets` saved, or a Hub data set, downloaded once."""
     import datasets
 
-    if not Path(source.path).is_dir():
-        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
-    else:
+    path = Path(source.path)
+    if path.is_file():
+        kind = path.suffix.removeprefix(".")
+        rows = datasets.load_dataset(kind, data_files=source.path, split="train", streaming=True)
+    elif path.is_dir():
         rows = datasets.load_from_disk(source.path)
         rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    else:
+        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
     return enumerate(rows, 1)

@@ -73,9 +73,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    def refused(what: str, expected: str, fix: str) -> TbpoError:
-        return TbpoError(what, f"model.base = {model.base!r}", expected, fix)
-
+    where = f"model.base = {model.base!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -83,10 +81,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, ImportError) as error:
         what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
         expected = "a folder with tokenizer.json, or the id of a Hub repository"
-        raise refused(what, expected, "check model.base and the network") from error
+        raise TbpoError(what, where, expected, "check model.base and the network") from error
     if not tokenizer.is_fast:
         expected, fix = "a tokenizer.json beside the model", "convert it with transformers and save it in the folder"
-        raise refused("the model has no fast tokenizer", expected, fix)
+        raise TbpoError("the model has no fast tokenizer", where, expected, fix)
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
@@ -94,7 +92,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
             raise TbpoError(f"the chat template cannot be read: {error}", model.chat_template, "a Jinja file") from None
     if tokenizer.chat_template is None:
         expected, fix = "a template that renders the chat", "write it to a file and name it as model.chat_template"
-        raise refused("the tokenizer has no chat template", expected, fix)
+        raise TbpoError("the tokenizer has no chat template", where, expected, fix)
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -153,12 +151,12 @@ class Chat:
             options |= {"chat_template": template, "tokenize": False}
             return cast(str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options))
         except TemplateSyntaxError as error:
-            raise TbpoError(
+            what, where = (
                 f"the chat template is no Jinja template: {error.message}",
                 f"line {error.lineno} of the template",
-                "a template that renders the chat",
-                "mend the file that model.chat_template names, or the tokenizer's own template",
-            ) from None
+            )
+            fix = "mend the file that model.chat_template names, or the tokenizer's own template"
+            raise TbpoError(what, where, "a template that renders the chat", fix) from None
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
 

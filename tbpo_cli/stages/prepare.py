@@ -27,7 +27,11 @@ from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
 
 EXCERPT_CHARACTERS = 200
-STYLES = {"prompt": "dim", "aligned": "green", "tail": "yellow"}
+KEY = {  # of the parts of a pair: style, meaning
+    "prompt": ("dim", "The prompt is never in the loss;"),
+    "aligned": ("green", "aligned tokens are read by every loss;"),
+    "tail": ("yellow", "a tail by those of whole responses."),
+}
 
 
 @dataclass
@@ -78,8 +82,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         "seconds": round(time.monotonic() - started, 1),
     }
     write_report(recipe, folder, facts["counts"])
-    outputs = [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"]
-    run_dir.finish("prepare", outputs, facts)
+    run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
 
 
@@ -107,14 +110,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
     """Prints the first training pairs of the complete stage to stdout as the model sees them, token by token."""
     store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
-    console.out.print(
-        Text.assemble(
-            "│ ends a token, ‖ the aligned part. ",
-            ("The prompt is never in the loss; ", STYLES["prompt"]),
-            ("aligned tokens are read by every loss; ", STYLES["aligned"]),
-            ("a tail by those of whole responses.", STYLES["tail"]),
-        )
-    )
+    console.out.print("│ ends a token, ‖ the aligned part.", *(f"[{style}]{text}[/]" for style, text in KEY.values()))
     for index in range(min(num_pairs, len(store))):
         console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
         for name, tokens in shown_parts(store[index], tokenizer).items():
@@ -125,7 +121,7 @@ def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) 
 def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     line = Text()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(token.text.replace("\n", "⏎\n"), f"{STYLES[token.part]}{' bold' if token.control else ''}")
+        line.append(token.text.replace("\n", "⏎\n"), f"{KEY[token.part][0]}{' bold' if token.control else ''}")
         line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
         line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
     return line
@@ -162,13 +158,9 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
         fix = "mend the rows, name the columns under [data.columns], or raise data.max_reject_fraction"
         if reasons and reasons[0][0] == "overlong":
             fix = 'raise data.max_length, set data.overlong = "truncate", or raise data.max_reject_fraction'
-        raise TbpoError(
-            f"{rejected:,} of {rows:,} rows of {key} cannot be used"
-            + "".join(f", {number:,} {reason}" for reason, number in reasons),
-            str(folder / "rejects.jsonl"),
-            f"at least one usable row, and at most {max_reject_fraction:.0%} left out",
-            fix,
-        )
+        parts = [f"{rejected:,} of {rows:,} rows of {key} cannot be used", *(f"{n:,} {name}" for name, n in reasons)]
+        expected = f"at least one usable row, and at most {max_reject_fraction:.0%} left out"
+        raise TbpoError(", ".join(parts), str(folder / "rejects.jsonl"), expected, fix)
 
 
 @dataclass(frozen=True)
