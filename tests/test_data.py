@@ -400,6 +400,21 @@ def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_
     }
 
 
+def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_path):
+    rows = preference_rows(100, seed=9)
+    train = write_jsonl(tmp_path / "all.jsonl", rows)
+    sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
+    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
+    sets = (f"data.train={train}", f"sft.train={sft}", "data.eval_fraction=0.2", "data.max_reject_fraction=0.5")
+    run = run_stage("prepare", recipe_file, tmp_path / "run", *sets)
+    held_out, tuned = (
+        {tuple(pair.prompt_ids) for pair in PairStore(run / "prepare" / split)} for split in ("eval", "sft")
+    )
+    assert held_out and tuned and not held_out & tuned
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    assert counts["rejected"]["in_eval"] == len(held_out)
+
+
 def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
     recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
     run = run_stage("align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1")

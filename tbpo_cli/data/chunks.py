@@ -17,13 +17,12 @@ from multiprocessing import get_context
 
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow, to_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
-from tbpo_cli.data.tokens import Chat, TokenizedPair, load_tokenizer, tokenize_pairs
+from tbpo_cli.data.tokens import Chat, Result, load_tokenizer, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 
 _worker = threading.local()
-Results = list[TokenizedPair | RejectedRow]
-Chunk = tuple[list[Row], Results]
+Chunk = tuple[list[Row], list[Result]]
 
 
 def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Executor) -> Iterator[Chunk]:
@@ -32,7 +31,7 @@ def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Execut
     Raises:
         TbpoError: if the chat template cannot be cut, or if a worker died.
     """
-    waiting: deque[tuple[list[Row], Future[Results]]] = deque()
+    waiting: deque[tuple[list[Row], Future[list[Result]]]] = deque()
     try:
         while (chunk := list(itertools.islice(rows, ROWS_AT_A_TIME))) or waiting:
             if chunk:
@@ -65,10 +64,10 @@ def _begin_worker(model: Model, data: Data) -> None:
     _worker.chat, _worker.data = Chat(load_tokenizer(model), data.template_date), data
 
 
-def _prepare(rows: list[Row], format_name: str) -> Results:
+def _prepare(rows: list[Row], format_name: str) -> list[Result]:
     data: Data = _worker.data
     pairs: dict[int, PreferencePair] = {}
-    results: dict[int, TokenizedPair | RejectedRow] = {}
+    results: dict[int, Result] = {}
     for place, row in enumerate(rows):
         try:
             pairs[place] = to_pair(row, format_name, data.columns)

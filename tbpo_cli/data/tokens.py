@@ -65,6 +65,9 @@ class TokenizedPair:
         return min(len(self.chosen_ids), len(self.rejected_ids))
 
 
+Result = TokenizedPair | RejectedRow
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The base's fast tokenizer, with the recipe's chat template if it names one.
 
@@ -176,13 +179,13 @@ def _unmask(text: str) -> str:
     return re.sub(f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text)
 
 
-def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[TokenizedPair | RejectedRow]:
+def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
     Raises:
         TbpoError: if the chat template does not allow the cut between prompt and response.
     """
-    results: dict[int, TokenizedPair | RejectedRow] = {}
+    results: dict[int, Result] = {}
     texts: dict[int, tuple[str, str, str]] = {}
     for place, pair in enumerate(pairs):
         try:
@@ -291,9 +294,7 @@ def _tail(prompt: str, chat: Chat) -> str:
     return prompt[last:]
 
 
-def _fit(
-    pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data
-) -> TokenizedPair | RejectedRow:
+def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> Result:
     """The pair within `data.max_length` tokens, dropped or with its responses cut, as `data.overlong` says."""
     longest, room = len(prompt) + max(len(chosen), len(rejected)), data.max_length - len(prompt)
     is_cut = longest > data.max_length

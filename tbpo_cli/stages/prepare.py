@@ -21,7 +21,7 @@ from tbpo_cli.data.pairs import RejectedRow, recognise
 from tbpo_cli.data.preview import ShownToken, shown_parts, write_report
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
-from tbpo_cli.data.tokens import TokenizedPair, fingerprint, load_tokenizer
+from tbpo_cli.data.tokens import Result, TokenizedPair, fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
@@ -76,12 +76,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
                 counts += [sifter.sift(source, split, pool) for source in sources]
     for key, *_ in work:
         _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
-    facts: dict[str, Any] = {
-        "counts": [vars(count) for count in counts],
-        "tokenizer": fingerprint(tokenizer),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_report(recipe, folder, facts["counts"])
+    seconds = round(time.monotonic() - started, 1)
+    facts = {"counts": [vars(count) for count in counts], "tokenizer": fingerprint(tokenizer), "seconds": seconds}
+    write_report(recipe, folder, [vars(count) for count in counts])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
 
@@ -169,7 +166,7 @@ class _Sifter:
 
     Args:
         writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to the second.
-        eval_prompts: hashes of the evaluation prompts, filled by the key that makes them.
+        eval_prompts: hashes of the evaluation prompts, filled by the key that they come from.
         seen: ids of the pairs that were kept.
     """
 
@@ -201,10 +198,10 @@ class _Sifter:
                 update(counts.rows, "rows")
         return counts
 
-    def _reason_against(self, result: TokenizedPair | RejectedRow) -> RejectedRow | None:
+    def _reason_against(self, result: Result) -> RejectedRow | None:
         if isinstance(result, RejectedRow):
             return result
-        if [*self.writers] != ["eval"] and result.prompt_hash in self.eval_prompts:
+        if "eval" not in self.writers and result.prompt_hash in self.eval_prompts:
             return RejectedRow("in_eval", "the prompt is among the evaluation prompts")
         if self.recipe.data.dedup and result.pair_id in self.seen:
             return RejectedRow("duplicate", "the same comparison came before")
@@ -212,11 +209,11 @@ class _Sifter:
 
     def _split_of(self, pair: TokenizedPair) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
-        splits = [*self.writers]
-        if splits == ["eval"]:
+        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < self.recipe.data.eval_fraction
+        split = [*self.writers][held_out]
+        if split == "eval":
             self.eval_prompts.add(pair.prompt_hash)
-        held_out = len(splits) > 1 and self._draw(pair.prompt_hash) < self.recipe.data.eval_fraction
-        return splits[held_out]
+        return split
 
     def _copies(self, pair: TokenizedPair, weight: float, counts: Counts) -> int:
         """How often a pair that is kept is written; counts what is noted of it."""
