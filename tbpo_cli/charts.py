@@ -100,11 +100,7 @@ def _place(value: float, ticks: list[float], first: float, last: float) -> float
 
 
 def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]) -> Panel:
-    """How many of the values lie in each of some bins of equal width.
-
-    Args:
-        values: a series' colour: its values, at least one; numbers of type int get bins of whole numbers.
-    """
+    """How many of some values, at least one a colour, lie in bins of equal width; of ints, in bins of whole numbers."""
     every = np.concatenate(list(values.values()))
     low, high = every.min(), every.max()
     edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)

@@ -126,8 +126,6 @@ def _without_nulls(content: Any) -> Any:
 
 def _text(row: dict[str, Any], column: str) -> str:
     value = row[column]
-    if value is None:
-        raise RejectedRow("null_column", column)
     if not isinstance(value, str):
         raise RejectedRow("wrong_type", f"{column} is {type(value).__name__}, not text")
     return value
@@ -138,8 +136,6 @@ def _messages(row: dict[str, Any], column: str, text_by: str = "") -> Messages:
     value = row[column]
     if text_by and not isinstance(value, list):
         return ({"role": text_by, "content": _text(row, column)},)
-    if value is None:
-        raise RejectedRow("null_column", column)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RejectedRow("wrong_type", f"{column} is no list of messages")
     return tuple(_message(message, column) for message in value)
@@ -238,7 +234,7 @@ def _from_sft_messages(row: dict[str, Any]) -> PreferencePair:
 
 @dataclass(frozen=True)
 class Format:
-    """The columns a row must have, how to read it, and a further sign by which a first row is recognised."""
+    """The columns a row must have, not null, how to read it, and a further sign by which a first row is recognised."""
 
     columns: tuple[str, ...]
     parse: Callable[[dict[str, Any]], PreferencePair]
@@ -290,8 +286,8 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
     if not isinstance(content, dict):
         raise RejectedRow("wrong_type", f"the row is {type(content).__name__}, not a table of columns")
     for column in FORMATS[format_name].columns:
-        if column not in content:
-            raise RejectedRow("missing_column", column)
+        if content.get(column) is None:
+            raise RejectedRow("null_column" if column in content else "missing_column", column)
     return FORMATS[format_name].parse(content)
 
 

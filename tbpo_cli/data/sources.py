@@ -116,8 +116,7 @@ def _read_dataset(source: Source, split: str) -> Numbered:
 
     path = Path(source.path)
     if path.is_file():
-        kind = path.suffix.removeprefix(".")
-        rows = datasets.load_dataset(kind, data_files=source.path, split="train", streaming=True)
+        rows = datasets.load_dataset(path.suffix[1:], data_files=source.path, split="train", streaming=True)
     elif path.is_dir():
         rows = datasets.load_from_disk(source.path)
         rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows

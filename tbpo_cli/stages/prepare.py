@@ -231,12 +231,7 @@ class _Sifter:
 
     def _reject(self, row: Row, reason: RejectedRow, counts: Counts) -> None:
         counts.rejected[reason.reason] += 1
-        line = {
-            "from": self.key,
-            "source": row.source,
-            "row": row.number,
-            "reason": reason.reason,
-            "detail": reason.detail,
-            "excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS],
-        }
+        line = {"from": self.key, "source": row.source, "row": row.number}
+        line |= {"reason": reason.reason, "detail": reason.detail}
+        line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
         self.rejects.write(json.dumps(line) + "\n")
