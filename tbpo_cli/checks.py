@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
+from pydantic_core import PydanticKnownError
 
 from tbpo_cli.errors import TbpoError
 
@@ -22,6 +23,16 @@ Table = TypeVar("Table")
 def table(cls: type[Table]) -> type[Table]:
     """A frozen dataclass whose values are checked, strictly, when one is made."""
     return cast(type[Table], validated(cls, frozen=True, config=STRICT))
+
+
+def known_format(name: Any) -> Any:
+    """`data.format` if it is in the table of formats, as a `Literal` of their names would check it."""
+    from tbpo_cli.data.pairs import FORMATS
+
+    if name not in (names := ["auto", *FORMATS]):
+        *most, last = map(repr, names)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+    return name
 
 
 def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:

@@ -7,9 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 
-from tbpo_cli.checks import complete_loss, table, validate
+from tbpo_cli.checks import complete_loss, known_format, table, validate
 from tbpo_cli.errors import gather
 from tbpo_cli.measures import check_gate
 from tbpo_cli.toml import apply_overrides, read_toml, resolve_paths
@@ -86,7 +86,7 @@ class Data:
     eval: Sources | None = None  # absent: `eval_fraction` of the training rows
     train_split: str = "train"
     eval_split: str = "test"
-    format: Literal["auto", "prompt", "messages", "hh", "sft_prompt", "sft_messages"] = "auto"
+    format: Annotated[str, BeforeValidator(known_format)] = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our name = the row's name
     max_length: Count = 2048  # tokens of prompt + the longer response
     overlong: Literal["drop", "truncate"] = "drop"

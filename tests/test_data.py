@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -10,13 +11,14 @@ from datasets import Dataset
 from hub_server import COMMIT, hub
 
 from tbpo_cli.data.batches import cut_to_span, num_steps, step_indices
+from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import Chat, TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Source, load_recipe
+from tbpo_cli.recipe import Data, Model, Source, load_recipe
 from tbpo_cli.run import RunDir
 from tbpo_cli.stages.prepare import show_pairs
 
@@ -45,14 +47,15 @@ VARIANTS = {
 
 
 def pair_of(content, **data):
-    row, data = Row("here", 1, content), Data(train=UNUSED, **data)
-    return to_pair(row, recognise([row], data), data.columns)
+    data = Data(train=UNUSED, **data)
+    name, (row,) = recognise(iter([Row("here", 1, content)]), data)
+    return to_pair(row, name, data.columns)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_recognised_and_read(name):
     pair = pair_of(ROWS[name])
-    assert recognise([Row("here", 1, ROWS[name])], DATA) == name
+    assert recognise(iter([Row("here", 1, ROWS[name])]), DATA)[0] == name
     assert (pair.prompt, pair.chosen) == ((USER,), ANSWER)
     assert pair.rejected == (None if name.startswith("sft") else OTHER)
 
@@ -78,7 +81,9 @@ def test_a_system_column_comes_before_the_prompt():
 
 def test_the_format_is_that_of_the_first_row_that_has_one_or_the_recipes():
     rows = [Row("here", 1, {"prompt": "p", "chosen": None, "rejected": "b"}), Row("here", 2, ROWS["prompt"])]
-    assert recognise(rows, DATA) == "prompt" and recognise(rows, Data(train=UNUSED, format="hh")) == "hh"
+    for data, expected in ((DATA, "prompt"), (Data(train=UNUSED, format="hh"), "hh")):
+        name, all_rows = recognise(iter(rows), data)
+        assert (name, list(all_rows)) == (expected, rows)
 
 
 def test_an_answer_may_be_a_call_of_a_tool_without_text():
@@ -127,6 +132,7 @@ def test_columns_are_named_by_the_recipe():
         ({"prompt": "p", "chosen": "a"}, "missing_column"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "null_column"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "system": 3}, "wrong_type"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty_prompt"),
         ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty_response"),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical"),
@@ -264,7 +270,7 @@ def make_store(tmp_path, lengths):
         for n, (p, c, r) in enumerate(lengths, 1)
     ]
     with pair_writer(tmp_path) as writer:
-        writer.write_batch(record_batch([(pair, None) for pair in pairs]))
+        writer.write_batch(record_batch(pairs))
     return PairStore(tmp_path)
 
 
@@ -394,6 +400,21 @@ def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_
     }
 
 
+def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_path):
+    rows = preference_rows(100, seed=9)
+    train = write_jsonl(tmp_path / "all.jsonl", rows)
+    sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
+    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
+    sets = (f"data.train={train}", f"sft.train={sft}", "data.eval_fraction=0.2", "data.max_reject_fraction=0.5")
+    run = run_stage("prepare", recipe_file, tmp_path / "run", *sets)
+    held_out, tuned = (
+        {tuple(pair.prompt_ids) for pair in PairStore(run / "prepare" / split)} for split in ("eval", "sft")
+    )
+    assert held_out and tuned and not held_out & tuned
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
+    assert counts["rejected"]["in_eval"] == len(held_out)
+
+
 def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
     recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
     run = run_stage("align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1")
@@ -423,6 +444,14 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
     manifests = [json.loads((run / "prepare/manifest.json").read_text()) for run in runs]
     assert manifests[0]["outputs"] == manifests[1]["outputs"]
     assert manifests[0]["counts"][-1]["rejected"] == {"empty_response": 25}
+
+
+def test_a_worker_that_dies_is_a_message(base):
+    data = Data(train=UNUSED, workers=2)
+    with workers(Model(base=str(base)), data) as pool, pytest.raises(TbpoError, match="a worker died") as error:
+        pool.submit(os._exit, 1).exception()
+        list(prepare_rows(iter([Row("here", 1, ROWS["prompt"])] * 3000), "prompt", data, pool))
+    assert "lower data.workers" in error.value.fix
 
 
 def test_a_reversed_pair_is_kept_and_counted(recipe_file, tmp_path):

@@ -18,12 +18,11 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_OBVIOUS_LINES = 350, 60, 3
 
 # These may be imported by everything except core.
 ANYWHERE = {"errors", "files", "endpoint", "console", "recipe", "toml", "checks", "report", "run", "measures"}
-ANYWHERE |= {"svg", "curves"}
+ANYWHERE |= {"charts"}
 LAYERS = {  # room: the rooms it may import
     "core": set(),
     "report": set(),
-    "svg": set(),
-    "curves": set(),
+    "charts": set(),
     "data": {"core"},
     "model": {"core", "data"},
     "train": {"core", "data", "model"},
@@ -42,7 +41,7 @@ LAYERS = {  # room: the rooms it may import
     "files": set(),
     "endpoint": set(),
     "console": set(),
-    "checks": {"core"},
+    "checks": {"core", "data"},
     "recipe": set(),
     "toml": set(),
     "run": set(),

@@ -18,7 +18,7 @@ from tbpo_cli.data.pairs import FORMATS, Format, make_pair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import JUDGES
 from tbpo_cli.evaluation.verdicts import ScoreJudge
-from tbpo_cli.recipe import Align, Data, Eval, load_recipe
+from tbpo_cli.recipe import Align, Eval, load_recipe
 from tbpo_cli.run import STAGES, RunDir
 from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
 
@@ -89,7 +89,11 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
     train = write_jsonl(tmp_path / "questions.jsonl", rows)
     with pytest.raises(TbpoError, match="none of the known formats"):
         run_stage("prepare", recipe_file, tmp_path / "before", f"data.train={train}")
+    with pytest.raises(TbpoError, match=r'data\.format = "question" is not possible') as error:
+        load_recipe(recipe_file, ("data.format=question",))
+    assert "'hh', 'prompt', 'messages', 'sft_prompt' or 'sft_messages'" in error.value.expected
     monkeypatch.setitem(FORMATS, "question", Format(("question", "answers"), read_question))
+    assert load_recipe(recipe_file, ("data.format=question",)).data.format == "question"
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     same = run_stage(
         "prepare", recipe_file, tmp_path / "same", f"data.train={write_jsonl(tmp_path / 'p.jsonl', plain)}"
@@ -101,8 +105,7 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
 
 def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
     """recipe.py loads neither torch nor numpy, and so repeats them."""
-    tables = {(Data, "format"): FORMATS, (Align, "layout"): LAYOUTS, (Align, "optimizer"): OPTIMIZERS,
-              (Align, "schedule"): SCHEDULES}  # fmt: skip
+    tables = {(Align, "layout"): LAYOUTS, (Align, "optimizer"): OPTIMIZERS, (Align, "schedule"): SCHEDULES}
     for (owner, key), names in tables.items():
         assert {*typing.get_args(typing.get_type_hints(owner)[key])} - {"auto"} == {*names}, key
 

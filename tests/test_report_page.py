@@ -14,14 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from tbpo_cli.charts import HEIGHT, WIDTH, Panel, Series, histogram
 from tbpo_cli.evaluation.page import MAX_ROWS, write_report
-from tbpo_cli.report import histogram
-from tbpo_cli.svg import HEIGHT, WIDTH, Panel, Series, svg
+from tbpo_cli.report import write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 ATTACK = '</script></title><script>document.title="owned"</script><img src="{url}/img" onerror="document.title=1">'
 VOID = {"meta", "input"}
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def figure(value, spread=0.05, n=40):
@@ -256,15 +257,19 @@ def test_what_models_and_users_write_stays_text_and_only_the_page_s_own_script_m
     assert ATTACK.format(url="http://x") in page.texts, "it can be read as it was written"
 
 
-def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not_finite():
+def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not_finite(tmp_path):
     points = [(1.0, 0.11), (9.0, 0.93), (4.0, float("nan")), (float("inf"), 0.5)]
-    drawn = ElementTree.fromstring(svg(Panel("a <b>", "%", 'x "y"', [Series(points, dots=3), Series([], 7, line=1)])))
+    panel = Panel("a <b>", "%", 'x "y"', [Series(points, dots=3), Series([], 7, line=1)])
+    write_page(tmp_path / "one.svg", "curves.svg", panels=[panel])
+    (drawn,) = ElementTree.parse(tmp_path / "one.svg").iterfind(f".//{SVG}svg")
     assert drawn.get("aria-label") == 'a <b> by x "y"'
-    texts = [text.text for text in drawn.iter("text")]
+    texts = [text.text for text in drawn.iter(f"{SVG}text")]
     assert texts == ["a <b> (%)", "0", "0.2", "0.4", "0.6", "0.8", "1", "0", "2", "4", "6", "8", "10", 'x "y"']
-    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in drawn.iter("circle")]
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in drawn.iter(f"{SVG}circle")]
     assert len(dots) == 2 and all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in dots)
-    assert [group.get("class") for group in drawn.iter("g")] == ["series-0", "series-1"], "colours are used in turn"
+    assert [group.get("class") for group in drawn.iter(f"{SVG}g")] == ["series-0", "series-1"], (
+        "colours are used in turn"
+    )
 
 
 def test_a_histogram_counts_whole_numbers_in_bins_of_whole_numbers():

@@ -9,6 +9,8 @@ from conftest import run_stage, write_jsonl, write_recipe
 from judge_server import chat_completion, chat_server
 from transformers import AutoModelForCausalLM
 
+from tbpo_cli.data.prompts import prompt_of
+from tbpo_cli.data.sources import Row
 from tbpo_cli.data.tokens import Chat, end_of_turn
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.generate import generate
@@ -145,10 +147,19 @@ def test_a_line_that_is_no_prompt_is_a_message(recipe_file, run_dir, tmp_path, r
     assert "row 2" in error.value.where
 
 
+def test_a_prompt_that_the_template_refuses_is_a_message(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
+    with pytest.raises(TbpoError, match=r"a prompt cannot be used: template_error .*no such role"):
+        prompt_of(Row("the command line", 1, "red"), Chat(tokenizer, "2026-01-01"))
+
+
 def test_a_file_without_a_prompt_is_a_message(recipe_file, run_dir, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n\n")
-    with pytest.raises(TbpoError, match="there are no prompts to answer"):
-        run_stage("sample", recipe_file, run_dir, *SHORT, f"sample.prompts={tmp_path / 'prompts.txt'}")
+    for content, message in ((b"\n\n", "there are no prompts to answer"), (b"red\n\xe9\n", "the line cannot be read")):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        with pytest.raises(TbpoError, match=message):
+            run_stage(
+                "sample", recipe_file, run_dir, *SHORT, f"sample.prompts={tmp_path / 'prompts.txt'}", restart=True
+            )
 
 
 def test_a_prompt_of_the_command_line_is_answered_and_nothing_is_kept(recipe_file, run_dir, tmp_path, capsys):

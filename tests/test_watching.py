@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import run_stage
 
-from tbpo_cli.curves import curves
+from tbpo_cli.charts import curves
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.svg import sheet
+from tbpo_cli.report import write_page
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -19,10 +19,15 @@ def texts(svg):
     return [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
+def drawn(folder, lines):
+    write_page(folder / "curves.svg", "curves.svg", panels=curves(lines))
+    return (folder / "curves.svg").read_text(encoding="utf-8")
+
+
 def test_curves_have_a_panel_a_metric_with_labelled_axes_and_every_finite_value(tmp_path):
     lines = [{"split": "train", "step": step, "loss": 1 / step, "kl": math.nan} for step in range(1, 6)]
     lines += [{"split": "eval", "step": step, "loss": 0.5, "accuracy": 0.75} for step in (0, 5)]
-    svg = sheet(curves(lines))
+    svg = drawn(tmp_path, lines)
     root = ElementTree.fromstring(svg)
     assert {"loss (nats)", "reward accuracy (share of pairs)", "optimizer step", "0", "5", "1", "0.2"} <= set(
         texts(svg)
@@ -33,7 +38,7 @@ def test_curves_have_a_panel_a_metric_with_labelled_axes_and_every_finite_value(
     assert [len(line) for line in points] == [5, 2]
     heights = [float(point.split(",")[1]) for point in points[0]]
     assert heights == sorted(heights), "a falling loss goes down the page"
-    assert "nan" not in svg and texts(sheet(curves([]))) == []
+    assert "nan" not in svg and texts(drawn(tmp_path, [])) == []
 
 
 def test_a_training_draws_its_curves_and_says_how_it_goes(recipe_file, tmp_path, capsys):

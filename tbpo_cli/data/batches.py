@@ -24,9 +24,7 @@ def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
 
 def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndarray:
     """(n, 3) tokens of prompt, chosen and rejected that a loss with that span reads, of n pairs."""
-    index = np.asarray(indices, dtype=np.int64)
-    columns = (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
-    lengths = np.stack([column[index] for column in columns], axis=1).astype(np.int64)
+    lengths: np.ndarray = store.lengths[list(indices)]
     if span == "aligned":
         lengths[:, 1:] = lengths[:, 1:].min(axis=1, keepdims=True)
     elif span == "chosen":
@@ -36,8 +34,8 @@ def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndar
 
 def longest_sequence(stores: Iterable[PairStore]) -> int:
     """Tokens of the longest prompt with one of its responses."""
-    lengths = [span_lengths(store, range(len(store)), "response") for store in stores if len(store)]
-    return max(int((each[:, 0] + each[:, 1:].max(axis=1)).max()) for each in lengths)
+    lengths = np.concatenate([store.lengths for store in stores])
+    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
 def collate_all(
@@ -70,8 +68,9 @@ def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: 
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.ndarray]:
-    """A step's pairs, sorted by length and cut so that no batch has more tokens than allowed, padding included (a pair
-    that is longer on its own stays alone).
+    """A step's pairs, sorted by length and cut so that no batch has more tokens than allowed, padding included.
+
+    A pair that is longer on its own stays alone.
 
     Args:
         lengths: (n, 3) tokens of prompt, chosen and rejected, from `span_lengths`.

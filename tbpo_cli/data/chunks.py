@@ -10,78 +10,38 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import NamedTuple
 
-import pyarrow as pa
-
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow, recognise, to_pair
-from tbpo_cli.data.sources import Row
-from tbpo_cli.data.store import record_batch
-from tbpo_cli.data.tokens import Chat, load_tokenizer, tokenize_pairs
+from tbpo_cli.data.pairs import PreferencePair, RejectedRow, to_pair
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
+from tbpo_cli.data.tokens import Chat, Result, load_tokenizer, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
 
-ROWS_AT_A_TIME = 1000
 _worker = threading.local()
+Chunk = tuple[list[Row], list[Result]]
 
 
-class Kept(NamedTuple):
-    """What is known of a usable row beside its tokens; `position` is that of the row in its chunk."""
-
-    position: int
-    pair_id: str
-    reversed_id: str
-    prompt_hash: str
-    is_cut: bool
-
-
-Prepared = tuple[pa.RecordBatch, list[Kept], dict[int, RejectedRow]]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What became of some rows.
-
-    Args:
-        rows: the rows.
-        format_name: how they were read.
-        pairs: one for each usable row, as store.SCHEMA.
-        kept: one for each of `pairs`.
-        rejected: position of an unusable row → the reason.
-    """
-
-    rows: list[Row]
-    format_name: str
-    pairs: pa.RecordBatch
-    kept: list[Kept]
-    rejected: dict[int, RejectedRow]
-
-
-def prepare_rows(rows: Iterable[Row], data: Data, pool: Executor) -> Iterator[Chunk]:
-    """The chunks of one source, in its order, whatever `data.workers` is.
-
-    Args:
-        pool: of `workers`.
+def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Executor) -> Iterator[Chunk]:
+    """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever the pool of `workers` is.
 
     Raises:
-        TbpoError: if the rows have no known format, if the chat template cannot be cut, or if a worker died.
+        TbpoError: if the chat template cannot be cut, or if a worker died.
     """
-    chunks = _batched(rows, ROWS_AT_A_TIME)
-    if (first := next(chunks, None)) is None:
-        return
-    name = recognise(first, data)
-    waiting: deque[tuple[list[Row], Future[Prepared]]] = deque()
-    for rows in itertools.chain([first], chunks):
-        waiting.append((rows, pool.submit(_prepare, rows, name)))
-        if len(waiting) > 2 * data.workers:
-            yield _result(*waiting.popleft(), name)
-    while waiting:
-        yield _result(*waiting.popleft(), name)
+    waiting: deque[tuple[list[Row], Future[list[Result]]]] = deque()
+    try:
+        while (chunk := list(itertools.islice(rows, ROWS_AT_A_TIME))) or waiting:
+            if chunk:
+                waiting.append((chunk, pool.submit(_prepare, chunk, format_name)))
+            if not chunk or len(waiting) > 2 * data.workers:
+                first, results = waiting.popleft()
+                yield first, results.result()
+    except BrokenExecutor:
+        where, expected = f"data.workers = {data.workers}", "enough memory for so many processes"
+        raise TbpoError("a worker died while it prepared rows", where, expected, "lower data.workers") from None
 
 
 @contextmanager
@@ -90,55 +50,28 @@ def workers(model: Model, data: Data) -> Iterator[Executor]:
     if data.workers == 1:
         pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=(model, data))
     else:
-        pool = ProcessPoolExecutor(data.workers, get_context("spawn"), _begin_process, (model, data))
+        pool = ProcessPoolExecutor(data.workers, get_context("spawn"), _begin_worker, (model, data))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(rows: list[Row], future: Future[Prepared], name: str) -> Chunk:
-    try:
-        return Chunk(rows, name, *future.result())
-    except BrokenExecutor:
-        raise TbpoError(
-            "a worker died while it prepared rows",
-            f"{rows[0].source}, rows {rows[0].number} to {rows[-1].number}",
-            "enough memory for data.workers processes",
-            "lower data.workers",
-        ) from None
-
-
-def _begin_process(model: Model, data: Data) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _begin_worker(model, data)
-
-
 def _begin_worker(model: Model, data: Data) -> None:
+    if data.workers > 1:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.chat, _worker.data = Chat(load_tokenizer(model), data.template_date), data
 
 
-def _prepare(rows: list[Row], name: str) -> Prepared:
-    chat, data = _worker.chat, _worker.data
-    rejected: dict[int, RejectedRow] = {}
+def _prepare(rows: list[Row], format_name: str) -> list[Result]:
+    data: Data = _worker.data
     pairs: dict[int, PreferencePair] = {}
-    for position, row in enumerate(rows):
+    results: dict[int, Result] = {}
+    for place, row in enumerate(rows):
         try:
-            pairs[position] = to_pair(row, name, data.columns)
+            pairs[place] = to_pair(row, format_name, data.columns)
         except RejectedRow as reason:
-            rejected[position] = reason
-    tokenized, kept = [], []
-    for (position, pair), result in zip(pairs.items(), tokenize_pairs([*pairs.values()], chat, data), strict=True):
-        if isinstance(result, RejectedRow):
-            rejected[position] = result
-        else:
-            tokenized.append((result, pair.score_margin))
-            kept.append(Kept(position, pair.pair_id, pair.reversed_id, pair.prompt_hash, result.is_cut))
-    return record_batch(tokenized), kept, rejected
-
-
-def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+            results[place] = reason
+    results |= zip(pairs, tokenize_pairs([*pairs.values()], _worker.chat, data), strict=True)
+    return [results[place] for place in range(len(rows))]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tbpo_cli.data.sources import Row
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data
 
@@ -41,7 +42,7 @@ class PreferencePair:
 
     Args:
         pair_id: 16 hex digits of the hash of the texts: the same comparison has the same id everywhere.
-        reversed_id: the id it would have with chosen and rejected exchanged; of a demonstration, its pair_id.
+        reversed_id: the id it would have with chosen and rejected exchanged.
         prompt_hash: 16 hex digits of the hash of prompt and tools.
         prompt: the messages before the response.
         chosen: the preferred response, an assistant's message.
@@ -76,28 +77,24 @@ def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: 
         raise RejectedRow("identical", "chosen and rejected are the same")
     tools = _tools(row)
     prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
-    pair_id, reversed_id = (
-        _hash((prompt_hash, *order)) for order in (responses, responses[::-1] if rejected else responses)
-    )
+    pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
     return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row))
 
 
 def _check_roles(messages: Messages) -> None:
-    before = ""
-    for number, message in enumerate(messages, 1):
-        if before not in ROLES_BEFORE[message["role"]]:
-            raise RejectedRow("roles", f"message {number} is of {message['role']}, after {before or 'no message'}")
-        before = message["role"]
+    roles = ["", *(message["role"] for message in messages)]
+    for number, (before, role) in enumerate(itertools.pairwise(roles), 1):
+        if before not in ROLES_BEFORE[role]:
+            raise RejectedRow("roles", f"message {number} is of {role}, after {before or 'no message'}")
 
 
 def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The `tools` column: a list of schemas, or that list as JSON text."""
     tools = row.get("tools") or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRow("wrong_type", "tools is no list of JSON schemas")
     return tuple(_without_nulls(tools))
@@ -129,17 +126,16 @@ def _without_nulls(content: Any) -> Any:
 
 def _text(row: dict[str, Any], column: str) -> str:
     value = row[column]
-    if value is None:
-        raise RejectedRow("null_column", column)
     if not isinstance(value, str):
         raise RejectedRow("wrong_type", f"{column} is {type(value).__name__}, not text")
     return value
 
 
-def _messages(row: dict[str, Any], column: str) -> Messages:
+def _messages(row: dict[str, Any], column: str, text_by: str = "") -> Messages:
+    """The messages in a column; text, if it may be there, is a message of the role `text_by`."""
     value = row[column]
-    if value is None:
-        raise RejectedRow("null_column", column)
+    if text_by and not isinstance(value, list):
+        return ({"role": text_by, "content": _text(row, column)},)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RejectedRow("wrong_type", f"{column} is no list of messages")
     return tuple(_message(message, column) for message in value)
@@ -147,25 +143,20 @@ def _messages(row: dict[str, Any], column: str) -> Messages:
 
 def _message(given: dict[str, Any], column: str) -> Message:
     role, content = given.get("role"), given.get("content")
-    if not isinstance(role, str) or role not in ROLES_BEFORE:
+    if role not in [*ROLES_BEFORE]:
         raise RejectedRow("unknown_role", f"{column}: {role!r}")
     if content is None and given.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
-    if len(given) == 2:
-        return {"role": role, "content": content}
     message: Message = _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
     return message
 
 
 def _prompt(row: dict[str, Any]) -> Messages:
     """The `prompt` column, text or messages, after the `system` column's text."""
-    if isinstance(row["prompt"], list):
-        prompt = _messages(row, "prompt")
-    else:
-        prompt = ({"role": "user", "content": _text(row, "prompt")},)
-    return ({"role": "system", "content": row["system"]}, *prompt) if row.get("system") else prompt
+    system = ({"role": "system", "content": _text(row, "system")},) if row.get("system") else ()
+    return (*system, *_messages(row, "prompt", "user"))
 
 
 def read_prompt(row: Any) -> Messages:
@@ -177,9 +168,7 @@ def read_prompt(row: Any) -> Messages:
 
 
 def _answer(row: dict[str, Any], column: str) -> Message:
-    if not isinstance(row[column], list):
-        return {"role": "assistant", "content": _text(row, column)}
-    messages = _messages(row, column)
+    messages = _messages(row, column, "assistant")
     if [message["role"] for message in messages] != ["assistant"]:
         raise RejectedRow("roles", f"{column} is not one message of the assistant")
     return messages[0]
@@ -217,19 +206,16 @@ def _hh_messages(text: str) -> Messages:
     before, *turns = HH_TURN.split(text)  # "", "Human", its text, "Assistant", its text, …
     if before.strip() or not turns:
         raise RejectedRow("wrong_type", "the dialogue does not begin with a Human: or Assistant: turn")
-    return tuple(
-        {"role": HH_ROLES[turn], "content": content.strip()}
-        for turn, content in zip(turns[::2], turns[1::2], strict=True)
-    )
+    spoken = zip(turns[::2], turns[1::2], strict=True)
+    return tuple({"role": HH_ROLES[turn], "content": content.strip()} for turn, content in spoken)
 
 
 def _from_hh(row: dict[str, Any]) -> PreferencePair:
     """Whole dialogues, or the `prompt` column's dialogue and how it goes on."""
     prompt = _text(row, "prompt") if row.get("prompt") else ""
     chosen, rejected = (_hh_messages(prompt + _text(row, side)) for side in ("chosen", "rejected"))
-    for side in (chosen, rejected):
-        if side[-1]["role"] != "assistant":
-            raise RejectedRow("roles", "the dialogue does not end with the assistant")
+    if any(side[-1]["role"] != "assistant" for side in (chosen, rejected)):
+        raise RejectedRow("roles", "the dialogue does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise RejectedRow("prompts_differ")
     return make_pair(row, chosen[:-1], chosen[-1], rejected[-1])
@@ -248,7 +234,7 @@ def _from_sft_messages(row: dict[str, Any]) -> PreferencePair:
 
 @dataclass(frozen=True)
 class Format:
-    """The columns a row must have, how to read it, and a further sign by which a first row is recognised."""
+    """The columns a row must have, not null, how to read it, and a further sign by which a first row is recognised."""
 
     columns: tuple[str, ...]
     parse: Callable[[dict[str, Any]], PreferencePair]
@@ -268,26 +254,26 @@ FORMATS = {
 }
 
 
-def recognise(rows: Sequence[Row], data: Data) -> str:
-    """The name of the rows' format: `data.format`, or the first of FORMATS that fits the first row that any fits.
+def recognise(rows: Iterator[Row], data: Data) -> tuple[str, Iterator[Row]]:
+    """The rows' format, `data.format` or the first of FORMATS that fits the first row that any fits; and all rows.
 
     Raises:
         TbpoError: if none fits, with the columns of the first row.
     """
-    if data.format != "auto":
-        return data.format
-    contents = [_renamed(row.content, data.columns) for row in rows]
+    first = list(itertools.islice(rows, ROWS_AT_A_TIME))
+    rows = itertools.chain(first, rows)
+    if data.format != "auto" or not first:
+        return data.format, rows
+    contents = [_renamed(row.content, data.columns) for row in first]
     for content in contents:
         for name, known in FORMATS.items():
             if isinstance(content, dict) and all(c in content for c in known.columns) and known.recognise(content):
-                return name
+                return name, rows
     columns = ", ".join(contents[0]) if isinstance(contents[0], dict) else f"none, it is {type(contents[0]).__name__}"
-    raise TbpoError(
-        "the rows have none of the known formats",
-        f"{rows[0].source}, row {rows[0].number}; its columns: {columns}",
-        "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items()),
-        'name the columns, e.g. [data.columns] prompt = "question"',
-    )
+    where = f"{first[0].source}, row {first[0].number}; its columns: {columns}"
+    formats = "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items())
+    fix = 'name the columns, e.g. [data.columns] prompt = "question"'
+    raise TbpoError("the rows have none of the known formats", where, formats, fix)
 
 
 def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePair:
@@ -300,8 +286,8 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
     if not isinstance(content, dict):
         raise RejectedRow("wrong_type", f"the row is {type(content).__name__}, not a table of columns")
     for column in FORMATS[format_name].columns:
-        if column not in content:
-            raise RejectedRow("missing_column", column)
+        if content.get(column) is None:
+            raise RejectedRow("null_column" if column in content else "missing_column", column)
     return FORMATS[format_name].parse(content)
 
 

@@ -1,4 +1,4 @@
-"""Prepared pairs for a person: tokens with their loss mask at a terminal, and prepare's report.html."""
+"""Prepared pairs for a person: their tokens with the loss mask, and prepare's report.html."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.text import Text
 
-from tbpo_cli import console
+from tbpo_cli.charts import histogram
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer
 from tbpo_cli.recipe import Recipe
-from tbpo_cli.report import histogram, write_page
-from tbpo_cli.svg import Panel
+from tbpo_cli.report import write_page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUM_EXAMPLES = 10
-STYLES = {"prompt": "dim", "aligned": "green", "tail": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -34,60 +31,27 @@ class ShownToken:
 
 
 def shown_parts(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[ShownToken]]:
-    """The tokens of prompt, chosen and rejected."""
-    controls = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    """The tokens of prompt, chosen and, unless it is a demonstration, rejected."""
+    controls = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     anchor = int(pair.prompt_ids[0])  # a decoder may treat the first token of a text in its own way
     before = len(tokenizer.decode([anchor]))
-    aligned = pair.aligned_length if len(pair.rejected_ids) else len(pair.chosen_ids)
-
-    def shown(ids: Any, name: str) -> list[ShownToken]:
-        texts = tokenizer.batch_decode([[anchor, int(i)] for i in ids]) if len(ids) else []
-        parts = ("prompt" if name == "prompt" else "aligned" if t < aligned else "tail" for t in range(len(ids)))
-        return [
-            ShownToken(int(i), text[before:], part, int(i) in controls)
-            for i, text, part in zip(ids, texts, parts, strict=True)
-        ]
-
-    return {name: shown(getattr(pair, f"{name}_ids"), name) for name in ("prompt", "chosen", "rejected")}
-
-
-def show_pairs(store: PairStore, tokenizer: PreTrainedTokenizerFast, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first pairs of a split, token by token, to stdout."""
-    console.out.print(
-        Text.assemble(
-            "│ ends a token, ‖ the aligned part. ",
-            ("The prompt is never in the loss; ", STYLES["prompt"]),
-            ("aligned tokens are read by every loss; ", STYLES["aligned"]),
-            ("a tail by those of whole responses.", STYLES["tail"]),
-        )
-    )
-    for index in range(min(num_pairs, len(store))):
-        pair = store[index]
-        console.out.print(f"\n[bold]pair {pair.pair_id}[/bold]")
-        for name, tokens in shown_parts(pair, tokenizer).items():
-            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
-            console.out.print(_line(tokens, with_ids))
-
-
-def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
-    line = Text()
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(token.text.replace("\n", "⏎\n"), f"{STYLES[token.part]}{' bold' if token.control else ''}")
-        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
-        line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
-    return line
+    aligned = pair.aligned_length or len(pair.chosen_ids)
+    parts = {}
+    for name, ids in (("prompt", pair.prompt_ids), ("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        if len(ids):
+            texts = [text[before:] for text in tokenizer.batch_decode([[anchor, int(i)] for i in ids])]
+            read = ["prompt" if name == "prompt" else "aligned" if t < aligned else "tail" for t in range(len(ids))]
+            is_control = [int(i) in controls for i in ids]
+            parts[name] = list(map(ShownToken, map(int, ids), texts, read, is_control))
+    return parts
 
 
 def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> None:
-    """Writes report.html of prepared splits.
-
-    Args:
-        folder: prepare's folder, with the splits.
-        counts: what became of the rows, one entry a source, as in the manifest.
-    """
+    """Writes report.html beside prepared splits; `counts` says what became of the rows, as the manifest does."""
     tokenizer = load_tokenizer(recipe.model)
     names = dict.fromkeys(split for count in counts for split in count["kept"])
     stores = {name: PairStore(folder / name) for name in names}
+    train = stores["train"]
     write_page(
         folder / "report.html",
         "prepare.html",
@@ -102,42 +66,30 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
         reasons=[[reason, c["source"], f"{n:,}"] for c in counts for reason, n in sorted(c["rejected"].items())],
         notes=[[note, c["source"], f"{n:,}"] for c in counts for note, n in c["noted"].items() if n],
         splits=[_describe(name, store) for name, store in stores.items() if len(store)],
-        examples=[
-            _example(stores["train"][index], tokenizer) for index in range(min(NUM_EXAMPLES, len(stores["train"])))
-        ],
+        examples=[(train[n].pair_id, shown_parts(train[n], tokenizer)) for n in range(min(NUM_EXAMPLES, len(train)))],
         chat_template=tokenizer.chat_template,
     )
 
 
 def _describe(name: str, store: PairStore) -> dict[str, Any]:
     """Figures and histograms of a split."""
-    lengths = {"prompt": store.prompt_lengths, "chosen": store.chosen_lengths, "rejected": store.rejected_lengths}
-    figures = []
+    prompt, chosen, rejected = store.prompt_lengths, store.chosen_lengths, store.rejected_lengths
+    lengths, figures = {"prompt": prompt, "chosen": chosen}, []
     if store.has_rejected:
-        lengths["aligned"] = np.minimum(store.chosen_lengths, store.rejected_lengths)
-        responses = int(store.chosen_lengths.sum() + store.rejected_lengths.sum())
+        aligned = np.minimum(chosen, rejected)
+        beyond = 1 - 2 * aligned.sum() / (chosen.sum() + rejected.sum())
+        lengths |= {"rejected": rejected, "aligned": aligned}
         figures = [
-            ["response tokens beyond the aligned length", f"{1 - 2 * int(lengths['aligned'].sum()) / responses:.1%}"],
-            ["pairs whose chosen response is longer", f"{(store.chosen_lengths > store.rejected_lengths).mean():.1%}"],
-            ["mean of chosen − rejected tokens", f"{(store.chosen_lengths - store.rejected_lengths).mean():+.1f}"],
+            ["response tokens beyond the aligned length", f"{beyond:.1%}"],
+            ["pairs whose chosen response is longer", f"{(chosen > rejected).mean():.1%}"],
+            ["mean of chosen − rejected tokens", f"{(chosen - rejected).mean():+.1f}"],
         ]
-    else:
-        del lengths["rejected"]
-    histograms = [_histogram(part, f"{part}, tokens", values) for part, values in lengths.items()]
+    shown = [(part, f"{part}, tokens", values) for part, values in lengths.items()]
     if len(margins := store.score_margins):
         figures.append(["pairs whose chosen response has the lower score", f"{(margins < 0).mean():.1%}"])
-        histograms.append(_histogram("score difference", "score of chosen − score of rejected", margins))
+        shown.append(("score difference", "score of chosen − score of rejected", margins))
+    histograms = [
+        histogram(title, "pairs", f"{x_title}; mean {values.mean():.3g}", {0: values})
+        for title, x_title, values in shown
+    ]
     return {"name": name, "num_pairs": len(store), "figures": figures, "histograms": histograms}
-
-
-def _histogram(title: str, what: str, values: np.ndarray) -> Panel:
-    return histogram(title, "pairs", f"{what}; mean {values.mean():.3g}", {0: values})
-
-
-def _example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    parts = {name: tokens for name, tokens in shown_parts(pair, tokenizer).items() if tokens}
-    return {
-        "pair_id": pair.pair_id,
-        "summary": ", ".join(f"{name} {len(tokens)} tokens" for name, tokens in parts.items()),
-        "parts": [{"name": name, "tokens": tokens} for name, tokens in parts.items()],
-    }

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tbpo_cli.data.chunks import ROWS_AT_A_TIME
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, read_prompt, recognise, to_pair
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
@@ -34,16 +32,13 @@ class Prompt:
 
 
 def prompts_of(recipe: Recipe, held_out: Path, chat: Chat) -> list[Prompt]:
-    """The prompts that `sample.prompts` names, as many as `sample.max_prompts` allows.
-
-    Args:
-        held_out: the folder of the held-out pairs' store.
-    """
+    """The prompts that `sample.prompts` names, up to `sample.max_prompts`; `held_out` is the folder of a store."""
     settings = recipe.sample
     if settings.prompts == "eval":
         prompts = prompts_of_pairs(PairStore(held_out), recipe.data, settings.max_prompts)
     else:
-        prompts = list(itertools.islice(prompts_of_file(settings.prompts, chat), settings.max_prompts))
+        rows = read_rows(Source(settings.prompts), "train", "sample.prompts")
+        prompts = [prompt_of(row, chat) for row in itertools.islice(rows, settings.max_prompts)]
     if not prompts:
         expected = "a file with prompts, or held-out pairs (data.eval, or data.eval_fraction above 0)"
         raise TbpoError("there are no prompts to answer", f"sample.prompts = {settings.prompts!r}", expected)
@@ -71,38 +66,18 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
     key, split = ("data.eval", data.eval_split) if data.eval else ("data.train", data.train_split)
     found: dict[str, PreferencePair] = {}
     for source in data.eval or data.train:
-        rows = read_rows(source, split, key)
-        start = list(itertools.islice(rows, ROWS_AT_A_TIME))
-        name = recognise(start, data) if start else ""
-        for row in itertools.chain(start, rows):
+        format_name, rows = recognise(read_rows(source, split, key), data)
+        for row in rows:
             if found.keys() == pair_ids:
                 return found
             with suppress(RejectedRow):
-                pair = to_pair(row, name, data.columns)
+                pair = to_pair(row, format_name, data.columns)
                 found |= {pair.pair_id: pair} if pair.pair_id in pair_ids else {}
     if missing := pair_ids - found.keys():
-        raise TbpoError(
-            f"{len(missing)} held-out pairs are not among the rows any more, {min(missing)} for one",
-            f"{key} of the recipe",
-            "the rows that were prepared",
-            "tbpo prepare RECIPE --restart",
-        )
+        what = f"{len(missing)} held-out pairs are not among the rows any more, {min(missing)} for one"
+        fix = "tbpo prepare RECIPE --restart"
+        raise TbpoError(what, f"{key} of the recipe", "the rows that were prepared", fix)
     return found
-
-
-def prompts_of_file(path: str, chat: Chat) -> Iterator[Prompt]:
-    """The prompts of a .jsonl[.gz] file (`prompt`: text or messages; or `messages`), or the lines of a .txt file.
-
-    Raises:
-        TbpoError: for a line that is no prompt.
-    """
-    if path.endswith(".txt"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows: Iterable[Row] = (Row(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
-    else:
-        rows = read_rows(Source(path), "train", "sample.prompts")
-    for row in rows:
-        yield prompt_of(row, chat)
 
 
 def prompt_of(row: Row, chat: Chat) -> Prompt:
@@ -112,10 +87,8 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
         messages: Messages = read_prompt(content)
         ids = tokenize_prompt(messages, chat)
     except RejectedRow as reason:
-        raise TbpoError(
-            f"a prompt cannot be used: {reason.reason} {reason.detail}",
-            f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}",
-            'text, or {"prompt": text or messages}, or {"messages": [...]}',
-            "mend that line",
-        ) from None
+        what = f"a prompt cannot be used: {reason.reason} {reason.detail}"
+        where = f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}"
+        expected = 'text, or {"prompt": text or messages}, or {"messages": [...]}'
+        raise TbpoError(what, where, expected, "mend that line") from None
     return Prompt(f"{Path(row.source).name}:{row.number}", tuple(ids), messages)

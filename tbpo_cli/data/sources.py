@@ -7,13 +7,16 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Source
+
+ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
+COLUMNS = (".json", ".parquet", ".arrow")
+Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """The rows of a source, in order, never all in memory.
 
     Args:
-        source: its path is a file whose ending is in READERS, a folder that `datasets` saved, or the id of a Hub data
-            set.
+        source: its path is a file with an ending of TEXT or COLUMNS, a folder that `datasets` saved, or the id of a Hub
+            data set.
         split: of a Hub data set or a saved folder, if the source names none.
         key: the recipe key that names the source, for messages.
 
@@ -38,15 +41,12 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
     path, number, split = Path(source.path), 0, source.split or split
-    if path.is_file() and path.suffix not in READERS:
-        raise TbpoError(
-            f"{key} is of an unknown kind",
-            source.path,
-            f"one of {', '.join(READERS)}",
-            "convert the file, or rename it if its ending is wrong",
-        )
+    if path.is_file() and path.suffix not in (*TEXT, *COLUMNS):
+        kinds, fix = f"one of {', '.join((*TEXT, *COLUMNS))}", "convert the file, or rename it if its ending is wrong"
+        raise TbpoError(f"{key} is of an unknown kind", source.path, kinds, fix)
+    is_text = path.is_file() and path.suffix in TEXT
     try:
-        for number, content in READERS[path.suffix](path) if path.is_file() else _read_dataset(source, split):
+        for number, content in _read_text(path) if is_text else _read_dataset(source, split):
             yield Row(source.path, number, content)
     except TbpoError:
         raise
@@ -59,76 +59,67 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
         ) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_text(path: Path) -> Numbered:
+    """Each row with the number of the last line that it took."""
+    (parse, expected), number = TEXT[path.suffix], 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal number
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                number += 1
+                yield line
+
+    try:
+        for content in parse(lines()):
+            yield number, content
+    except (ValueError, RecursionError, csv.Error) as error:
+        what, where = f"the line cannot be read: {error}", f"{path}, line {number}"
+        raise TbpoError(what, where, f"{expected}, in UTF-8", "mend or remove that line") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what, where = f"the compressed file is damaged: {error}", f"{path}, after line {number}"
+        raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
+
+
+def _parse_jsonl(lines: Iterator[bytes]) -> Iterator[Any]:
     """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
-    number = 0
-    opened = gzip.open if path.suffix == ".gz" else open
-    with _told(path, lambda: number, "one JSON object a line, in UTF-8"), opened(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, json.loads(line)
+    return (json.loads(line) for line in lines if line.strip())
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _parse_csv(lines: Iterator[bytes]) -> Iterator[dict[str, str]]:
     """Every field is text, as it stands; `datasets` would make a number of 007, and nothing of NA."""
     csv.field_size_limit(2**31 - 1)
-    number = 1
-    with _told(path, lambda: number, "rows with as many fields as the first line, in UTF-8"), path.open("rb") as file:
-        reader = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
-        names = next(reader, [])
-        for fields in reader:
-            number = reader.line_num
-            if len(fields) != len(names):
-                raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
-            yield number, dict(zip(names, fields, strict=True))
-            number += 1
+    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
+    names = next(reader, [])
+    for fields in reader:
+        if len(fields) != len(names):
+            raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
+        yield dict(zip(names, fields, strict=True))
 
 
-@contextmanager
-def _told(path: Path, line: Callable[[], int], expected: str) -> Iterator[None]:
-    """Turns what reading a text file can raise into a TbpoError that names the line."""
-    try:
-        yield
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise TbpoError(
-            f"the line cannot be read: {error}", f"{path}, line {line()}", expected, "mend or remove that line"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise TbpoError(
-            f"the compressed file is damaged: {error}",
-            f"{path}, after line {line()}",
-            "a whole .gz file",
-            "copy or download it again",
-        ) from None
-    except OSError as error:
-        raise TbpoError(f"the file cannot be read: {error.strerror}", str(path), "a readable file") from None
+def _parse_txt(lines: Iterator[bytes]) -> Iterator[str]:
+    return (line.decode().rstrip("\r\n") for line in lines if line.strip())
 
 
-def _read_columnar(path: Path) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    rows = datasets.load_dataset(path.suffix.removeprefix("."), data_files=str(path), split="train", streaming=True)
-    return enumerate(rows, 1)
-
-
-# ending of a file: its rows, each with its number
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".gz": _read_jsonl,
-    ".csv": _read_csv,
-    ".json": _read_columnar,
-    ".parquet": _read_columnar,
-    ".arrow": _read_columnar,
+JSONL = (_parse_jsonl, "one JSON object a line")
+TEXT: dict[str, tuple[Callable[[Iterator[bytes]], Iterator[Any]], str]] = {  # by the ending of a file
+    ".jsonl": JSONL,
+    ".gz": JSONL,
+    ".csv": (_parse_csv, "rows with as many fields as the first line"),
+    ".txt": (_parse_txt, "a prompt a line"),
 }
 
 
-def _read_dataset(source: Source, split: str) -> Iterator[tuple[int, Any]]:
-    """A folder that `datasets` saved, or a Hub data set, downloaded once."""
+def _read_dataset(source: Source, split: str) -> Numbered:
+    """A file of one of COLUMNS, a folder that `datasets` saved, or a Hub data set, downloaded once."""
     import datasets
 
-    if not Path(source.path).is_dir():
-        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
-    else:
+    path = Path(source.path)
+    if path.is_file():
+        rows = datasets.load_dataset(path.suffix[1:], data_files=source.path, split="train", streaming=True)
+    elif path.is_dir():
         rows = datasets.load_from_disk(source.path)
         rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+    else:
+        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
     return enumerate(rows, 1)

@@ -21,9 +21,9 @@ SCHEMA = pa.schema(
 )
 
 
-def record_batch(pairs: Sequence[tuple[TokenizedPair, float | None]]) -> pa.RecordBatch:
-    """Pairs and their score margins as Arrow columns of SCHEMA."""
-    return pa.RecordBatch.from_pylist([vars(pair) | {"score_margin": margin} for pair, margin in pairs], schema=SCHEMA)
+def record_batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
+    """Pairs as Arrow columns of SCHEMA."""
+    return pa.RecordBatch.from_pylist([vars(pair) for pair in pairs], schema=SCHEMA)
 
 
 @contextmanager
@@ -40,18 +40,17 @@ def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
 
 
 class PairStore:
-    """The pairs of a split: `len(store)`, `store[i]`, and the lengths of all of them."""
+    """The pairs of a split: `len(store)`, `store[i]`, and `lengths`, (n, 3) tokens of prompt, chosen and rejected."""
 
     def __init__(self, folder: Path, reverse: bool = False) -> None:
         """Opens a split; with `reverse`, chosen and rejected change places."""
         with pa.memory_map(str(folder / "pairs.arrow")) as source:
             self._table = pa.ipc.open_file(source).read_all()
         if reverse:
-            renamed = {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
-            self._table = self._table.rename_columns([renamed.get(name, name) for name in SCHEMA.names])
-        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = (
-            pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS
-        )
+            self._table = self._table.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+        columns = [pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS]
+        self.lengths = np.stack(columns, axis=1).astype(np.int64)
+        self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = self.lengths.T
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -63,14 +62,12 @@ class PairStore:
     @property
     def largest_id(self) -> int:
         """The largest token id; -1 without pairs."""
-        largest = (pc.max(pc.list_flatten(self._table[name])).as_py() for name in ID_COLUMNS)
-        return max((each for each in largest if each is not None), default=-1)
+        return max(int(pc.list_flatten(self._table[name]).to_numpy().max(initial=-1)) for name in ID_COLUMNS)
 
     @property
     def score_margins(self) -> np.ndarray:
         """score_chosen − score_rejected of the pairs whose row had both."""
-        margins: np.ndarray = self._table["score_margin"].drop_null().to_numpy()
-        return margins
+        return np.asarray(self._table["score_margin"].drop_null())
 
     @property
     def has_rejected(self) -> bool:

@@ -18,6 +18,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Data, Model
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "\ue0fa", "\ue0fb"  # private-use characters, around the hexadecimal form of a masked control token
 TAIL_CHARACTERS = 32
+OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,17 @@ class TokenizedPair:
         prompt_ids: at least one id.
         chosen_ids: at least one id, the last is the end of the turn (unless the response was truncated).
         rejected_ids: likewise; empty for a demonstration.
-        is_cut: whether a response was truncated; counted when pairs are made, not kept in the store.
+        score_margin, reversed_id, prompt_hash: those of the PreferencePair, and
+        is_cut: whether a response was truncated; all four for the making of a store, which does not give them back.
     """
 
     pair_id: str
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
+    score_margin: float | None = None
+    reversed_id: str = ""
+    prompt_hash: str = ""
     is_cut: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +65,9 @@ class TokenizedPair:
         return min(len(self.chosen_ids), len(self.rejected_ids))
 
 
+Result = TokenizedPair | RejectedRow
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """The base's fast tokenizer, with the recipe's chat template if it names one.
 
@@ -66,36 +76,26 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    where = f"model.base = {model.base!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise TbpoError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            f"model.base = {model.base!r}",
-            "a folder with tokenizer.json, or the id of a Hub repository",
-            "check model.base and the network",
-        ) from error
+        what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        expected = "a folder with tokenizer.json, or the id of a Hub repository"
+        raise TbpoError(what, where, expected, "check model.base and the network") from error
     if not tokenizer.is_fast:
-        raise TbpoError(
-            "the model has no fast tokenizer",
-            f"model.base = {model.base!r}",
-            "a tokenizer.json beside the model",
-            "convert it with transformers and save it in the folder",
-        )
+        expected, fix = "a tokenizer.json beside the model", "convert it with transformers and save it in the folder"
+        raise TbpoError("the model has no fast tokenizer", where, expected, fix)
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TbpoError(f"the chat template cannot be read: {error}", model.chat_template, "a Jinja file") from None
     if tokenizer.chat_template is None:
-        raise TbpoError(
-            "the tokenizer has no chat template",
-            f"model.base = {model.base!r}",
-            "a template that renders the chat",
-            "write it to a file and name it as model.chat_template",
-        )
+        expected, fix = "a template that renders the chat", "write it to a file and name it as model.chat_template"
+        raise TbpoError("the tokenizer has no chat template", where, expected, fix)
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -107,12 +107,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its chat template.
-
-    Args:
-        tokenizer: a fast one.
-        template_date: YYYY-MM-DD, what templates that print today's date print.
-    """
+    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that print a date."""
 
     tokenizer: PreTrainedTokenizerFast
     template_date: str
@@ -147,13 +142,26 @@ class Chat:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
-        """The messages, masked, as text. Raises what the template raises."""
+        """The messages, masked, as text.
+
+        Raises:
+            RejectedRow: template_error, if the template refuses the messages.
+            TbpoError: if it is no template.
+        """
         masked: Any = self.mask(tools) or None
-        template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)
-        text = self.tokenizer.apply_chat_template(
-            self.mask(messages), masked, chat_template=template, tokenize=False, **options
-        )
-        return cast(str, text)
+        try:
+            template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)
+            options |= {"chat_template": template, "tokenize": False}
+            return cast(str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options))
+        except TemplateSyntaxError as error:
+            what, where = (
+                f"the chat template is no Jinja template: {error.message}",
+                f"line {error.lineno} of the template",
+            )
+            fix = "mend the file that model.chat_template names, or the tokenizer's own template"
+            raise TbpoError(what, where, "a template that renders the chat", fix) from None
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
 
 
 @lru_cache
@@ -171,13 +179,13 @@ def _unmask(text: str) -> str:
     return re.sub(f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text)
 
 
-def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[TokenizedPair | RejectedRow]:
+def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
     Raises:
         TbpoError: if the chat template does not allow the cut between prompt and response.
     """
-    results: dict[int, TokenizedPair | RejectedRow] = {}
+    results: dict[int, Result] = {}
     texts: dict[int, tuple[str, str, str]] = {}
     for place, pair in enumerate(pairs):
         try:
@@ -185,13 +193,9 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> l
         except RejectedRow as reason:
             results[place] = reason
     prompts = _encode([prompt for prompt, *_ in texts.values()], chat)
-    responses = [(prompt, response) for prompt, *both in texts.values() for response in both]
-    response_ids = iter(_encode_after(responses, chat))
+    responses = iter(_encode_after([(prompt, text) for prompt, *both in texts.values() for text in both], chat))
     for place, prompt in zip(texts, prompts, strict=True):
-        try:
-            results[place] = _fit(pairs[place], prompt, next(response_ids), next(response_ids), data)
-        except RejectedRow as reason:
-            results[place] = reason
+        results[place] = _fit(pairs[place], prompt, next(responses), next(responses), data)
     return [results[place] for place in range(len(pairs))]
 
 
@@ -199,60 +203,41 @@ def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
     """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
 
     Raises:
-        RejectedRow: template_error, if the template refuses the messages.
-        TbpoError: if the template does not allow the cut between prompt and response.
+        RejectedRow: see `Chat.render`.
+        TbpoError: likewise, or if the template does not allow the cut between prompt and response.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
+    prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
+    chosen, rejected = (
+        _response(pair, prompt, chat.render((*pair.prompt, response), pair.tools), chat) if response else ""
+        for response in (pair.chosen, pair.rejected)
+    )
+    return prompt, chosen, rejected
 
-    try:
-        prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
-        chosen, rejected = (
-            chat.render((*pair.prompt, response), pair.tools) if response else ""
-            for response in (pair.chosen, pair.rejected)
-        )
-    except TemplateSyntaxError as error:
+
+def _response(pair: PreferencePair, prompt: str, full: str, chat: Chat) -> str:
+    """What the full rendering adds to the prompt, up to the first control token after its text.
+
+    What a template adds behind that is never generated.
+    """
+    if not full.startswith(prompt):
+        split = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+        alone, followed = (text[max(0, split - 80) : split + 80] for text in (prompt, full))
         raise TbpoError(
-            f"the chat template is no Jinja template: {error.message}",
-            f"line {error.lineno} of the template",
-            "a template that renders the chat",
-            "mend the file that model.chat_template names, or the tokenizer's own template",
-        ) from None
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
-    for full in filter(None, (chosen, rejected)):
-        if not full.startswith(prompt):
-            raise TbpoError(
-                "the chat template renders the prompt differently once an answer follows",
-                f"pair {pair.pair_id}\n    prompt alone: …{_around_split(prompt, full)!r}\n"
-                f"    with answer:  …{_around_split(full, prompt)!r}",
-                "the full rendering begins with the rendering of the prompt and its generation prompt",
-                "give a template of your own as model.chat_template",
-            )
-    answers = (_up_to_end_of_turn(full[len(prompt) :], chat) if full else "" for full in (chosen, rejected))
-    return prompt, next(answers), next(answers)
-
-
-def _around_split(text: str, other: str) -> str:
-    """The part of a text around the place where it leaves the other."""
-    split = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return text[max(0, split - 80) : split + 80]
-
-
-def _up_to_end_of_turn(response: str, chat: Chat) -> str:
-    """The response up to the first control token after its text: what a template adds behind it is never generated."""
-    cut, end = None, len(response)
-    for match in reversed(list(chat.controls.finditer(response))):
-        if response[match.end() : end].strip():
-            break
-        cut, end = match.end(), match.start()
-    if cut is None:
+            "the chat template renders the prompt differently once an answer follows",
+            f"pair {pair.pair_id}\n    prompt alone: …{alone!r}\n    with answer:  …{followed!r}",
+            "the full rendering begins with the rendering of the prompt and its generation prompt",
+            OTHER_TEMPLATE,
+        )
+    response, control = full[len(prompt) :], chat.controls.pattern
+    end = re.search(rf"({control})(?:\s|{control})*\Z", response)
+    if end is None:
         raise TbpoError(
             "the chat template ends an answer without an end-of-turn token",
             f"the answer renders as …{response[-80:]!r}",
             "a control token after the answer, so that the model learns to stop",
-            "give a template of your own as model.chat_template",
+            OTHER_TEMPLATE,
         )
-    return response[:cut]
+    return response[: end.end(1)]
 
 
 def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
@@ -269,11 +254,8 @@ def end_of_turn(chat: Chat) -> int:
 
 def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:
     """Ids of rendered texts. One with masked control tokens is encoded piece by piece, between the real ones."""
-    ids = chat.encode(texts)
-    for number, text in enumerate(texts):
-        if OPEN in text:
-            ids[number] = _encode_masked(text, chat)
-    return ids
+    together = chat.encode(texts)
+    return [_encode_masked(text, chat) if OPEN in text else ids for text, ids in zip(texts, together, strict=True)]
 
 
 def _encode_masked(text: str, chat: Chat) -> list[int]:
@@ -294,20 +276,15 @@ def _encode_after(responses: Sequence[tuple[str, str]], chat: Chat) -> list[list
     whose tokens are then taken away: the space is not in the text, and inference will not see it.
     """
     alone = [response for _, response in responses]
-    if not _adds_prefix(chat):
+    newline, word, both = _encode(["\n", "ab", "\nab"], chat)
+    if newline + word == both:
         return _encode(alone, chat)
     tails = [_tail(prompt, chat) for prompt, _ in responses]
-    tail_ids = _encode(tails, chat)
     joint = _encode([tail + response for tail, response in zip(tails, alone, strict=True)], chat)
     return [
         ids[len(before) :] if ids[: len(before)] == before else _encode([response], chat)[0]
-        for ids, before, response in zip(joint, tail_ids, alone, strict=True)
+        for ids, before, response in zip(joint, _encode(tails, chat), alone, strict=True)
     ]
-
-
-def _adds_prefix(chat: Chat) -> bool:
-    newline, word, both = _encode(["\n", "ab", "\nab"], chat)
-    return newline + word != both
 
 
 def _tail(prompt: str, chat: Chat) -> str:
@@ -317,14 +294,15 @@ def _tail(prompt: str, chat: Chat) -> str:
     return prompt[last:]
 
 
-def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> TokenizedPair:
+def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> Result:
     """The pair within `data.max_length` tokens, dropped or with its responses cut, as `data.overlong` says."""
-    longest = len(prompt) + max(len(chosen), len(rejected))
-    if longest > data.max_length:
-        room = data.max_length - len(prompt)
-        if data.overlong == "drop" or room < 1:
-            raise RejectedRow("overlong", f"{longest} tokens, max_length is {data.max_length}")
+    longest, room = len(prompt) + max(len(chosen), len(rejected)), data.max_length - len(prompt)
+    is_cut = longest > data.max_length
+    if is_cut and (data.overlong == "drop" or room < 1):
+        return RejectedRow("overlong", f"{longest} tokens, max_length is {data.max_length}")
+    if is_cut:
         chosen, rejected = chosen[:room], rejected[:room]
     if chosen == rejected:
-        raise RejectedRow("identical", "chosen and rejected are the same tokens")
-    return TokenizedPair(pair.pair_id, prompt, chosen, rejected, is_cut=longest > data.max_length)
+        return RejectedRow("identical", "chosen and rejected are the same tokens")
+    about = (pair.score_margin, pair.reversed_id, pair.prompt_hash, is_cut)
+    return TokenizedPair(pair.pair_id, prompt, chosen, rejected, *about)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from tbpo_cli import console
-from tbpo_cli.curves import curves
+from tbpo_cli.charts import Panel, Series, curves, histogram
 from tbpo_cli.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE
-from tbpo_cli.report import histogram, write_page
-from tbpo_cli.svg import Panel, Series
+from tbpo_cli.report import write_page
 
 MAX_ROWS = 300
 NUM_SHOWN = 6  # columns of the win rates in the terminal: up to the losses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import Executor
@@ -14,19 +13,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
+from rich.text import Text
 
 from tbpo_cli import console
-from tbpo_cli.data import preview
-from tbpo_cli.data.chunks import ROWS_AT_A_TIME, Chunk, Kept, prepare_rows, workers
-from tbpo_cli.data.pairs import RejectedRow
-from tbpo_cli.data.sources import read_rows
-from tbpo_cli.data.store import PairStore, pair_writer
-from tbpo_cli.data.tokens import fingerprint, load_tokenizer
+from tbpo_cli.data.chunks import prepare_rows, workers
+from tbpo_cli.data.pairs import RejectedRow, recognise
+from tbpo_cli.data.preview import ShownToken, shown_parts, write_report
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
+from tbpo_cli.data.store import PairStore, pair_writer, record_batch
+from tbpo_cli.data.tokens import Result, TokenizedPair, fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.recipe import Recipe, Source
 from tbpo_cli.run import RunDir
 
 EXCERPT_CHARACTERS = 200
+KEY = {  # of the parts of a pair: style, meaning
+    "prompt": ("dim", "The prompt is never in the loss;"),
+    "aligned": ("green", "aligned tokens are read by every loss;"),
+    "tail": ("yellow", "a tail by those of whole responses."),
+}
 
 
 @dataclass
@@ -55,8 +60,6 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     started = time.monotonic()
     folder = run_dir.begin("prepare", recipe)
     tokenizer = load_tokenizer(recipe.model)  # before the workers do, whose errors could not be told
-    for leftover in ("train", "eval", "sft"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
     data, sft = recipe.data, recipe.sft
     work = [("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))]
     if data.eval is not None:  # first, so that its prompts are known
@@ -67,20 +70,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     eval_prompts: set[str] = set()
     with workers(recipe.model, data) as pool, (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
         for key, sources, split, into in work:
-            sifter = _Sifter(recipe, key, into, eval_prompts, rejects, pool)
             with ExitStack() as stack:
                 writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
-                counts += [sifter.sift(source, split, writers) for source in sources]
+                sifter = _Sifter(recipe, key, writers, eval_prompts, rejects)
+                counts += [sifter.sift(source, split, pool) for source in sources]
     for key, *_ in work:
         _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
-    facts: dict[str, Any] = {
-        "counts": [vars(count) for count in counts],
-        "tokenizer": fingerprint(tokenizer),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    preview.write_report(recipe, folder, facts["counts"])
-    outputs = [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"]
-    run_dir.finish("prepare", outputs, facts)
+    seconds = round(time.monotonic() - started, 1)
+    facts = {"counts": [vars(count) for count in counts], "tokenizer": fingerprint(tokenizer), "seconds": seconds}
+    write_report(recipe, folder, [vars(count) for count in counts])
+    run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
 
 
@@ -96,16 +95,30 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     _show_rejected(counts, folder)
     rows = []
     for split in dict.fromkeys(split for count in counts for split in count["kept"]):
-        store = PairStore(folder / split)
-        lengths = (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
-        rows.append([split, *(f"{x.mean():.0f}" if len(x) else "" for x in lengths)])
+        lengths = PairStore(folder / split).lengths
+        rows.append([split, *(f"{mean:.0f}" for mean in lengths.mean(axis=0))] if len(lengths) else [split, "", "", ""])
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
     console.say(f"more about them: {folder / 'report.html'}")
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first training pairs of the complete stage as the model sees them."""
-    preview.show_pairs(PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model), num_pairs, with_ids)
+    """Prints the first training pairs of the complete stage to stdout as the model sees them, token by token."""
+    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
+    console.out.print("│ ends a token, ‖ the aligned part.", *(f"[{style}]{text}[/]" for style, text in KEY.values()))
+    for index in range(min(num_pairs, len(store))):
+        console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
+        for name, tokens in shown_parts(store[index], tokenizer).items():
+            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
+            console.out.print(_line(tokens, with_ids))
+
+
+def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
+    line = Text()
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        line.append(token.text.replace("\n", "⏎\n"), f"{KEY[token.part][0]}{' bold' if token.control else ''}")
+        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
+        line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
+    return line
 
 
 def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
@@ -139,13 +152,9 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
         fix = "mend the rows, name the columns under [data.columns], or raise data.max_reject_fraction"
         if reasons and reasons[0][0] == "overlong":
             fix = 'raise data.max_length, set data.overlong = "truncate", or raise data.max_reject_fraction'
-        raise TbpoError(
-            f"{rejected:,} of {rows:,} rows of {key} cannot be used"
-            + "".join(f", {number:,} {reason}" for reason, number in reasons),
-            str(folder / "rejects.jsonl"),
-            f"at least one usable row, and at most {max_reject_fraction:.0%} left out",
-            fix,
-        )
+        parts = [f"{rejected:,} of {rows:,} rows of {key} cannot be used", *(f"{n:,} {name}" for name, n in reasons)]
+        expected = f"at least one usable row, and at most {max_reject_fraction:.0%} left out"
+        raise TbpoError(", ".join(parts), str(folder / "rejects.jsonl"), expected, fix)
 
 
 @dataclass(frozen=True)
@@ -153,85 +162,73 @@ class _Sifter:
     """Decides, row after row, which pairs of a recipe key are kept, and in which split.
 
     Args:
-        splits: where the pairs go; if there are two, `eval_fraction` of the prompts to the second.
-        eval_prompts: hashes of the evaluation prompts, filled by the key that makes them.
+        writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to the second.
+        eval_prompts: hashes of the evaluation prompts, filled by the key that they come from.
         seen: ids of the pairs that were kept.
     """
 
     recipe: Recipe
     key: str
-    splits: tuple[str, ...]
+    writers: dict[str, pa.RecordBatchFileWriter]
     eval_prompts: set[str]
     rejects: TextIO
-    pool: Executor
     seen: set[str] = field(default_factory=set)
 
-    def sift(self, source: Source, split: str, writers: dict[str, pa.RecordBatchFileWriter]) -> Counts:
+    def sift(self, source: Source, split: str, pool: Executor) -> Counts:
         """Writes the pairs of one source."""
-        counts = Counts(self.key, source.path, kept=Counter(dict.fromkeys(self.splits, 0)))
-        rows = read_rows(source, split, self.key)
+        data = self.recipe.data
+        format_name, rows = recognise(read_rows(source, split, self.key), data)
+        counts = Counts(self.key, source.path, format_name, kept=Counter(dict.fromkeys(self.writers, 0)))
         with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
-            for chunk in prepare_rows(rows, self.recipe.data, self.pool):
-                self._sift_chunk(chunk, source.weight, writers, counts)
+            for chunk, results in prepare_rows(rows, format_name, data, pool):
+                kept: dict[str, list[TokenizedPair]] = {name: [] for name in self.writers}
+                for row, result in zip(chunk, results, strict=True):
+                    if reason := self._reason_against(result):
+                        self._reject(row, reason, counts)
+                    elif isinstance(result, TokenizedPair):
+                        kept[self._split_of(result)] += [result] * self._copies(result, source.weight, counts)
+                for name, pairs in kept.items():
+                    counts.kept[name] += len(pairs)
+                    if pairs:
+                        self.writers[name].write_batch(record_batch(pairs))
+                counts.rows += len(chunk)
                 update(counts.rows, "rows")
         return counts
 
-    def _sift_chunk(
-        self, chunk: Chunk, weight: float, writers: dict[str, pa.RecordBatchFileWriter], counts: Counts
-    ) -> None:
-        counts.format = chunk.format_name
-        counts.rows += len(chunk.rows)
-        rejected = dict(chunk.rejected)
-        taken: dict[str, list[int]] = {name: [] for name in self.splits}
-        for index, kept in enumerate(chunk.kept):
-            if reason := self._reason_against(kept):
-                rejected[kept.position] = reason
-                continue
-            self.seen.add(kept.pair_id)
-            copies = self._copies(kept, weight)
-            counts.noted["reversed"] += kept.reversed_id != kept.pair_id and kept.reversed_id in self.seen
-            counts.noted["cut"] += kept.is_cut
-            counts.noted["unsampled"] += not copies
-            taken[self._split_of(kept)] += [index] * copies
-        for name, indices in taken.items():
-            counts.kept[name] += len(indices)
-            if indices:
-                writers[name].write_batch(chunk.pairs.take(pa.array(indices)))
-        self._note_rejected(chunk, rejected, counts)
-
-    def _reason_against(self, kept: Kept) -> RejectedRow | None:
-        if self.splits != ("eval",) and kept.prompt_hash in self.eval_prompts:
+    def _reason_against(self, result: Result) -> RejectedRow | None:
+        if isinstance(result, RejectedRow):
+            return result
+        if "eval" not in self.writers and result.prompt_hash in self.eval_prompts:
             return RejectedRow("in_eval", "the prompt is among the evaluation prompts")
-        if self.recipe.data.dedup and kept.pair_id in self.seen:
+        if self.recipe.data.dedup and result.pair_id in self.seen:
             return RejectedRow("duplicate", "the same comparison came before")
         return None
 
-    def _split_of(self, kept: Kept) -> str:
+    def _split_of(self, pair: TokenizedPair) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
-        if self.splits == ("eval",):
-            self.eval_prompts.add(kept.prompt_hash)
-        held_out = len(self.splits) > 1 and self._draw(kept.prompt_hash) < self.recipe.data.eval_fraction
-        return self.splits[held_out]
+        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < self.recipe.data.eval_fraction
+        split = [*self.writers][held_out]
+        if split == "eval":
+            self.eval_prompts.add(pair.prompt_hash)
+        return split
 
-    def _copies(self, kept: Kept, weight: float) -> int:
-        whole = int(weight)
-        return whole + (self._draw(kept.pair_id) < weight - whole)
+    def _copies(self, pair: TokenizedPair, weight: float, counts: Counts) -> int:
+        """How often a pair that is kept is written; counts what is noted of it."""
+        self.seen.add(pair.pair_id)
+        copies = int(weight) + (self._draw(pair.pair_id) < weight % 1)
+        counts.noted["reversed"] += pair.reversed_id in self.seen
+        counts.noted["cut"] += pair.is_cut
+        counts.noted["unsampled"] += not copies
+        return copies
 
     def _draw(self, text: str) -> float:
         """A number in [0, 1) that the text and the seed decide."""
         digest = hashlib.sha256(f"{self.recipe.run.seed} {text}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    def _note_rejected(self, chunk: Chunk, rejected: dict[int, RejectedRow], counts: Counts) -> None:
-        for position, reason in sorted(rejected.items()):
-            row = chunk.rows[position]
-            counts.rejected[reason.reason] += 1
-            line = {
-                "from": self.key,
-                "source": row.source,
-                "row": row.number,
-                "reason": reason.reason,
-                "detail": reason.detail,
-                "excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS],
-            }
-            self.rejects.write(json.dumps(line) + "\n")
+    def _reject(self, row: Row, reason: RejectedRow, counts: Counts) -> None:
+        counts.rejected[reason.reason] += 1
+        line = {"from": self.key, "source": row.source, "row": row.number}
+        line |= {"reason": reason.reason, "detail": reason.detail}
+        line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
+        self.rejects.write(json.dumps(line) + "\n")

@@ -11,19 +11,18 @@ from pathlib import Path
 from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli import console
+from tbpo_cli.charts import curves
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.losses import Loss
-from tbpo_cli.curves import curves
 from tbpo_cli.data.batches import longest_sequence, num_steps, span_lengths
 from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.files import write_whole
 from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.recipe import Align, Sft
-from tbpo_cli.svg import sheet
+from tbpo_cli.report import write_page
 from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.group import ONE, Group
@@ -137,7 +136,7 @@ class TrainingRun:
         if len(self.evaluation) and self.group.gather(is_new)[0]:  # what the first process has read decides for all
             self._note(log, "eval", step, stepper.evaluate())
         if self.group.is_main:
-            write_whole(self.folder / "curves.svg", sheet(curves(log.lines)))
+            write_page(self.folder / "curves.svg", "curves.svg", panels=curves(log.lines))
 
     def _note(self, log: MetricsLog, split: str, step: int, values: dict[str, float]) -> None:
         log.append(split, step, values)

@@ -165,7 +165,7 @@ class Stepper:
         folder = run.folder / "diverged"
         if run.group.is_main:
             with pair_writer(folder) as writer:
-                writer.write_batch(record_batch([(pair, None) for pair in pairs]))
+                writer.write_batch(record_batch(pairs))
             write_sealed(folder / "diverged.json", {"step": number + 1, "seed": run.seed, **(known or {})})
         last = ["the start", *kept_checkpoints(run.folder / "checkpoints").values()][-1]
         what = f"the losses of the micro-batch are {known['losses']}" if known else "only their sum is not finite"

@@ -52,7 +52,7 @@ def make_store(folder: Path, num_pairs: int, max_length: int, vocab_size: int, s
         pairs.append(TokenizedPair(f"{number:06d}", rng.integers(3, vocab_size, size=prompt), *ids))
     with pair_writer(folder) as writer:
         for start in range(0, num_pairs, 1000):
-            writer.write_batch(record_batch([(pair, None) for pair in pairs[start : start + 1000]]))
+            writer.write_batch(record_batch(pairs[start : start + 1000]))
     return PairStore(folder)
 
 
