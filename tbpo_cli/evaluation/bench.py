@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,21 +40,14 @@ def open_models(recipe: Recipe, run_dir: RunDir, candidates: Sequence[Candidate]
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and on what: each method that takes a candidate gives this process's share of its rows.
-
-    Args:
-        pairs: the folder of the held-out pairs.
-        chat: the base's.
-        share: this process's part of some work.
-        attempt: calls a function of the number of tokens that go through the model at once, again where memory ran out.
-    """
+    """What is measured, and on what: each method that takes a candidate gives this process's share of its rows."""
 
     recipe: Recipe
-    pairs: Path
-    chat: Chat
+    pairs: Path  # the folder of the held-out ones
+    chat: Chat  # of the base
     policy: Policy
-    share: Callable[[Sequence[Any]], Sequence[Any]]
-    attempt: Callable[[Callable[[int], Rows]], Rows]
+    share: Callable[[Sequence[Any]], Sequence[Any]]  # this process's part of some work
+    attempt: Callable[[Callable[[int], Rows]], Rows]  # calls with tokens at a time, with fewer where memory runs out
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
@@ -62,13 +56,10 @@ class Bench:
         device = next(self.policy.model.parameters()).device
 
         def measure(tokens: int) -> Rows:
-            rows: Rows = []
-            with console.progress(f"pairs, {candidate.name}", len(places), every=len(places)) as update:
-                # Padded rows, since the other layouts change the model's attention to one that cannot generate.
-                for batch in collate_all(store, places, tokens, "response", "padded"):
-                    rows += pair_rows(scorer, candidate.view, batch.to(device))
-                    update(len(rows), "")
-            return rows
+            # Padded rows, since the other layouts change the model's attention to one that cannot generate.
+            batches = collate_all(store, places, tokens, "response", "padded")
+            rows = (row for batch in batches for row in pair_rows(scorer, candidate.view, batch.to(device)))
+            return [*console.track(rows, f"pairs, {candidate.name}", len(places), every=len(places))]
 
         return self.attempt(measure)
 
@@ -87,17 +78,15 @@ class Bench:
         rows: Rows = []
         with self.policy.view(candidate.view) as model:
             for suite in self.recipe.eval.suites if self.share((0,)) else ():
+                figures: dict[str, Any] = {}
                 for task, shots in tasks_of(suite):
                     console.say(f"{task}, {candidate.name} …")
-                    found = run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
-                    rows += [{"suite": suite, "task": name, "figure": figure} for name, figure in found.items()]
+                    figures |= run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
+                rows.append({"suite": suite, "figures": figures})
         return rows
 
     def _complete(self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample) -> Rows:
         keys = [(prompt, number) for prompt in self.share(prompts) for number in range(settings.num_samples)]
-        rows: Rows = []
-        with console.progress(f"{what}, {candidate.name}", len(keys), every=len(keys)) as update:
-            for batch in samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed):
-                rows += batch
-                update(len(rows), "")
-        return rows
+        batches = samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed)
+        samples = itertools.chain.from_iterable(batches)
+        return [*console.track(samples, f"{what}, {candidate.name}", len(keys), every=len(keys))]
