@@ -16,27 +16,20 @@ from tbpo_cli.toml import is_local
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models.
+    """One of the models."""
 
-    Args:
-        name: what the report calls it.
-        view: of the loaded policy.
-        source: where its weights are.
-        loss, beta: of its training; where they are unknown, None and the policy's own β.
-    """
-
-    name: str
-    view: str
-    source: str
-    loss: str | None
-    beta: float
+    name: str  # what the report calls it
+    view: str  # of the loaded policy
+    source: str  # where its weights are
+    loss: str | None  # of its training; None where it is unknown
+    beta: float  # of its training, else the policy's own
 
 
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
     """The policy, the reference, and then the others, in the order of the recipe.
 
     Raises:
-        TbpoError: if one of the others is not there, or is a run from another base.
+        TbpoError: if one of the others is a run from another base.
     """
     own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
     reference = recipe.model.base if recipe.sft is None else str(run_dir.weights("sft"))
@@ -45,7 +38,6 @@ def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
         Candidate("reference", "reference", reference, None, beta),
     ]
     for number, (label, source) in enumerate(zip(labels(recipe.eval.against), recipe.eval.against, strict=True), 1):
-        check_source(source)
         path, loss = Path(source) / "recipe.toml", {}
         if path.exists():
             loss = tomllib.loads(path.read_text(encoding="utf-8"))["align"]["loss"]
@@ -63,12 +55,9 @@ def check_source(source: str) -> None:
         with suppress(OSError, ValueError):
             folder = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "config.json"]))
     if not any((folder / name).exists() for name in ("align/manifest.json", "adapter_config.json", "config.json")):
-        raise TbpoError(
-            "there is nothing to compare with",
-            f"eval.against: {source}",
-            "the folder of an aligned run, of an adapter or a model, or the id of a Hub repository that can be reached",
-            f"tbpo align RECIPE --run-dir {source}, or name another one",
-        )
+        expected = "the folder of an aligned run, an adapter or a model, or the id of a Hub repository within reach"
+        fix = f"tbpo align RECIPE --run-dir {source}, or name another one"
+        raise TbpoError("there is nothing to compare with", f"eval.against: {source}", expected, fix)
 
 
 def _check_base(run: RunDir, own: RunDir) -> None:

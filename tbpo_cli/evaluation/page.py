@@ -59,7 +59,7 @@ def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[
 
 def show(results: Json) -> None:
     """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where there is room."""
-    (title, headings, rows), _, *of_models = tables(results, by_length=False)
+    (title, headings, rows), _, *of_models = tables(results)[: -len(results["models"])]  # without those by length
     for name, heads, lines in (table for table in of_models if table[2]):
         cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
         first, *others = (list(column) for column in zip(*cells, strict=True))
@@ -80,20 +80,15 @@ def _kind(entry: Json) -> Kind:
     return entry["model"], entry["against"], entry["judge"]
 
 
-def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Title, headings and rows of each table; figures are {"value", "interval", "n"}.
-
-    Args:
-        by_length: with those of the pairs by length.
-    """
+def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """Title, headings and rows of each table, last the pairs by length; figures are {"value", "interval", "n"}."""
     models, rates = results["models"], results["win_rates"]
-    main = next(map(_kind, rates), None)
     known = {
         name: {**model["preference"]["all"], **model["diversity"], "score": model["score"], "loss": model["loss"]}
         for name, model in models.items()
     }
-    for rate in rates:
-        known[rate["model"]] |= rate if main is not None and _kind(rate)[1:] == main[1:] else {}
+    for rate in (rate for rate in rates if _kind(rate)[1:] == _kind(rates[0])[1:]):
+        known[rate["model"]] |= rate
     by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),
@@ -105,7 +100,7 @@ def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], 
         of_suite = {name: model["suites"].get(suite, {}) for name, model in models.items()}
         tasks = dict.fromkeys(task for figures in of_suite.values() for task in figures)
         found.append((suite, *_table(tasks, of_suite)))
-    for name, model in models.items() if by_length else ():
+    for name, model in models.items():
         buckets = {f"{b['shortest']} to {b['longest']}": b["metrics"] for b in model["preference"]["buckets"]}
         found.append((f"Held-out pairs by tokens of the longer response: {name}", *_table(PREFERENCE, buckets)))
     return found
