@@ -12,10 +12,10 @@ from judge_server import chat_server
 
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import JUDGES, judges_of
+from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
 from tbpo_cli.evaluation.language_judge import TEMPLATE
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
+from tbpo_cli.measures import JUDGES
 from tbpo_cli.recipe import load_recipe
 
 KEY = "sk-secret-0123456789"

@@ -12,7 +12,7 @@ from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.endpoint import Endpoint, Reply
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
+from tbpo_cli.evaluation.judges import Comparison, Verdict
 from tbpo_cli.recipe import Judge as Settings
 
 TEMPLATE = """\
@@ -41,14 +41,11 @@ class LanguageJudge:
     labels [[A]], [[B]], [[C]], and a win only if both orders say so, else a tie. The last label of an answer counts, or
     its last line if that is nothing but a letter. Completions that are the same tie without being shown.
 
-    Args:
-        settings: [eval.judge].
-        template: a user message, with {prompt}, {a} and {b}.
     """
 
     settings: Settings
     endpoint: Endpoint
-    template: str
+    template: str  # a user message, with {prompt}, {a} and {b}
 
     @property
     def name(self) -> str:
@@ -58,11 +55,8 @@ class LanguageJudge:
         """The verdicts, in order. Raises TbpoError if the server does not answer, or refuses every request."""
         both = [(one.prompt, one.completion_a, one.completion_b) for one in comparisons]
         asked = [request for prompt, a, b in both if a != b for request in ((prompt, a, b), (prompt, b, a))]
-        replies: dict[int, Reply] = {}
-        with console.progress(f"asking {self.name}", len(asked), every=max(1, len(asked) // 10)) as update:
-            for place, reply in self.endpoint.ask([self._body(*request) for request in asked]):
-                replies[place] = reply
-                update(len(replies), "")
+        answers = self.endpoint.ask([self._body(*request) for request in asked])
+        replies = dict(console.track(answers, f"asking {self.name}", len(asked), every=max(1, len(asked) // 10)))
         if asked and all(reply.refused for reply in replies.values()):
             fix = "change eval.judge.body or the template"
             raise TbpoError(replies[0].refused, self.endpoint.url, "an answer", fix)
@@ -95,7 +89,7 @@ def _value(answer: str) -> float | None:
     return {"A": 1.0, "B": 0.0}.get(labels[-1].upper(), 0.5) if labels else None
 
 
-def language_judge_of(settings: Settings, cache: Path | None = None) -> LanguageJudge:
+def judge_of(settings: Settings, cache: Path | None = None) -> LanguageJudge:
     """A judge from [eval.judge]. Raises TbpoError if its template cannot be read, or has not all the places."""
     template = TEMPLATE
     if settings.template is not None:

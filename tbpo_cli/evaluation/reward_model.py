@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import Answer, ScoreJudge
+from tbpo_cli.evaluation.judges import Answer, ScoreJudge
 
 BATCH_SIZE = 16  # answers that it reads at a time
 
 
-def reward_model_of(source: str, _cache: Path | None = None) -> ScoreJudge:
+def judge_of(source: str, _cache: Path | None = None) -> ScoreJudge:
     """A judge from a sequence classification model with one output: a folder or a Hub repository, of safetensors.
 
     Raises:

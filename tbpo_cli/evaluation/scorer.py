@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import ScoreJudge
+from tbpo_cli.evaluation.judges import ScoreJudge
 
 
-def scorer_of(source: str, _cache: Path | None = None) -> ScoreJudge:
+def judge_of(source: str, _cache: Path | None = None) -> ScoreJudge:
     """A judge from a user's function NAME(prompt, completion) -> float, of the last user message's text.
 
     Args:

@@ -14,9 +14,8 @@ import numpy as np
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import judges_of
+from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
     }
-    results |= {"verdict": verdict(results), "gate": decide(recipe.eval.gate, results)}
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
-    _write(run_dir, results, samples, round(time.monotonic() - started, 1))
+    _finish(recipe, run_dir, results | {"verdict": verdict(results)}, round(time.monotonic() - started, 1))
     report(recipe, run_dir)
 
 
@@ -110,8 +110,7 @@ def _part(run_dir: RunDir, candidate: Candidate, what: str) -> Path:
 
 def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
     path = _part(run_dir, candidate, what)
-    rows: Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return rows
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
@@ -130,16 +129,12 @@ def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
     from tbpo_cli.evaluation import diversity, preference
 
     samples, pairs = (_rows(run_dir, candidate, what) for what in ("diversity", "preference"))
-    suites: dict[str, dict[str, Any]] = {}
-    for row in _rows(run_dir, candidate, "suites"):
-        suites.setdefault(row["suite"], {})[row["task"]] = row["figure"]
-    source, here = Path(candidate.source), Path.cwd()
     return {
-        "source": str(source.relative_to(here) if source.is_relative_to(here) else source),
+        "source": os.path.relpath(candidate.source),
         "loss": candidate.loss,
         "preference": preference.summarise(pairs, candidate.beta),
         "diversity": diversity.summarise(samples) if samples else {},
-        "suites": suites,
+        "suites": {row["suite"]: row["figures"] for row in _rows(run_dir, candidate, "suites")},
     }
 
 
@@ -162,12 +157,14 @@ def _share(figure: dict[str, Any], of: str) -> str:
     return f"{figure['value']:.1%} of {figure['n']} {of} (95 %: {low:.1f} to {high:.1f})"
 
 
-def _write(run_dir: RunDir, results: dict[str, Any], samples: Rows, seconds: float) -> None:
-    """results.json, report.html, and that the stage is complete."""
+def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: float) -> None:
+    """Writes results.json with the gate's decision, report.html, and that the stage is complete."""
     from tbpo_cli.evaluation.page import write_report
     from tbpo_cli.train.metrics import read_metrics
 
-    folder, metrics = run_dir.stage("eval"), read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    folder, samples = run_dir.stage("eval"), _samples(run_dir, candidates_of(recipe, run_dir))
+    metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    results |= {"gate": decide(recipe.eval.gate, results)}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_report(folder / "report.html", results, samples, _lines(folder / "verdicts.jsonl"), metrics)
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
@@ -182,13 +179,11 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     """
     from tbpo_cli.evaluation.page import show
 
-    folder = run_dir.stage("eval")
+    folder, manifest = run_dir.stage("eval"), run_dir.manifest("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
-    if gate != results["gate"]:  # the recipe has another one since
-        samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
-        assert manifest is not None
-        _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
+    if manifest is not None and gate != results["gate"]:  # the recipe has another one since
+        _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
