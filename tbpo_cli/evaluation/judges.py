@@ -47,8 +47,7 @@ class Judge(Protocol):
     """Anything with a name that says which of two completions is better."""
 
     @property
-    def name(self) -> str:
-        """What reports call it."""
+    def name(self) -> str: ...
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """The verdicts, in order."""

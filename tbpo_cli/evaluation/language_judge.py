@@ -40,7 +40,6 @@ class LanguageJudge:
     Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685, section 3.4: the
     labels [[A]], [[B]], [[C]], and a win only if both orders say so, else a tie. The last label of an answer counts, or
     its last line if that is nothing but a letter. Completions that are the same tie without being shown.
-
     """
 
     settings: Settings

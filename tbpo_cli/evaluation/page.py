@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ IDEAL = Series([(0.5, 0.5), (1, 1)], None, line=1)
 ORIGIN = {"value": 0.0, "low": 0.0, "high": 0.0}  # the reference's distance from itself
 
 Json = dict[str, Any]
-Kind = tuple[str, str, str]
+_kind = itemgetter("model", "against", "judge")  # of a win rate or a verdict: who is compared with whom by which judge
 
 
 def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[Json], metrics: list[Json]) -> None:
@@ -73,11 +74,6 @@ def _text(cell: Json | str, with_interval: bool = True) -> str:
     if isinstance(cell, str):
         return cell
     return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
-
-
-def _kind(entry: Json) -> Kind:
-    """Who is compared with whom by which judge, in a win rate or a verdict."""
-    return entry["model"], entry["against"], entry["judge"]
 
 
 def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
@@ -154,7 +150,7 @@ def _of_bucket(bucket: Json, metric: str) -> tuple[float, ...]:
     return _crossing({"value": (low + high) / 2, "low": low, "high": high}, bucket["metrics"][metric])
 
 
-def _rows(samples: list[Json], verdicts: list[Json], main: Kind | None) -> list[Json]:
+def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | None) -> list[Json]:
     """The samples of one prompt and number side by side, with what was judged of them."""
     rows: dict[Any, Json] = {}
     for sample in samples:
