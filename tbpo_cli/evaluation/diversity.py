@@ -67,12 +67,13 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
     Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016).
     """
     counts = [Counter(_grams(text, size)) for text in texts]
-    total = sum(counts, Counter())
-
-    def share(grams: Counter[Any]) -> float:
-        return len(grams) / max(1, grams.total())
-
-    return jackknife_figure(share(total), [share(total - count) for count in counts])
+    total = Counter(itertools.chain.from_iterable(count.elements() for count in counts))
+    different, grams = len(total), total.total()
+    left_out = [
+        (different - sum(total[gram] == times for gram, times in count.items())) / max(1, grams - count.total())
+        for count in counts
+    ]
+    return jackknife_figure(different / max(1, grams), left_out)
 
 
 def repetition(token_ids: Sequence[int]) -> float:
