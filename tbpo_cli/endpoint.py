@@ -104,12 +104,9 @@ class Endpoint:
             if wait > 1 and attempt < limit:
                 console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
             if attempt >= limit or stop.wait(wait * random.uniform(1, 1.25)):
-                raise TbpoError(
-                    f"no chat completion after {attempt} attempts: {reason}",
-                    self.url,
-                    "an OpenAI-compatible server; its address usually ends in /v1",
-                    "start it, change the endpoint, or ask less at a time; the same command goes on from there",
-                )
+                expected = "an OpenAI-compatible server; its address usually ends in /v1"
+                fix = "start it, change the endpoint, or ask less at a time; the same command goes on from there"
+                raise TbpoError(f"no chat completion after {attempt} attempts: {reason}", self.url, expected, fix)
             attempt += 1
         if self.cache is not None and not reply.refused:
             with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short

@@ -167,7 +167,8 @@ def test_a_template_without_its_places_is_a_message(language_judge, tmp_path, te
 
 
 def test_the_default_template_names_its_places():
-    assert all(TEMPLATE.count(place) == 1 for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]"))
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert all(template.count(place) == 1 for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]"))
 
 
 # ------------------------------------------------------------------------------------------------------- the server

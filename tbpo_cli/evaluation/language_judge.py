@@ -15,20 +15,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import Comparison, Verdict
 from tbpo_cli.recipe import Judge as Settings
 
-TEMPLATE = """\
-Two assistants, A and B, answered the last message of a user. Which answer is better: which does what the user asks, is
-right, helpful and clear? Neither the order in which they stand nor their length matters. Compare them in a few
-sentences, then end with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equally good.
-
-[Conversation]
-{prompt}
-[Answer of A]
-{a}
-[End of the answer of A]
-[Answer of B]
-{b}
-[End of the answer of B]
-"""
+TEMPLATE = Path(__file__).parent.parent / "templates" / "judge.txt"
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 LAST_LINE = re.compile(r"^\W*(?:final )?(?:verdict|answer|winner)?(?: is)?\W*(A|B|C|tie)\W*\Z", re.I | re.M)
 
@@ -42,13 +29,10 @@ class LanguageJudge:
     its last line if that is nothing but a letter. Completions that are the same tie without being shown.
     """
 
+    name: str  # of the model
     settings: Settings
     endpoint: Endpoint
     template: str  # a user message, with {prompt}, {a} and {b}
-
-    @property
-    def name(self) -> str:
-        return self.settings.model
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """The verdicts, in order. Raises TbpoError if the server does not answer, or refuses every request."""
@@ -90,14 +74,13 @@ def _value(answer: str) -> float | None:
 
 def judge_of(settings: Settings, cache: Path | None = None) -> LanguageJudge:
     """A judge from [eval.judge]. Raises TbpoError if its template cannot be read, or has not all the places."""
-    template = TEMPLATE
-    if settings.template is not None:
-        try:
-            template = Path(settings.template).read_text(encoding="utf-8")
-            if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
-                raise ValueError(f"it has no place {' or '.join(missing)}")
-        except (OSError, ValueError) as error:
-            expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
-            raise TbpoError(f"the judge's template cannot be used: {error}", settings.template, expected) from None
+    path = Path(settings.template or TEMPLATE)
+    try:
+        template = path.read_text(encoding="utf-8")
+        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
+            raise ValueError(f"it has no place {' or '.join(missing)}")
+    except (OSError, ValueError) as error:
+        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
+        raise TbpoError(f"the judge's template cannot be used: {error}", str(path), expected) from None
     endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
-    return LanguageJudge(settings, endpoint, template)
+    return LanguageJudge(settings.model, settings, endpoint, template)

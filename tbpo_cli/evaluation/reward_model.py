@@ -46,12 +46,9 @@ def _reward_model(source: str) -> Any:
             missing = ", ".join(info["missing_keys"]) or "no weights"
             raise ValueError(f"it has {outputs} outputs and {template} chat template, and lacks {missing}")
     except (OSError, ValueError, ImportError) as error:
-        raise TbpoError(
-            f"the reward model cannot be used: {str(error).splitlines()[0]}",
-            f"eval.reward_model = {source!r}",
-            "a sequence classification model with one output and a chat template, in safetensors",
-            "change eval.reward_model",
-        ) from error
+        what = f"the reward model cannot be used: {str(error).splitlines()[0]}"
+        expected = "a sequence classification model with one output and a chat template, in safetensors"
+        raise TbpoError(what, f"eval.reward_model = {source!r}", expected, "change eval.reward_model") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     return pipeline("text-classification", model, tokenizer=tokenizer, device=device, function_to_apply="none")
