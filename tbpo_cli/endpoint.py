@@ -28,6 +28,7 @@ from urllib.request import Request, urlopen
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.files import json_lines
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key
 ATTEMPTS, FEW_ATTEMPTS = 8, 4  # at a server that is busy, fails or is cut off; at what may be none
@@ -69,16 +70,13 @@ class Endpoint:
             what = f"{KEY} has characters that are in no key"
             raise TbpoError(what, "the environment", "the key of the server", f"export {KEY}=KEY")
         self._known: dict[str, Reply] = {}
-        for line in cache.read_bytes().splitlines() if cache is not None and cache.exists() else ():
-            with suppress(ValueError, TypeError, LookupError):  # of a line that was cut short
-                kept = json.loads(line)
-                self._known[kept["key"]] = Reply(**kept["reply"])
+        for kept in json_lines(cache, may_be_cut=True) if cache is not None and cache.exists() else ():
+            self._known[kept["key"]] = Reply(**kept["reply"])
 
     def ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
         """Yields (place, reply) for the bodies of requests, as they come; what was answered before is not asked again.
 
-        Raises:
-            TbpoError: if there is no such server or model, if it refuses the key, or still fails after some attempts.
+        Raises TbpoError if there is no such server or model, it refuses the key, or still fails after some attempts.
         """
         places: dict[str, list[int]] = {}
         for place, body in enumerate(bodies):

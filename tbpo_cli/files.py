@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ def halved_tokens(folder: Path) -> int | None:
     """The tokens of a micro-batch that a stage's workers are to begin again with; None: memory has not run out."""
     path = folder / HALVED
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def json_lines(path: Path, may_be_cut: bool = False) -> list[Any]:
+    """What the lines of a file hold, JSON each; with `may_be_cut`, what a crash cut short is left out."""
+    values = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError) if may_be_cut else nullcontext():
+            values.append(json.loads(line))
+    return values
 
 
 def sha256(path: Path) -> str:

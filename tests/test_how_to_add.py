@@ -114,10 +114,10 @@ class EvalWithLongest(Eval):
 
 
 JUDGE = """
-from tbpo_cli.evaluation.judges import ScoreJudge
+from tbpo_cli.evaluation.judges import score_judge
 
 def judge_of(value, cache):
-    return ScoreJudge("longest", lambda answers: (len(completion) for _, completion in answers))
+    return score_judge("longest", lambda answers: (len(completion) for _, completion in answers))
 """
 
 

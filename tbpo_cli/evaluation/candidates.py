@@ -26,11 +26,7 @@ class Candidate:
 
 
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
-    """The policy, the reference, and then the others, in the order of the recipe.
-
-    Raises:
-        TbpoError: if one of the others is a run from another base.
-    """
+    """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
     own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
     reference = recipe.model.base if recipe.sft is None else str(run_dir.weights("sft"))
     found = [

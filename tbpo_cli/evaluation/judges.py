@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
@@ -43,32 +42,27 @@ class Verdict:
     cost: float | None = None  # of these, where prices are known
 
 
-class Judge(Protocol):
-    """Anything with a name that says which of two completions is better."""
-
-    @property
-    def name(self) -> str: ...
-
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """The verdicts, in order."""
-
-
 @dataclass(frozen=True)
-class ScoreJudge:
-    """Scores each completion by itself; the higher of two `score`s wins."""
+class Judge:
+    """Says which of two completions is better."""
 
-    name: str
-    score: Callable[[Sequence[Answer]], Iterator[float]]
+    name: str  # what reports call it
+    compare: Callable[[Sequence[Comparison]], list[Verdict]]  # the verdicts, in order
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """The verdicts, in order. Raises what `score` raises."""
+
+def score_judge(name: str, score: Callable[[Sequence[Answer]], Iterator[float]]) -> Judge:
+    """A judge that scores each completion by itself: the higher of two scores wins."""
+
+    def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         answers = [(one.prompt, text) for one in comparisons for text in (one.completion_a, one.completion_b)]
         distinct = {str(answer): answer for answer in answers}
-        scored = zip(distinct, self.score([*distinct.values()]), strict=True)
-        known = dict(console.track(scored, self.name, len(distinct), every=1000))
+        scored = zip(distinct, score([*distinct.values()]), strict=True)
+        known = dict(console.track(scored, name, len(distinct), every=1000))
         scores = [known[str(answer)] for answer in answers]
         pairs = zip(scores[::2], scores[1::2], strict=True)
         return [Verdict((a > b) + (a == b) / 2, f"{a:.4g} against {b:.4g}", (a, b)) for a, b in pairs]
+
+    return Judge(name, compare)
 
 
 def judges_of(recipe: Recipe, cache: Path | None = None) -> list[Judge]:

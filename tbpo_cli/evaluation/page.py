@@ -32,14 +32,7 @@ _kind = itemgetter("model", "against", "judge")  # of a win rate or a verdict: w
 
 
 def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[Json], metrics: list[Json]) -> None:
-    """Writes the page.
-
-    Args:
-        results: the content of results.json.
-        samples: of samples.jsonl, and the other models' beside them with their name as `model`.
-        verdicts: of verdicts.jsonl.
-        metrics: of align/metrics.jsonl.
-    """
+    """Writes the page of results.json, the samples of all models, verdicts.jsonl, and align/metrics.jsonl."""
     main = next(map(_kind, results["win_rates"]), None)  # the comparison that the samples are ordered by
     rows = _rows(samples, verdicts, main)
     ranked = sorted(range(len(rows)), key=lambda n: 0.5 if rows[n]["verdict"] is None else rows[n]["verdict"])

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import Answer, ScoreJudge
+from tbpo_cli.evaluation.judges import Answer, Judge, score_judge
 
 BATCH_SIZE = 16  # answers that it reads at a time
 
 
-def judge_of(source: str, _cache: Path | None = None) -> ScoreJudge:
+def judge_of(source: str, _cache: Path | None = None) -> Judge:
     """A judge from a sequence classification model with one output: a folder or a Hub repository, of safetensors.
 
-    Raises:
-        TbpoError: later, if the model cannot be loaded, or is no reward model of chats.
+    It raises TbpoError, when it is first asked, if the model cannot be loaded or is no reward model of chats.
     """
 
     def score(answers: Sequence[Answer]) -> Iterator[float]:
@@ -28,7 +27,7 @@ def judge_of(source: str, _cache: Path | None = None) -> ScoreJudge:
         for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):
             yield found["score"]
 
-    return ScoreJudge(source.rstrip("/").rpartition("/")[2], score)
+    return score_judge(source.rstrip("/").rpartition("/")[2], score)
 
 
 def _reward_model(source: str) -> Any:

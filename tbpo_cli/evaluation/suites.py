@@ -40,10 +40,7 @@ def check_suites(suites: Sequence[str]) -> None:
 def run_task(model: nn.Module, tokenizer: Any, task: str, shots: int | None, batch_size: int) -> dict[str, Figure]:
     """The headline figure, with `metric`, its name, of a task; of a tag, those of its tasks.
 
-    The interval is ± 1.96 of the harness's own standard error.
-
-    Raises:
-        TbpoError: if the harness cannot run it, for instance since its data cannot be had.
+    The interval is ± 1.96 of the harness's own standard error. Raises TbpoError if the harness cannot run the task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

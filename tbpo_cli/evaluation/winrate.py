@@ -32,8 +32,7 @@ def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str])
         others: the names of the models of `eval.against`.
 
     Returns:
-        The win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that
-        scores.
+        The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge that scores.
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
@@ -82,10 +81,7 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their samples. Verdicts that
-    cannot be read are counted, and left out.
-
-    Raises:
-        TbpoError: if no verdict can be read.
+    cannot be read are counted, and left out. Raises TbpoError if none can be read.
     """
     read = [(one, verdict) for one, verdict in zip(comparisons, verdicts, strict=True) if verdict.value is not None]
     if not read:

@@ -11,7 +11,7 @@ from typing import Any
 from tbpo_cli import console
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
-from tbpo_cli.files import write_whole
+from tbpo_cli.files import json_lines, write_whole
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.measures import decide
 from tbpo_cli.recipe import Recipe
@@ -36,9 +36,7 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Measures, judges, and writes eval/results.json, verdicts.jsonl and report.html.
 
-    Raises:
-        TbpoError: if a model cannot be loaded or compared, or there are no held-out pairs.
-        GateError: after all is written, if `eval.gate` does not hold.
+    Raises TbpoError if a model cannot be loaded or compared or no pairs are held out, GateError, at last, for the gate.
     """
     from tbpo_cli.data.store import PairStore
     from tbpo_cli.evaluation.winrate import judge_all
@@ -116,12 +114,7 @@ def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
     """What all models have answered to the prompts of the sample stage."""
     answers = [{"model": each.name, **row} for each in candidates for row in _rows(run_dir, each, "answers")]
-    return _lines(run_dir.stage("sample") / "samples.jsonl") + answers
-
-
-def _lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return json_lines(run_dir.stage("sample") / "samples.jsonl") + answers
 
 
 def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
@@ -166,23 +159,19 @@ def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: f
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     results |= {"gate": decide(recipe.eval.gate, results)}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_report(folder / "report.html", results, samples, _lines(folder / "verdicts.jsonl"), metrics)
+    write_report(folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics)
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
     run_dir.finish("eval", outputs, {"seconds": seconds})
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
-    """Shows the complete stage's results, and lets the gate decide.
-
-    Raises:
-        GateError: if `eval.gate` does not hold.
-    """
+    """Shows the complete stage's results. Raises GateError if `eval.gate` does not hold."""
     from tbpo_cli.evaluation.page import show
 
     folder, manifest = run_dir.stage("eval"), run_dir.manifest("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
-    if manifest is not None and gate != results["gate"]:  # the recipe has another one since
+    if manifest and gate != results["gate"]:  # the recipe has another one since
         _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.text import Text
 from tbpo_cli import console
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import write_whole
+from tbpo_cli.files import json_lines, write_whole
 from tbpo_cli.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
@@ -39,10 +39,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Writes sample/samples.jsonl: for each prompt, sample and model its completion."""
     run_or_launch(work, "sample", recipe, run_dir, processes)
     folder = run_dir.stage("sample")
-    parts = [*folder.glob("part-*.jsonl")]
-    samples = sorted(_read(parts), key=ORDER)
+    samples = sorted(_written(folder), key=ORDER)
     write_whole(folder / "samples.jsonl", "".join(map(_line, samples)))
-    for part in parts:
+    for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
     report(recipe, run_dir)
@@ -51,7 +50,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the completions of the first prompts, and how many there are."""
     path = run_dir.stage("sample") / "samples.jsonl"
-    samples, rows = _read([path]), []
+    samples, rows = json_lines(path), []
     for model in recipe.sample.models:
         tokens = [one["num_tokens"] for one in samples if one["model"] == model]
         stopped = [one["finish_reason"] == "stop" for one in samples if one["model"] == model]
@@ -64,16 +63,15 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     """Prints the completions of some prompts by the aligned policy and its reference; keeps nothing.
 
+    Raises TbpoError if the run has no aligned policy yet.
+
     Args:
         texts: user messages, or conversations as JSON: {"messages": [...]} or {"prompt": [...]}.
-
-    Raises:
-        TbpoError: if the run has no aligned policy yet.
     """
     from tbpo_cli.data.prompts import prompt_of
     from tbpo_cli.data.sources import Row
 
-    if not recipe.sample.adapter and run_dir.manifest("align") is None:
+    if not recipe.sample.adapter and not run_dir.manifest("align"):
         what, expected = "the run has no aligned policy", "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, "tbpo align RECIPE first")
     chat = _chat(recipe)
@@ -90,7 +88,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin("sample", recipe) if group.is_main else run_dir.stage("sample")
     prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
-    done = {(one["model"], one["row"], one["sample"]) for one in _read(folder.glob("part-*.jsonl"))}
+    done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
     left = group.share([key for key in _keys(recipe, prompts) if key not in done])
     samples = _sample(recipe, run_dir, chat, prompts, left)
@@ -189,13 +187,9 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
         yield from _served(recipe, chat, refused, {})
 
 
-def _read(paths: Iterable[Path]) -> list[Json]:
-    """The samples in some files; lines that were cut short are left out."""
-    found = []
-    for line in (line for path in paths for line in path.read_bytes().splitlines()):
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+def _written(folder: Path) -> list[Json]:
+    """What is in the parts; lines that were cut short are left out."""
+    return [line for part in sorted(folder.glob("part-*.jsonl")) for line in json_lines(part, may_be_cut=True)]
 
 
 def _line(sample: Json) -> str:
