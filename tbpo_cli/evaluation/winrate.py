@@ -25,14 +25,11 @@ RIDGE = np.array([0.001, 0.01])  # on θ and φ, which stay finite where one sid
 
 
 def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
-    """What all judges say.
+    """The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge that scores.
 
     Args:
         samples: of all models, with their name as `model`; those of the sample stage have the prompt's `messages`.
         others: the names of the models of `eval.against`.
-
-    Returns:
-        The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge that scores.
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}

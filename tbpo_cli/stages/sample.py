@@ -40,7 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     run_or_launch(work, "sample", recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
-    write_whole(folder / "samples.jsonl", "".join(map(_line, samples)))
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
@@ -96,7 +96,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         if part.tell():  # its last line may have been cut short
             part.write("\n")
         for sample in console.track(samples, "sampling", len(left), every=max(1, len(left) // 10)):
-            part.write(_line(sample))
+            part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
     group.gather(None)
 
@@ -190,10 +190,6 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
 def _written(folder: Path) -> list[Json]:
     """What is in the parts; lines that were cut short are left out."""
     return [line for part in sorted(folder.glob("part-*.jsonl")) for line in json_lines(part, may_be_cut=True)]
-
-
-def _line(sample: Json) -> str:
-    return json.dumps(sample, ensure_ascii=False) + "\n"
 
 
 def _show(samples: list[Json]) -> None:
