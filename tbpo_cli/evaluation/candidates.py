@@ -37,7 +37,9 @@ def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
         path, loss = Path(source) / "recipe.toml", {}
         if path.exists():
             loss = tomllib.loads(path.read_text(encoding="utf-8"))["align"]["loss"]
-            _check_base(RunDir(Path(source)), run_dir)
+            if _base_of(RunDir(Path(source))) not in (None, _base_of(run_dir)):
+                what, expected = "it was trained from another base", "a run with the same model.base"
+                raise TbpoError(what, f"eval.against: {source}", expected, "evaluate that run by its own recipe")
         found.append(Candidate(label, f"against-{number}", source, loss.get("name"), loss.get("beta", beta)))
     return found
 
@@ -56,14 +58,9 @@ def check_source(source: str) -> None:
         raise TbpoError("there is nothing to compare with", f"eval.against: {source}", expected, fix)
 
 
-def _check_base(run: RunDir, own: RunDir) -> None:
-    """Raises TbpoError if a run was trained from other weights than this one."""
-    bases = []
-    for inputs in (run.started_from("align"), own.started_from("align")):
-        if inputs is None:  # a published adapter has a recipe.toml, too
-            return
-        hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
-        bases.append(sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")])
-    if bases[0] != bases[1]:
-        what, expected = "it was trained from another base", "a run with the same model.base"
-        raise TbpoError(what, f"eval.against: {run.path}", expected, "evaluate that run by its own recipe")
+def _base_of(run: RunDir) -> list[str | None] | None:
+    """Which weights a run was trained from; None for a published adapter, which has a recipe.toml, too."""
+    if not (inputs := run.started_from("align")):
+        return None
+    hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
+    return sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")]

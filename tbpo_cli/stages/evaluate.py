@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,9 @@ def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
     from tbpo_cli.evaluation import diversity, preference
 
     samples, pairs = (_rows(run_dir, candidate, what) for what in ("diversity", "preference"))
+    source, here = Path(candidate.source), Path.cwd()
     return {
-        "source": os.path.relpath(candidate.source),
+        "source": str(source.relative_to(here) if source.is_relative_to(here) else source),
         "loss": candidate.loss,
         "preference": preference.summarise(pairs, candidate.beta),
         "diversity": diversity.summarise(samples) if samples else {},
