@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
+T = TypeVar("T")
+
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -23,7 +25,6 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-T = TypeVar("T")
 Summary = tuple[tuple[str, str, str, bool], ...]
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -71,7 +71,8 @@ class Endpoint:
             raise TbpoError(what, "the environment", "the key of the server", f"export {KEY}=KEY")
         self._known: dict[str, Reply] = {}
         for kept in json_lines(cache, may_be_cut=True) if cache is not None and cache.exists() else ():
-            self._known[kept["key"]] = Reply(**kept["reply"])
+            with suppress(TypeError, LookupError):
+                self._known[kept["key"]] = Reply(**kept["reply"])
 
     def ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
         """Yields (place, reply) for the bodies of requests, as they come; what was answered before is not asked again.
