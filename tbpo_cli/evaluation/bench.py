@@ -1,4 +1,4 @@
-"""The loaded models of an evaluation, and what each of several processes measures of them."""
+"""What each of several processes measures of the models of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tbpo_cli import console
 from tbpo_cli.data.batches import collate_all
@@ -21,21 +19,11 @@ from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
 from tbpo_cli.measures import tasks_of
 from tbpo_cli.model.generate import samples_of
-from tbpo_cli.model.load import Policy, add_helper, load_trained
+from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe, Sample
-from tbpo_cli.run import RunDir
 
 Rows = list[dict[str, Any]]
-
-
-def open_models(recipe: Recipe, run_dir: RunDir, candidates: Sequence[Candidate], device: torch.device) -> Policy:
-    """All models in memory, as views of one policy; adapters share the base."""
-    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
-    for candidate in candidates[2:]:
-        add_helper(policy, candidate.view, candidate.source, recipe.model, device, key="eval.against")
-    return policy
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class Bench:
     recipe: Recipe
     pairs: Path  # the folder of the held-out ones
     chat: Chat  # of the base
-    policy: Policy
+    policy: Policy  # with a view of each model
     share: Callable[[Sequence[Any]], Sequence[Any]]  # this process's part of some work
     attempt: Callable[[Callable[[int], Rows]], Rows]  # calls with tokens at a time, with fewer where memory runs out
 

@@ -67,7 +67,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
     from tbpo_cli.data.tokens import Chat, load_tokenizer
-    from tbpo_cli.evaluation.bench import Bench, open_models
+    from tbpo_cli.evaluation.bench import Bench
+    from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group, device_of_environment
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
@@ -90,8 +91,11 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    policy = open_models(recipe, run_dir, candidates, device_of_environment())
-    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device_of_environment())
+    sft_output, device = run_dir.weights("sft") if recipe.sft is not None else None, device_of_environment()
+    policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
+    for each in candidates[2:]:
+        add_helper(policy, each.view, each.source, recipe.model, device, key="eval.against")
+    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
     bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
