@@ -48,10 +48,11 @@ def check_source(source: str) -> None:
     """Raises TbpoError if a source of `eval.against` is nothing that can be loaded."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(source)
+    folder, (repo, _, revision) = Path(source), source.partition("@")
     if not folder.exists() and not is_local(source) and source.count("/") == 1:
         with suppress(OSError, ValueError):
-            folder = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "config.json"]))
+            wanted = ["adapter_config.json", "config.json"]
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     if not any((folder / name).exists() for name in ("align/manifest.json", "adapter_config.json", "config.json")):
         expected = "the folder of an aligned run, an adapter or a model, or the id of a Hub repository within reach"
         fix = f"tbpo align RECIPE --run-dir {source}, or name another one"
