@@ -42,7 +42,7 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         both = [(one.prompt, one.completion_a, one.completion_b) for one in comparisons]
         asked = [request for prompt, a, b in both if a != b for request in ((prompt, a, b), (prompt, b, a))]
         answers = endpoint.ask([_body(settings, template, *request) for request in asked])
-        replies = dict(console.track(answers, f"asking {settings.model}", len(asked), every=max(1, len(asked) // 10)))
+        replies = dict(console.track(answers, f"asking {settings.model}", len(asked), every=len(asked) // 10 + 1))
         if asked and all(reply.refused for reply in replies.values()):
             fix = "change eval.judge.body or the template"
             raise TbpoError(replies[0].refused, endpoint.url, "an answer", fix)

@@ -95,7 +95,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     with (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8") as part:
         if part.tell():  # its last line may have been cut short
             part.write("\n")
-        for sample in console.track(samples, "sampling", len(left), every=max(1, len(left) // 10)):
+        for sample in console.track(samples, "sampling", len(left), every=len(left) // 10 + 1):
             part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
     group.gather(None)
