@@ -6,12 +6,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -97,3 +99,11 @@ def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> It
             say(f"{label} {done}{f'/{total}' if total is not None else ''}  {note}  ({text}{left})")
 
     yield update
+
+
+def track(items: Iterable[T], label: str, total: int, every: int) -> Iterator[T]:
+    """Yields the items, `total` of them, with the progress of what is done with each."""
+    with progress(label, total, every=every) as update:
+        for done, item in enumerate(items, 1):
+            yield item
+            update(done, "")

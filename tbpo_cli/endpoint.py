@@ -1,7 +1,7 @@
 """A client for servers that speak OpenAI's chat completions: concurrent, patient, with a cache on disk.
 
-It tries again by itself, since the waits of urllib3's Retry and of openai's client cannot be cut short, and both take a
-page that is no completion for an answer.
+The waits of urllib3's Retry and of openai's client cannot be cut short, and both take a page that is no completion for
+an answer; huggingface_hub's client sends the Hub's token to a server that has no key, and nothing while it is offline.
 """
 
 from __future__ import annotations
@@ -77,35 +77,25 @@ class Endpoint:
     def ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
         """Yields (place, reply) for the bodies of requests, as they come; what was answered before is not asked again.
 
-        Raises:
-            TbpoError: if there is no such server or model, if it refuses the key, or still fails after some attempts.
+        Raises TbpoError if there is no such server or model, it refuses the key, or still fails after some attempts.
         """
         places: dict[str, list[int]] = {}
         for place, body in enumerate(bodies):
             text = json.dumps([self.url, body], sort_keys=True)
             places.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(place)
-        known = {key: self._known[key] for key in places if key in self._known}
         stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
         try:
-            asked = {pool.submit(self._ask, key, bodies[places[key][0]], stop): key for key in places.keys() - known}
-            yield from ((place, reply) for key, reply in known.items() for place in places[key])
+            asked = {pool.submit(self._ask, key, bodies[same[0]], stop): same for key, same in places.items()}
             for future in as_completed(asked):
-                yield from ((place, future.result()) for place in places[asked[future]])
+                yield from ((place, future.result()) for place in asked[future])
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, key: str, body: dict[str, Any], stop: threading.Event) -> Reply:
-        """One reply, kept in the cache."""
-        reply = self._insist(body, stop)
-        if self.cache is not None and not reply.refused:
-            with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
-                file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
-            self._known[key] = reply
-        return reply
-
-    def _insist(self, body: dict[str, Any], stop: threading.Event) -> Reply:
-        """One reply, after as many attempts as it takes."""
+        """One reply, from the cache, or after as many attempts as it takes."""
+        if key in self._known:
+            return self._known[key]
         attempt = 1
         while not isinstance(reply := self._attempt(body), Reply):
             reason, limit, told = reply
@@ -113,13 +103,14 @@ class Endpoint:
             if wait > 1 and attempt < limit:
                 console.say(f"{self.url}: {reason}; trying again in {wait:.0f} s")
             if attempt >= limit or stop.wait(wait * random.uniform(1, 1.25)):
-                raise TbpoError(
-                    f"no chat completion after {attempt} attempts: {reason}",
-                    self.url,
-                    "an OpenAI-compatible server; its address usually ends in /v1",
-                    "start it, change the endpoint, or ask less at a time; the same command goes on from there",
-                )
+                expected = "an OpenAI-compatible server; its address usually ends in /v1"
+                fix = "start it, change the endpoint, or ask less at a time; the same command goes on from there"
+                raise TbpoError(f"no chat completion after {attempt} attempts: {reason}", self.url, expected, fix)
             attempt += 1
+        if self.cache is not None and not reply.refused:
+            with self._lock, self.cache.open("ab") as file:  # a line break first: the last line may have been cut short
+                file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
+            self._known[key] = reply
         return reply
 
     def _attempt(self, body: dict[str, Any]) -> Reply | Failure:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tbpo_cli.recipe import Eval
 
+# key of [eval]: the file in evaluation/ whose judge_of(value, cache) makes the judge
+JUDGES = {"scorer": "scorer", "reward_model": "reward_model", "judge": "language_judge"}
+
 NUM_GRAMS, PERCENTILES = 4, (5, 50, 95)
 # name: (what a person reads, how it is written)
 COMPARING = {  # a model with the reference, which has none of these itself
@@ -52,8 +55,7 @@ COMPARISONS = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-GATE = re.compile(rf"\s*(\S+?)\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
-PARTS = (".low", ".high", ".n")
+GATE = re.compile(rf"\s*(\S+?)(?:\.(low|high|n))?\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
 
 
 def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
@@ -79,7 +81,7 @@ def check_gate(settings: Eval) -> None:
     figures["reference"] = dict.fromkeys(own)
     opponents = (*settings.opponents, *others) if settings.judged else ()
     name, names = found[1], _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
-    if name in names or any(name.removesuffix(part) in names for part in PARTS):
+    if name in names:
         return
     if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not settings.judged:
         raise ValueError(f"gate must name what is measured; {name} needs a scorer, a reward_model or a judge")
@@ -90,12 +92,12 @@ def check_gate(settings: Eval) -> None:
 def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """{"expression", "value", "passed"} of a checked gate, None for an empty one.
 
-    NAME is that of a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), and may end in .low, .high or .n. What
-    the results do not have has the value None, and does not pass.
+    It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n. What the results do
+    not have has the value None, and does not pass.
     """
     if (match := GATE.fullmatch(gate)) is None:
         return None
-    name, comparison, bound = match.groups()
+    name, part, comparison, bound = match.groups()
     figures = {}
     for model, entry in results["models"].items():
         tasks = {task: figure for suite in entry["suites"].values() for task, figure in suite.items()}
@@ -104,9 +106,7 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     for entry in results["win_rates"]:
         if entry["model"] == "policy":  # by the first judge
             rates.setdefault(entry["against"], {name: entry[key] for name, key in WIN_RATES.items()})
-    known, (owner, _, part) = _named(figures, rates), name.rpartition(".")
-    figure = known.get(name) or known.get(owner) or {}
-    value = figure.get("value" if name in known else part)
+    value = (_named(figures, rates).get(name) or {}).get(part or "value")
     passed = value is not None and COMPARISONS[comparison](value, float(bound))
     return {"expression": gate.strip(), "value": value, "passed": passed}
 

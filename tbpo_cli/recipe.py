@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from tbpo_cli.checks import complete_loss, known_format, table, validate
 from tbpo_cli.errors import gather
-from tbpo_cli.measures import check_gate
+from tbpo_cli.measures import JUDGES, check_gate
 from tbpo_cli.toml import apply_overrides, read_toml, resolve_paths
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -213,7 +213,7 @@ class Eval:
     @property
     def judged(self) -> bool:
         """Whether something says which of two completions is better."""
-        return bool(self.scorer or self.reward_model or self.judge)
+        return any(getattr(self, key) is not None for key in JUDGES)
 
     def __post_init__(self) -> None:
         if self.gate:

@@ -290,12 +290,15 @@ def test_an_adapter_of_the_hub_stands_beside_the_policy(copied, tmp_path, execut
     recipe, run = copied
     shutil.copytree(run / "align/adapter", tmp_path / "hub/models/org/tuned")
     sets = [part for one in (*SAME, "eval.diversity_prompts=0") for part in ("--set", one)]
+    sources = ("org/tuned", "org/tuned@main")
     with hub(tmp_path / "hub") as (address, _):
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        done = executable("eval", recipe, "--run-dir", run, *sets, "--restart", "--against", "org/tuned", **environment)
+        done = executable("eval", recipe, "--run-dir", run, *sets, "--restart", "--against", *sources, **environment)
         assert done.returncode == 0, done.stderr
     models = read(run)["models"]
-    assert models["tuned"]["source"] == "org/tuned" and models["tuned"]["preference"] == models["policy"]["preference"]
+    for source in sources:
+        found = models[source.removeprefix("org/")]
+        assert found["source"] == source and found["preference"] == models["policy"]["preference"]
 
 
 def test_processes_share_pairs_and_prompts(copied, tbpo):

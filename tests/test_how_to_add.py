@@ -8,7 +8,7 @@ import pytest
 import torch.nn.functional as F
 from conftest import preference_rows, run_stage, write_jsonl
 
-from tbpo_cli import stages
+from tbpo_cli import evaluation, stages
 from tbpo_cli.checks import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
@@ -16,8 +16,7 @@ from tbpo_cli.core.types import mean_over_response
 from tbpo_cli.data.layouts import LAYOUTS
 from tbpo_cli.data.pairs import FORMATS, Format, make_pair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import JUDGES
-from tbpo_cli.evaluation.verdicts import ScoreJudge
+from tbpo_cli.measures import JUDGES
 from tbpo_cli.recipe import Align, Eval, load_recipe
 from tbpo_cli.run import STAGES, RunDir
 from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
@@ -115,18 +114,23 @@ class EvalWithLongest(Eval):
     """[eval] with one key more: a judge's value is given by the recipe, and every key of a recipe is declared."""
 
     longest: bool | None = None
-    judged = True
 
 
-def longest_of(_value, _cache):
-    return ScoreJudge("longest", lambda answers: (len(completion) for _, completion in answers))
+JUDGE = """
+from tbpo_cli.evaluation.judges import score_judge
+
+def judge_of(value, cache):
+    return score_judge("longest", lambda answers: (len(completion) for _, completion in answers))
+"""
 
 
 def test_a_judge(recipe_file, tmp_path, monkeypatch):
-    """The longer completion wins, as samples.jsonl says."""
-    monkeypatch.setitem(JUDGES, "longest", longest_of)
+    """A file beside the others: the longer completion wins, as samples.jsonl says."""
+    (tmp_path / "longest.py").write_text(JUDGE)
+    monkeypatch.setattr(evaluation, "__path__", [*evaluation.__path__, str(tmp_path)])
     sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
     recipe = load_recipe(recipe_file, sets)
+    monkeypatch.setitem(JUDGES, "longest", "longest")
     recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
     run = tmp_path / "run"
     stages.run_through("eval", recipe, RunDir(run), restart=False)

@@ -12,10 +12,10 @@ from judge_server import chat_server
 
 from tbpo_cli.endpoint import Endpoint
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import JUDGES, judges_of
+from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
 from tbpo_cli.evaluation.language_judge import TEMPLATE
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
+from tbpo_cli.measures import JUDGES
 from tbpo_cli.recipe import load_recipe
 
 KEY = "sk-secret-0123456789"
@@ -167,7 +167,8 @@ def test_a_template_without_its_places_is_a_message(language_judge, tmp_path, te
 
 
 def test_the_default_template_names_its_places():
-    assert all(TEMPLATE.count(place) == 1 for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]"))
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert all(template.count(place) == 1 for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]"))
 
 
 # ------------------------------------------------------------------------------------------------------- the server

@@ -1,13 +1,12 @@
-"""The loaded models of an evaluation, and what each of several processes measures of them."""
+"""What each of several processes measures of the models of an evaluation."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tbpo_cli import console
 from tbpo_cli.data.batches import collate_all
@@ -20,40 +19,23 @@ from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
 from tbpo_cli.measures import tasks_of
 from tbpo_cli.model.generate import samples_of
-from tbpo_cli.model.load import Policy, add_helper, load_trained
+from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import Recipe, Sample
-from tbpo_cli.run import RunDir
 
 Rows = list[dict[str, Any]]
 
 
-def open_models(recipe: Recipe, run_dir: RunDir, candidates: Sequence[Candidate], device: torch.device) -> Policy:
-    """All models in memory, as views of one policy; adapters share the base."""
-    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
-    for candidate in candidates[2:]:
-        add_helper(policy, candidate.view, candidate.source, recipe.model, device, key="eval.against")
-    return policy
-
-
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and on what: each method that takes a candidate gives this process's share of its rows.
-
-    Args:
-        pairs: the folder of the held-out pairs.
-        chat: the base's.
-        share: this process's part of some work.
-        attempt: calls a function of the number of tokens that go through the model at once, again where memory ran out.
-    """
+    """What is measured, and on what: each method that takes a candidate gives this process's share of its rows."""
 
     recipe: Recipe
-    pairs: Path
-    chat: Chat
-    policy: Policy
-    share: Callable[[Sequence[Any]], Sequence[Any]]
-    attempt: Callable[[Callable[[int], Rows]], Rows]
+    pairs: Path  # the folder of the held-out ones
+    chat: Chat  # of the base
+    policy: Policy  # with a view of each model
+    share: Callable[[Sequence[Any]], Sequence[Any]]  # this process's part of some work
+    attempt: Callable[[Callable[[int], Rows]], Rows]  # calls with tokens at a time, with fewer where memory runs out
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
@@ -62,13 +44,10 @@ class Bench:
         device = next(self.policy.model.parameters()).device
 
         def measure(tokens: int) -> Rows:
-            rows: Rows = []
-            with console.progress(f"pairs, {candidate.name}", len(places), every=len(places)) as update:
-                # Padded rows, since the other layouts change the model's attention to one that cannot generate.
-                for batch in collate_all(store, places, tokens, "response", "padded"):
-                    rows += pair_rows(scorer, candidate.view, batch.to(device))
-                    update(len(rows), "")
-            return rows
+            # Padded rows, since the other layouts change the model's attention to one that cannot generate.
+            batches = collate_all(store, places, tokens, "response", "padded")
+            rows = (row for batch in batches for row in pair_rows(scorer, candidate.view, batch.to(device)))
+            return [*console.track(rows, f"pairs, {candidate.name}", len(places), every=len(places))]
 
         return self.attempt(measure)
 
@@ -87,17 +66,15 @@ class Bench:
         rows: Rows = []
         with self.policy.view(candidate.view) as model:
             for suite in self.recipe.eval.suites if self.share((0,)) else ():
+                figures: dict[str, Any] = {}
                 for task, shots in tasks_of(suite):
                     console.say(f"{task}, {candidate.name} …")
-                    found = run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
-                    rows += [{"suite": suite, "task": name, "figure": figure} for name, figure in found.items()]
+                    figures |= run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
+                rows.append({"suite": suite, "figures": figures})
         return rows
 
     def _complete(self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample) -> Rows:
         keys = [(prompt, number) for prompt in self.share(prompts) for number in range(settings.num_samples)]
-        rows: Rows = []
-        with console.progress(f"{what}, {candidate.name}", len(keys), every=len(keys)) as update:
-            for batch in samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed):
-                rows += batch
-                update(len(rows), "")
-        return rows
+        batches = samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed)
+        samples = itertools.chain.from_iterable(batches)
+        return [*console.track(samples, f"{what}, {candidate.name}", len(keys), every=len(keys))]

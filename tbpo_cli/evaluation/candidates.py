@@ -16,28 +16,17 @@ from tbpo_cli.toml import is_local
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models.
+    """One of the models."""
 
-    Args:
-        name: what the report calls it.
-        view: of the loaded policy.
-        source: where its weights are.
-        loss, beta: of its training; where they are unknown, None and the policy's own β.
-    """
-
-    name: str
-    view: str
-    source: str
-    loss: str | None
-    beta: float
+    name: str  # what the report calls it
+    view: str  # of the loaded policy
+    source: str  # where its weights are
+    loss: str | None  # of its training; None where it is unknown
+    beta: float  # of its training, else the policy's own
 
 
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
-    """The policy, the reference, and then the others, in the order of the recipe.
-
-    Raises:
-        TbpoError: if one of the others is not there, or is a run from another base.
-    """
+    """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
     own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
     reference = recipe.model.base if recipe.sft is None else str(run_dir.weights("sft"))
     found = [
@@ -45,11 +34,12 @@ def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
         Candidate("reference", "reference", reference, None, beta),
     ]
     for number, (label, source) in enumerate(zip(labels(recipe.eval.against), recipe.eval.against, strict=True), 1):
-        check_source(source)
         path, loss = Path(source) / "recipe.toml", {}
         if path.exists():
             loss = tomllib.loads(path.read_text(encoding="utf-8"))["align"]["loss"]
-            _check_base(RunDir(Path(source)), run_dir)
+            if _base_of(RunDir(Path(source))) not in (None, _base_of(run_dir)):
+                what, expected = "it was trained from another base", "a run with the same model.base"
+                raise TbpoError(what, f"eval.against: {source}", expected, "evaluate that run by its own recipe")
         found.append(Candidate(label, f"against-{number}", source, loss.get("name"), loss.get("beta", beta)))
     return found
 
@@ -58,27 +48,20 @@ def check_source(source: str) -> None:
     """Raises TbpoError if a source of `eval.against` is nothing that can be loaded."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(source)
+    folder, (repo, _, revision) = Path(source), source.partition("@")
     if not folder.exists() and not is_local(source) and source.count("/") == 1:
         with suppress(OSError, ValueError):
-            folder = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "config.json"]))
+            wanted = ["adapter_config.json", "config.json"]
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     if not any((folder / name).exists() for name in ("align/manifest.json", "adapter_config.json", "config.json")):
-        raise TbpoError(
-            "there is nothing to compare with",
-            f"eval.against: {source}",
-            "the folder of an aligned run, of an adapter or a model, or the id of a Hub repository that can be reached",
-            f"tbpo align RECIPE --run-dir {source}, or name another one",
-        )
+        expected = "the folder of an aligned run, an adapter or a model, or the id of a Hub repository within reach"
+        fix = f"tbpo align RECIPE --run-dir {source}, or name another one"
+        raise TbpoError("there is nothing to compare with", f"eval.against: {source}", expected, fix)
 
 
-def _check_base(run: RunDir, own: RunDir) -> None:
-    """Raises TbpoError if a run was trained from other weights than this one."""
-    bases = []
-    for inputs in (run.started_from("align"), own.started_from("align")):
-        if not inputs:  # a published adapter has a recipe.toml, too
-            return
-        hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
-        bases.append(sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")])
-    if bases[0] != bases[1]:
-        what, expected = "it was trained from another base", "a run with the same model.base"
-        raise TbpoError(what, f"eval.against: {run.path}", expected, "evaluate that run by its own recipe")
+def _base_of(run: RunDir) -> list[str | None] | None:
+    """Which weights a run was trained from; None for a published adapter, which has a recipe.toml, too."""
+    if not (inputs := run.started_from("align")):
+        return None
+    hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
+    return sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")]

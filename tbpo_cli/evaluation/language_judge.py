@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,99 +11,69 @@ from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.endpoint import Endpoint, Reply
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
+from tbpo_cli.evaluation.judges import Comparison, Judge, Verdict
 from tbpo_cli.recipe import Judge as Settings
 
-TEMPLATE = """\
-Two assistants, A and B, answered the last message of a user. Which answer is better: which does what the user asks, is
-right, helpful and clear? Neither the order in which they stand nor their length matters. Compare them in a few
-sentences, then end with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if they are equally good.
-
-[Conversation]
-{prompt}
-[Answer of A]
-{a}
-[End of the answer of A]
-[Answer of B]
-{b}
-[End of the answer of B]
-"""
+TEMPLATE = Path(__file__).parent.parent / "templates" / "judge.txt"
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 LAST_LINE = re.compile(r"^\W*(?:final )?(?:verdict|answer|winner)?(?: is)?\W*(A|B|C|tie)\W*\Z", re.I | re.M)
 
 
-@dataclass(frozen=True)
-class LanguageJudge:
+def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
     """A language model that is shown both completions, in both orders.
 
     Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685, section 3.4: the
     labels [[A]], [[B]], [[C]], and a win only if both orders say so, else a tie. The last label of an answer counts, or
     its last line if that is nothing but a letter. Completions that are the same tie without being shown.
 
-    Args:
-        settings: [eval.judge].
-        template: a user message, with {prompt}, {a} and {b}.
+    Raises TbpoError for a template without its places; later, if the server does not answer, or refuses every request.
     """
+    path = Path(settings.template or TEMPLATE)
+    try:
+        template = path.read_text(encoding="utf-8")
+        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
+            raise ValueError(f"it has no place {' or '.join(missing)}")
+    except (OSError, ValueError) as error:
+        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
+        raise TbpoError(f"the judge's template cannot be used: {error}", str(path), expected) from None
+    endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
 
-    settings: Settings
-    endpoint: Endpoint
-    template: str
-
-    @property
-    def name(self) -> str:
-        return self.settings.model
-
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """The verdicts, in order. Raises TbpoError if the server does not answer, or refuses every request."""
+    def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         both = [(one.prompt, one.completion_a, one.completion_b) for one in comparisons]
         asked = [request for prompt, a, b in both if a != b for request in ((prompt, a, b), (prompt, b, a))]
-        replies: dict[int, Reply] = {}
-        with console.progress(f"asking {self.name}", len(asked), every=max(1, len(asked) // 10)) as update:
-            for place, reply in self.endpoint.ask([self._body(*request) for request in asked]):
-                replies[place] = reply
-                update(len(replies), "")
+        answers = endpoint.ask([_body(settings, template, *request) for request in asked])
+        replies = dict(console.track(answers, f"asking {settings.model}", len(asked), every=len(asked) // 10 + 1))
         if asked and all(reply.refused for reply in replies.values()):
             fix = "change eval.judge.body or the template"
-            raise TbpoError(replies[0].refused, self.endpoint.url, "an answer", fix)
-        judged = (self._verdict(replies[place], replies[place + 1]) for place in range(0, len(asked), 2))
+            raise TbpoError(replies[0].refused, endpoint.url, "an answer", fix)
+        judged = (_verdict(settings, replies[place], replies[place + 1]) for place in range(0, len(asked), 2))
         return [next(judged) if a != b else Verdict(0.5, "the completions are the same") for _, a, b in both]
 
-    def _body(self, prompt: Messages, a: str, b: str) -> dict[str, Any]:
-        turns = [f"{message['role']}: {message['content']}" for message in prompt]
-        texts = {"prompt": "\n\n".join(turns) if len(turns) > 1 else prompt[0]["content"], "a": a, "b": b}
-        content = re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]], self.template)
-        return {"model": self.name, "messages": [{"role": "user", "content": content}], **self.settings.body}
+    return Judge(settings.model, compare)
 
-    def _verdict(self, forward: Reply, backward: Reply) -> Verdict:
-        """Of the answers to (a, b) and to (b, a)."""
-        value, reverse = _value(forward.text), _value(backward.text)
-        reason = f"{forward.refused or forward.text}\n\nThe other way round: {backward.refused or backward.text}"
-        read = forward.prompt_tokens + backward.prompt_tokens
-        written = forward.completion_tokens + backward.completion_tokens
-        prices = self.settings.price_per_million
-        cost = (read * prices[0] + written * prices[1]) / 1e6 if prices else None
-        if value is None or reverse is None:
-            return Verdict(None, f"no verdict can be read: {reason}", None, None, (read, written), cost)
-        consistent = value == 1 - reverse
-        return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
+
+def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -> dict[str, Any]:
+    turns = [f"{message['role']}: {message['content']}" for message in prompt]
+    texts = {"prompt": "\n\n".join(turns) if len(turns) > 1 else prompt[0]["content"], "a": a, "b": b}
+    content = re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]], template)
+    return {"model": settings.model, "messages": [{"role": "user", "content": content}], **settings.body}
+
+
+def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
+    """Of the answers to (a, b) and to (b, a)."""
+    value, reverse = _value(forward.text), _value(backward.text)
+    reason = f"{forward.refused or forward.text}\n\nThe other way round: {backward.refused or backward.text}"
+    read = forward.prompt_tokens + backward.prompt_tokens
+    written = forward.completion_tokens + backward.completion_tokens
+    prices = settings.price_per_million
+    cost = (read * prices[0] + written * prices[1]) / 1e6 if prices else None
+    if value is None or reverse is None:
+        return Verdict(None, f"no verdict can be read: {reason}", None, None, (read, written), cost)
+    consistent = value == 1 - reverse
+    return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
 
 
 def _value(answer: str) -> float | None:
     """1 if the completion shown first is better, 0 if the other one is, 0.5 if none, None if it does not say."""
     labels = VERDICT.findall(answer) or LAST_LINE.findall(answer)
     return {"A": 1.0, "B": 0.0}.get(labels[-1].upper(), 0.5) if labels else None
-
-
-def language_judge_of(settings: Settings, cache: Path | None = None) -> LanguageJudge:
-    """A judge from [eval.judge]. Raises TbpoError if its template cannot be read, or has not all the places."""
-    template = TEMPLATE
-    if settings.template is not None:
-        try:
-            template = Path(settings.template).read_text(encoding="utf-8")
-            if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
-                raise ValueError(f"it has no place {' or '.join(missing)}")
-        except (OSError, ValueError) as error:
-            expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
-            raise TbpoError(f"the judge's template cannot be used: {error}", settings.template, expected) from None
-    endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
-    return LanguageJudge(settings, endpoint, template)

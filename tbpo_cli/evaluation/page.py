@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,11 @@ IDEAL = Series([(0.5, 0.5), (1, 1)], None, line=1)
 ORIGIN = {"value": 0.0, "low": 0.0, "high": 0.0}  # the reference's distance from itself
 
 Json = dict[str, Any]
-Kind = tuple[str, str, str]
+_kind = itemgetter("model", "against", "judge")  # of a win rate or a verdict: who is compared with whom by which judge
 
 
 def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[Json], metrics: list[Json]) -> None:
-    """Writes the page.
-
-    Args:
-        results: the content of results.json.
-        samples: of samples.jsonl, and the other models' beside them with their name as `model`.
-        verdicts: of verdicts.jsonl.
-        metrics: of align/metrics.jsonl.
-    """
+    """Writes the page of results.json, the samples of all models, verdicts.jsonl, and align/metrics.jsonl."""
     main = next(map(_kind, results["win_rates"]), None)  # the comparison that the samples are ordered by
     rows = _rows(samples, verdicts, main)
     ranked = sorted(range(len(rows)), key=lambda n: 0.5 if rows[n]["verdict"] is None else rows[n]["verdict"])
@@ -58,7 +52,7 @@ def write_report(path: Path, results: Json, samples: list[Json], verdicts: list[
 
 def show(results: Json) -> None:
     """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where there is room."""
-    (title, headings, rows), _, *of_models = tables(results, by_length=False)
+    (title, headings, rows), _, *of_models = tables(results)[: -len(results["models"])]  # without those by length
     for name, heads, lines in (table for table in of_models if table[2]):
         cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
         first, *others = (list(column) for column in zip(*cells, strict=True))
@@ -74,25 +68,15 @@ def _text(cell: Json | str, with_interval: bool = True) -> str:
     return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if with_interval else "")
 
 
-def _kind(entry: Json) -> Kind:
-    """Who is compared with whom by which judge, in a win rate or a verdict."""
-    return entry["model"], entry["against"], entry["judge"]
-
-
-def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Title, headings and rows of each table; figures are {"value", "interval", "n"}.
-
-    Args:
-        by_length: with those of the pairs by length.
-    """
+def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """Title, headings and rows of each table, last the pairs by length; figures are {"value", "interval", "n"}."""
     models, rates = results["models"], results["win_rates"]
-    main = next(map(_kind, rates), None)
     known = {
         name: {**model["preference"]["all"], **model["diversity"], "score": model["score"], "loss": model["loss"]}
         for name, model in models.items()
     }
-    for rate in rates:
-        known[rate["model"]] |= rate if main is not None and _kind(rate)[1:] == main[1:] else {}
+    for rate in (rate for rate in rates if _kind(rate)[1:] == _kind(rates[0])[1:]):
+        known[rate["model"]] |= rate
     by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),
@@ -104,7 +88,7 @@ def tables(results: Json, by_length: bool = True) -> list[tuple[str, list[str], 
         of_suite = {name: model["suites"].get(suite, {}) for name, model in models.items()}
         tasks = dict.fromkeys(task for figures in of_suite.values() for task in figures)
         found.append((suite, *_table(tasks, of_suite)))
-    for name, model in models.items() if by_length else ():
+    for name, model in models.items():
         buckets = {f"{b['shortest']} to {b['longest']}": b["metrics"] for b in model["preference"]["buckets"]}
         found.append((f"Held-out pairs by tokens of the longer response: {name}", *_table(PREFERENCE, buckets)))
     return found
@@ -158,7 +142,7 @@ def _of_bucket(bucket: Json, metric: str) -> tuple[float, ...]:
     return _crossing({"value": (low + high) / 2, "low": low, "high": high}, bucket["metrics"][metric])
 
 
-def _rows(samples: list[Json], verdicts: list[Json], main: Kind | None) -> list[Json]:
+def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | None) -> list[Json]:
     """The samples of one prompt and number side by side, with what was judged of them."""
     rows: dict[Any, Json] = {}
     for sample in samples:

@@ -91,20 +91,14 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
         of each bin that is not empty: `predicted`, the mean confidence, `observed`, how often the preferred side is the
         chosen one, and `n` pairs.
     """
-    confidence, right, bins = _binned(margins)
-    return [
-        {"predicted": float(confidence[inside].mean()), "observed": float(right[inside].mean()), "n": int(inside.sum())}
-        for inside in (bins == number for number in np.unique(bins))
-    ]
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), (np.sign(margins) + 1) / 2
+    bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    _, places, counts = np.unique(bins, return_inverse=True, return_counts=True)
+    predicted, observed = (np.bincount(places, values) / counts for values in (confidence, right))
+    rows = zip(predicted.tolist(), observed.tolist(), counts.tolist(), strict=True)
+    return [dict(zip(("predicted", "observed", "n"), row, strict=True)) for row in rows]
 
 
 def calibration_error(margins: np.ndarray) -> float:
     """The expected calibration error: the mean over pairs of |observed − predicted| in their bin of the curve."""
-    confidence, right, bins = _binned(margins)
-    return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(margins))
-
-
-def _binned(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    right = (np.sign(margins) + 1) / 2
-    return confidence, right, np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    return sum(bin["n"] * abs(bin["observed"] - bin["predicted"]) for bin in reliability(margins)) / len(margins)

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import Answer, ScoreJudge
+from tbpo_cli.evaluation.judges import Answer, Judge, score_judge
 
 BATCH_SIZE = 16  # answers that it reads at a time
 
 
-def reward_model_of(source: str, _cache: Path | None = None) -> ScoreJudge:
+def judge_of(source: str, _cache: Path | None = None) -> Judge:
     """A judge from a sequence classification model with one output: a folder or a Hub repository, of safetensors.
 
-    Raises:
-        TbpoError: later, if the model cannot be loaded, or is no reward model of chats.
+    It raises TbpoError, when it is first asked, if the model cannot be loaded or is no reward model of chats.
     """
 
     def score(answers: Sequence[Answer]) -> Iterator[float]:
@@ -28,7 +27,7 @@ def reward_model_of(source: str, _cache: Path | None = None) -> ScoreJudge:
         for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):
             yield found["score"]
 
-    return ScoreJudge(source.rstrip("/").rpartition("/")[2], score)
+    return score_judge(source.rstrip("/").rpartition("/")[2], score)
 
 
 def _reward_model(source: str) -> Any:
@@ -46,12 +45,9 @@ def _reward_model(source: str) -> Any:
             missing = ", ".join(info["missing_keys"]) or "no weights"
             raise ValueError(f"it has {outputs} outputs and {template} chat template, and lacks {missing}")
     except (OSError, ValueError, ImportError) as error:
-        raise TbpoError(
-            f"the reward model cannot be used: {str(error).splitlines()[0]}",
-            f"eval.reward_model = {source!r}",
-            "a sequence classification model with one output and a chat template, in safetensors",
-            "change eval.reward_model",
-        ) from error
+        what = f"the reward model cannot be used: {str(error).splitlines()[0]}"
+        expected = "a sequence classification model with one output and a chat template, in safetensors"
+        raise TbpoError(what, f"eval.reward_model = {source!r}", expected, "change eval.reward_model") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     return pipeline("text-classification", model, tokenizer=tokenizer, device=device, function_to_apply="none")

@@ -11,17 +11,13 @@ from pathlib import Path
 
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.verdicts import ScoreJudge
+from tbpo_cli.evaluation.judges import Judge, score_judge
 
 
-def scorer_of(source: str, _cache: Path | None = None) -> ScoreJudge:
-    """A judge from a user's function NAME(prompt, completion) -> float, of the last user message's text.
+def judge_of(source: str, _cache: Path | None = None) -> Judge:
+    """A judge from "python:FILE:NAME", a user's function of the last user message's text and the completion.
 
-    Args:
-        source: "python:FILE:NAME".
-
-    Raises:
-        TbpoError: if there is no such function; later, if it fails or gives no finite number, with the prompt.
+    Raises TbpoError if there is no such function; later, if it fails or gives no finite number, with the prompt.
     """
     file, _, name = source.removeprefix("python:").rpartition(":")
     path, where = Path(file), f"eval.scorer = {source!r}"
@@ -50,7 +46,7 @@ def scorer_of(source: str, _cache: Path | None = None) -> ScoreJudge:
         except Exception as error:
             raise _told(f"the scorer {name} fails for the prompt {text[:200]!r}", error, file) from error
 
-    return ScoreJudge(f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers))
+    return score_judge(f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers))
 
 
 def _told(what: str, error: BaseException, file: str) -> TbpoError:

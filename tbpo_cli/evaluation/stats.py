@@ -45,13 +45,16 @@ def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.n
 
 
 def jackknife_figure(value: float, left_out: Sequence[float]) -> Figure:
-    """A statistic that counts repetitions, where drawing a row twice would be one: ± 1.96 jackknife standard errors.
+    """A statistic that counts repetitions, where drawing a row twice would be one, with the jackknife's error.
 
     Source: Efron and Tibshirani (1993), equation 11.5.
 
     Args:
         left_out: the statistic without the i-th of the n rows.
     """
-    count, deviations = len(left_out), np.asarray(left_out) - np.mean(left_out)
-    error = Z * float(np.sqrt((count - 1) / count * (deviations**2).sum()))
-    return {"value": value, "low": value - error, "high": value + error, "n": count}
+    return normal_figure(value, float(np.std(left_out)) * (len(left_out) - 1) ** 0.5, len(left_out))
+
+
+def normal_figure(value: float, standard_error: float, count: int) -> Figure:
+    """A value ± 1.96 of its standard errors."""
+    return {"value": value, "low": value - Z * standard_error, "high": value + Z * standard_error, "n": count}

@@ -14,9 +14,8 @@ import numpy as np
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import judges_of
+from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
-from tbpo_cli.evaluation.verdicts import Comparison, Verdict
 from tbpo_cli.recipe import Recipe
 from tbpo_cli.run import RunDir
 
@@ -26,15 +25,11 @@ RIDGE = np.array([0.001, 0.01])  # on θ and φ, which stay finite where one sid
 
 
 def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
-    """What all judges say.
+    """The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge that scores.
 
     Args:
         samples: of all models, with their name as `model`; those of the sample stage have the prompt's `messages`.
         others: the names of the models of `eval.against`.
-
-    Returns:
-        The win rates, a line a comparison for verdicts.jsonl, and each model's mean score by the first judge that
-        scores.
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
@@ -83,10 +78,7 @@ def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], jud
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their samples. Verdicts that
-    cannot be read are counted, and left out.
-
-    Raises:
-        TbpoError: if no verdict can be read.
+    cannot be read are counted, and left out. Raises TbpoError if none can be read.
     """
     read = [(one, verdict) for one, verdict in zip(comparisons, verdicts, strict=True) if verdict.value is not None]
     if not read:

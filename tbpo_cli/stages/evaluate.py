@@ -35,9 +35,7 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Measures, judges, and writes eval/results.json, verdicts.jsonl and report.html.
 
-    Raises:
-        TbpoError: if a model cannot be loaded or compared, or there are no held-out pairs.
-        GateError: after all is written, if `eval.gate` does not hold.
+    Raises TbpoError if a model cannot be loaded or compared or no pairs are held out, GateError, at last, for the gate.
     """
     from tbpo_cli.data.store import PairStore
     from tbpo_cli.evaluation.winrate import judge_all
@@ -60,17 +58,17 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
     }
-    results |= {"verdict": verdict(results), "gate": decide(recipe.eval.gate, results)}
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
-    _write(run_dir, results, samples, round(time.monotonic() - started, 1))
+    _finish(recipe, run_dir, results | {"verdict": verdict(results)}, round(time.monotonic() - started, 1))
     report(recipe, run_dir)
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
     from tbpo_cli.data.tokens import Chat, load_tokenizer
-    from tbpo_cli.evaluation.bench import Bench, open_models
+    from tbpo_cli.evaluation.bench import Bench
+    from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
@@ -93,8 +91,11 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    policy = open_models(recipe, run_dir, candidates, group.device)
-    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], group.device)
+    sft_output, device = run_dir.weights("sft") if recipe.sft is not None else None, group.device
+    policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
+    for each in candidates[2:]:
+        add_helper(policy, each.view, each.source, recipe.model, device, key="eval.against")
+    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
     bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
@@ -110,8 +111,7 @@ def _part(run_dir: RunDir, candidate: Candidate, what: str) -> Path:
 
 def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
     path = _part(run_dir, candidate, what)
-    rows: Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return rows
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
@@ -125,16 +125,13 @@ def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
     from tbpo_cli.evaluation import diversity, preference
 
     samples, pairs = (_rows(run_dir, candidate, what) for what in ("diversity", "preference"))
-    suites: dict[str, dict[str, Any]] = {}
-    for row in _rows(run_dir, candidate, "suites"):
-        suites.setdefault(row["suite"], {})[row["task"]] = row["figure"]
     source, here = Path(candidate.source), Path.cwd()
     return {
         "source": str(source.relative_to(here) if source.is_relative_to(here) else source),
         "loss": candidate.loss,
         "preference": preference.summarise(pairs, candidate.beta),
         "diversity": diversity.summarise(samples) if samples else {},
-        "suites": suites,
+        "suites": {row["suite"]: row["figures"] for row in _rows(run_dir, candidate, "suites")},
     }
 
 
@@ -157,12 +154,14 @@ def _share(figure: dict[str, Any], of: str) -> str:
     return f"{figure['value']:.1%} of {figure['n']} {of} (95 %: {low:.1f} to {high:.1f})"
 
 
-def _write(run_dir: RunDir, results: dict[str, Any], samples: Rows, seconds: float) -> None:
-    """results.json, report.html, and that the stage is complete."""
+def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: float) -> None:
+    """Writes results.json with the gate's decision, report.html, and that the stage is complete."""
     from tbpo_cli.evaluation.page import write_report
     from tbpo_cli.train.metrics import read_metrics
 
-    folder, metrics = run_dir.stage("eval"), read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    folder, samples = run_dir.stage("eval"), _samples(run_dir, candidates_of(recipe, run_dir))
+    metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    results |= {"gate": decide(recipe.eval.gate, results)}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_report(folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics)
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
@@ -170,19 +169,14 @@ def _write(run_dir: RunDir, results: dict[str, Any], samples: Rows, seconds: flo
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
-    """Shows the complete stage's results, and lets the gate decide.
-
-    Raises:
-        GateError: if `eval.gate` does not hold.
-    """
+    """Shows the complete stage's results. Raises GateError if `eval.gate` does not hold."""
     from tbpo_cli.evaluation.page import show
 
-    folder = run_dir.stage("eval")
+    folder, manifest = run_dir.stage("eval"), run_dir.manifest("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
-    if gate != results["gate"]:  # the recipe has another one since
-        samples, manifest = _samples(run_dir, candidates_of(recipe, run_dir)), run_dir.manifest("eval")
-        _write(run_dir, results | {"gate": gate}, samples, manifest["seconds"])
+    if manifest and gate != results["gate"]:  # the recipe has another one since
+        _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:

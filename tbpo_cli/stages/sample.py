@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tbpo_cli.data.tokens import Chat
     from tbpo_cli.model.load import Policy
 
-Rows = list[dict[str, Any]]
+Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
 
 SHOWN_PROMPTS = 3
@@ -40,7 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     run_or_launch(work, "sample", recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
-    write_whole(folder / "samples.jsonl", "".join(_line(sample) for sample in samples))
+    write_whole(folder / "samples.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
@@ -63,11 +63,10 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     """Prints the completions of some prompts by the aligned policy and its reference; keeps nothing.
 
+    Raises TbpoError if the run has no aligned policy yet.
+
     Args:
         texts: user messages, or conversations as JSON: {"messages": [...]} or {"prompt": [...]}.
-
-    Raises:
-        TbpoError: if the run has no aligned policy yet.
     """
     from tbpo_cli.data.prompts import prompt_of
     from tbpo_cli.data.sources import Row
@@ -78,7 +77,7 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     chat = _chat(recipe)
     rows = [Row("the command line", number, _content(text)) for number, text in enumerate(texts, 1)]
     prompts = [prompt_of(row, chat) for row in rows]
-    _show([one for batch in _sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts)) for one in batch])
+    _show([*_sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts))])
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
@@ -92,16 +91,13 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
     left = group.share([key for key in _keys(recipe, prompts) if key not in done])
-    path, every = folder / f"part-{group.rank}.jsonl", max(1, len(left) // 10)
-    with path.open("a", encoding="utf-8") as part, console.progress("sampling", len(left), every=every) as update:
+    samples = _sample(recipe, run_dir, chat, prompts, left)
+    with (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8") as part:
         if part.tell():  # its last line may have been cut short
             part.write("\n")
-        written = 0
-        for batch in _sample(recipe, run_dir, chat, prompts, left):
-            part.write("".join(map(_line, batch)))
+        for sample in console.track(samples, "sampling", len(left), every=len(left) // 10 + 1):
+            part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
-            written += len(batch)
-            update(written, "")
     group.gather(None)
 
 
@@ -127,31 +123,28 @@ def _keys(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Key]:
 
 def _sample(
     recipe: Recipe, run_dir: RunDir, chat: Chat, prompts: Sequence[Prompt], keys: Sequence[Key]
-) -> Iterator[Rows]:
-    """Yields samples, a batch at a time. The models are loaded when one of them is to answer here."""
+) -> Iterator[Json]:
+    """Yields samples as they come. The models are loaded when one of them is to answer here."""
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.load import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
-    shown = {"settings": {name: getattr(settings, name) for name in SETTINGS}}
-    texts = [chat.tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
-    about = {
-        prompt.prompt_id: {"row": row, "prompt": text, "messages": prompt.messages}
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-    }
+    shown = {name: getattr(settings, name) for name in SETTINGS}
+    rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
     for model, of_model in itertools.groupby(keys, key=lambda key: key[0]):
         asked = [(prompts[row], number) for _, row, number in of_model]
         if model == "policy" and settings.endpoint is not None:
-            batches = _served(recipe, chat, asked, {"logprobs": True})
+            samples = _served(recipe, chat, asked, {"logprobs": True})
         else:
             policy = policy or _load(recipe, run_dir)
             view = POLICY if model == "policy" else REFERENCE
             batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed)
-        for batch in batches:
-            yield [
-                {**about[one["prompt_id"]], "model": model, **one, "num_tokens": len(one["token_ids"]), **shown}
-                for one in batch
-            ]
+            samples = itertools.chain.from_iterable(batches)
+        for sample in samples:
+            row = rows[sample["prompt_id"]]
+            text = chat.tokenizer.decode([*prompts[row].token_ids])
+            about = {"row": row, "prompt": text, "messages": prompts[row].messages, "model": model}
+            yield {**about, **sample, "num_tokens": len(sample["token_ids"]), "settings": shown}
 
 
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
@@ -167,8 +160,8 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
-def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Rows]:
-    """Samples from the server, one at a time. What it refuses is asked for once more, without what is in `asks`."""
+def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Json]:
+    """Samples from the server. What it refuses is asked for once more, without what is in `asks`."""
     from tbpo_cli.data.tokens import end_of_turn
     from tbpo_cli.model.generate import seed_of
 
@@ -176,14 +169,16 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
     assert settings.endpoint is not None
     same = {"model": settings.endpoint_model, "temperature": settings.temperature, "top_p": settings.top_p}
     same |= {"max_tokens": settings.max_new_tokens, **asks}
-    seeds = [seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31 for prompt, number in keys]
-    bodies = [{**same, "messages": key[0].messages, "seed": seed} for key, seed in zip(keys, seeds, strict=True)]
+    bodies = [
+        {**same, "messages": prompt.messages, "seed": seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31}
+        for prompt, number in keys
+    ]
     for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies):
         prompt, number = keys[place]
         if not reply.refused:
             ids = chat.encode([reply.text], controls_as_text=True)[0] + [end] * (reply.finish_reason == "stop")
             said = {"completion": reply.text, "token_ids": ids, "logp": reply.logp}
-            yield [{"prompt_id": prompt.prompt_id, "sample": number, **said, "finish_reason": reply.finish_reason}]
+            yield {"prompt_id": prompt.prompt_id, "sample": number, **said, "finish_reason": reply.finish_reason}
         elif asks:
             refused.append(keys[place])
         else:
@@ -193,16 +188,12 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
         yield from _served(recipe, chat, refused, {})
 
 
-def _written(folder: Path) -> Rows:
+def _written(folder: Path) -> list[Json]:
     """What is in the parts; lines that were cut short are left out."""
     return [line for part in sorted(folder.glob("part-*.jsonl")) for line in json_lines(part, may_be_cut=True)]
 
 
-def _line(sample: dict[str, Any]) -> str:
-    return json.dumps(sample, ensure_ascii=False) + "\n"
-
-
-def _show(samples: Rows) -> None:
+def _show(samples: list[Json]) -> None:
     for (_, prompt), group in itertools.groupby(sorted(samples, key=ORDER), key=itemgetter("row", "prompt")):
         console.out.print(Text(f"\n{prompt}", style="dim"))
         for sample in group:
