@@ -366,6 +366,10 @@ MISTAKES = {
         (*FULL, "2 machines do not find each other", "HOST:PORT"),
     ),
     # ------------------------------------------------------------------------------------------------ an evaluation
+    "samples of another adapter": (
+        sets("eval", "sample.adapter=other/tuned"),
+        (*FULL, "another model than the figures", "sample.adapter = 'other/tuned'", "--against other/tuned"),
+    ),
     "a judge without an address": (
         sets("eval", "eval.judge.model=judge"),
         (*FULL, "eval.judge.endpoint is missing", "add endpoint"),

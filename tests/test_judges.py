@@ -355,7 +355,7 @@ def test_a_scorer_that_is_not_there_is_a_message(judges, source, fix):
     assert fix in error.value.fix and '"python:FILE:NAME"' in error.value.expected
 
 
-def reward_model(tokenizer, folder, num_labels=1, template=True):
+def reward_model(tokenizer, folder, num_labels=1, template=True, max_length=256):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -365,10 +365,10 @@ def reward_model(tokenizer, folder, num_labels=1, template=True):
     )  # fmt: skip
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(folder)
-    kept = tokenizer.chat_template
-    tokenizer.chat_template = kept if template else None
+    kept = tokenizer.chat_template, tokenizer.model_max_length
+    tokenizer.chat_template, tokenizer.model_max_length = kept[0] if template else None, max_length
     tokenizer.save_pretrained(folder)
-    tokenizer.chat_template = kept
+    tokenizer.chat_template, tokenizer.model_max_length = kept
     return model.eval()
 
 
@@ -384,6 +384,17 @@ def test_a_reward_model_scores_the_chat_in_batches_as_alone(judges, tokenizer, t
             chat = [*comparison.prompt, {"role": "assistant", "content": text}]
             ids = tokenizer.apply_chat_template(chat, return_tensors="pt")["input_ids"]
             assert score == pytest.approx(float(model(ids).logits.detach()[0, 0]), abs=1e-5)
+
+
+def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(judges, tokenizer, tmp_path, capsys):
+    """A chat of more than 20 tokens scores as its last 20."""
+    model = reward_model(tokenizer, tmp_path / "rm", max_length=20)
+    (comparison,) = compare(("red dog " * 20, "blue"))
+    (verdict,) = judges(f"eval.reward_model={tmp_path / 'rm'}")[0].compare([comparison])
+    chat = [*comparison.prompt, {"role": "assistant", "content": comparison.completion_a}]
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt")["input_ids"][:, -20:]
+    assert verdict.scores[0] == pytest.approx(float(model(ids).logits.detach()[0, 0]), abs=1e-5)
+    assert " of 2 chats are over 20 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Candidate:
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
     """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
     own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
-    reference = recipe.model.base if recipe.sft is None else str(run_dir.weights("sft"))
+    reference = str(run_dir.weights("sft")) if recipe.sft is not None else recipe.model.adapter or recipe.model.base
     found = [
         Candidate("policy", "default", str(run_dir.weights("align")), own, beta),
         Candidate("reference", "reference", reference, None, beta),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import Answer, Judge, score_judge
 
@@ -22,6 +23,10 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
         model = _reward_model(source)
         chats = [[*prompt, {"role": "assistant", "content": completion}] for prompt, completion in answers]
         texts = model.tokenizer.apply_chat_template(chats, tokenize=False)
+        limit = model.tokenizer.model_max_length
+        lengths = map(len, model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        if cut := sum(length > limit for length in lengths):
+            console.say(f"{cut:,} of {len(texts):,} chats are over {limit:,} tokens: {source} reads their ends")
         size = BATCH_SIZE if model.tokenizer.pad_token is not None else 1
         stream = (text for text in texts)  # of which the pipeline gives the scores as they come
         for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):
@@ -39,7 +44,7 @@ def _reward_model(source: str) -> Any:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right", truncation_side="left")
         if (outputs := model.config.num_labels) != 1 or info["missing_keys"] or not tokenizer.chat_template:
             template = "a" if tokenizer.chat_template else "no"
             missing = ", ".join(info["missing_keys"]) or "no weights"

@@ -26,6 +26,9 @@ def check(recipe: Recipe) -> None:
     from tbpo_cli.evaluation.judges import judges_of
     from tbpo_cli.evaluation.suites import check_suites
 
+    if adapter := recipe.sample.adapter:
+        what, where = "the samples would be of another model than the figures", f"sample.adapter = {adapter!r}"
+        raise TbpoError(what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}")
     for source in recipe.eval.against:
         check_source(source)
     check_suites(recipe.eval.suites)
