@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
-from pydantic_core import PydanticKnownError
 
 from tbpo_cli.errors import TbpoError
 
@@ -25,13 +24,13 @@ def table(cls: type[Table]) -> type[Table]:
     return cast(type[Table], validated(cls, frozen=True, config=STRICT))
 
 
-def known_format(name: Any) -> Any:
-    """`data.format` if it is in the table of formats, as a `Literal` of their names would check it."""
+def known_format(name: str) -> str:
+    """`data.format` if it is in the table of formats; told like a `Literal` of their names."""
     from tbpo_cli.data.pairs import FORMATS
 
     if name not in (names := ["auto", *FORMATS]):
         *most, last = map(repr, names)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+        raise ValueError(f"{', '.join(most)} or {last}")
     return name
 
 
@@ -110,12 +109,13 @@ def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError
         fix = f"add {keys[-1]} = … under [{'.'.join(keys[:-1])}]" if len(keys) > 1 else f"add a table [{name}]"
         return _error(f"{name} is missing", path, keys, "a value: it has no default", fix)
     expected = entry["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if entry["type"] == "value_error":  # of a __post_init__, whose messages begin with the key
+    if entry["type"] == "value_error" and isinstance(given, dict):  # of a __post_init__: it begins with the key
         keys = (*keys, expected.split()[0])
         return _error(f"{'.'.join(keys)} is not possible", path, keys, expected)
     if entry["type"] in {"dataclass_type", "dataclass_exact_type"}:
         expected = f"a table: [{name}]"
-    options = str(entry.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+    known = entry["type"] in {"literal_error", "value_error"}
+    options = expected.replace("'", "").replace(" or ", ", ").split(", ") if known else []
     near = difflib.get_close_matches(str(given), options, n=1)
     fix = f'{keys[-1]} = "{near[0]}"' if near else ""
     return _error(f"{name} = {json.dumps(given, default=str)} is not possible", path, keys, expected, fix)

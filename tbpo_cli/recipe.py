@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from tbpo_cli.checks import complete_loss, known_format, table, validate
 from tbpo_cli.errors import gather
@@ -86,7 +86,7 @@ class Data:
     eval: Sources | None = None  # absent: `eval_fraction` of the training rows
     train_split: str = "train"
     eval_split: str = "test"
-    format: Annotated[str, BeforeValidator(known_format)] = "auto"
+    format: Annotated[str, AfterValidator(known_format)] = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our name = the row's name
     max_length: Count = 2048  # tokens of prompt + the longer response
     overlong: Literal["drop", "truncate"] = "drop"
