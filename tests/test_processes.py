@@ -116,21 +116,26 @@ def test_workers_end_when_the_process_that_started_them_is_gone(recipe_file, tmp
     assert len(gone) == 2 and not alive
 
 
-def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
-    """Each machine is a loopback address of its own; the second one waits until the first has prepared the data."""
+def two_machines(recipe_file, run, *flags):
+    """The second one and the first, each a process of one training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    machines = [
-        start(
-            recipe_file, tmp_path / "run", "--cpu", "--nodes", "2", "--node-rank", str(rank), "--main-address", address
-        )
-        for rank in (1, 0)
-    ]
-    ends = [finish(machine) for machine in machines]
+    where = ("--cpu", "--nodes", "2", "--main-address", address, *flags)
+    return [start(recipe_file, run, "--node-rank", rank, *where) for rank in ("1", "0")]
+
+
+def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
+    """Each machine is a loopback address of its own; the second one waits until the first has prepared the data."""
+    run = tmp_path / "run"
+    ends = [finish(machine) for machine in two_machines(recipe_file, run)]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "waiting for" in ends[0][2] and "reward accuracy" in ends[1][1]
-    assert_same_training(alone, tmp_path / "run")
+    assert_same_training(alone, run)
+    again = [finish(machine) for machine in two_machines(recipe_file, run, "--restart")]
+    assert [code for code, _, _ in again] == [0, 0] and "waiting for" in again[0][2], again
+    assert_same_training(run, alone)
+    assert (run / "align.old-1/manifest.json").exists()
 
 
 def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():

@@ -62,8 +62,10 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         module_of(target).report(recipe, run_dir)
         return
     if processes.machine_rank > 0:
-        for name in states:
-            if STAGES[name].parallel and not run_dir.manifest(name):
+        if not restart:
+            _refuse_changed(states, run_dir)
+        for name, (state, _) in states.items():
+            if STAGES[name].parallel and (state != "done" or (restart and name == target)):
                 join_workers(name, run_dir, processes)
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
