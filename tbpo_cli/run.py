@@ -83,7 +83,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
         with file:
-            owner = path.read_text(encoding="utf-8")
+            owner = self.owner()
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # A file system may not share locks between machines: then only what is written there tells.
@@ -101,6 +101,11 @@ class RunDir:
                 yield
             finally:
                 path.write_text("")
+
+    def owner(self) -> str:
+        """Which process has the run, or had it and ended without a word; "" if none."""
+        path = self.path / "lock"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What a complete stage says of itself; empty if it is not complete."""

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+from datetime import date
 
 import pytest
 from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_jsonl
@@ -145,6 +146,7 @@ def test_columns_are_named_by_the_recipe():
         ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "wrong_type"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": ["add"]}, "wrong_type"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"since": date(2026, 1, 1)}]}, "wrong_type"),
     ],
 )
 def test_an_unusable_row_has_a_reason(row, reason):

@@ -138,6 +138,19 @@ def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
     assert (run / "align.old-1/manifest.json").exists()
 
 
+def test_a_machine_does_not_wait_for_a_first_one_that_has_failed(recipe_file, tmp_path):
+    """The first one finds no usable row; the other is waiting by then."""
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "p", "chosen": "same", "rejected": "same"}\n')
+    where = ("--cpu", "--nodes", "2", "--main-address", "127.0.0.1:29500", "--set", f"data.train={rows}")
+    other = start(recipe_file, run, "--node-rank", "1", *where)
+    other.wait_until(lambda: "waiting for 127.0.0.1:29500" in other.err)
+    code, _, said = finish(start(recipe_file, run, "--node-rank", "0", *where))
+    assert code == 2 and "cannot be used" in said
+    code, _, said = finish(other)
+    assert code == 2 and "the first machine does not begin align" in said, said
+
+
 def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
     line = Processes(8, False, 4, 2, "node0:29500", ("--num_cpu_threads_per_process=4",)).command("runs/x/align")
     assert line[1:3] == ["-m", "tbpo_cli.launch"]

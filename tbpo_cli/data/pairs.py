@@ -112,6 +112,8 @@ def _hash(content: Any) -> str:
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
     except UnicodeEncodeError as error:
         raise RejectedRow("invalid_text", error.reason) from None
+    except TypeError as error:
+        raise RejectedRow("wrong_type", f"not JSON: {error}") from None
 
 
 def _without_nulls(content: Any) -> Any:
