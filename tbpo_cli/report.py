@@ -17,6 +17,6 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     """Renders `templates/TEMPLATE` with the values, and with the measures and colours of charts, to a file."""
     loader = PackageLoader("tbpo_cli")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.globals |= vars(charts)
+    environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     write_whole(path, environment.get_template(template).render(values))
