@@ -92,8 +92,16 @@ class Call:
         return recipe, RunDir.of(recipe, self.run_dir)
 
     def processes(self) -> Processes:
-        """Those that the stage is to run in."""
-        return processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, self.flags or [])
+        """Those that the stage is to run in. Raises TbpoError for words of the command line that nothing reads."""
+        flags = self.flags or []
+        if flags and not flags[0].startswith("-"):
+            fix = f"--set {flags[0]}" if "=" in flags[0] else "leave it out; --help lists what there is"
+            raise TbpoError(f"{flags[0]} is not understood", "the command line", "a recipe, and options", fix)
+        processes = processes_of(self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags)
+        if flags and processes.total == 1:
+            what, where = "one process needs no launcher that could take flags", " ".join(["--", *flags])
+            raise TbpoError(what, where, "flags for accelerate, beside --gpus N", "leave them out, or add --gpus N")
+        return processes
 
 
 RUN = ("recipe", "sets", "run_dir")
@@ -163,6 +171,10 @@ def sample(call: Call) -> None:
     if call.prompt is None or call.dry_run:
         run_stage("sample", call)
         return
+    if call.restart or call.processes() != Processes():
+        what, where = "--prompt is answered in one process, and keeps nothing", "the command line"
+        expected = "--prompt without --restart, --gpus and --cpu"
+        raise TbpoError(what, where, expected, "leave them out, or name a file: --set sample.prompts=FILE")
     from tbpo_cli.stages.sample import answer
 
     texts = [line.strip() for one in call.prompt for line in (sys.stdin if one == "-" else [one]) if line.strip()]

@@ -70,14 +70,17 @@ def processes_of(
         nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
         if not main_address:  # the first host of the job, and a port that the job's number decides
             command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
-            hosts = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-            main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
+            with suppress(OSError, subprocess.CalledProcessError):  # as in a container
+                hosts = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+                main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
+    is_half_said = nodes is None and (node_rank is not None or main_address is not None)
     nodes, address = nodes or 1, main_address or ""
-    if nodes > 1 and (node_rank is None or node_rank >= nodes or ":" not in address):
+    is_lost = nodes > 1 and (node_rank is None or ":" not in address)
+    if is_half_said or is_lost or (node_rank or 0) >= nodes:
         where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
         expected = "the number of this machine, from 0, and HOST:PORT of machine 0"
-        fix = f"on machine K: --nodes {nodes} --node-rank K --main-address HOST:29500"
-        raise TbpoError(f"{nodes} machines do not find each other", where, expected, fix)
+        fix = f"on machine K: --nodes {max(nodes, 2)} --node-rank K --main-address HOST:29500"
+        raise TbpoError("the machines do not find each other", where, expected, fix)
     return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
 
 

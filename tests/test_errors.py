@@ -355,15 +355,15 @@ MISTAKES = {
     "4 bits on a CPU": (sets("align", "model.quantization=nf4"), (*FULL, "4-bit weights need", "quantization")),
     "machines without a rank": (
         lambda s: ["align", s.recipe, "--nodes", "2"],
-        (*FULL, "2 machines do not find each other", "--node-rank K"),
+        (*FULL, "the machines do not find each other", "--node-rank K"),
     ),
     "a rank beyond the machines": (
         lambda s: ["align", s.recipe, "--nodes", "2", "--node-rank", "2", "--main-address", "a:1"],
-        (*FULL, "2 machines do not find each other", "the number of this machine, from 0"),
+        (*FULL, "the machines do not find each other", "the number of this machine, from 0"),
     ),
     "an address without a port": (
         lambda s: ["align", s.recipe, "--nodes", "2", "--node-rank", "1", "--main-address", "a"],
-        (*FULL, "2 machines do not find each other", "HOST:PORT"),
+        (*FULL, "the machines do not find each other", "HOST:PORT"),
     ),
     # ------------------------------------------------------------------------------------------------ an evaluation
     "samples of another adapter": (
@@ -401,6 +401,19 @@ MISTAKES = {
     "a changed recipe": (
         after("align", sets("align", "align.max_steps=2", "align.loss.beta=0.5")),
         (*FULL, "the inputs of a stage changed", "align.loss.beta: 0.1 → 0.5", "--restart redoes align"),
+    ),
+    "a key without --set": (
+        lambda s: ["align", s.recipe, "align.max_steps=2"],
+        (*FULL, "align.max_steps=2 is not understood", "--set align.max_steps=2"),
+    ),
+    "a second recipe": (lambda s: ["sft", s.recipe, "b.toml"], (*FULL, "b.toml is not understood", "leave it out")),
+    "flags for a launcher that is not needed": (
+        lambda s: ["align", s.recipe, "--", "--num_cpu_threads_per_process=2"],
+        (*FULL, "one process needs no launcher", "-- --num_cpu_threads_per_process=2", "--gpus N"),
+    ),
+    "a prompt for several processes": (
+        lambda s: ["sample", s.recipe, "--prompt", "a", "--gpus", "2"],
+        (*FULL, "--prompt is answered in one process", "sample.prompts=FILE"),
     ),
     "an answer before there is a policy": (
         lambda s: ["sample", s.recipe, "--prompt", "a"],

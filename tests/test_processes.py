@@ -169,11 +169,17 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert processes_of(8, False, None, None, None, []) == Processes(8, False, 2, 1, "gpu3:29512")
+    scontrol.unlink()  # as in a container
+    with pytest.raises(TbpoError, match="HOST:29500"):
+        processes_of(8, False, None, None, None, [])
+    assert processes_of(8, False, None, None, "gpu3:1", []) == Processes(8, False, 2, 1, "gpu3:1")
     monkeypatch.setenv("SLURM_NNODES", "1")
-    assert processes_of(8, False, None, None, None, []) == Processes(8)
+    assert processes_of(8, False, None, None, None, []) == processes_of(8, False, 1, 0, None, []) == Processes(8)
 
 
-@pytest.mark.parametrize("given", [(2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host")])
+@pytest.mark.parametrize("given", [
+    (2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host"), (1, 1, "a:1"), (None, 1, None), (None, None, "a:1"),
+])  # fmt: skip
 def test_machines_that_cannot_find_each_other_are_a_message(given):
     nodes, rank, address = given
     with pytest.raises(TbpoError, match="do not find each other"):
