@@ -83,14 +83,14 @@ class Data:
     """[data] Rows, and which of them are used."""
 
     train: Sources
-    eval: Sources | None = None  # absent: `eval_fraction` of the training rows
+    eval: Sources | None = None  # absent: `eval_fraction` of the prompts of `train`
     train_split: str = "train"
     eval_split: str = "test"
     format: Annotated[str, AfterValidator(known_format)] = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our name = the row's name
     max_length: Count = 2048  # tokens of prompt + the longer response
     overlong: Literal["drop", "truncate"] = "drop"
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None  # 0.05, unless `eval` names rows
     dedup: bool = True
     max_reject_fraction: Fraction = 0.1
     template_date: str = "2026-01-01"  # what chat templates that print today's date print
@@ -101,6 +101,10 @@ class Data:
             date.fromisoformat(self.template_date)
         except ValueError:
             raise ValueError("template_date must be a day, YYYY-MM-DD") from None
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ValueError("eval_fraction must be left out where eval is given")
+        if self.eval is None and self.eval_fraction is None:
+            object.__setattr__(self, "eval_fraction", 0.05)
 
 
 @table

@@ -93,6 +93,13 @@ def test_impossible_values_are_named_with_what_is_expected(load, text, what, exp
     assert fault.what == what and expected in fault.expected and fault.exit_code == 2
 
 
+def test_a_share_to_hold_out_is_not_ignored_beside_rows_to_evaluate(load):
+    assert load(SMALL).data.eval_fraction == 0.05
+    assert load(SMALL, "data.eval=b").data.eval_fraction is None
+    with pytest.raises(TbpoError, match="eval_fraction must be left out where eval is given"):
+        load(SMALL, "data.eval=b", "data.eval_fraction=0.1")
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_can_be_named_with_its_defaults_filled_in(load, name):
     loss = load(SMALL, f"align.loss.name={name}").align.loss

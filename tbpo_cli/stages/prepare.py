@@ -206,7 +206,7 @@ class _Sifter:
 
     def _split_of(self, pair: TokenizedPair) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
-        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < self.recipe.data.eval_fraction
+        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < (self.recipe.data.eval_fraction or 0)
         split = [*self.writers][held_out]
         if split == "eval":
             self.eval_prompts.add(pair.prompt_hash)
