@@ -86,7 +86,7 @@ class Data:
     eval: Sources | None = None  # absent: `eval_fraction` of the prompts of `train`
     train_split: str = "train"
     eval_split: str = "test"
-    format: Annotated[str, AfterValidator(known_format)] = "auto"
+    format: Annotated[str, AfterValidator(known_format)] = "auto"  # of train and eval; rows of sft.train tell theirs
     columns: dict[str, str] = field(default_factory=dict)  # our name = the row's name
     max_length: Count = 2048  # tokens of prompt + the longer response
     overlong: Literal["drop", "truncate"] = "drop"

@@ -408,6 +408,7 @@ def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_
     sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
     recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
     sets = (f"data.train={train}", f"sft.train={sft}", "data.eval_fraction=0.2", "data.max_reject_fraction=0.5")
+    sets += ("data.format=prompt",)  # which the rows of sft.train do not have
     run = run_stage("prepare", recipe_file, tmp_path / "run", *sets)
     held_out, tuned = (
         {tuple(pair.prompt_ids) for pair in PairStore(run / "prepare" / split)} for split in ("eval", "sft")

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -177,6 +177,7 @@ class _Sifter:
     def sift(self, source: Source, split: str, pool: Executor) -> Counts:
         """Writes the pairs of one source."""
         data = self.recipe.data
+        data = replace(data, format="auto") if self.key == "sft.train" else data
         format_name, rows = recognise(read_rows(source, split, self.key), data)
         counts = Counts(self.key, source.path, format_name, kept=Counter(dict.fromkeys(self.writers, 0)))
         with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
