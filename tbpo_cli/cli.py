@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.launch import Processes, processes_of
+from tbpo_cli.launch import Processes, check_gpus, processes_of
 
 if TYPE_CHECKING:
     from tbpo_cli.recipe import Recipe
@@ -248,6 +248,8 @@ def run_stage(name: str, call: Call) -> None:
     if call.dry_run:
         show_plan(name, recipe, run_dir)
     else:
+        if call.gpus:  # before anything is prepared, and one GPU that is not there is not the CPU
+            check_gpus(processes)
         run_through(name, recipe, run_dir, call.restart, processes)
 
 

@@ -84,6 +84,17 @@ def processes_of(
     return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
 
 
+def check_gpus(processes: Processes) -> None:
+    """Raises TbpoError if this machine has fewer GPUs than its processes need."""
+    import torch
+
+    available = torch.cuda.device_count()
+    if not processes.cpu and processes.per_machine > available:
+        what = f"{processes.per_machine} GPUs are asked for, and {available} are here"
+        fix = f"--gpus {available}" if available else "--cpu for processes on the CPU"
+        raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
+
+
 def run_or_launch(
     work: Callable[[Recipe, RunDir], None], name: str, recipe: Recipe, run_dir: RunDir, processes: Processes
 ) -> None:
@@ -119,13 +130,7 @@ def _run_workers(folder: Path, processes: Processes) -> None:
 
     Raises TbpoError if there are fewer GPUs than processes or a worker was killed, ToldError if one has told of it.
     """
-    import torch
-
-    available = torch.cuda.device_count()
-    if not processes.cpu and processes.per_machine > available:
-        what = f"{processes.per_machine} GPUs are asked for, and {available} are here"
-        fix = f"--gpus {available}" if available else "--cpu for processes on the CPU"
-        raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
+    check_gpus(processes)
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
     try:

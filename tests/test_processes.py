@@ -151,6 +151,13 @@ def test_a_machine_does_not_wait_for_a_first_one_that_has_failed(recipe_file, tm
     assert code == 2 and "the first machine does not begin align" in said, said
 
 
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_prepared(recipe_file, tmp_path, executable, gpus):
+    done = executable("align", recipe_file, "--run-dir", "run", "--gpus", gpus, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and f"{gpus} GPUs are asked for, and 0 are here" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
     line = Processes(8, False, 4, 2, "node0:29500", ("--num_cpu_threads_per_process=4",)).command("runs/x/align")
     assert line[1:3] == ["-m", "tbpo_cli.launch"]
