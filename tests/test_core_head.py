@@ -44,13 +44,13 @@ def gradients(statistic, weights, inputs):
     return torch.autograd.grad((statistic * weights).sum(), inputs, allow_unused=True)
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(("trained", "shared"), [(False, True), (False, False), (True, False)])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
-def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained):
+def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained, shared):
     generator = torch.Generator().manual_seed(0)
     policy_head = make_head(generator, trained=trained, **HEADS[kind])
-    reference_head = replace(policy_head, weight=policy_head.weight.detach() + 0.1) if trained else policy_head
+    reference_head = policy_head if shared else replace(policy_head, weight=1.5 * policy_head.weight.detach())
     policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
     policy.requires_grad_()
     tokens = torch.randint(V, (N,), generator=generator)

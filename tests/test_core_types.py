@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tbpo_cli.core import PairScores, SideScores
-from tbpo_cli.core.types import mean_over_response, sum_over_response
+from tbpo_cli.core.types import mean_over_response, sum_over_response, sums_over_response
 
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
 
@@ -44,3 +44,11 @@ def test_sum_and_mean_are_over_the_response_whatever_stands_beside_it():
     assert mean_over_response(values, MASK).tolist() == [2.5, 7.0, 0.0]
     mean_over_response(values, MASK).sum().backward()
     assert values.grad.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_the_sums_of_a_side_are_of_what_it_has_and_give_no_gradient():
+    kl = torch.tensor([[1.0, 2.0, math.nan], [3.0, 9.0, 9.0]], requires_grad=True)
+    sums = sums_over_response(SideScores(MASK[:2], kl=kl, entropy=2 * kl))
+    found = {name: values.tolist() for name, values in sums.items()}
+    assert found == {"kl": [3.0, 3.0], "entropy": [6.0, 6.0], "tokens": [2, 1]}
+    assert not any(values.requires_grad for values in sums.values())

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that waits for a CUDA device, on one of them: checks, then times, into results/. About half an hour on an H100.
+# All that waits for a CUDA device, on one of them: checks, then times, into results/. How long it takes is not known yet.
 #     pip install -e ".[test,quantization]" trl && tests/benchmarks/gpu.sh
 set -eu
 cd "$(dirname "$0")/../.."
