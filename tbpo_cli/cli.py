@@ -137,6 +137,8 @@ def prepare(call: Call) -> None:
 
     Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl --show 3
     """
+    if call.ids and not call.show:
+        raise TbpoError("--ids is of the pairs that --show prints", "--ids", "--show N beside it", "--show 3 --ids")
     run_stage("prepare", call)
     if call.show and not call.dry_run:
         from tbpo_cli.stages.prepare import show_pairs

@@ -2,8 +2,8 @@
 
 import gzip
 import json
-import os
 import shutil
+import signal
 from datetime import date
 
 import pytest
@@ -452,7 +452,7 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
 def test_a_worker_that_dies_is_a_message(base):
     data = Data(train=UNUSED, workers=2)
     with workers(Model(base=str(base)), data) as pool, pytest.raises(TbpoError, match="a worker died") as error:
-        pool.submit(os._exit, 1).exception()
+        pool.submit(signal.raise_signal, signal.SIGKILL).exception()
         list(prepare_rows(iter([Row("here", 1, ROWS["prompt"])] * 3000), "prompt", data, pool))
     assert "lower data.workers" in error.value.fix
 

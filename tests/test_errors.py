@@ -406,6 +406,7 @@ MISTAKES = {
         lambda s: ["align", s.recipe, "align.max_steps=2"],
         (*FULL, "align.max_steps=2 is not understood", "--set align.max_steps=2"),
     ),
+    "ids of nothing": (lambda s: ["prepare", s.recipe, "--ids"], (*FULL, "--ids is of the pairs", "--show 3 --ids")),
     "a second recipe": (lambda s: ["sft", s.recipe, "b.toml"], (*FULL, "b.toml is not understood", "leave it out")),
     "flags for a launcher that is not needed": (
         lambda s: ["align", s.recipe, "--", "--num_cpu_threads_per_process=2"],
