@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # In a stage's folder, while its workers run: the first machine has launched it; a worker has said why it failed.
 LAUNCHED, TOLD = ".launched", ".told"
-ABSENT = 600.0  # seconds that a machine waits for the first one to take up the run
+ABSENT = 600.0  # seconds without the first machine that another one waits for it
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,16 @@ def run_or_launch(
 def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
     """On another machine than the first: waits until that has launched the stage, and adds the workers of this one.
 
-    Raises TbpoError if the first machine has let go of the run before, or does not take it up for ABSENT seconds.
+    Raises TbpoError if nobody has the run for ABSENT seconds: the first machine may still be between two commands.
     """
     console.say(f"waiting for {processes.main_address} to begin {name} …")
-    seen, until = False, time.monotonic() + ABSENT
+    until = time.monotonic() + ABSENT
     while not (run_dir.stage(name) / LAUNCHED).exists():
-        is_there = run_dir.owner() != ""
-        if not is_there and (seen or time.monotonic() > until):
+        until = time.monotonic() + ABSENT if run_dir.owner() else until
+        if time.monotonic() > until:
             what, where = f"the first machine does not begin {name}", f"--main-address {processes.main_address}"
             expected, fix = f"the same command there, with {run_dir.path}", "look at what it says, and start all again"
             raise TbpoError(what, where, expected, fix)
-        seen = is_there
         time.sleep(0.5)
     _run_workers(run_dir.stage(name), processes)
 

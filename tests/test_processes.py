@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -14,8 +15,10 @@ from conftest import run_stage, write_recipe
 from process import Process
 from safetensors.torch import load_file
 
+from tbpo_cli import launch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.launch import Processes, processes_of
+from tbpo_cli.run import RunDir
 
 EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
@@ -138,17 +141,23 @@ def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
     assert (run / "align.old-1/manifest.json").exists()
 
 
-def test_a_machine_does_not_wait_for_a_first_one_that_has_failed(recipe_file, tmp_path):
-    """The first one finds no usable row; the other is waiting by then."""
-    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "p", "chosen": "same", "rejected": "same"}\n')
-    where = ("--cpu", "--nodes", "2", "--main-address", "127.0.0.1:29500", "--set", f"data.train={rows}")
-    other = start(recipe_file, run, "--node-rank", "1", *where)
-    other.wait_until(lambda: "waiting for 127.0.0.1:29500" in other.err)
-    code, _, said = finish(start(recipe_file, run, "--node-rank", "0", *where))
-    assert code == 2 and "cannot be used" in said
-    code, _, said = finish(other)
-    assert code == 2 and "the first machine does not begin align" in said, said
+def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_so_long(tmp_path, monkeypatch):
+    """Half a second here: the lock is held three times as long, then nobody takes up the run."""
+    monkeypatch.setattr(launch, "ABSENT", 0.5)
+    run_dir, other, waited = RunDir(tmp_path), Processes(1, True, 2, 1, "127.0.0.1:29500"), []
+
+    def wait():
+        with pytest.raises(TbpoError, match="the first machine does not begin align"):
+            launch.join_workers("align", run_dir, other)
+        waited.append(True)
+
+    with run_dir.lock():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(1.5)
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert waited == [True]
 
 
 @pytest.mark.parametrize("gpus", ["1", "2"])
