@@ -1,5 +1,7 @@
 """Row layouts: the same losses and gradients from each, for every loss, in every model that can take it."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.train.metrics import measure, pair_weights
 
 LENGTHS = [(5, 6, 4), (3, 1, 7), (9, 4, 1), (2, 5, 5), (1, 1, 1)]  # tokens of prompt, chosen, rejected
 SMALL = {
@@ -160,6 +163,44 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
         hidden = torch.ones(scores.shape[1:]).triu(last - first - (end - start) + 1).bool()
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[0].repeat_interleave(2, 0)[:, seen])
     torch.testing.assert_close(torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
+    """Of shapes alone ("meta"), where the kernel's own checks of its arguments run."""
+    if torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 has no such kernel for grouped heads")
+    states = random_states(SEQUENCES[kind], "meta", torch.bfloat16)
+    result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
+    expected, _ = attend_by_sequence(llama_attention(), *random_states(SEQUENCES[kind]), None, SEQUENCES[kind])
+    assert (result.shape, result.dtype) == (expected.shape, torch.bfloat16)
+    gradients = torch.autograd.grad(result.float().sum(), states)
+    assert [each.shape for each in gradients] == [each.shape for each in states]
+
+
+@pytest.mark.parametrize("layout", ["shared_prompt", "packed"])  # for padded rows transformers' masks ask once a pass
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
+    """On "meta", whose tensors have no numbers, every question for one is an error: what a GPU would have to answer."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know that device
+    loss, meta, scorer = build_loss(name), torch.device("meta"), make_scorer()
+    models = [scorer.policy.model, *scorer.policy.frozen.values()]
+    for model in models:
+        model.set_attn_implementation(BY_SEQUENCE)
+        model.to(meta)
+    scorer = Scorer.of(scorer.policy, scorer.baseline.to(meta))
+    batch = collate([cut_to_span(pair, loss.span) for pair in pairs], layout).to(meta)
+    optimizer = torch.optim.AdamW(scorer.policy.model.parameters())
+    for diagnostics in (False, True):
+        scores = scorer.score(batch, loss.needs, diagnostics)
+        output = loss(scores)
+        totals = measure(scores, output, loss)
+        (output.per_pair * pair_weights(scores, loss)).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(scorer.policy.model.parameters(), 1.0)
+        optimizer.step()
+        assert norm.is_meta and all(total.is_meta for total, _ in totals.values())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        norm.item()
 
 
 @needs_gpu

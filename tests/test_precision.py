@@ -1,5 +1,6 @@
-"""Number types: fused LoRA layers, bf16 with fp32 adapters, fp32 weights in full fine-tuning, 4-bit bases."""
+"""Number types: fused norms and LoRA layers, bf16 with fp32 adapters, fp32 weights in full fine-tuning, 4-bit bases."""
 
+import copy
 import importlib.util
 from dataclasses import replace
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from conftest import run_stage
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.fused import fuse_lora, fuse_norms
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.model.lora import fuse_lora
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.recipe import load_recipe
 
@@ -124,3 +126,56 @@ def test_4_bit_weights_are_refused_on_a_cpu(recipe_file):
     """There, bitsandbytes packs a layer for inference as soon as the reference is asked, without a gradient."""
     with pytest.raises(TbpoError, match="need a GPU"):
         load_policy(load_recipe(recipe_file, ("model.quantization=nf4",)), CPU, None, with_reference=True)
+
+
+TINY = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 4, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+NORMS = {"llama": True, "qwen2": True, "qwen3": True, "mistral": True, "phi3": True, "gemma2": False, "gpt2": False}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_model_with_fused_norms_is_transformers_model(kind):
+    """Logits and gradients: the same in fp32, and in bf16 as close to those. Gemma's weight of 1 + w is left alone."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4} if kind == "gpt2" else TINY
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(weight, 1.0, 0.3)
+
+    def distance(fused: bool, dtype: torch.dtype, to: list[Tensor] | None = None) -> tuple[list[Tensor], float]:
+        """Logits and gradients, and the larger relative distance of the two to others."""
+        other = copy.deepcopy(model).to(dtype)
+        if fused:
+            fuse_norms(other)
+            norms = [module for module in other.modules() if "Norm" in type(module).__name__]
+            assert len(norms) > 4 and {"forward" in vars(norm) for norm in norms} == {NORMS[kind]}
+        logits = other(input_ids=torch.arange(1, 41).view(2, 20)).logits
+        assert logits.dtype == dtype
+        gradients = torch.autograd.grad(logits.float().square().mean(), list(other.parameters()))
+        found = [logits.detach().float(), torch.cat([each.float().flatten() for each in gradients])]
+        pairs = zip(found, to or found, strict=True)
+        return found, max(float((got - want).norm() / want.norm()) for got, want in pairs)
+
+    exact, _ = distance(False, torch.float32)
+    assert distance(True, torch.float32, exact)[1] < 1e-5
+    assert distance(True, torch.bfloat16, exact)[1] < 1.2 * distance(False, torch.bfloat16, exact)[1] + 1e-9
+
+
+def test_a_fused_norm_keeps_its_type_under_autocast_and_beside_wider_weights():
+    norm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).model.norm
+    x, plain = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), copy.deepcopy(norm)
+    fuse_norms(norm)
+    for states in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(states).dtype == plain(states).dtype
+            torch.testing.assert_close(norm(states), plain(states))
+
+
+def test_a_copy_of_a_model_with_fused_norms_reads_its_own_weights():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY))
+    fuse_norms(model)
+    other, ids = copy.deepcopy(model), torch.arange(1, 9)[None]
+    before = other(input_ids=ids).logits
+    model.model.norm.weight.data.zero_()
+    assert torch.equal(other(input_ids=ids).logits, before) and not model(input_ids=ids).logits.any()

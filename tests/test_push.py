@@ -24,8 +24,7 @@ from tbpo_cli.checks import validate
 from tbpo_cli.core.losses import LOSSES, Dpo
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.files import write_sealed
-from tbpo_cli.model.load import load_policy, load_trained
-from tbpo_cli.model.lora import local_adapter
+from tbpo_cli.model.load import load_policy, load_trained, local_adapter
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.recipe import Model, load_recipe
 from tbpo_cli.run import RunDir

@@ -70,7 +70,7 @@ def _one_by_one(
 
 
 def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, of: Segments, scale: float | None) -> Tensor:
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     grouped: Any = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # which torch 2.11 does not know
     attended = varlen_attn(
         query.contiguous(), key[of.keys], value[of.keys], of.query_ends, of.key_ends, of.most_queries, of.most_keys,

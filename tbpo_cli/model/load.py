@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.lora import fuse_lora, local_adapter
+from tbpo_cli.model.fused import fuse_lora, fuse_norms
 from tbpo_cli.model.sharding import LanguageModel, gather_all, shard
 from tbpo_cli.recipe import Model, Recipe
 
@@ -299,6 +299,7 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
             fix,
         ) from error
     loaded.config.dtype = own_dtype  # what it is saved in
+    fuse_norms(loaded)
     return loaded if model.quantization is not None else loaded.to(device)
 
 
@@ -324,3 +325,22 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, model.dtype))
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if on_gpu else torch.float32
+
+
+def local_adapter(source: str, key: str = "the adapter") -> Path:
+    """The folder of an adapter, or that of "user/repo[@revision]" in the cache. Raises TbpoError if there is none."""
+    from huggingface_hub import snapshot_download
+
+    folder, (repo, _, revision) = Path(source), source.partition("@")
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+        if missing := [name for name in files if not (folder / name).exists()]:
+            raise OSError(f"it has no {missing[0]}")
+    except (OSError, ValueError) as error:
+        what, where = f"the adapter cannot be loaded: {str(error).splitlines()[0]}", f"{key} = {source!r}"
+        expected = f"a folder, or user/repo[@revision] on the Hub, with {' and '.join(files)} (a pickle is not loaded)"
+        fix = "check it, and that the Hub can be reached; a whole model is named as model.base"
+        raise TbpoError(what, where, expected, fix) from error
+    return folder

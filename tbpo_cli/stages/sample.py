@@ -149,8 +149,7 @@ def _sample(
 
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
-    from tbpo_cli.model.load import load_trained
-    from tbpo_cli.model.lora import local_adapter
+    from tbpo_cli.model.load import load_trained, local_adapter
     from tbpo_cli.train.group import Group
 
     device = Group.of_environment().device
