@@ -43,6 +43,9 @@ MODELS = {  # model type, further settings, and whether one row can hold several
 }  # fmt: skip
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_grouped_kernel = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 has no such kernel for grouped heads"
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +168,10 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     torch.testing.assert_close(torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6)
 
 
+@needs_grouped_kernel
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
     """Of shapes alone ("meta"), where the kernel's own checks of its arguments run."""
-    if torch.__version__ < "2.12":
-        pytest.skip("torch 2.11 has no such kernel for grouped heads")
     states = random_states(SEQUENCES[kind], "meta", torch.bfloat16)
     result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
     expected, _ = attend_by_sequence(llama_attention(), *random_states(SEQUENCES[kind]), None, SEQUENCES[kind])
@@ -205,7 +207,7 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 has no such kernel for grouped heads")
+@needs_grouped_kernel
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
     """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few times over."""
