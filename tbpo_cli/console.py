@@ -35,9 +35,13 @@ out = Console(highlight=False, soft_wrap=True)
 def quiet_libraries() -> None:
     """Before they are imported: no advice or telemetry of the libraries, only their errors; bars only at a terminal."""
     for name, value in QUIET_LIBRARIES.items():
-        if not (name.endswith("PROGRESS_BARS") and sys.stderr.isatty() and "--quiet" not in sys.argv):
+        if not (
+            name.endswith("PROGRESS_BARS") and sys.stderr.isatty() and "--quiet" not in sys.argv
+        ):
             os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore", FutureWarning)  # about the insides of libraries, nothing a user can act on
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # about the insides of libraries, nothing a user can act on
 
 
 def say(text: str) -> None:
@@ -47,7 +51,14 @@ def say(text: str) -> None:
 
 def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
@@ -68,7 +79,9 @@ def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary
 
 
 @contextmanager
-def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> Iterator[Callable[[int, str], None]]:
+def progress(
+    label: str, total: int | None, done: int = 0, every: int = 1
+) -> Iterator[Callable[[int, str], None]]:
     """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
 
     Args:
@@ -86,10 +99,17 @@ def progress(label: str, total: int | None, done: int = 0, every: int = 1) -> It
     if err.is_terminal and not err.quiet:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        columns = ("{task.description}", BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            "{task.description}",
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, "{task.fields[note]}", console=err, transient=True) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=f"{note}  {rate(done)[1]}".strip())
+            yield lambda done, note: bar.update(
+                task, completed=done, note=f"{note}  {rate(done)[1]}".strip()
+            )
         return
 
     def update(done: int, note: str) -> None:

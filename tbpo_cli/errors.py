@@ -25,7 +25,11 @@ class TbpoError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        told = [f"  {label}: {text}" for label in ("where", "expected", "fix") if (text := getattr(self, label))]
+        told = [
+            f"  {label}: {text}"
+            for label in ("where", "expected", "fix")
+            if (text := getattr(self, label))
+        ]
         return "\n".join([f"error: {self.what}", *told, *map(str, self.also)])
 
 

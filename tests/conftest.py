@@ -29,7 +29,9 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "red green blue one two three four cat dog bird tree house runs jumps sings loves sees".split()  # noqa: SIM905
+WORDS = (
+    "red green blue one two three four cat dog bird tree house runs jumps sings loves sees".split()
+)  # noqa: SIM905
 
 
 def sentence(rng, low=2, high=9):
@@ -65,7 +67,9 @@ def train_tokenizer():
     )
     rng = random.Random(0)
     tokenizer.train_from_iterator([sentence(rng) for _ in range(500)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = CHATML
     return fast
@@ -152,7 +156,7 @@ def finished(trained, tmp_path):
 def command(*arguments, cwd, stdin=""):
     """`tbpo ARGUMENTS` in this process, in the folder `cwd`; returns it as a finished process with its text output."""
     from tbpo_cli import console
-    from tbpo_cli.cli import main
+    from tbpo_cli.cli.main import main
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -195,7 +199,7 @@ def executable(tmp_path):
 
     def run(*arguments, **environment):
         return subprocess.run(
-            [sys.executable, "-m", "tbpo_cli.cli", *map(str, arguments)],
+            [sys.executable, "-m", "tbpo_cli.cli.main", *map(str, arguments)],
             cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
@@ -204,8 +208,8 @@ def executable(tmp_path):
 
 def run_stage(stage, recipe_file, run_dir, *overrides, restart=False):
     """A stage in this process, as the command runs it; returns the run directory."""
-    from tbpo_cli.recipe import load_recipe
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.config.recipe import load_recipe
+    from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.stages import run_through
 
     recipe = load_recipe(Path(recipe_file), overrides)

@@ -57,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _handle(self, answer):
         self.requests.append(f"{self.command} {self.path}")
-        fault = next((f for f in self.faults if f[0] == self.command and re.search(f[1], self.path)), None)
+        fault = next(
+            (f for f in self.faults if f[0] == self.command and re.search(f[1], self.path)), None
+        )
         if fault is not None:
             self.faults.remove(fault)
         self.lost = fault is not None and fault[2] == "lost"
@@ -68,7 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         elif fault[2] == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
         else:
-            self._answer(fault[2], b"{}", "application/json", **({"Retry-After": 1} if fault[2] == 429 else {}))
+            self._answer(
+                fault[2],
+                b"{}",
+                "application/json",
+                **({"Retry-After": 1} if fault[2] == 429 else {}),
+            )
 
     def _read(self):
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -98,12 +105,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._fail()
         if rest.startswith("paths-info/"):
             is_json = self.headers["Content-Type"] == "application/json"
-            paths = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode())["paths"]
+            paths = (
+                json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode())["paths"]
+            )
             return self._json([self._entry(repo, path) for path in paths if (repo / path).exists()])
         if self._role(repo) != "write":
             return self._fail("Forbidden", 403)
         if rest.startswith("preupload/"):
-            return self._json({"files": [self._mode(repo, file) for file in json.loads(self.body)["files"]]})
+            return self._json(
+                {"files": [self._mode(repo, file) for file in json.loads(self.body)["files"]]}
+            )
         if rest.startswith("commit/"):
             return self._commit(repo)
         return self._fail()
@@ -116,10 +127,17 @@ class Handler(BaseHTTPRequestHandler):
             for key in ("base_model", "license", "library_name", "pipeline_tag"):
                 if not isinstance(data.get(key, "x"), str) or data.get(key, "x").startswith("/"):
                     errors.append(f'"{key}" must be an identifier')
-            if data.get("base_model_relation", "adapter") not in ("adapter", "finetune", "quantized", "merge"):
+            if data.get("base_model_relation", "adapter") not in (
+                "adapter",
+                "finetune",
+                "quantized",
+                "merge",
+            ):
                 errors.append('"base_model_relation" is none')
             for model in data.get("model-index", []):
-                assert model["name"] and all(one["task"]["type"] and one["metrics"] for one in model["results"])
+                assert model["name"] and all(
+                    one["task"]["type"] and one["metrics"] for one in model["results"]
+                )
         except (TypeError, KeyError, AssertionError, yaml.YAMLError) as error:
             errors.append(f"no metadata: {error}")
         content = {"errors": [{"message": message} for message in errors], "warnings": []}
@@ -133,7 +151,9 @@ class Handler(BaseHTTPRequestHandler):
         repo.mkdir(parents=True, exist_ok=True)
         if is_new and body.get("visibility") == "private":
             self.private.add(repo)
-        content = json.dumps({"url": f"{self.address}/{body['organization']}/{body['name']}"}).encode()
+        content = json.dumps(
+            {"url": f"{self.address}/{body['organization']}/{body['name']}"}
+        ).encode()
         self._answer(200 if is_new else 409, content, "application/json")
 
     def _mode(self, repo, file):
@@ -141,7 +161,12 @@ class Handler(BaseHTTPRequestHandler):
         entry = self._entry(repo, file["path"]) if path.exists() else {}
         oid = entry.get("lfs", entry).get("oid")
         large = file["path"].endswith(LARGE)
-        return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+        return {
+            "path": file["path"],
+            "uploadMode": "lfs" if large else "regular",
+            "shouldIgnore": False,
+            "oid": oid,
+        }
 
     def _batch(self):
         objects = json.loads(self.body)["objects"]
@@ -170,7 +195,9 @@ class Handler(BaseHTTPRequestHandler):
             elif (self.root / "lfs" / value["oid"]).exists():
                 path.write_bytes((self.root / "lfs" / value["oid"]).read_bytes())
             else:  # it came by Xet: its chunks are in root/xet
-                path.write_bytes(b"xet " + json.dumps({"oid": value["oid"], "size": value["size"]}).encode())
+                path.write_bytes(
+                    b"xet " + json.dumps({"oid": value["oid"], "size": value["size"]}).encode()
+                )
         commits = self.heads.setdefault(repo, [])
         sha = hashlib.sha1(f"{repo} {len(commits)} {header}".encode()).hexdigest()
         commits.append(sha)
@@ -183,7 +210,11 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             if self._role() is None:
                 return self._fail("Unauthorized", 401)
-            auth = {"accessToken": {"role": self._role() if self._role() in ("read", "write") else "fineGrained"}}
+            auth = {
+                "accessToken": {
+                    "role": self._role() if self._role() in ("read", "write") else "fineGrained"
+                }
+            }
             return self._json({"name": "someone", "type": "user", "orgs": [], "auth": auth})
         if path.startswith("/api/"):
             repo, rest = self._parts("/api/")
@@ -193,7 +224,9 @@ class Handler(BaseHTTPRequestHandler):
                 url, until = f"local://{self.root / 'xet'}", int(time.time()) + 3600
                 return self._json({"casUrl": url, "accessToken": "x", "exp": until})
             if rest == "auth-check/write":
-                return self._json({}) if self._role(repo) == "write" else self._fail("Forbidden", 403)
+                return (
+                    self._json({}) if self._role(repo) == "write" else self._fail("Forbidden", 403)
+                )
             if rest.startswith("tree/"):
                 revision, _, folder = unquote(rest.removeprefix("tree/")).partition("/")
                 repo = self._at(repo, revision)
@@ -210,7 +243,9 @@ class Handler(BaseHTTPRequestHandler):
         if file is None or not file.is_file():
             return self._fail("EntryNotFound" if repo else "RepoNotFound")
         content = file.read_bytes()
-        self._answer(200, content, "application/octet-stream", ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+        self._answer(
+            200, content, "application/octet-stream", ETag=f'"{hashlib.sha1(content).hexdigest()}"'
+        )
 
     def _sha(self, repo, revision):
         commits = self.heads.get(repo, [])
@@ -239,16 +274,28 @@ class Handler(BaseHTTPRequestHandler):
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "oid": blob, "size": len(content), "path": path}
         if content.startswith(b"xet "):
-            entry |= {"size": json.loads(content[4:])["size"], "lfs": {**json.loads(content[4:]), "pointerSize": 134}}
+            entry |= {
+                "size": json.loads(content[4:])["size"],
+                "lfs": {**json.loads(content[4:]), "pointerSize": 134},
+            }
         elif path.endswith(LARGE):
-            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            entry["lfs"] = {
+                "oid": hashlib.sha256(content).hexdigest(),
+                "size": len(content),
+                "pointerSize": 134,
+            }
         return entry
 
     def _json(self, content):
         self._answer(200, json.dumps(content).encode(), "application/json")
 
     def _fail(self, code="RepoNotFound", status=404):
-        self._answer(status, json.dumps({"error": code}).encode(), "application/json", **{"X-Error-Code": code})
+        self._answer(
+            status,
+            json.dumps({"error": code}).encode(),
+            "application/json",
+            **{"X-Error-Code": code},
+        )
 
     def _answer(self, status, content, kind, **headers):
         if self.lost:
@@ -277,7 +324,14 @@ class Server(ThreadingHTTPServer):
 @contextmanager
 def serve(root):
     """Yields the server's handler class, with its address, requests, tokens, faults …"""
-    state = {"root": Path(root), "requests": [], "tokens": {}, "private": set(), "heads": {}, "faults": []}
+    state = {
+        "root": Path(root),
+        "requests": [],
+        "tokens": {},
+        "private": set(),
+        "heads": {},
+        "faults": [],
+    }
     handler = type("Hub", (Handler,), state)
     server = Server(("127.0.0.1", 0), handler)
     handler.address = f"http://127.0.0.1:{server.server_address[1]}"

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 def chat_completion(text, **more):
     return {
-        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}],
+        "choices": [
+            {"message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
+        ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10},
     }
 
@@ -82,7 +84,9 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def chat_server(answer, *troubles):
     state = Server(answer, list(troubles))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Chat", (Handler,), {"server_state": state}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Chat", (Handler,), {"server_state": state})
+    )
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tbpo_cli.cli", "tbpo_cli.stages.evaluate", "tbpo_cli.stages.align", "datasets"])
+FORKS.set_forkserver_preload(
+    ["tbpo_cli.cli.main", "tbpo_cli.stages.evaluate", "tbpo_cli.stages.align", "datasets"]
+)
 
 
 def _main(arguments, folder, environment, paths):
@@ -23,7 +25,7 @@ def _main(arguments, folder, environment, paths):
     for number, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     sys.argv = ["tbpo", *arguments]
-    from tbpo_cli.cli import main
+    from tbpo_cli.cli.main import main
 
     main()
 
@@ -38,7 +40,9 @@ class Process:
         for path in self._paths:
             path.touch()
         given = (self.arguments, cwd, {**os.environ, **environment}, self._paths)
-        self._process = FORKS.Process(target=_main, args=given, daemon=True)  # it ends with the tests
+        self._process = FORKS.Process(
+            target=_main, args=given, daemon=True
+        )  # it ends with the tests
         self._process.start()
         self.pid = self._process.pid
 
@@ -59,7 +63,9 @@ class Process:
     def finish(self, timeout=300):
         """Waits for its end; returns it as a finished process."""
         code = self.wait(timeout)
-        done = subprocess.CompletedProcess(self.arguments, code, *(path.read_text("utf-8") for path in self._paths))
+        done = subprocess.CompletedProcess(
+            self.arguments, code, *(path.read_text("utf-8") for path in self._paths)
+        )
         self.close()
         return done
 

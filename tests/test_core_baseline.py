@@ -25,12 +25,17 @@ def test_it_is_linear_gelu_linear_in_fp32_whatever_the_hidden_states_are():
         torch.set_default_dtype(torch.float32)
     torch.nn.init.normal_(baseline.out.weight)
     torch.nn.init.ones_(baseline.out.bias)
-    hidden = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    hidden = (
+        torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = baseline(hidden)
     inner = hidden.detach().float() @ baseline.hidden.weight.T + baseline.hidden.bias
     expected = (0.5 * inner * (1 + torch.erf(inner / 2**0.5))) @ baseline.out.weight[0] + 1
-    assert (found.dtype, found.shape) == (torch.float32, (2, 5)) and baseline.hidden.out_features == 1024
+    assert (found.dtype, found.shape) == (
+        torch.float32,
+        (2, 5),
+    ) and baseline.hidden.out_features == 1024
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()
     assert hidden.grad is None and baseline.hidden.weight.grad.any()

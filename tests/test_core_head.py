@@ -28,9 +28,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(head_module, "TILE_ON_CPU", 16)  # and a vocabulary of 50 in a short tile
 
 
-def make_head(generator, *, bias=False, scale=1.0, softcap=None, trained=False, dtype=torch.float64):
-    weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(trained)
-    bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(trained) if bias else None
+def make_head(
+    generator, *, bias=False, scale=1.0, softcap=None, trained=False, dtype=torch.float64
+):
+    weight = (
+        torch.randn(V, H, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_(trained)
+    )
+    bias = (
+        torch.randn(V, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(trained)
+        if bias
+        else None
+    )
     return Head(weight, bias, scale, softcap)
 
 
@@ -50,14 +60,23 @@ def gradients(statistic, weights, inputs):
 def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained, shared):
     generator = torch.Generator().manual_seed(0)
     policy_head = make_head(generator, trained=trained, **HEADS[kind])
-    reference_head = policy_head if shared else replace(policy_head, weight=1.5 * policy_head.weight.detach())
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    reference_head = (
+        policy_head if shared else replace(policy_head, weight=1.5 * policy_head.weight.detach())
+    )
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     policy.requires_grad_()
     tokens = torch.randint(V, (N,), generator=generator)
     weights = torch.randn(N, generator=generator, dtype=torch.float64)
-    inputs = [policy, *(t for t in (policy_head.weight, policy_head.bias) if trained and t is not None)]
+    inputs = [
+        policy,
+        *(t for t in (policy_head.weight, policy_head.bias) if trained and t is not None),
+    ]
 
-    fast = token_statistics(frozenset({need}), tokens, policy, policy_head, reference, reference_head)
+    fast = token_statistics(
+        frozenset({need}), tokens, policy, policy_head, reference, reference_head
+    )
     dense = oracle.side_scores(
         dense_logits(policy_head, policy)[None],
         dense_logits(reference_head, reference)[None],
@@ -67,7 +86,9 @@ def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained, shared
 
     torch.testing.assert_close(getattr(fast, need), getattr(dense, need), rtol=1e-9, atol=1e-9)
     for got, want in zip(
-        gradients(getattr(fast, need), weights, inputs), gradients(getattr(dense, need), weights, inputs), strict=True
+        gradients(getattr(fast, need), weights, inputs),
+        gradients(getattr(dense, need), weights, inputs),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -76,9 +97,14 @@ def test_values_and_gradients_equal_the_dense_oracle(need, kind, trained, shared
 def test_no_gradient_reaches_the_reference(need):
     generator = torch.Generator().manual_seed(6)
     head = make_head(generator)
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
     tokens = torch.randint(V, (N,), generator=generator)
-    getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need).sum().backward()
+    getattr(
+        token_statistics(frozenset({need}), tokens, policy, head, reference, head), need
+    ).sum().backward()
     assert policy.grad.abs().sum() > 0 and reference.grad is None
 
 
@@ -87,8 +113,13 @@ def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trai
     generator = torch.Generator().manual_seed(7)
     head = make_head(generator, trained=trained, **HEADS["everything"])
     reference_head = replace(head, weight=head.weight.detach() + 0.1, bias=head.bias.detach())
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
-    tokens, weights = torch.randint(V, (N,), generator=generator), torch.randn(4, N, generator=generator).double()
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    tokens, weights = (
+        torch.randint(V, (N,), generator=generator),
+        torch.randn(4, N, generator=generator).double(),
+    )
     inputs = [policy.requires_grad_(), *([head.weight, head.bias] if trained else [])]
     fast = token_statistics(STATISTICS, tokens, policy, head, reference, reference_head)
     dense = oracle.side_scores(
@@ -104,18 +135,27 @@ def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trai
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for scores in (fast, dense):
-        assert not scores.reverse_kl.requires_grad and not scores.entropy.requires_grad, "they are diagnostics"
+        assert not scores.reverse_kl.requires_grad and not scores.entropy.requires_grad, (
+            "they are diagnostics"
+        )
 
 
-@pytest.mark.parametrize("needs", [{"reverse_kl"}, {"entropy"}, {"entropy", "kl"}, set(DIAGNOSTICS)])
+@pytest.mark.parametrize(
+    "needs", [{"reverse_kl"}, {"entropy"}, {"entropy", "kl"}, set(DIAGNOSTICS)]
+)
 def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned(needs):
     generator = torch.Generator().manual_seed(1)
     head = make_head(generator)
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     tokens = torch.randint(V, (N,), generator=generator)
     fast = token_statistics(frozenset(needs), tokens, policy, head, reference, head)
     dense = oracle.side_scores(
-        dense_logits(head, policy)[None], dense_logits(head, reference)[None], tokens[None], torch.ones(1, N).bool()
+        dense_logits(head, policy)[None],
+        dense_logits(head, reference)[None],
+        tokens[None],
+        torch.ones(1, N).bool(),
     )
     for name in needs:
         torch.testing.assert_close(getattr(fast, name), getattr(dense, name), rtol=1e-9, atol=1e-9)
@@ -140,7 +180,9 @@ class Widths(TorchDispatchMode):
 def test_no_tensor_of_a_frozen_linear_head_is_as_wide_as_the_vocabulary(needs):
     generator = torch.Generator().manual_seed(8)
     head = make_head(generator, bias=True, scale=0.5)
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2))
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     tokens = torch.randint(V, (N,), generator=generator)
     with Widths() as widths:
         token_statistics(frozenset(needs), tokens, policy.requires_grad_(), head, reference, head)
@@ -171,8 +213,12 @@ def test_without_a_reference_only_the_policy_is_read():
     tokens = torch.randint(V, (N,), generator=generator)
     found = token_statistics(REFERENCE_FREE, tokens, policy, head)
     dense = dense_logits(head, policy).log_softmax(-1)
-    torch.testing.assert_close(found.logps[0], dense[torch.arange(N), tokens], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.entropy[0], -(dense.exp() * dense).sum(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found.logps[0], dense[torch.arange(N), tokens], rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        found.entropy[0], -(dense.exp() * dense).sum(-1), rtol=1e-12, atol=1e-12
+    )
     assert found.mask.all() and found.log_ratio is None
     alone = token_statistics(frozenset({"logps"}), tokens, policy, head, reference_head=head)
     torch.testing.assert_close(alone.logps, found.logps, rtol=1e-12, atol=1e-12)
@@ -184,18 +230,26 @@ def test_half_precision_stays_within_its_rounding_error(need, dtype):
     """Inputs rounded to `dtype` once; then 12 products of unit size, whose logits round to ±2^-8 of up to ~10."""
     generator = torch.Generator().manual_seed(4)
     head = make_head(generator, dtype=dtype)
-    policy, reference = (torch.randn(N, H, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     tokens = torch.randint(V, (N,), generator=generator)
-    statistic = getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need)
+    statistic = getattr(
+        token_statistics(frozenset({need}), tokens, policy, head, reference, head), need
+    )
     exact_head = Head(head.weight.double())
-    exact = token_statistics(frozenset({need}), tokens, policy.double(), exact_head, reference.double(), exact_head)
+    exact = token_statistics(
+        frozenset({need}), tokens, policy.double(), exact_head, reference.double(), exact_head
+    )
     assert statistic.dtype == torch.float32
     torch.testing.assert_close(statistic.double(), getattr(exact, need), rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
-def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradients_in_their_own(need, trained):
+def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradients_in_their_own(
+    need, trained
+):
     generator = torch.Generator().manual_seed(5)
     head = make_head(generator, trained=trained, dtype=torch.bfloat16)
     rounded = torch.randn(N, H, generator=generator).bfloat16().requires_grad_()
@@ -203,7 +257,9 @@ def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradien
     reference = torch.randn(N, H, generator=generator).bfloat16()
     tokens, found = torch.randint(V, (N,), generator=generator), []
     for hidden in (rounded, exact):
-        statistic = getattr(token_statistics(frozenset({need}), tokens, hidden, head, reference, head), need)
+        statistic = getattr(
+            token_statistics(frozenset({need}), tokens, hidden, head, reference, head), need
+        )
         (gradient,) = torch.autograd.grad(statistic.sum(), hidden)
         assert gradient.dtype == hidden.dtype
         found.append((statistic, gradient.float()))
@@ -214,10 +270,14 @@ def test_hidden_states_in_fp32_are_read_in_the_heads_number_type_and_get_gradien
 def test_gradients_of_a_bf16_head_are_added_up_in_fp32(monkeypatch):
     """600 chunks that give 3/4 or −1/4 each: in bf16, 256 + 3/4 is 256."""
     monkeypatch.setattr(head_module, "CHUNK_TOKENS", 1)
-    weight, bias = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((4, 1), (4,)))
+    weight, bias = (
+        torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((4, 1), (4,))
+    )
     hidden = torch.ones(600, 1, dtype=torch.bfloat16)
     tokens = torch.zeros(600, dtype=torch.int64)
-    token_statistics(frozenset({"logps"}), tokens, hidden, Head(weight, bias)).logps.sum().backward()
+    token_statistics(
+        frozenset({"logps"}), tokens, hidden, Head(weight, bias)
+    ).logps.sum().backward()
     assert weight.grad.flatten().tolist() == bias.grad.tolist() == [450.0, -150.0, -150.0, -150.0]
 
 
@@ -228,6 +288,8 @@ def test_extreme_logits_stay_finite(need):
     policy = torch.tensor([[1.0], [-1.0], [1.0], [0.0]], dtype=torch.bfloat16).requires_grad_()
     reference = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=torch.bfloat16)
     tokens = torch.tensor([0, 0, 1, 0])
-    statistic = getattr(token_statistics(frozenset({need}), tokens, policy, head, reference, head), need)
+    statistic = getattr(
+        token_statistics(frozenset({need}), tokens, policy, head, reference, head), need
+    )
     statistic.sum().backward()
     assert statistic.isfinite().all() and policy.grad.isfinite().all()

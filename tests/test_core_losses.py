@@ -21,7 +21,9 @@ GENERATOR_FIELDS = {
     "ba": [{"lam": -0.5}, {"lam": 0.0}, {"lam": 0.5}, {"lam": 1.0}],
     "sba": [{"lam": lam, "scale": scale} for lam in (-0.5, 0.0, 0.5, 1.0) for scale in (2.0, 4.0)],
 }
-EVERY_GENERATOR = [(name, kwargs) for name, settings in GENERATOR_FIELDS.items() for kwargs in settings]
+EVERY_GENERATOR = [
+    (name, kwargs) for name, settings in GENERATOR_FIELDS.items() for kwargs in settings
+]
 
 
 def from_params(name, params):
@@ -40,7 +42,10 @@ def batch_from_golden(pairs):
         batch = len(pairs)
         mask = torch.zeros(batch, length, dtype=torch.bool)
         tokens = torch.zeros(batch, length, dtype=torch.int64)
-        extras = {"state_baseline": torch.zeros(batch, length).double(), "weights": torch.zeros(batch, length).double()}
+        extras = {
+            "state_baseline": torch.zeros(batch, length).double(),
+            "weights": torch.zeros(batch, length).double(),
+        }
         logits = {
             which: torch.zeros(batch, length, GOLDEN["vocab"], dtype=torch.float64)
             for which in ("policy_logits", "reference_logits")
@@ -55,12 +60,16 @@ def batch_from_golden(pairs):
         logits["policy_logits"].requires_grad_()
         extras["state_baseline"].requires_grad_()
         leaves.append((logits["policy_logits"], extras["state_baseline"]))
-        scores = oracle.side_scores(logits["policy_logits"], logits["reference_logits"], tokens, mask)
+        scores = oracle.side_scores(
+            logits["policy_logits"], logits["reference_logits"], tokens, mask
+        )
         sides[side] = replace(scores, **extras)
     return PairScores(**sides), leaves
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['loss']}-{json.dumps(case['params'])}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case['loss']}-{json.dumps(case['params'])}"
+)
 def test_values_and_gradients_are_those_of_the_published_table(case):
     scores, leaves = batch_from_golden(GOLDEN["pairs"])
     output = from_params(case["loss"], case["params"])(scores)
@@ -77,15 +86,21 @@ def test_values_and_gradients_are_those_of_the_published_table(case):
                 continue
             for row, pair in enumerate(golden):
                 expected = torch.tensor(pair[side], dtype=torch.float64)
-                torch.testing.assert_close(gradient[row, : len(expected)], expected, rtol=1e-9, atol=1e-9)
-                assert (gradient[row, len(expected) :] == 0).all(), "padding must receive no gradient"
+                torch.testing.assert_close(
+                    gradient[row, : len(expected)], expected, rtol=1e-9, atol=1e-9
+                )
+                assert (gradient[row, len(expected) :] == 0).all(), (
+                    "padding must receive no gradient"
+                )
 
 
 def test_sft_is_the_mean_negative_log_likelihood_of_the_chosen_response():
     logps = torch.tensor([[-1.0, -3.0, -2.0], [-4.0, float("nan"), float("nan")]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     nothing = SideScores(mask=torch.zeros(2, 0, dtype=torch.bool))
-    assert build_loss("sft")(PairScores(SideScores(mask, logps=logps), nothing)).per_pair.tolist() == [2.0, 4.0]
+    assert build_loss("sft")(
+        PairScores(SideScores(mask, logps=logps), nothing)
+    ).per_pair.tolist() == [2.0, 4.0]
 
 
 # ------------------------------------------------------------------------------------------------------ generators
@@ -104,7 +119,9 @@ def test_every_generators_loss_is_its_definition_up_to_a_constant(name, kwargs):
     ratio = z.exp()
     definition = derivative(ratio) * ratio - generator.h(ratio) - derivative(1 / ratio)
     difference = generator.loss(z) - definition
-    torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_h_of_every_generator_is_the_one_of_its_paper():
@@ -142,7 +159,9 @@ def test_sba_gradient_saturates_as_documented():
     """dL/dz = (R^{1+λ} + R^{−λ})/s as R → 0: 1/s for λ = 0, unbounded for λ > 0, 0 for −1 < λ < 0."""
     z = torch.tensor([-20.0], dtype=torch.float64, requires_grad=True)
     slope = {
-        lam: torch.autograd.grad(build_generator("sba", lam=lam, scale=4.0).loss(z).sum(), z)[0].item()
+        lam: torch.autograd.grad(build_generator("sba", lam=lam, scale=4.0).loss(z).sum(), z)[
+            0
+        ].item()
         for lam in (-0.5, 0.0, 0.5)
     }
     assert slope[0.0] == pytest.approx(0.25)
@@ -213,13 +232,19 @@ def test_the_defaults_of_a_loss_are_its_authors_setting(name):
 # ------------------------------------------------------------------------------------------- truths of the method
 
 
-def random_scores(seed, *, batch=4, chosen=6, rejected=5, vocab=9, same_policy=False, dtype=torch.float64):
+def random_scores(
+    seed, *, batch=4, chosen=6, rejected=5, vocab=9, same_policy=False, dtype=torch.float64
+):
     """Scores of random logits; lengths differ within the batch. Returns them with the policy's logits."""
     generator = torch.Generator().manual_seed(seed)
     sides, leaves = {}, []
     for side, length in (("chosen", chosen), ("rejected", rejected)):
-        reference = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64).to(dtype)
-        noise = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64).to(dtype)
+        reference = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
+        noise = torch.randn(batch, length, vocab, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
         policy = (reference if same_policy else reference + 0.5 * noise).clone().requires_grad_()
         lengths = torch.randint(1, length + 1, (batch,), generator=generator)
         mask = torch.arange(length) < lengths[:, None]
@@ -234,7 +259,9 @@ def random_scores(seed, *, batch=4, chosen=6, rejected=5, vocab=9, same_policy=F
 EVERY_LOSS = [pytest.param(build_loss(name), id=name) for name in LOSSES]
 
 
-@pytest.mark.parametrize("loss", [*EVERY_LOSS, pytest.param(build_loss("tdpo", version=1), id="tdpo, version 1")])
+@pytest.mark.parametrize(
+    "loss", [*EVERY_LOSS, pytest.param(build_loss("tdpo", version=1), id="tdpo, version 1")]
+)
 def test_a_loss_reads_the_statistics_it_says_it_needs_and_no_others(loss):
     scores, _ = random_scores(0)
 
@@ -259,7 +286,8 @@ def test_the_order_of_pairs_changes_nothing(loss):
         return SideScores(**{f.name: getattr(side, f.name)[order] for f in fields(side)})
 
     torch.testing.assert_close(
-        loss(PairScores(permuted(scores.chosen), permuted(scores.rejected))).per_pair, loss(scores).per_pair[order]
+        loss(PairScores(permuted(scores.chosen), permuted(scores.rejected))).per_pair,
+        loss(scores).per_pair[order],
     )
 
 
@@ -290,7 +318,10 @@ def test_extreme_scores_and_identical_one_token_responses_stay_finite(loss):
     reference = torch.tensor([[[-1e4, 1e4]], [[1e4, -1e4]], [[1e4, -1e4]]])
     tokens, mask = torch.tensor([[0], [0], [0]]), torch.ones(3, 1, dtype=torch.bool)
     given = {"state_baseline": torch.zeros(3, 1), "weights": torch.ones(3, 1)}
-    side, other = (replace(oracle.side_scores(logits, reference, tokens, mask), **given) for logits in (leaf, -leaf))
+    side, other = (
+        replace(oracle.side_scores(logits, reference, tokens, mask), **given)
+        for logits in (leaf, -leaf)
+    )
     for scores in (PairScores(side, other), PairScores(other, side), PairScores(side, side)):
         leaf.grad = None
         per_pair = loss(scores).per_pair
@@ -304,7 +335,9 @@ def test_tbpo_a_is_neutral_when_the_policy_is_the_reference(name, kwargs):
     scores, _ = random_scores(3, same_policy=True)
     generator = build_generator(name, **kwargs)
     output = build_loss("tbpo_a", generator=generator)(scores)
-    torch.testing.assert_close(output.log_ratio_aligned, torch.zeros_like(output.log_ratio_aligned), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        output.log_ratio_aligned, torch.zeros_like(output.log_ratio_aligned), atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(output.per_pair, generator.loss(torch.zeros(4, dtype=torch.float64)))
 
 
@@ -312,9 +345,14 @@ def test_the_reported_log_ratios_are_those_of_the_aligned_tokens_without_a_gradi
     """log R_t = β (A_t^l − A_t^w) where both sides have a token, 0 elsewhere."""
     short, long = torch.tensor([[True, True, False]]), torch.tensor([[True, True, True, True]])
     advantage = torch.tensor([[1.0, 3.0, math.nan]], requires_grad=True)
-    scores = PairScores(SideScores(short, advantage=advantage), SideScores(long, advantage=torch.full((1, 4), 2.0)))
+    scores = PairScores(
+        SideScores(short, advantage=advantage), SideScores(long, advantage=torch.full((1, 4), 2.0))
+    )
     output = build_loss("tbpo_a", beta=0.5)(scores)
-    assert output.log_ratio_aligned.tolist() == [[0.5, -0.5, 0.0]] and not output.log_ratio_aligned.requires_grad
+    assert (
+        output.log_ratio_aligned.tolist() == [[0.5, -0.5, 0.0]]
+        and not output.log_ratio_aligned.requires_grad
+    )
 
 
 def test_ratios_outside_the_generators_clip_are_counted():
@@ -323,7 +361,8 @@ def test_ratios_outside_the_generators_clip_are_counted():
     rejected = SideScores(mask, advantage=torch.zeros(1, 4))
     assert build_loss("tbpo_a", beta=0.1)(PairScores(chosen, rejected)).num_clipped.item() == 2
     at_the_clip = PairScores(
-        SideScores(mask, log_ratio=torch.full((1, 4), 7.5)), replace(rejected, log_ratio=torch.zeros(1, 4))
+        SideScores(mask, log_ratio=torch.full((1, 4), 7.5)),
+        replace(rejected, log_ratio=torch.zeros(1, 4)),
     )
     assert build_loss("bpo", beta=1.0)(at_the_clip).num_clipped.item() == 0, "30 is not outside ±30"
 
@@ -331,7 +370,9 @@ def test_ratios_outside_the_generators_clip_are_counted():
 def test_min_ratio_stops_the_gradient_under_the_floor():
     advantage = torch.tensor([[1.0, 100.0]], requires_grad=True)  # log R = −0.1 and −10
     mask = torch.ones(1, 2, dtype=torch.bool)
-    scores = PairScores(SideScores(mask, advantage=advantage), SideScores(mask, advantage=torch.zeros(1, 2)))
+    scores = PairScores(
+        SideScores(mask, advantage=advantage), SideScores(mask, advantage=torch.zeros(1, 2))
+    )
     build_loss("tbpo_a", beta=0.1, min_ratio=0.01)(scores).per_pair.sum().backward()
     assert advantage.grad[0, 0] < 0 and advantage.grad[0, 1] == 0
 
@@ -349,7 +390,13 @@ def test_pair_scores_are_the_scores_of_both_sides_and_give_no_gradient_to_the_re
     sides = []
     for length in (3, 5):
         logits = [torch.randn(2, length, 4, generator=generator).requires_grad_() for _ in range(2)]
-        sides.append((*logits, torch.zeros(2, length, dtype=torch.int64), torch.ones(2, length, dtype=torch.bool)))
+        sides.append(
+            (
+                *logits,
+                torch.zeros(2, length, dtype=torch.int64),
+                torch.ones(2, length, dtype=torch.bool),
+            )
+        )
     scores = oracle.pair_scores(*sides[0], *sides[1])
     for side, arguments in zip((scores.chosen, scores.rejected), sides, strict=True):
         assert torch.equal(side.advantage, oracle.side_scores(*arguments).advantage)
@@ -372,7 +419,9 @@ def test_importance_weights_are_linear_in_the_rank_within_the_response():
     }
     mask = torch.arange(5) < torch.tensor([len(scores) for scores in expected])[:, None]
     scores, weights = (torch.zeros(5, 5, dtype=torch.float64) for _ in range(2))
-    scores[mask], weights[mask] = (torch.tensor(sum(all_of, ())).double() for all_of in (expected, expected.values()))
+    scores[mask], weights[mask] = (
+        torch.tensor(sum(all_of, ())).double() for all_of in (expected, expected.values())
+    )
     scores[~mask] = math.nan
     torch.testing.assert_close(importance_weights(scores.requires_grad_(), mask), weights)
     assert not importance_weights(scores, mask).requires_grad
@@ -381,7 +430,9 @@ def test_importance_weights_are_linear_in_the_rank_within_the_response():
 def test_importance_weights_of_equal_scores_grow_with_the_position():
     """Of 100 tokens, since a sort that is not stable keeps the order of the few."""
     weights = importance_weights(torch.zeros(1, 101), torch.ones(1, 101, dtype=torch.bool))
-    torch.testing.assert_close(weights[0], torch.cat([torch.linspace(0.7, 1.3, 100), torch.zeros(1)]))
+    torch.testing.assert_close(
+        weights[0], torch.cat([torch.linspace(0.7, 1.3, 100), torch.zeros(1)])
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- recovery
@@ -395,7 +446,9 @@ class World:
     def __init__(self):
         generator = torch.Generator().manual_seed(5)
         self.reference = torch.randn(3, 4, generator=generator, dtype=torch.float64).log_softmax(-1)
-        self.q = torch.randn(3, 4, generator=generator, dtype=torch.float64) + torch.tensor([[-1.0], [0.0], [1.0]])
+        self.q = torch.randn(3, 4, generator=generator, dtype=torch.float64) + torch.tensor(
+            [[-1.0], [0.0], [1.0]]
+        )
         self.optimum = (self.reference + self.q / self.beta).log_softmax(-1)  # log π*
         kl = (self.reference.exp() * (self.reference - self.optimum)).sum(-1, keepdim=True)
         self.advantage = self.beta * (self.optimum - self.reference + kl)  # A_ref
@@ -409,9 +462,15 @@ class World:
         logits = self.reference.clone().requires_grad_()
         b = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         wins = torch.sigmoid(preference.flatten()[:, None] - preference.flatten()[None, :])
-        weights = torch.outer(*[self.reference.exp().flatten()] * 2) * wins  # P(s,y) P(s',y') P((s,y) ≻ (s',y'))
+        weights = (
+            torch.outer(*[self.reference.exp().flatten()] * 2) * wins
+        )  # P(s,y) P(s',y') P((s,y) ≻ (s',y'))
         optimizer = torch.optim.LBFGS(
-            [logits, b], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+            [logits, b],
+            max_iter=2000,
+            tolerance_grad=1e-13,
+            tolerance_change=1e-16,
+            line_search_fn="strong_wolfe",
         )
 
         def score():
@@ -436,8 +495,12 @@ class World:
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
 def test_tbpo_recovers_the_optimal_policy(name, kwargs):
     world, generator = World(), build_generator(name, **kwargs)
-    assert world.distance(world.fit(generator.loss, world.advantage, kl=True)) < 1e-9  # TBPO-A, S = A_ref
-    assert world.distance(world.fit(generator.loss, world.q, baseline=True)) < 1e-9  # TBPO-Q, S = Q_ref
+    assert (
+        world.distance(world.fit(generator.loss, world.advantage, kl=True)) < 1e-9
+    )  # TBPO-A, S = A_ref
+    assert (
+        world.distance(world.fit(generator.loss, world.q, baseline=True)) < 1e-9
+    )  # TBPO-Q, S = Q_ref
 
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY_GENERATOR)
@@ -450,7 +513,10 @@ def test_without_its_correction_the_ratio_does_not_recover_the_optimal_policy(na
 def test_the_misprinted_lsif_does_not_recover_the_optimal_policy():
     """R² − 2R, as often printed, is minimal at R = 1 whatever the data say."""
     world = World()
-    assert world.distance(world.fit(lambda z: (2 * z).exp() - 2 * z.exp(), world.advantage, kl=True)) > 0.05
+    assert (
+        world.distance(world.fit(lambda z: (2 * z).exp() - 2 * z.exp(), world.advantage, kl=True))
+        > 0.05
+    )
 
 
 def test_every_generator_and_loss_of_the_tables_is_tested_here():

@@ -17,7 +17,11 @@ MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, F
         (MASK.float(), {}, r"^mask must be a \(B, T\) bool tensor, got torch.float32 \(3, 3\)"),
         (MASK[0], {}, r"^mask must be a \(B, T\) bool tensor, got torch.bool \(3,\)"),
         (MASK, {"kl": torch.zeros(3, 2)}, r"^kl \(3, 2\) differs from the mask \(3, 3\)"),
-        (MASK, {"kl": torch.zeros(3, 3), "entropy": torch.zeros(3)}, r"^entropy \(3,\) differs from the mask"),
+        (
+            MASK,
+            {"kl": torch.zeros(3, 3), "entropy": torch.zeros(3)},
+            r"^entropy \(3,\) differs from the mask",
+        ),
     ],
 )
 def test_scores_of_another_shape_than_their_mask_are_refused(mask, statistics, message):
@@ -31,15 +35,21 @@ def test_both_sides_have_as_many_responses():
 
 
 def test_aligned_are_the_positions_at_which_both_responses_have_a_token():
-    wide = torch.tensor([[True, False, False, False], [True, True, True, True], [True, True, False, False]])
+    wide = torch.tensor(
+        [[True, False, False, False], [True, True, True, True], [True, True, False, False]]
+    )
     expected = [[True, False, False], [True, False, False], [False, False, False]]
     for chosen, rejected in ((MASK, wide), (wide, MASK)):
-        assert PairScores(SideScores(chosen), SideScores(rejected)).aligned_mask.tolist() == expected
+        assert (
+            PairScores(SideScores(chosen), SideScores(rejected)).aligned_mask.tolist() == expected
+        )
 
 
 def test_sum_and_mean_are_over_the_response_whatever_stands_beside_it():
     """(1 + 4) and 5 / 2; a lone token; a row without one has 0 for both."""
-    values = torch.tensor([[1.0, 4.0, math.nan], [7.0, math.inf, -3.0], [math.nan, 1.0, 1.0]], requires_grad=True)
+    values = torch.tensor(
+        [[1.0, 4.0, math.nan], [7.0, math.inf, -3.0], [math.nan, 1.0, 1.0]], requires_grad=True
+    )
     assert sum_over_response(values, MASK).tolist() == [5.0, 7.0, 0.0]
     assert mean_over_response(values, MASK).tolist() == [2.5, 7.0, 0.0]
     mean_over_response(values, MASK).sum().backward()

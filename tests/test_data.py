@@ -11,7 +11,8 @@ from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_
 from datasets import Dataset
 from hub_server import COMMIT, hub
 
-from tbpo_cli.data.batches import cut_to_span, num_steps, step_indices
+from tbpo_cli.batch.batches import cut_to_span, num_steps, step_indices
+from tbpo_cli.config.recipe import Data, Model, Source, load_recipe
 from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
 from tbpo_cli.data.prompts import held_out_texts
@@ -19,8 +20,7 @@ from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import Chat, TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Model, Source, load_recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.prepare import show_pairs
 
 UNUSED = (Source("unused"),)
@@ -31,7 +31,10 @@ USER, ANSWER, OTHER = (
 ROWS = {
     "prompt": {"prompt": "hello", "chosen": "hi", "rejected": "go"},
     "messages": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-    "hh": {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: go"},
+    "hh": {
+        "chosen": "\n\nHuman: hello\n\nAssistant: hi",
+        "rejected": "\n\nHuman: hello\n\nAssistant: go",
+    },
     "sft_prompt": {"prompt": "hello", "completion": "hi"},
     "sft_messages": {"messages": [USER, ANSWER]},
 }
@@ -64,11 +67,20 @@ def test_every_format_is_recognised_and_read(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_texts_are_the_same_pair_however_they_are_written(name):
     assert pair_of(VARIANTS[name]).pair_id == pair_of(ROWS["prompt"]).pair_id
-    assert len({pair_of(ROWS[format_name]).pair_id for format_name in ("prompt", "messages", "hh")}) == 1
+    assert (
+        len({pair_of(ROWS[format_name]).pair_id for format_name in ("prompt", "messages", "hh")})
+        == 1
+    )
 
 
 def test_a_pair_knows_its_reverse_and_its_score_margin():
-    row = {"prompt": "hello", "chosen": "hi", "rejected": "go", "score_chosen": 7.5, "score_rejected": 9}
+    row = {
+        "prompt": "hello",
+        "chosen": "hi",
+        "rejected": "go",
+        "score_chosen": 7.5,
+        "score_rejected": 9,
+    }
     pair, other = pair_of(row), pair_of(row | {"chosen": "go", "rejected": "hi"})
     assert (pair.reversed_id, pair.pair_id) == (other.pair_id, other.reversed_id)
     assert pair.score_margin == -1.5 and pair_of(ROWS["prompt"]).score_margin is None
@@ -81,7 +93,10 @@ def test_a_system_column_comes_before_the_prompt():
 
 
 def test_the_format_is_that_of_the_first_row_that_has_one_or_the_recipes():
-    rows = [Row("here", 1, {"prompt": "p", "chosen": None, "rejected": "b"}), Row("here", 2, ROWS["prompt"])]
+    rows = [
+        Row("here", 1, {"prompt": "p", "chosen": None, "rejected": "b"}),
+        Row("here", 2, ROWS["prompt"]),
+    ]
     for data, expected in ((DATA, "prompt"), (Data(train=UNUSED, format="hh"), "hh")):
         name, all_rows = recognise(iter(rows), data)
         assert (name, list(all_rows)) == (expected, rows)
@@ -104,7 +119,9 @@ def test_held_out_pairs_that_are_no_longer_among_the_rows_are_a_message(tmp_path
     rows = write_jsonl(tmp_path / "rows.jsonl", [ROWS["prompt"]])
     data, known = Data(train=UNUSED, eval=(Source(str(rows)),)), pair_of(ROWS["prompt"])
     assert held_out_texts(data, {known.pair_id}) == {known.pair_id: known}
-    with pytest.raises(TbpoError, match="1 held-out pairs are not among the rows any more, feed for one") as error:
+    with pytest.raises(
+        TbpoError, match="1 held-out pairs are not among the rows any more, feed for one"
+    ) as error:
         held_out_texts(data, {known.pair_id, "feed"})
     assert "data.eval" in error.value.where and "--restart" in error.value.fix
 
@@ -141,12 +158,18 @@ def test_columns_are_named_by_the_recipe():
         ("no table", "wrong_type"),
         ({"prompt": [USER, USER], "chosen": "a", "rejected": "b"}, "roles"),
         ({"prompt": [ANSWER], "chosen": "a", "rejected": "b"}, "roles"),
-        ({"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        (
+            {"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"},
+            "unknown_role",
+        ),
         ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "roles"),
         ({"prompt": ["a"], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "wrong_type"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": ["add"]}, "wrong_type"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"since": date(2026, 1, 1)}]}, "wrong_type"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"since": date(2026, 1, 1)}]},
+            "wrong_type",
+        ),
     ],
 )
 def test_an_unusable_row_has_a_reason(row, reason):
@@ -175,8 +198,14 @@ def test_unusable_conversations_have_a_reason(chosen, rejected, reason):
     ("row", "reason"),
     [
         ({"chosen": "Human: x", "rejected": "y"}, "wrong_type"),
-        ({"chosen": "\n\nHuman: x\n\nAssistant: ", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "empty_response"),
-        ({"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "\n\nHuman: z\n\nAssistant: y"}, "prompts_differ"),
+        (
+            {"chosen": "\n\nHuman: x\n\nAssistant: ", "rejected": "\n\nHuman: x\n\nAssistant: y"},
+            "empty_response",
+        ),
+        (
+            {"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "\n\nHuman: z\n\nAssistant: y"},
+            "prompts_differ",
+        ),
         ({"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "roles"),
     ],
 )
@@ -190,7 +219,9 @@ def test_an_unusable_hh_dialogue_has_a_reason(row, reason):
 
 
 def tokens_of(tokenizer, content, **data):
-    (result,) = tokenize_pairs([pair_of(content)], Chat(tokenizer, "2026-01-01"), Data(train=UNUSED, **data))
+    (result,) = tokenize_pairs(
+        [pair_of(content)], Chat(tokenizer, "2026-01-01"), Data(train=UNUSED, **data)
+    )
     return result
 
 
@@ -216,7 +247,9 @@ def test_control_tokens_in_a_users_text_are_text(tokenizer):
 
 def test_the_response_ends_with_the_first_control_token_after_its_text(tokenizer, monkeypatch):
     """A template may close the whole conversation with one more token, which inference never sees."""
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML + "{% if not add_generation_prompt %}<|pad|>{% endif %}")
+    monkeypatch.setattr(
+        tokenizer, "chat_template", CHATML + "{% if not add_generation_prompt %}<|pad|>{% endif %}"
+    )
     assert tokenizer.decode(tokens_of(tokenizer, ROWS["prompt"]).chosen_ids) == "hi<|im_end|>"
 
 
@@ -233,7 +266,10 @@ def test_a_pair_over_the_length_is_dropped_or_cut(tokenizer):
     cut = tokens_of(tokenizer, row, max_length=30, overlong="truncate")
     assert len(cut.prompt_ids) + len(cut.chosen_ids) == 30
     assert list(cut.rejected_ids) == list(tokens_of(tokenizer, row).rejected_ids)
-    assert tokens_of(tokenizer, row, max_length=len(cut.prompt_ids), overlong="truncate").reason == "overlong"
+    assert (
+        tokens_of(tokenizer, row, max_length=len(cut.prompt_ids), overlong="truncate").reason
+        == "overlong"
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,20 +321,31 @@ def test_the_store_gives_back_what_was_written(tmp_path):
 
 def test_spans_cut_what_a_loss_does_not_read(tmp_path):
     pair = make_store(tmp_path, [(3, 2, 4)])[0]
-    assert [len(x) for x in (cut_to_span(pair, "aligned").chosen_ids, cut_to_span(pair, "aligned").rejected_ids)] == [
-        2,
-        2,
-    ]
-    assert len(cut_to_span(pair, "chosen").rejected_ids) == 0 and cut_to_span(pair, "response") is pair
+    assert [
+        len(x)
+        for x in (
+            cut_to_span(pair, "aligned").chosen_ids,
+            cut_to_span(pair, "aligned").rejected_ids,
+        )
+    ] == [2, 2]
+    assert (
+        len(cut_to_span(pair, "chosen").rejected_ids) == 0 and cut_to_span(pair, "response") is pair
+    )
 
 
 def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():
     steps = [step_indices(10, 4, seed=3, step=s) for s in range(5)]
     flat = [i for step in steps for i in step]
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)), "two epochs, each visits every pair once"
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)), (
+        "two epochs, each visits every pair once"
+    )
     assert flat[:10] != flat[10:], "and each in its own order"
     assert steps[3] == step_indices(10, 4, seed=3, step=3) != step_indices(10, 4, seed=4, step=3)
-    assert (num_steps(10, 4, 1.0, None), num_steps(10, 4, 2.0, None), num_steps(10, 4, None, 7)) == (2, 5, 7)
+    assert (
+        num_steps(10, 4, 1.0, None),
+        num_steps(10, 4, 2.0, None),
+        num_steps(10, 4, None, 7),
+    ) == (2, 5, 7)
 
 
 # --------------------------------------------------------------------------------------------------------- sources
@@ -323,9 +370,13 @@ def test_other_files_go_through_datasets(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "text.csv").write_text('\ufeffprompt,chosen\n007,"NA,\nyes"\n', encoding="utf-8")
     (row,) = read_rows(Source(str(tmp_path / "text.csv")), "train", "data.train")
-    assert (row.content, row.number) == ({"prompt": "007", "chosen": "NA,\nyes"}, 3), "a field is text as it stands"
+    assert (row.content, row.number) == ({"prompt": "007", "chosen": "NA,\nyes"}, 3), (
+        "a field is text as it stands"
+    )
     for name in ("a.parquet", "a.csv", "a.json", "folder"):
-        assert [row.content for row in read_rows(Source(str(tmp_path / name)), "train", "data.train")] == rows, name
+        assert [
+            row.content for row in read_rows(Source(str(tmp_path / name)), "train", "data.train")
+        ] == rows, name
 
 
 def test_a_broken_source_names_file_and_line(tmp_path):
@@ -368,12 +419,22 @@ def test_prepare_keeps_or_accounts_for_every_row(recipe_file, tmp_path, rows):
         {"prompt": "p", "chosen": "red " * 3000, "rejected": "a"},
     ]
     train = write_jsonl(tmp_path / "mixed.jsonl", good + bad)
-    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.max_reject_fraction=0.5")
+    run = run_stage(
+        "prepare",
+        recipe_file,
+        tmp_path / "run",
+        f"data.train={train}",
+        "data.max_reject_fraction=0.5",
+    )
     manifest = json.loads((run / "prepare/manifest.json").read_text())
-    rejects = [json.loads(line) for line in (run / "prepare/rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (run / "prepare/rejects.jsonl").read_text().splitlines()
+    ]
     (counts,) = [count for count in manifest["counts"] if count["key"] == "data.train"]
     assert (counts["rows"], counts["kept"]) == (36, {"train": 30})
-    assert counts["rejected"] == dict.fromkeys(r["reason"] for r in rejects) | dict.fromkeys(counts["rejected"], 1)
+    assert counts["rejected"] == dict.fromkeys(r["reason"] for r in rejects) | dict.fromkeys(
+        counts["rejected"], 1
+    )
     assert [(r["row"], r["reason"]) for r in sorted(rejects, key=lambda r: r["row"])] == [
         (31, "identical"), (32, "empty_response"), (33, "missing_column"), (34, "duplicate"), (35, "in_eval"),
         (36, "overlong"),
@@ -393,8 +454,12 @@ def test_too_many_unusable_rows_stop_the_stage_before_it_is_complete(recipe_file
 
 def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_file, tmp_path):
     train = write_jsonl(tmp_path / "all.jsonl", preference_rows(400, seed=9))
-    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
-    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.eval_fraction=0.2")
+    recipe_file.write_text(
+        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
+    )
+    run = run_stage(
+        "prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.eval_fraction=0.2"
+    )
     sizes = [len(PairStore(run / "prepare" / split)) for split in ("train", "eval")]
     assert sum(sizes) == 400 and 50 < sizes[1] < 110
     assert not {p.pair_id for p in PairStore(run / "prepare/train")} & {
@@ -405,13 +470,23 @@ def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_
 def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_path):
     rows = preference_rows(100, seed=9)
     train = write_jsonl(tmp_path / "all.jsonl", rows)
-    sft = write_jsonl(tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
-    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
-    sets = (f"data.train={train}", f"sft.train={sft}", "data.eval_fraction=0.2", "data.max_reject_fraction=0.5")
+    sft = write_jsonl(
+        tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
+    )
+    recipe_file.write_text(
+        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
+    )
+    sets = (
+        f"data.train={train}",
+        f"sft.train={sft}",
+        "data.eval_fraction=0.2",
+        "data.max_reject_fraction=0.5",
+    )
     sets += ("data.format=prompt",)  # which the rows of sft.train do not have
     run = run_stage("prepare", recipe_file, tmp_path / "run", *sets)
     held_out, tuned = (
-        {tuple(pair.prompt_ids) for pair in PairStore(run / "prepare" / split)} for split in ("eval", "sft")
+        {tuple(pair.prompt_ids) for pair in PairStore(run / "prepare" / split)}
+        for split in ("eval", "sft")
     )
     assert held_out and tuned and not held_out & tuned
     counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
@@ -419,10 +494,16 @@ def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_
 
 
 def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
-    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
-    run = run_stage("align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1")
+    recipe_file.write_text(
+        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
+    )
+    run = run_stage(
+        "align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1"
+    )
     lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
-    assert [line["split"] for line in lines] == ["train"] and len(PairStore(run / "prepare/eval")) == 0
+    assert [line["split"] for line in lines] == ["train"] and len(
+        PairStore(run / "prepare/eval")
+    ) == 0
 
 
 def test_preparing_twice_gives_the_same_bytes(recipe_file, tmp_path):
@@ -440,7 +521,10 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
         rows[number]["chosen"] = ""
     train = write_jsonl(tmp_path / "many.jsonl", rows)
     runs = [
-        run_stage("prepare", recipe_file, tmp_path / str(n), f"data.train={train}", f"data.workers={n}") for n in (1, 3)
+        run_stage(
+            "prepare", recipe_file, tmp_path / str(n), f"data.train={train}", f"data.workers={n}"
+        )
+        for n in (1, 3)
     ]
     for name in ("train/pairs.arrow", "eval/pairs.arrow", "rejects.jsonl"):
         assert len({(run / "prepare" / name).read_bytes() for run in runs}) == 1, name
@@ -451,7 +535,10 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
 
 def test_a_worker_that_dies_is_a_message(base):
     data = Data(train=UNUSED, workers=2)
-    with workers(Model(base=str(base)), data) as pool, pytest.raises(TbpoError, match="a worker died") as error:
+    with (
+        workers(Model(base=str(base)), data) as pool,
+        pytest.raises(TbpoError, match="a worker died") as error,
+    ):
         pool.submit(signal.raise_signal, signal.SIGKILL).exception()
         list(prepare_rows(iter([Row("here", 1, ROWS["prompt"])] * 3000), "prompt", data, pool))
     assert "lower data.workers" in error.value.fix
@@ -459,7 +546,11 @@ def test_a_worker_that_dies_is_a_message(base):
 
 def test_a_reversed_pair_is_kept_and_counted(recipe_file, tmp_path):
     rows = preference_rows(10, seed=5)
-    turned = {"prompt": rows[3]["prompt"], "chosen": rows[3]["rejected"], "rejected": rows[3]["chosen"]}
+    turned = {
+        "prompt": rows[3]["prompt"],
+        "chosen": rows[3]["rejected"],
+        "rejected": rows[3]["chosen"],
+    }
     train = write_jsonl(tmp_path / "rows.jsonl", [*rows, turned])
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
@@ -475,22 +566,34 @@ def test_a_truncated_pair_is_counted(recipe_file, tmp_path):
     assert (counts["kept"], counts["noted"]["cut"]) == ({"train": 11}, 1)
 
 
-def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(recipe_file, tmp_path, base, executable):
+def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(
+    recipe_file, tmp_path, base, executable
+):
     """The model's id is the same; what the Hub has under it is not."""
     model = tmp_path / "hub/models/org/base"
     shutil.copytree(base, model)
     arguments = (recipe_file, "--run-dir", "run", "--set", "model.base=org/base")
     with hub(tmp_path / "hub") as (address, _):
-        first, second = ({"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / x)} for x in "ab")
+        first, second = (
+            {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / x)}
+            for x in "ab"
+        )
         assert executable("prepare", *arguments, **first).returncode == 0
-        (model / "chat_template.jinja").write_text("Hello. " + (model / "chat_template.jinja").read_text())
+        (model / "chat_template.jinja").write_text(
+            "Hello. " + (model / "chat_template.jinja").read_text()
+        )
         changed = executable("align", *arguments, **second)
-    assert changed.returncode == 2 and "another one than the pairs were prepared with" in changed.stderr
+    assert (
+        changed.returncode == 2
+        and "another one than the pairs were prepared with" in changed.stderr
+    )
 
 
 def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
     """200 pairs at weight 2.5 are 400 and about a half of 200 more; 200 at weight 0.25 about 50, always the same."""
-    a, b = (write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6))
+    a, b = (
+        write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6)
+    )
     sources = f'data.train=[{{path = "{a}", weight = 2.5}}, {{path = "{b}", weight = 0.25}}]'
     runs = [run_stage("prepare", recipe_file, tmp_path / name, sources) for name in ("x", "y")]
     _, first, second = json.loads((runs[0] / "prepare/manifest.json").read_text())["counts"]
@@ -504,7 +607,10 @@ def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
 
 def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe_file, tmp_path):
     """The second file is damaged: the stage stops after it has read the first, and has written no split."""
-    good, bad = write_jsonl(tmp_path / "a.jsonl", preference_rows(1500, seed=5)), tmp_path / "b.jsonl"
+    good, bad = (
+        write_jsonl(tmp_path / "a.jsonl", preference_rows(1500, seed=5)),
+        tmp_path / "b.jsonl",
+    )
     bad.write_text('{"prompt": \n', encoding="utf-8")
     sources = f'data.train=["{good}", "{bad}"]'
     with pytest.raises(TbpoError) as error:
@@ -515,12 +621,16 @@ def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe
     (folder / "pairs.arrow.partial").write_bytes(b"of a process that was killed")
     write_jsonl(bad, preference_rows(10, seed=6))
     run_stage("prepare", recipe_file, tmp_path / "run", sources)
-    assert len(PairStore(folder)) == 1510 and [path.name for path in folder.iterdir()] == ["pairs.arrow"]
+    assert len(PairStore(folder)) == 1510 and [path.name for path in folder.iterdir()] == [
+        "pairs.arrow"
+    ]
 
 
 def test_prepare_show_prints_pairs_as_the_model_sees_them(recipe_file, tmp_path, capsys):
     """Every token, a bar after each, a double one where the aligned part ends; with ids their numbers."""
-    train = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "red", "chosen": "a b", "rejected": "a b c [x]"}])
+    train = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "red", "chosen": "a b", "rejected": "a b c [x]"}]
+    )
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     show_pairs(load_recipe(recipe_file), RunDir(run), 3, with_ids=False)
     shown = capsys.readouterr().out
@@ -534,14 +644,23 @@ def test_the_report_is_self_contained_and_escapes_what_users_wrote(recipe_file, 
     attack = "<script>alert(1)</script>"
     rows = [row | {"score_chosen": 5, "score_rejected": 3.0} for row in preference_rows(20, seed=5)]
     rows[0]["prompt"] = attack
-    train = write_jsonl(tmp_path / "a&b.jsonl", [*rows, {"prompt": "p", "chosen": "", "rejected": "a"}])
+    train = write_jsonl(
+        tmp_path / "a&b.jsonl", [*rows, {"prompt": "p", "chosen": "", "rejected": "a"}]
+    )
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     page = (run / "prepare/report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert "&lt;" in page and "a&amp;b.jsonl" in page
-    for what in ("empty_response", "prompt, tokens", "aligned, tokens", "score of chosen − score of rejected"):
+    for what in (
+        "empty_response",
+        "prompt, tokens",
+        "aligned, tokens",
+        "score of chosen − score of rejected",
+    ):
         assert what in page, what
-    assert page.count("<h3>") == 10 and "{% for" in page.replace("&#39;", "'"), "ten examples, and the template"
+    assert page.count("<h3>") == 10 and "{% for" in page.replace("&#39;", "'"), (
+        "ten examples, and the template"
+    )
 
 
 def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(
@@ -563,9 +682,17 @@ def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(
     ]
     overrides = [part for one in ("model.base=org/base", *sources) for part in ("--set", one)]
     with hub(tmp_path / "hub") as (address, requests):
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+        }
         done = executable("prepare", recipe_file, "--run-dir", "run", *overrides, **environment)
         assert done.returncode == 0, done.stderr
-        assert [p.aligned_length > 0 for p in PairStore(tmp_path / "run/prepare/train")] == [True] * 20
+        assert [p.aligned_length > 0 for p in PairStore(tmp_path / "run/prepare/train")] == [
+            True
+        ] * 20
         assert len(PairStore(tmp_path / "run/prepare/eval")) == 5
-        assert any(f"/datasets/org/pairs/resolve/{COMMIT}/train_prefs.jsonl" in line for line in requests)
+        assert any(
+            f"/datasets/org/pairs/resolve/{COMMIT}/train_prefs.jsonl" in line for line in requests
+        )

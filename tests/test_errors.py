@@ -40,7 +40,11 @@ class Scene:
 
 def sets(command, *overrides):
     """The command with --set; nothing else is wrong."""
-    return lambda scene: [command, scene.recipe, *(part for one in overrides for part in ("--set", one))]
+    return lambda scene: [
+        command,
+        scene.recipe,
+        *(part for one in overrides for part in ("--set", one)),
+    ]
 
 
 def recipe_says(more, command="prepare", **replaced):
@@ -109,7 +113,7 @@ def file_in_the_way(scene):
 
 
 def run_in_use(scene):
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.runs.run_dir import RunDir
 
     scene.held = RunDir(scene.folder / "run").lock()
     scene.held.__enter__()
@@ -126,7 +130,14 @@ def prompts_file(line):
     def then(scene):
         path = scene.folder / "prompts.jsonl"
         path.write_text(line + "\n")
-        return ["sample", scene.recipe, "--set", f"sample.prompts={path}", "--set", "align.max_steps=2"]
+        return [
+            "sample",
+            scene.recipe,
+            "--set",
+            f"sample.prompts={path}",
+            "--set",
+            "align.max_steps=2",
+        ]
 
     return after("align", then)
 
@@ -141,7 +152,9 @@ def other_vocabulary(scene):
 def saved_without_split(scene):
     import datasets
 
-    datasets.DatasetDict({"all": datasets.Dataset.from_list(preference_rows(4))}).save_to_disk(scene.folder / "saved")
+    datasets.DatasetDict({"all": datasets.Dataset.from_list(preference_rows(4))}).save_to_disk(
+        scene.folder / "saved"
+    )
     return ["prepare", scene.recipe, "--set", f"data.train={scene.folder / 'saved'}"]
 
 
@@ -154,14 +167,35 @@ PAIR = preference_rows(1)[0]
 MISTAKES = {
     # ------------------------------------------------------------------------------------------------- the command
     "a typo in the command": (lambda s: ["algin", s.recipe], ("No such command 'algin'", "align")),
-    "a typo in an option": (lambda s: ["align", s.recipe, "--restat"], ("No such option: --restat", "--restart")),
+    "a typo in an option": (
+        lambda s: ["align", s.recipe, "--restat"],
+        ("No such option: --restat", "--restart"),
+    ),
     "no recipe": (lambda s: ["align"], ("Missing argument 'RECIPE'",)),
-    "a number that is none": (lambda s: ["align", s.recipe, "--gpus", "two"], ("--gpus", "a valid integer")),
-    "no process at all": (lambda s: ["align", s.recipe, "--gpus", "0"], ("--gpus", "greater than or equal to 1")),
-    "a starter that is none": (lambda s: ["init", "quikstart"], ("there is no recipe 'quikstart'", "quickstart")),
-    "a starter that is there": (starter_is_there, ("quickstart.toml is there already", "move it away")),
-    "--set without a value": (sets("prepare", "seed"), ("--set is not understood", "table.key=value", "run.seed=1")),
-    "--set without a table": (sets("prepare", "seed=1"), ("--set is not understood", "--set seed=1")),
+    "a number that is none": (
+        lambda s: ["align", s.recipe, "--gpus", "two"],
+        ("--gpus", "a valid integer"),
+    ),
+    "no process at all": (
+        lambda s: ["align", s.recipe, "--gpus", "0"],
+        ("--gpus", "greater than or equal to 1"),
+    ),
+    "a starter that is none": (
+        lambda s: ["init", "quikstart"],
+        ("there is no recipe 'quikstart'", "quickstart"),
+    ),
+    "a starter that is there": (
+        starter_is_there,
+        ("quickstart.toml is there already", "move it away"),
+    ),
+    "--set without a value": (
+        sets("prepare", "seed"),
+        ("--set is not understood", "table.key=value", "run.seed=1"),
+    ),
+    "--set without a table": (
+        sets("prepare", "seed=1"),
+        ("--set is not understood", "--set seed=1"),
+    ),
     "--set of an unknown key": (
         sets("prepare", "align.lerning_rate=1"),
         (*FULL, "align.lerning_rate is an unknown key", "align.learning_rate?"),
@@ -172,26 +206,62 @@ MISTAKES = {
         (*FULL, "there is no such recipe", "mime.toml", "did you mean", "mine.toml?"),
     ),
     "a folder for a recipe": (lambda s: ["align", s.folder], (*FULL, "the recipe is a folder")),
-    "a recipe that is not text": (recipe_is(b"\xff\xfe[model]"), (*FULL, "not UTF-8", "byte 0", "save it as UTF-8")),
-    "a recipe that is not TOML": (recipe_is(b"[model]\nbase = a/b\n"), (*FULL, "not valid TOML", "line 2", "quotes")),
-    "an empty recipe": (recipe_is(b""), (*FULL, "model is missing", "data is missing", "add a table [model]")),
-    "no base": (recipe_is(b'[model]\n[data]\ntrain = "x.jsonl"\n'), (*FULL, "model.base is missing", "add base = …")),
-    "no rows": (recipe_is(b'[model]\nbase = "a/b"\n[data]\n'), (*FULL, "data.train is missing", "add train = …")),
-    "an unknown table": (recipe_says("[algn]\n"), (*FULL, "algn is an unknown table", "did you mean align?")),
+    "a recipe that is not text": (
+        recipe_is(b"\xff\xfe[model]"),
+        (*FULL, "not UTF-8", "byte 0", "save it as UTF-8"),
+    ),
+    "a recipe that is not TOML": (
+        recipe_is(b"[model]\nbase = a/b\n"),
+        (*FULL, "not valid TOML", "line 2", "quotes"),
+    ),
+    "an empty recipe": (
+        recipe_is(b""),
+        (*FULL, "model is missing", "data is missing", "add a table [model]"),
+    ),
+    "no base": (
+        recipe_is(b'[model]\n[data]\ntrain = "x.jsonl"\n'),
+        (*FULL, "model.base is missing", "add base = …"),
+    ),
+    "no rows": (
+        recipe_is(b'[model]\nbase = "a/b"\n[data]\n'),
+        (*FULL, "data.train is missing", "add train = …"),
+    ),
+    "an unknown table": (
+        recipe_says("[algn]\n"),
+        (*FULL, "algn is an unknown table", "did you mean align?"),
+    ),
     "an unknown key": (
         recipe_says("lr = 1\n"),
         (*FULL, "align.lr is an unknown key", "[align] lr", "one of max_tokens"),
     ),
-    "a typo in a key": (recipe_says("warmpu = 0.1\n"), (*FULL, "align.warmpu", "did you mean align.warmup?")),
+    "a typo in a key": (
+        recipe_says("warmpu = 0.1\n"),
+        (*FULL, "align.warmpu", "did you mean align.warmup?"),
+    ),
     "another program's key": (
         recipe_says("[sft]\nbatch_pairs = 8\n"),
         (*FULL, "sft.batch_pairs is an unknown key", "batch_examples?"),
     ),
-    "text for a number": (sets("prepare", 'align.warmup="1"'), (*FULL, 'align.warmup = "1" is not possible')),
-    "percent for a share": (sets("prepare", "align.warmup=5"), (*FULL, "align.warmup = 5", "less than or equal to 1")),
-    "no pairs a step": (sets("prepare", "align.batch_pairs=0"), (*FULL, "align.batch_pairs = 0", "or equal to 1")),
-    "a rate below 0": (sets("prepare", "align.learning_rate=-1e-5"), (*FULL, "align.learning_rate", "greater than 0")),
-    "a rate without end": (sets("prepare", "align.learning_rate=inf"), (*FULL, "align.learning_rate", "finite")),
+    "text for a number": (
+        sets("prepare", 'align.warmup="1"'),
+        (*FULL, 'align.warmup = "1" is not possible'),
+    ),
+    "percent for a share": (
+        sets("prepare", "align.warmup=5"),
+        (*FULL, "align.warmup = 5", "less than or equal to 1"),
+    ),
+    "no pairs a step": (
+        sets("prepare", "align.batch_pairs=0"),
+        (*FULL, "align.batch_pairs = 0", "or equal to 1"),
+    ),
+    "a rate below 0": (
+        sets("prepare", "align.learning_rate=-1e-5"),
+        (*FULL, "align.learning_rate", "greater than 0"),
+    ),
+    "a rate without end": (
+        sets("prepare", "align.learning_rate=inf"),
+        (*FULL, "align.learning_rate", "finite"),
+    ),
     "an unknown loss": (
         sets("prepare", "align.loss.name=tbp_a"),
         (*FULL, "align.loss.name = 'tbp_a' is unknown", 'name = "tbpo_a"'),
@@ -200,17 +270,28 @@ MISTAKES = {
         sets("prepare", "align.optimizer=adam"),
         (*FULL, 'align.optimizer = "adam"', "'rmsprop'", 'optimizer = "adamw"'),
     ),
-    "an unknown schedule": (sets("prepare", "align.schedule=cosin"), (*FULL, 'schedule = "cosine"')),
+    "an unknown schedule": (
+        sets("prepare", "align.schedule=cosin"),
+        (*FULL, 'schedule = "cosine"'),
+    ),
     "an unknown dtype": (
         sets("prepare", "model.dtype=bfloat"),
         (*FULL, 'model.dtype = "bfloat"', 'dtype = "bfloat16"'),
     ),
     "an unknown layout": (sets("prepare", "align.layout=packd"), (*FULL, 'layout = "packed"')),
     "an unknown sharding": (sets("prepare", "align.sharding=fspd"), (*FULL, 'sharding = "fsdp"')),
-    "an unknown tracker": (sets("prepare", 'run.trackers=["wandbb"]'), (*FULL, "run.trackers", 'trackers = "wandb"')),
-    "a day that is none": (sets("prepare", "data.template_date=today"), (*FULL, "data.template_date", "YYYY-MM-DD")),
+    "an unknown tracker": (
+        sets("prepare", 'run.trackers=["wandbb"]'),
+        (*FULL, "run.trackers", 'trackers = "wandb"'),
+    ),
+    "a day that is none": (
+        sets("prepare", "data.template_date=today"),
+        (*FULL, "data.template_date", "YYYY-MM-DD"),
+    ),
     "4 bits without LoRA": (
-        recipe_says("", **{"[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n": 'quantization = "nf4"\n'}),
+        recipe_says(
+            "", **{"[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n": 'quantization = "nf4"\n'}
+        ),
         (*FULL, "model.quantization is not possible", "under [model.lora]"),
     ),
     "4 bits shared out": (
@@ -230,20 +311,40 @@ MISTAKES = {
         sets("show", "data.train=rows.json"),
         (*FULL, "data.train names a file that is not there"),
     ),
-    "no row": (rows_are(""), (*FULL, "0 of 0 rows of data.train cannot be used", "at least one usable row")),
+    "no row": (
+        rows_are(""),
+        (*FULL, "0 of 0 rows of data.train cannot be used", "at least one usable row"),
+    ),
     "a broken line": (
         rows_are(json.dumps(PAIR) + "\n{'prompt': 1}\n"),
         (*FULL, "the line cannot be read", "rows.jsonl, line 2"),
     ),
-    "lines that are not text": (rows_are(b'{"prompt": "\xff"}\n'), (*FULL, "cannot be read", "line 1", "in UTF-8")),
-    "lines that are no objects": (rows_are("1\n2\n"), (*FULL, "none of the known formats", "none, it is int")),
+    "lines that are not text": (
+        rows_are(b'{"prompt": "\xff"}\n'),
+        (*FULL, "cannot be read", "line 1", "in UTF-8"),
+    ),
+    "lines that are no objects": (
+        rows_are("1\n2\n"),
+        (*FULL, "none of the known formats", "none, it is int"),
+    ),
     "other columns": (
         rows_are([{"question": "a", "good": "b", "bad": "c"}]),
-        (*FULL, "none of the known formats", "question, good, bad", "prompt + chosen + rejected", "[data.columns]"),
+        (
+            *FULL,
+            "none of the known formats",
+            "question, good, bad",
+            "prompt + chosen + rejected",
+            "[data.columns]",
+        ),
     ),
     "the same twice": (
         rows_are([PAIR | {"rejected": PAIR["chosen"]}] * 3),
-        (*FULL, "3 of 3 rows of data.train cannot be used, 3 identical", "rejects.jsonl", "data.max_reject_fraction"),
+        (
+            *FULL,
+            "3 of 3 rows of data.train cannot be used, 3 identical",
+            "rejects.jsonl",
+            "data.max_reject_fraction",
+        ),
     ),
     "everything too long": (
         sets("prepare", "data.max_length=4"),
@@ -261,14 +362,23 @@ MISTAKES = {
         rows_are("prompt,chosen,rejected\na,b\n", "rows.csv"),
         (*FULL, "2 fields, but the first line names 3", "line 2"),
     ),
-    "a damaged parquet file": (rows_are(b"PAR1", "rows.parquet"), (*FULL, "data.train cannot be read", "rows.parquet")),
-    "a split that is none": (saved_without_split, (*FULL, "data.train cannot be read: KeyError", "split 'train'")),
+    "a damaged parquet file": (
+        rows_are(b"PAR1", "rows.parquet"),
+        (*FULL, "data.train cannot be read", "rows.parquet"),
+    ),
+    "a split that is none": (
+        saved_without_split,
+        (*FULL, "data.train cannot be read: KeyError", "split 'train'"),
+    ),
     "held-out rows that are not there": (
         sets("prepare", "data.eval=none.jsonl"),
         (*FULL, "data.eval names a file that is not there"),
     ),
     "demonstrations for align": (
-        rows_are([{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(9)], command="align"),
+        rows_are(
+            [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(9)],
+            command="align",
+        ),
         (*FULL, "the rows have no rejected responses", "demonstrations are for `tbpo sft`"),
     ),
     "a prompt that is none": (
@@ -280,8 +390,14 @@ MISTAKES = {
         sets("align", "model.base=./nowhere"),
         (*FULL, "model.base names a file that is not there", "nowhere", "--set model.base="),
     ),
-    "a base without a config": (base_with({"config.json": None}), (*FULL, "cannot be loaded", "model.base")),
-    "a base with a broken config": (base_with({"config.json": b"{"}), (*FULL, "cannot be loaded", "model.base")),
+    "a base without a config": (
+        base_with({"config.json": None}),
+        (*FULL, "cannot be loaded", "model.base"),
+    ),
+    "a base with a broken config": (
+        base_with({"config.json": b"{"}),
+        (*FULL, "cannot be loaded", "model.base"),
+    ),
     "a base without a tokenizer": (
         base_with({"tokenizer.json": None, "tokenizer_config.json": None}, "prepare"),
         (*FULL, "tokenizer", "model.base"),
@@ -331,7 +447,12 @@ MISTAKES = {
         (*FULL, "the positive helper is not named", "[align.loss] positive"),
     ),
     "a helper that is not there": (
-        sets("align", "align.loss.name=tis_dpo", "align.loss.positive=./none", "align.loss.negative=./none"),
+        sets(
+            "align",
+            "align.loss.name=tis_dpo",
+            "align.loss.positive=./none",
+            "align.loss.negative=./none",
+        ),
         (*FULL, "align.loss.positive", "none"),
     ),
     "a tracker that is not installed": (
@@ -352,7 +473,10 @@ MISTAKES = {
         lambda s: ["align", s.recipe, "--gpus", "64"],
         (*FULL, "64 GPUs are asked for, and", "--gpus"),
     ),
-    "4 bits on a CPU": (sets("align", "model.quantization=nf4"), (*FULL, "4-bit weights need", "quantization")),
+    "4 bits on a CPU": (
+        sets("align", "model.quantization=nf4"),
+        (*FULL, "4-bit weights need", "quantization"),
+    ),
     "machines without a rank": (
         lambda s: ["align", s.recipe, "--nodes", "2"],
         (*FULL, "the machines do not find each other", "--node-rank K"),
@@ -368,7 +492,12 @@ MISTAKES = {
     # ------------------------------------------------------------------------------------------------ an evaluation
     "samples of another adapter": (
         sets("eval", "sample.adapter=other/tuned"),
-        (*FULL, "another model than the figures", "sample.adapter = 'other/tuned'", "--against other/tuned"),
+        (
+            *FULL,
+            "another model than the figures",
+            "sample.adapter = 'other/tuned'",
+            "--against other/tuned",
+        ),
     ),
     "a judge without an address": (
         sets("eval", "eval.judge.model=judge"),
@@ -386,28 +515,48 @@ MISTAKES = {
         sets("eval", 'eval.opponents=["referense"]'),
         (*FULL, "eval.opponents", 'opponents = "reference"'),
     ),
-    "a scorer that is not there": (sets("eval", "eval.scorer=python:none.py:score"), (*FULL, "eval.scorer", "none.py")),
+    "a scorer that is not there": (
+        sets("eval", "eval.scorer=python:none.py:score"),
+        (*FULL, "eval.scorer", "none.py"),
+    ),
     # ------------------------------------------------------------------------------------------- the disk and the run
-    "a file in the way": (file_in_the_way, (*FULL, "the run directory cannot be written", "--run-dir")),
+    "a file in the way": (
+        file_in_the_way,
+        (*FULL, "the run directory cannot be written", "--run-dir"),
+    ),
     "nowhere to write": (
         lambda s: ["prepare", s.recipe, "--run-dir", "/proc/none"],
         (*FULL, "cannot be written", "/proc/none", "--run-dir"),
     ),
-    "a run in use": (run_in_use, (*FULL, f"the run is in use by process {os.getpid()}", "another --run-dir")),
+    "a run in use": (
+        run_in_use,
+        (*FULL, f"the run is in use by process {os.getpid()}", "another --run-dir"),
+    ),
     "a damaged manifest": (
         after("prepare", damaged_manifest),
         (*FULL, "a file of the run is damaged", "prepare/manifest.json", "move"),
     ),
     "a changed recipe": (
         after("align", sets("align", "align.max_steps=2", "align.loss.beta=0.5")),
-        (*FULL, "the inputs of a stage changed", "align.loss.beta: 0.1 → 0.5", "--restart redoes align"),
+        (
+            *FULL,
+            "the inputs of a stage changed",
+            "align.loss.beta: 0.1 → 0.5",
+            "--restart redoes align",
+        ),
     ),
     "a key without --set": (
         lambda s: ["align", s.recipe, "align.max_steps=2"],
         (*FULL, "align.max_steps=2 is not understood", "--set align.max_steps=2"),
     ),
-    "ids of nothing": (lambda s: ["prepare", s.recipe, "--ids"], (*FULL, "--ids is of the pairs", "--show 3 --ids")),
-    "a second recipe": (lambda s: ["sft", s.recipe, "b.toml"], (*FULL, "b.toml is not understood", "leave it out")),
+    "ids of nothing": (
+        lambda s: ["prepare", s.recipe, "--ids"],
+        (*FULL, "--ids is of the pairs", "--show 3 --ids"),
+    ),
+    "a second recipe": (
+        lambda s: ["sft", s.recipe, "b.toml"],
+        (*FULL, "b.toml is not understood", "leave it out"),
+    ),
     "flags for a launcher that is not needed": (
         lambda s: ["align", s.recipe, "--", "--num_cpu_threads_per_process=2"],
         (*FULL, "one process needs no launcher", "-- --num_cpu_threads_per_process=2", "--gpus N"),
@@ -424,7 +573,10 @@ MISTAKES = {
         sets("sample", "sample.temperature=-1"),
         (*FULL, "sample.temperature = -1 is not possible", "greater than or equal to 0"),
     ),
-    "sft without a table": (lambda s: ["sft", s.recipe], (*FULL, "the recipe has no SFT stage", "add [sft]")),
+    "sft without a table": (
+        lambda s: ["sft", s.recipe],
+        (*FULL, "the recipe has no SFT stage", "add [sft]"),
+    ),
 }
 
 
@@ -445,13 +597,24 @@ def test_the_executable_says_the_same_without_a_traceback(executable, recipe_fil
         (("algin", recipe_file), "No such command 'algin'"),
     ):
         done = executable(*arguments)
-        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr and not done.stdout
+        assert (
+            done.returncode == 2
+            and part in done.stderr
+            and "Traceback" not in done.stderr
+            and not done.stdout
+        )
 
 
 HUB = {
     "a base that is not there": (("model.base=user/none",), "the tokenizer cannot be loaded"),
-    "rows that are not there": (("data.train=user/none",), "data.train cannot be read: DatasetNotFoundError"),
-    "a split that is not there": (("data.train=user/pairs", "data.train_split=tran"), "data.train cannot be read"),
+    "rows that are not there": (
+        ("data.train=user/none",),
+        "data.train cannot be read: DatasetNotFoundError",
+    ),
+    "a split that is not there": (
+        ("data.train=user/pairs", "data.train_split=tran"),
+        "data.train cannot be read",
+    ),
 }
 
 
@@ -467,7 +630,9 @@ def test_what_the_hub_does_not_have_is_a_message(mistake, executable, recipe_fil
             "prepare", recipe_file, *(part for one in overrides for part in ("--set", one)),
             HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "cache"),
         )  # fmt: skip
-    assert done.returncode == 2 and what in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and what in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     assert all(word in done.stderr for word in FULL) and "user/" in done.stderr
 
 
@@ -477,5 +642,7 @@ def test_show_asks_a_hub_that_does_not_answer_only_once(executable, recipe_file,
         "show", recipe_file, "--set", "model.base=user/none",
         HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "cache"),
     )  # fmt: skip
-    assert done.returncode == 0 and "could not be found out: the model cannot" in " ".join(done.stdout.split())
+    assert done.returncode == 0 and "could not be found out: the model cannot" in " ".join(
+        done.stdout.split()
+    )
     assert time.monotonic() - started < 30 and not done.stderr

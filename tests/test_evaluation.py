@@ -14,20 +14,25 @@ from judge_server import chat_server
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tbpo_cli.config.recipe import Sample, load_recipe
 from tbpo_cli.core import oracle
 from tbpo_cli.core.types import sum_over_response
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
+from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.evaluation.preference import calibration_error, reliability
 from tbpo_cli.evaluation.stats import figure, figure_of, jackknife_figure, ratio_figure
-from tbpo_cli.measures import decide
 from tbpo_cli.model.generate import generate
-from tbpo_cli.recipe import Sample, load_recipe
 
 SCORER = "def score(prompt, completion):\n    return len(completion) + prompt.count('red')\n"
-SHORT = ("align.max_steps=3", "align.learning_rate=1e-1", "sample.max_new_tokens=8", "eval.diversity_prompts=4")
+SHORT = (
+    "align.max_steps=3",
+    "align.learning_rate=1e-1",
+    "sample.max_new_tokens=8",
+    "eval.diversity_prompts=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,9 @@ def whole(tmp_path_factory, base, rows):
     (folder / "scorer.py").write_text(SCORER)
     recipe = write_recipe(folder / "tiny.toml", base, rows)
     recipe.write_text(recipe.read_text() + '[eval]\nscorer = "python:./scorer.py:score"\n')
-    return recipe, run_stage("eval", recipe, folder / "run", *SHORT, 'eval.opponents=["reference","chosen"]')
+    return recipe, run_stage(
+        "eval", recipe, folder / "run", *SHORT, 'eval.opponents=["reference","chosen"]'
+    )
 
 
 SAME = (*SHORT, 'eval.opponents=["reference","chosen"]')
@@ -69,7 +76,12 @@ def test_a_figure_is_a_mean_with_the_interval_that_theory_gives():
     assert found["value"] == pytest.approx(draws.mean()) and found["n"] == 1000
     assert found["low"] == pytest.approx(draws.mean() - half, abs=0.02)
     assert found["high"] == pytest.approx(draws.mean() + half, abs=0.02)
-    assert figure(draws) == found and figure([0.25]) == {"value": 0.25, "low": 0.25, "high": 0.25, "n": 1}
+    assert figure(draws) == found and figure([0.25]) == {
+        "value": 0.25,
+        "low": 0.25,
+        "high": 0.25,
+        "n": 1,
+    }
 
 
 def test_a_ratio_weighs_pairs_by_their_tokens():
@@ -82,7 +94,9 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     sample = np.array([1.0, 4.0, 4.0, 7.0])
     left_out = [np.delete(sample, index).mean() for index in range(4)]
     error = 1.959964 * sample.std(ddof=1) / 2
-    assert jackknife_figure(4.0, left_out) == pytest.approx({"value": 4.0, "low": 4 - error, "high": 4 + error, "n": 4})
+    assert jackknife_figure(4.0, left_out) == pytest.approx(
+        {"value": 4.0, "low": 4 - error, "high": 4 + error, "n": 4}
+    )
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_success():
@@ -104,7 +118,10 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
     assert self_bleu(["red cat", "blue dog"]) < self_bleu(["red cat runs", "red cat sings"])
     found = distinct([["a", "b", "a"], ["a", "c"]], 1)
     assert found["value"] == 0.6 and found["n"] == 2
-    assert distinct([["a", "b", "a"], ["a", "c"]], 2)["value"] == 1 and distinct([["a"]], 2)["value"] == 0
+    assert (
+        distinct([["a", "b", "a"], ["a", "c"]], 2)["value"] == 1
+        and distinct([["a"]], 2)["value"] == 0
+    )
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2) and repetition([1, 1]) == 0
 
 
@@ -117,19 +134,29 @@ def test_diversity_is_a_mean_over_samples_and_then_over_prompts():
         )
     ]  # fmt: skip
     found = values(figures := summarise(samples))
-    assert found["predictive_entropy"] == 0.75 and found["truncated"] == 0.25 and found["length"] == 5
-    assert found["repetition"] == pytest.approx((0 + 0.8) / 2), "five 4-grams 7 7 7 7, one of them different"
-    assert found["distinct_1"] == pytest.approx(3 / (3 + 24)), "red, cat and . of the first samples alone"
+    assert (
+        found["predictive_entropy"] == 0.75 and found["truncated"] == 0.25 and found["length"] == 5
+    )
+    assert found["repetition"] == pytest.approx((0 + 0.8) / 2), (
+        "five 4-grams 7 7 7 7, one of them different"
+    )
+    assert found["distinct_1"] == pytest.approx(3 / (3 + 24)), (
+        "red, cat and . of the first samples alone"
+    )
     assert figures["length"]["n"] == 2 and found["length_p50"] == 5.5
 
 
 def test_the_entropy_of_a_completion_is_that_of_the_whole_distribution(base):
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = Sample(temperature=1.0, top_p=0.5, max_new_tokens=10)
-    for completion, prompt in zip(generate(model, [[5, 6], [7]], [1, 2], settings, [2]), [[5, 6], [7]], strict=True):
+    for completion, prompt in zip(
+        generate(model, [[5, 6], [7]], [1, 2], settings, [2]), [[5, 6], [7]], strict=True
+    ):
         ids = torch.tensor([[*prompt, *completion.token_ids]])
         logps = model(input_ids=ids).logits.detach()[0, len(prompt) - 1 : -1].log_softmax(-1)
-        assert completion.entropy == pytest.approx(float(-(logps.exp() * logps).sum(-1).mean()), rel=1e-4)
+        assert completion.entropy == pytest.approx(
+            float(-(logps.exp() * logps).sum(-1).mean()), rel=1e-4
+        )
 
 
 # The stage
@@ -140,24 +167,36 @@ def test_the_metrics_are_those_of_dense_logits(whole, base):
     _, run = whole
     store = PairStore(run / "prepare/eval")
     plain = AutoModelForCausalLM.from_pretrained(base)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "align/adapter")
-    sums = {name: [] for name in ("margin", "kl", "reverse_kl", "entropy", "better", "tokens", "aligned")}
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), run / "align/adapter"
+    )
+    sums = {
+        name: []
+        for name in ("margin", "kl", "reverse_kl", "entropy", "better", "tokens", "aligned")
+    }
     for place in range(len(store)):
         pair, sides = store[place], []
         for response in (pair.chosen_ids, pair.rejected_ids):
             ids = torch.tensor([[*pair.prompt_ids, *response]])
             logits = [
-                model(input_ids=ids).logits.detach()[:, len(pair.prompt_ids) - 1 : -1] for model in (tuned, plain)
+                model(input_ids=ids).logits.detach()[:, len(pair.prompt_ids) - 1 : -1]
+                for model in (tuned, plain)
             ]
             tokens = torch.tensor([list(response)])
-            sides.append(oracle.side_scores(*logits, tokens, torch.ones_like(tokens, dtype=torch.bool)))
+            sides.append(
+                oracle.side_scores(*logits, tokens, torch.ones_like(tokens, dtype=torch.bool))
+            )
         chosen, rejected = sides
         sums["margin"].append(0.1 * float(chosen.log_ratio.sum() - rejected.log_ratio.sum()))
         for name in ("kl", "reverse_kl", "entropy"):
-            sums[name].append(sum(float(sum_over_response(getattr(side, name), side.mask)) for side in sides))
+            sums[name].append(
+                sum(float(sum_over_response(getattr(side, name), side.mask)) for side in sides)
+            )
         sums["tokens"].append(sum(side.mask.shape[1] for side in sides))
         length = pair.aligned_length
-        sums["better"].append(int((chosen.advantage[:, :length] > rejected.advantage[:, :length]).sum()))
+        sums["better"].append(
+            int((chosen.advantage[:, :length] > rejected.advantage[:, :length]).sum())
+        )
         sums["aligned"].append(length)
     found, total = values(read(run)["models"]["policy"]["preference"]["all"]), sum(sums["tokens"])
     assert found["margin"] == pytest.approx(np.mean(sums["margin"]), rel=1e-4)
@@ -179,19 +218,32 @@ def test_the_metrics_are_those_of_the_last_evaluation_in_training(whole):
 def test_the_reference_has_only_what_means_something_for_it(whole):
     _, run = whole
     reference = read(run)["models"]["reference"]["preference"]
-    assert list(reference["all"]) == ["entropy", "logps_chosen", "logps_rejected"] and reference["reliability"] == []
+    assert (
+        list(reference["all"]) == ["entropy", "logps_chosen", "logps_rejected"]
+        and reference["reliability"] == []
+    )
     first = json.loads((run / "align/metrics.jsonl").read_text().splitlines()[0])
-    assert values(reference["all"]) == pytest.approx({name: first[name] for name in reference["all"]}, rel=1e-4)
+    assert values(reference["all"]) == pytest.approx(
+        {name: first[name] for name in reference["all"]}, rel=1e-4
+    )
 
 
 def test_every_pair_is_in_one_bucket_of_its_length(whole):
     _, run = whole
     policy = read(run)["models"]["policy"]["preference"]
     buckets = policy["buckets"]
-    assert 1 < len(buckets) <= 4 and sum(bucket["metrics"]["margin"]["n"] for bucket in buckets) == 8
+    assert (
+        1 < len(buckets) <= 4 and sum(bucket["metrics"]["margin"]["n"] for bucket in buckets) == 8
+    )
     ends = [end for bucket in buckets for end in (bucket["shortest"], bucket["longest"])]
     assert ends == sorted(ends)
-    mean = sum(bucket["metrics"]["margin"]["value"] * bucket["metrics"]["margin"]["n"] for bucket in buckets) / 8
+    mean = (
+        sum(
+            bucket["metrics"]["margin"]["value"] * bucket["metrics"]["margin"]["n"]
+            for bucket in buckets
+        )
+        / 8
+    )
     assert mean == pytest.approx(policy["all"]["margin"]["value"])
     assert sum(each["n"] for each in policy["reliability"]) == 8
 
@@ -202,7 +254,9 @@ def test_scores_and_win_rates_are_those_of_the_samples(whole):
     exec(SCORER, score)
     samples = [json.loads(line) for line in (run / "sample/samples.jsonl").read_text().splitlines()]
     scores = {
-        (sample["model"], sample["prompt_id"]): score["score"](sample["messages"][-1]["content"], sample["completion"])
+        (sample["model"], sample["prompt_id"]): score["score"](
+            sample["messages"][-1]["content"], sample["completion"]
+        )
         for sample in samples
     }
     prompts = sorted({sample["prompt_id"] for sample in samples})
@@ -211,7 +265,9 @@ def test_scores_and_win_rates_are_those_of_the_samples(whole):
         assert results["models"][model]["score"]["value"] == pytest.approx(mean)
     gaps = [scores["policy", prompt] - scores["reference", prompt] for prompt in prompts]
     against_reference, against_chosen = results["win_rates"]
-    assert against_reference["raw"]["value"] == pytest.approx(np.mean([(gap > 0) + (gap == 0) / 2 for gap in gaps]))
+    assert against_reference["raw"]["value"] == pytest.approx(
+        np.mean([(gap > 0) + (gap == 0) / 2 for gap in gaps])
+    )
     assert (against_reference["against"], against_chosen["against"]) == ("reference", "chosen")
     lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
     assert len(lines) == 16 and lines[0]["judge"] == "scorer.py:score"
@@ -227,7 +283,12 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
     recipe, run = copied
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     with chat_server(lambda body: "The first one. [[A]]") as server:
-        sets = (*SAME, "eval.diversity_prompts=0", f"eval.judge.endpoint={server.url}", "eval.judge.model=judge-1")
+        sets = (
+            *SAME,
+            "eval.diversity_prompts=0",
+            f"eval.judge.endpoint={server.url}",
+            "eval.judge.model=judge-1",
+        )
         run_stage("eval", recipe, run, *sets, restart=True)
         asked = len(server.requests)
         run_stage("eval", recipe, run, *sets, "eval.gate=win_rate >= 0", restart=True)
@@ -235,11 +296,21 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
     results = read(run)
     scorer, judge = (entry for entry in results["win_rates"] if entry["against"] == "reference")
     assert (scorer["judge"], judge["judge"]) == ("scorer.py:score", "judge-1")
-    assert judge["raw"]["value"] == 0.5 and judge["inconsistent"]["value"] == 1 and judge["prompt_tokens"] > 0
-    assert results["gate"]["value"] == scorer["raw"]["value"] and "scorer.py:score" in results["verdict"]
+    assert (
+        judge["raw"]["value"] == 0.5
+        and judge["inconsistent"]["value"] == 1
+        and judge["prompt_tokens"] > 0
+    )
+    assert (
+        results["gate"]["value"] == scorer["raw"]["value"]
+        and "scorer.py:score" in results["verdict"]
+    )
     lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
     assert any("The first one." in line["reason"] for line in lines if line["judge"] == "judge-1")
-    assert "a-key" not in (run / "eval/report.html").read_text() + (run / "eval/results.json").read_text()
+    assert (
+        "a-key"
+        not in (run / "eval/report.html").read_text() + (run / "eval/results.json").read_text()
+    )
 
 
 def test_diversity_follows_the_protocol(whole):
@@ -247,7 +318,9 @@ def test_diversity_follows_the_protocol(whole):
     rows = json.loads((run / "eval/parts/diversity-default.json").read_text())
     assert len(rows) == 4 * 5 and max(len(row["token_ids"]) for row in rows) <= 128
     found = read(run)["models"]["policy"]["diversity"]
-    assert found["predictive_entropy"]["n"] == 4 and 0 < found["predictive_entropy"]["value"] < math.log(400)
+    assert found["predictive_entropy"]["n"] == 4 and 0 < found["predictive_entropy"][
+        "value"
+    ] < math.log(400)
     assert set(found) == {"predictive_entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_3", "distinct_4",
                           "repetition", "truncated", "length", "length_p5", "length_p50", "length_p95"}  # fmt: skip
 
@@ -260,30 +333,40 @@ def test_what_was_measured_is_not_measured_again_after_an_interruption(copied):
         (run / "eval" / name).unlink()
     part.write_text(json.dumps([row | {"log_ratio": 1.0} for row in rows]))
     after = read(run_stage("eval", recipe, run, *SAME))
-    assert after["models"]["policy"]["preference"]["all"]["margin"]["value"] == pytest.approx(0.1), "β · 1: it was kept"
+    assert after["models"]["policy"]["preference"]["all"]["margin"]["value"] == pytest.approx(
+        0.1
+    ), "β · 1: it was kept"
     assert after["models"]["reference"] == before["models"]["reference"]
 
 
 def test_other_runs_stand_beside_the_policy(copied, tmp_path):
     """The same adapter by its folder has the policy's figures; a run with β = 0.2 has its own loss, β and label."""
     recipe, run = copied
-    other = run_stage("align", recipe, tmp_path / "wide", *SHORT, "align.loss.name=dpo", "align.loss.beta=0.2")
+    other = run_stage(
+        "align", recipe, tmp_path / "wide", *SHORT, "align.loss.name=dpo", "align.loss.beta=0.2"
+    )
     shutil.copytree(run / "align/adapter", tmp_path / "same")
     shutil.copy(run / "recipe.toml", tmp_path / "same")  # as `tbpo push` publishes it
     against = f"eval.against=['{tmp_path / 'same'}', '{other}']"
     run_stage("eval", recipe, run, *SAME, against, restart=True)
     models = read(run)["models"]
-    assert list(models) == ["policy", "reference", "same", "wide"] and models["wide"]["loss"] == "dpo"
+    assert (
+        list(models) == ["policy", "reference", "same", "wide"] and models["wide"]["loss"] == "dpo"
+    )
     for what in ("preference", "diversity", "score"):
         assert models["same"][what] == models["policy"][what], what
     last = json.loads((other / "align/metrics.jsonl").read_text().splitlines()[-1])
-    assert models["wide"]["preference"]["all"]["margin"]["value"] == pytest.approx(last["margin"], rel=1e-4)
+    assert models["wide"]["preference"]["all"]["margin"]["value"] == pytest.approx(
+        last["margin"], rel=1e-4
+    )
     pairings = [(entry["model"], entry["against"]) for entry in read(run)["win_rates"]]
     assert pairings == [("policy", other) for other in ("reference", "chosen", "same", "wide")] + [
         (model, other) for model in ("same", "wide") for other in ("reference", "chosen")
     ]
     ties = next(entry for entry in read(run)["win_rates"] if entry["against"] == "same")
-    assert ties["raw"]["value"] == 0.5 and ties["ties"] == 8, "the same weights draw the same samples"
+    assert ties["raw"]["value"] == 0.5 and ties["ties"] == 8, (
+        "the same weights draw the same samples"
+    )
 
 
 def test_an_adapter_of_the_hub_stands_beside_the_policy(copied, tmp_path, executable):
@@ -292,8 +375,22 @@ def test_an_adapter_of_the_hub_stands_beside_the_policy(copied, tmp_path, execut
     sets = [part for one in (*SAME, "eval.diversity_prompts=0") for part in ("--set", one)]
     sources = ("org/tuned", "org/tuned@main")
     with hub(tmp_path / "hub") as (address, _):
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        done = executable("eval", recipe, "--run-dir", run, *sets, "--restart", "--against", *sources, **environment)
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = executable(
+            "eval",
+            recipe,
+            "--run-dir",
+            run,
+            *sets,
+            "--restart",
+            "--against",
+            *sources,
+            **environment,
+        )
         assert done.returncode == 0, done.stderr
     models = read(run)["models"]
     for source in sources:
@@ -315,10 +412,14 @@ def test_processes_share_pairs_and_prompts(copied, tbpo):
             assert found == pytest.approx(expected, rel=1e-5), what
 
 
-@pytest.mark.parametrize("table", ["[sft]\nbatch_examples = 8\nmax_steps = 2\nlearning_rate = 1e-2\n", ""])
+@pytest.mark.parametrize(
+    "table", ["[sft]\nbatch_examples = 8\nmax_steps = 2\nlearning_rate = 1e-2\n", ""]
+)
 def test_the_reference_is_the_one_of_alignment(base, rows, tmp_path, table):
     """The SFT adapter after [sft]; without LoRA, a model of its own. Before it learns anything, KL = 0 and all tie."""
-    text = RECIPE.format(base=base, train=rows[0], eval=rows[1]).replace("max_steps = 6", "max_steps = 1")
+    text = RECIPE.format(base=base, train=rows[0], eval=rows[1]).replace(
+        "max_steps = 6", "max_steps = 1"
+    )
     if not table:
         text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
     (tmp_path / "r.toml").write_text(text.replace("1e-3", "1e-9") + table)
@@ -330,13 +431,20 @@ def test_the_reference_is_the_one_of_alignment(base, rows, tmp_path, table):
         "sample.models=['policy']",
         "eval.diversity_prompts=0",
     )
-    run_stage("eval", tmp_path / "r.toml", tmp_path / "run", "sample.max_new_tokens=4", against, *sets)
+    run_stage(
+        "eval", tmp_path / "r.toml", tmp_path / "run", "sample.max_new_tokens=4", against, *sets
+    )
     models, win_rates = read(tmp_path / "run")["models"], read(tmp_path / "run")["win_rates"]
     assert [(entry["ties"], entry["raw"]["value"]) for entry in win_rates] == [(8, 0.5)] * 3
     for name in ("policy", "run"):
         assert models[name]["preference"]["all"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
-    found, expected = (models[name]["preference"]["all"]["entropy"] for name in ("policy", "reference"))
-    assert found["value"] == pytest.approx(expected["value"], rel=1e-5) and models["policy"]["diversity"] == {}
+    found, expected = (
+        models[name]["preference"]["all"]["entropy"] for name in ("policy", "reference")
+    )
+    assert (
+        found["value"] == pytest.approx(expected["value"], rel=1e-5)
+        and models["policy"]["diversity"] == {}
+    )
 
 
 # The gate
@@ -348,9 +456,15 @@ def test_the_gate_makes_the_exit_code_and_decides_again(copied, tbpo):
     for gate, code in (("accuracy >= 0", 0), ("reference.entropy > 100", 4)):
         done = tbpo("eval", recipe, "--run-dir", run, *sets, "--set", f"eval.gate={gate}")
         assert done.returncode == code, done.stderr
-        assert "up to date" in done.stderr and "reward accuracy" in done.stdout, "it shows the same again"
-        assert read(run)["gate"]["passed"] == (code == 0) and read(run)["gate"]["expression"] == gate
-        assert ("the gate failed: reference.entropy > 100 does not hold" in done.stderr) == (code == 4)
+        assert "up to date" in done.stderr and "reward accuracy" in done.stdout, (
+            "it shows the same again"
+        )
+        assert (
+            read(run)["gate"]["passed"] == (code == 0) and read(run)["gate"]["expression"] == gate
+        )
+        assert ("the gate failed: reference.entropy > 100 does not hold" in done.stderr) == (
+            code == 4
+        )
         assert gate.replace(">", "&gt;") in (run / "eval/report.html").read_text()
 
 
@@ -373,7 +487,10 @@ def test_a_gate_that_is_none_is_told_before_anything_is_run(recipe_file, tmp_pat
 
 
 def test_gates_may_name_tasks_labels_and_parts_of_an_interval(recipe_file):
-    sets = ("eval.suites=['open-llm-v1', 'x/letters.yaml']", "eval.against=['runs/dpo', 'b/align/adapter']")
+    sets = (
+        "eval.suites=['open-llm-v1', 'x/letters.yaml']",
+        "eval.against=['runs/dpo', 'b/align/adapter']",
+    )
     for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3", "reference.mmlu<=1",
                  "length < -.5"):  # fmt: skip
         assert load_recipe(recipe_file, (*sets, f"eval.gate={gate}")).eval.gate == gate
@@ -395,7 +512,11 @@ def test_a_gate_reads_the_figure_that_it_names(whole):
         assert decide(f"{name} >= {value!r}", results) == {
             "expression": f"{name} >= {value!r}", "value": value, "passed": True,
         }  # fmt: skip
-    assert decide("win_rate.other > 0", results) == {"expression": "win_rate.other > 0", "value": None, "passed": False}
+    assert decide("win_rate.other > 0", results) == {
+        "expression": "win_rate.other > 0",
+        "value": None,
+        "passed": False,
+    }
 
 
 def test_a_failed_gate_is_raised_after_everything_is_written(copied):
@@ -403,7 +524,11 @@ def test_a_failed_gate_is_raised_after_everything_is_written(copied):
     (run / "eval/manifest.json").unlink()
     with pytest.raises(GateError) as error:
         run_stage("eval", recipe, run, *SAME, "eval.gate=kl > 1000")
-    assert error.value.exit_code == 4 and (run / "eval/manifest.json").exists() and read(run)["gate"]["passed"] is False
+    assert (
+        error.value.exit_code == 4
+        and (run / "eval/manifest.json").exists()
+        and read(run)["gate"]["passed"] is False
+    )
 
 
 # What cannot be
@@ -424,7 +549,9 @@ def test_a_run_from_another_base_is_refused(copied, tmp_path, base, rows):
     model = AutoModelForCausalLM.from_pretrained(base)
     model.model.norm.weight.data *= 1.5
     model.save_pretrained(tmp_path / "base")
-    other = run_stage("align", recipe, tmp_path / "other", *SHORT, f"model.base={tmp_path / 'base'}")
+    other = run_stage(
+        "align", recipe, tmp_path / "other", *SHORT, f"model.base={tmp_path / 'base'}"
+    )
     with pytest.raises(TbpoError, match="another base"):
         run_stage("eval", recipe, run, *SAME, f"eval.against=['{other}']", restart=True)
 
@@ -439,7 +566,7 @@ def test_an_adapter_of_another_shape_is_refused(copied, tmp_path):
 
 
 def test_another_function_of_the_same_file_is_another_scorer(whole):
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.runs.run_dir import RunDir
 
     recipe, run = whole
     loaded = load_recipe(recipe, (*SAME, f"eval.scorer=python:{recipe.parent / 'scorer.py'}:other"))
@@ -470,7 +597,10 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     """Whose log-probability is higher, " cat" or " dog": by the harness, and by the merged model's own logits."""
     pytest.importorskip("lm_eval")
     recipe, run = copied
-    questions = [{"question": f"one {number}", "choices": [" cat", " dog"], "label": number % 2} for number in range(6)]
+    questions = [
+        {"question": f"one {number}", "choices": [" cat", " dog"], "label": number % 2}
+        for number in range(6)
+    ]
     task = tmp_path / "letters.yaml"
     task.write_text(TASK.format(data=write_jsonl(tmp_path / "letters.jsonl", questions)))
     run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}']", restart=True)
@@ -484,13 +614,20 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     for row in questions:
         totals = []
         for choice in row["choices"]:
-            context, ids = tokenizer(row["question"])["input_ids"], tokenizer(row["question"] + choice)["input_ids"]
+            context, ids = (
+                tokenizer(row["question"])["input_ids"],
+                tokenizer(row["question"] + choice)["input_ids"],
+            )
             logps = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             targets = torch.tensor(ids[1:])[:, None]
             totals.append(float(logps.gather(1, targets)[len(context) - 1 :].sum()))
         right += int(np.argmax(totals)) == row["label"]
     found = read(run)["models"]["policy"]["suites"][str(task)]["letters"]
-    assert found["value"] == pytest.approx(right / 6) and found["n"] == 6 and found["metric"] == "acc,none"
+    assert (
+        found["value"] == pytest.approx(right / 6)
+        and found["n"] == 6
+        and found["metric"] == "acc,none"
+    )
     assert found["low"] <= found["value"] <= found["high"]
 
 

@@ -6,17 +6,19 @@ import pytest
 import torch
 from conftest import run_stage
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.recipe import load_recipe
 from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.feed import Ahead
 from tbpo_cli.train.loop import TrainingRun
 
 OUT_OF_MEMORY = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+    ),
 }
 
 
@@ -38,21 +40,29 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_result(recipe_file, tmp_path, capsys, kind):
+def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_result(
+    recipe_file, tmp_path, capsys, kind
+):
     """A step has some 400 tokens; the device holds 200, so the budget goes 1024 → … → 128 in the first evaluation. The
     trained weights are those of a device with room for all."""
     whole = train(recipe_file, tmp_path / "whole")
     assert "out of memory" not in capsys.readouterr().err
     cut = train(recipe_file, tmp_path / "cut", room=200, error=OUT_OF_MEMORY[kind])
     said = capsys.readouterr().err
-    assert "the same step again with max_tokens_per_device = 256" in said and said.count("out of memory") == 3
+    assert (
+        "the same step again with max_tokens_per_device = 256" in said
+        and said.count("out of memory") == 3
+    )
     for name, weight in whole.items():
         torch.testing.assert_close(cut[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("settings", "fix"),
-    [((), "activation_checkpointing"), (("align.max_tokens_per_device=500",), 'max_tokens_per_device = "auto"')],
+    [
+        ((), "activation_checkpointing"),
+        (("align.max_tokens_per_device=500",), 'max_tokens_per_device = "auto"'),
+    ],
 )
 def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_name_a_fix(
     recipe_file, tmp_path, settings, fix

@@ -9,43 +9,34 @@ from pathlib import Path
 import pytest
 
 from tbpo_cli.core import GENERATORS, LOSSES
-from tbpo_cli.measures import JUDGES
+from tbpo_cli.evaluation.measures import JUDGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tbpo_cli"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FILES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = {
+    str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_OBVIOUS_LINES = 350, 60, 3
 
 # These may be imported by everything except core.
-ANYWHERE = {"errors", "files", "endpoint", "console", "recipe", "toml", "checks", "report", "run", "measures"}
-ANYWHERE |= {"charts"}
-LAYERS = {  # room: the rooms it may import
-    "core": set(),
-    "report": set(),
-    "charts": set(),
-    "data": {"core"},
-    "model": {"core", "data"},
-    "train": {"core", "data", "model"},
-    "training": {"core", "data", "model", "train"},
-    "launch": set(),
-    "hub": {"core"},
-    "evaluation": {"core", "data", "model"},
-    "stages": {"core", "data", "model", "train", "training", "evaluation", "launch", "hub"},
-    "cli": {"stages", "launch", "starter", "show"},
-    "show": {"core", "data", "model", "train", "training", "stages", "advice"},
-    "advice": set(),
-    "starter": set(),
-    "measures": set(),
-    "worker": {"stages", "train", "launch"},
+ANYWHERE = {"errors", "console", "config", "runs"}
+LAYERS = {  # room: the rooms it may import, beside ANYWHERE
     "errors": set(),
-    "files": set(),
-    "endpoint": set(),
     "console": set(),
-    "checks": {"core", "data"},
-    "recipe": set(),
-    "toml": set(),
-    "run": set(),
+    "core": set(),
+    "config": {"core"},
+    "runs": set(),
+    "data": {"core"},
+    "batch": {"core", "data"},
+    "model": {"core", "data", "batch"},
+    "evaluation": {"core", "data", "batch", "model"},
+    "report": {"core", "data", "batch", "model", "evaluation"},
+    "train": {"core", "data", "batch", "model", "report"},
+    "hub": {"core", "evaluation", "report"},
+    "stages": {"core", "data", "batch", "model", "evaluation", "report", "train", "hub"},
+    "cli": {"core", "data", "batch", "model", "evaluation", "report", "train", "stages"},
     "__init__": set(),
 }
 
@@ -88,7 +79,10 @@ def too_long(name, source):
     if (lines := source.count("\n")) > MAX_LINES:
         yield f"{lines} lines"
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:
+        if (
+            isinstance(node, ast.FunctionDef)
+            and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+        ):
             yield node.name
 
 
@@ -109,9 +103,15 @@ def undocumented(name, source):
     if tree.body and not ast.get_docstring(tree):
         yield name
     for node in [*public(tree.body), *methods]:
-        obvious = not name.startswith("core/") and isinstance(node, ast.FunctionDef) and len(node.body) == 1
+        obvious = (
+            not name.startswith("core/")
+            and isinstance(node, ast.FunctionDef)
+            and len(node.body) == 1
+        )
         obvious = obvious and node.end_lineno - node.body[0].lineno < MAX_OBVIOUS_LINES
-        if not (ast.get_docstring(node) or obvious or (node in methods and node.name in documented)):
+        if not (
+            ast.get_docstring(node) or obvious or (node in methods and node.name in documented)
+        ):
             yield node.name
 
 
@@ -127,12 +127,15 @@ def losses_by_name(name, source):
 def import_cycle(files):
     """A way from a module back to itself through what is imported when it is imported; empty if there is none."""
     sources = {
-        f"tbpo_cli.{name}".replace("/", ".").removesuffix(".py").removesuffix(".__init__"): name for name in files
+        f"tbpo_cli.{name}".replace("/", ".").removesuffix(".py").removesuffix(".__init__"): name
+        for name in files
     }
     graph = {}
     for module, name in sources.items():
         imported = modules(at_import(ast.parse(files[name])))
-        graph[module] = {one if one in sources else one.rpartition(".")[0] for one in imported} & sources.keys()
+        graph[module] = {
+            one if one in sources else one.rpartition(".")[0] for one in imported
+        } & sources.keys()
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -142,13 +145,17 @@ def import_cycle(files):
 
 def unread_keys(files):
     """Keys of the recipe that nothing but their own check reads; those of JUDGES are read by that table."""
-    recipe = ast.parse(files["recipe.py"])
+    recipe = ast.parse(files["config/recipe.py"])
     tables = [node for node in recipe.body if isinstance(node, ast.ClassDef)]
-    keys = {item.target.id for table in tables for item in table.body if isinstance(item, ast.AnnAssign)}
+    keys = {
+        item.target.id for table in tables for item in table.body if isinstance(item, ast.AnnAssign)
+    }
     for table in tables:
         table.body = [item for item in table.body if getattr(item, "name", "") != "__post_init__"]
-    trees = [recipe, *(ast.parse(source) for name, source in files.items() if name != "recipe.py")]
-    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    trees = [recipe, *(ast.parse(source) for name, source in files.items() if name != "config/recipe.py")]
+    read = {
+        node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }
     return keys - read - JUDGES.keys()
 
 
@@ -159,7 +166,9 @@ def missing_in_layout(readme, names):
     for name in names:
         room, _, file = name.rpartition("/")
         where, word = (rooms.get(room, ""), file.removesuffix(".py")) if room else (layout, file)
-        if word not in ("__init__", "__init__.py") and not re.search(rf"\b{re.escape(word)}\b", where):
+        if word not in ("__init__", "__init__.py") and not re.search(
+            rf"\b{re.escape(word)}\b", where
+        ):
             yield name
 
 
@@ -179,14 +188,18 @@ BAD = [
     (wrong_imports, "data/pairs.py", "def late():\n    import tbpo_cli.train.loop"),
     (wrong_imports, "stages/align.py", "from tbpo_cli.stages.sft import run"),
     (wrong_imports, "stages/align.py", "from tbpo_cli.stages import sft"),
-    (too_long, "run.py", "\n" * 351),
-    (too_long, "run.py", "class A:\n    def f(self):\n" + "        self\n" * 60),
-    (undocumented, "run.py", "import os"),
-    (undocumented, "run.py", '"""."""\nclass A: pass'),
-    (undocumented, "run.py", '"""."""\nclass A:\n    """."""\n    def f(self):\n        g()\n        h()'),
-    (undocumented, "run.py", '"""."""\ndef f():\n    return (\n        1,\n        2,\n    )'),
+    (too_long, "runs/run_dir.py", "\n" * 351),
+    (too_long, "runs/run_dir.py", "class A:\n    def f(self):\n" + "        self\n" * 60),
+    (undocumented, "runs/run_dir.py", "import os"),
+    (undocumented, "runs/run_dir.py", '"""."""\nclass A: pass'),
+    (
+        undocumented,
+        "runs/run_dir.py",
+        '"""."""\nclass A:\n    """."""\n    def f(self):\n        g()\n        h()',
+    ),
+    (undocumented, "runs/run_dir.py", '"""."""\ndef f():\n    return (\n        1,\n        2,\n    )'),
     (undocumented, "core/head.py", '"""."""\ndef f():\n    return 1'),
-    (losses_by_name, "hub.py", 'if loss.name in ("ipo", "dpo"): pass'),
+    (losses_by_name, "hub/publish.py", 'if loss.name in ("ipo", "dpo"): pass'),
 ]
 
 
@@ -203,7 +216,11 @@ def test_a_file_that_breaks_a_rule_is_found(rule, name, source):
 
 def test_no_module_imports_itself_through_others():
     assert not import_cycle(FILES)
-    circle = {"a.py": "from tbpo_cli.b import c", "b/__init__.py": "", "b/c.py": "if X:\n    import tbpo_cli.a"}
+    circle = {
+        "a.py": "from tbpo_cli.b import c",
+        "b/__init__.py": "",
+        "b/c.py": "if X:\n    import tbpo_cli.a",
+    }
     assert {*import_cycle(circle)} == {"tbpo_cli.a", "tbpo_cli.b.c"}
     for late in ("def f():\n    import tbpo_cli.a", "if TYPE_CHECKING:\n    import tbpo_cli.a"):
         assert not import_cycle({**circle, "b/c.py": late})
@@ -211,17 +228,17 @@ def test_no_module_imports_itself_through_others():
 
 def test_every_key_of_a_recipe_is_read():
     assert not unread_keys(FILES)
-    checked = "class Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
-    assert unread_keys({"recipe.py": checked, "run.py": "recipe.run.name"}) == {"seed"}
+    checked = (
+        "class Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
+    )
+    assert unread_keys({"config/recipe.py": checked, "runs/run_dir.py": "recipe.run.name"}) == {"seed"}
 
 
 def test_the_readme_names_every_file():
     assert not [*missing_in_layout(README, FILES)]
-    layout = (
-        "## Layout\n```\ntbpo_cli/\n  run.py   a run\n  data/    pairs\n           tokens\n  core/    losses\n```\n"
-    )
-    names = ["run.py", "hub.py", "data/tokens.py", "data/losses.py", "core/__init__.py"]
-    assert [*missing_in_layout(layout, names)] == ["hub.py", "data/losses.py"]
+    layout = "## Layout\n```\ntbpo_cli/\n  run.py   a run\n  data/    pairs\n           tokens\n  core/    losses\n```\n"
+    names = ["runs/run_dir.py", "hub/publish.py", "data/tokens.py", "data/losses.py", "core/__init__.py"]
+    assert [*missing_in_layout(layout, names)] == ["hub/publish.py", "data/losses.py"]
 
 
 def test_every_method_of_a_paper_names_it():

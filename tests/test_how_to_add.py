@@ -8,17 +8,18 @@ import pytest
 import torch.nn.functional as F
 from conftest import preference_rows, run_stage, write_jsonl
 
-from tbpo_cli import evaluation, stages
-from tbpo_cli.checks import table
+from tbpo_cli import stages
+from tbpo_cli.evaluation import judges
+from tbpo_cli.batch.layouts import LAYOUTS
+from tbpo_cli.config.recipe import Align, Eval, load_recipe
+from tbpo_cli.config.validate import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import mean_over_response
-from tbpo_cli.data.layouts import LAYOUTS
 from tbpo_cli.data.pairs import FORMATS, Format, make_pair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.measures import JUDGES
-from tbpo_cli.recipe import Align, Eval, load_recipe
-from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.evaluation.measures import JUDGES
+from tbpo_cli.runs.run_dir import STAGES, RunDir
 from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -44,7 +45,12 @@ def test_a_loss(recipe_file, tmp_path, monkeypatch):
         load_recipe(recipe_file, ("align.loss.name=likely",))
     monkeypatch.setitem(LOSSES, "likely", Likely)
     runs = [
-        run_stage("align", recipe_file, tmp_path / str(scale), f"align.loss={{name = 'likely', scale = {scale}}}")
+        run_stage(
+            "align",
+            recipe_file,
+            tmp_path / str(scale),
+            f"align.loss={{name = 'likely', scale = {scale}}}",
+        )
         for scale in (1.0, 0.5)
     ]
     whole, half = (train_lines(run)[0]["loss"] for run in runs)
@@ -78,13 +84,17 @@ def test_a_generator(recipe_file, tmp_path, monkeypatch):
 def read_question(row):
     """{"question": text, "answers": [the better, the worse]}."""
     prompt = ({"role": "user", "content": row["question"]},)
-    return make_pair(row, prompt, *({"role": "assistant", "content": text} for text in row["answers"]))
+    return make_pair(
+        row, prompt, *({"role": "assistant", "content": text} for text in row["answers"])
+    )
 
 
 def test_a_data_format(recipe_file, tmp_path, monkeypatch):
     """It is recognised by its columns, and makes the pairs that the same texts in another format are."""
     plain = preference_rows(8, seed=3)
-    rows = [{"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in plain]
+    rows = [
+        {"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in plain
+    ]
     train = write_jsonl(tmp_path / "questions.jsonl", rows)
     with pytest.raises(TbpoError, match="none of the known formats"):
         run_stage("prepare", recipe_file, tmp_path / "before", f"data.train={train}")
@@ -95,7 +105,10 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
     assert load_recipe(recipe_file, ("data.format=question",)).data.format == "question"
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     same = run_stage(
-        "prepare", recipe_file, tmp_path / "same", f"data.train={write_jsonl(tmp_path / 'p.jsonl', plain)}"
+        "prepare",
+        recipe_file,
+        tmp_path / "same",
+        f"data.train={write_jsonl(tmp_path / 'p.jsonl', plain)}",
     )
     counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
     assert (counts["format"], counts["kept"]) == ("question", {"train": 8})
@@ -104,7 +117,11 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
 
 def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
     """recipe.py loads neither torch nor numpy, and so repeats them."""
-    tables = {(Align, "layout"): LAYOUTS, (Align, "optimizer"): OPTIMIZERS, (Align, "schedule"): SCHEDULES}
+    tables = {
+        (Align, "layout"): LAYOUTS,
+        (Align, "optimizer"): OPTIMIZERS,
+        (Align, "schedule"): SCHEDULES,
+    }
     for (owner, key), names in tables.items():
         assert {*typing.get_args(typing.get_type_hints(owner)[key])} - {"auto"} == {*names}, key
 
@@ -117,7 +134,7 @@ class EvalWithLongest(Eval):
 
 
 JUDGE = """
-from tbpo_cli.evaluation.judges import score_judge
+from tbpo_cli.evaluation.judges.judge import score_judge
 
 def judge_of(value, cache):
     return score_judge("longest", lambda answers: (len(completion) for _, completion in answers))
@@ -127,7 +144,7 @@ def judge_of(value, cache):
 def test_a_judge(recipe_file, tmp_path, monkeypatch):
     """A file beside the others: the longer completion wins, as samples.jsonl says."""
     (tmp_path / "longest.py").write_text(JUDGE)
-    monkeypatch.setattr(evaluation, "__path__", [*evaluation.__path__, str(tmp_path)])
+    monkeypatch.setattr(judges, "__path__", [*judges.__path__, str(tmp_path)])
     sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
     recipe = load_recipe(recipe_file, sets)
     monkeypatch.setitem(JUDGES, "longest", "longest")
@@ -138,9 +155,14 @@ def test_a_judge(recipe_file, tmp_path, monkeypatch):
     lengths = {"policy": {}, "reference": {}}
     for sample in map(json.loads, (run / "sample/samples.jsonl").read_text().splitlines()):
         lengths[sample["model"]][sample["prompt_id"]] = len(sample["completion"])
-    differences = [length - lengths["reference"][prompt] for prompt, length in lengths["policy"].items()]
+    differences = [
+        length - lengths["reference"][prompt] for prompt, length in lengths["policy"].items()
+    ]
     assert (rate["judge"], len(differences)) == ("longest", 8)
-    assert (rate["wins"], rate["losses"]) == (sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    assert (rate["wins"], rate["losses"]) == (
+        sum(d > 0 for d in differences),
+        sum(d < 0 for d in differences),
+    )
 
 
 STAGE = """
@@ -166,8 +188,12 @@ def test_a_stage(recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(STAGES, "lengths", replace(STAGES["prepare"], needs=("prepare",)))
     run = run_stage("lengths", recipe_file, tmp_path / "run")
     assert len(json.loads((run / "lengths/lengths.json").read_text())) == 40
-    assert (run / "prepare/manifest.json").exists() and "the lengths are in" in capsys.readouterr().err
+    assert (
+        run / "prepare/manifest.json"
+    ).exists() and "the lengths are in" in capsys.readouterr().err
     run_stage("lengths", recipe_file, run)
     assert "lengths is up to date" in capsys.readouterr().err
-    with pytest.raises(TbpoError, match="the inputs of a stage changed since it was run: prepare, lengths"):
+    with pytest.raises(
+        TbpoError, match="the inputs of a stage changed since it was run: prepare, lengths"
+    ):
         run_stage("lengths", recipe_file, run, "data.max_length=100")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from judge_server import chat_server
 
-from tbpo_cli.endpoint import Endpoint
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
-from tbpo_cli.evaluation.language_judge import TEMPLATE
+from tbpo_cli.evaluation.judges.endpoint import Endpoint
+from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, judges_of
+from tbpo_cli.evaluation.judges.language_judge import TEMPLATE
+from tbpo_cli.evaluation.measures import JUDGES
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
-from tbpo_cli.measures import JUDGES
-from tbpo_cli.recipe import load_recipe
 
 KEY = "sk-secret-0123456789"
 WORLD = Path(__file__).parent.parent / "recipes" / "quickstart" / "world.py"
@@ -34,7 +34,9 @@ def user(text):
 def compare(*answers, prompt="What is 1 + 1?", **more):
     """A comparison for each (completion_a, completion_b)."""
     return [
-        Comparison(f"p{n}", user(f"{prompt} ({n})"), "policy", "reference", a, b, len(a), len(b), **more)
+        Comparison(
+            f"p{n}", user(f"{prompt} ({n})"), "policy", "reference", a, b, len(a), len(b), **more
+        )
         for n, (a, b) in enumerate(answers)
     ]
 
@@ -61,7 +63,10 @@ def language_judge(judges, tmp_path):
 def sections(body):
     """(answer A, answer B) as the judge is shown them."""
     text = body["messages"][0]["content"]
-    return tuple(text.split(f"[Answer of {name}]\n")[1].split(f"\n[End of the answer of {name}]")[0] for name in "AB")
+    return tuple(
+        text.split(f"[Answer of {name}]\n")[1].split(f"\n[End of the answer of {name}]")[0]
+        for name in "AB"
+    )
 
 
 def prefers_two(body):
@@ -83,8 +88,13 @@ def test_a_good_judge_gives_the_right_rate_and_its_reasons(language_judge):
     rates = win_rate(comparisons, verdicts, judge.name)
     assert rates["raw"]["value"] == 0.625 and rates["raw"]["n"] == 4 and rates["judge"] == "judge-1"
     assert (rates["wins"], rates["ties"], rates["losses"], rates["unreadable"]) == (2, 1, 1, 0)
-    assert rates["inconsistent"]["value"] == 0.0 and (rates["model"], rates["against"]) == ("policy", "reference")
-    assert (rates["prompt_tokens"], rates["completion_tokens"]) == (800, 80), "two orders a comparison"
+    assert rates["inconsistent"]["value"] == 0.0 and (rates["model"], rates["against"]) == (
+        "policy",
+        "reference",
+    )
+    assert (rates["prompt_tokens"], rates["completion_tokens"]) == (800, 80), (
+        "two orders a comparison"
+    )
     assert rates["cost"] == pytest.approx((800 * 10 + 80 * 30) / 1e6)
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
@@ -96,7 +106,11 @@ def test_a_judge_that_looks_at_the_position_only_gives_ties_all_inconsistent(lan
     with chat_server(lambda body: "The first one is better. [[A]]") as server:
         judge = language_judge(server)
         rates = win_rate(comparisons, judge.compare(comparisons), judge.name)
-    assert rates["raw"]["value"] == 0.5 and rates["inconsistent"]["value"] == 1.0 and rates["ties"] == 3
+    assert (
+        rates["raw"]["value"] == 0.5
+        and rates["inconsistent"]["value"] == 1.0
+        and rates["ties"] == 3
+    )
     assert rates["cost"] is None
 
 
@@ -127,11 +141,17 @@ def test_a_verdict_is_read_from_what_judges_write(language_judge, answer, value)
 
 def test_unreadable_verdicts_are_counted_and_left_out(language_judge):
     comparisons = compare(("2", "3"), ("2", "mumble"), ("2", "5"), ("x", "2"))
-    with chat_server(lambda body: "Hm." if "mumble" in sections(body) else prefers_two(body)) as server:
+    with chat_server(
+        lambda body: "Hm." if "mumble" in sections(body) else prefers_two(body)
+    ) as server:
         judge = language_judge(server)
         verdicts = judge.compare(comparisons)
     rates = win_rate(comparisons, verdicts, judge.name)
-    assert rates["unreadable"] == 1 and rates["raw"]["n"] == 3 and rates["raw"]["value"] == pytest.approx(2 / 3)
+    assert (
+        rates["unreadable"] == 1
+        and rates["raw"]["n"] == 3
+        and rates["raw"]["value"] == pytest.approx(2 / 3)
+    )
     assert rates["prompt_tokens"] == 800, "they cost as well"
     with pytest.raises(TbpoError, match="judge-1 gave no verdict: no verdict can be read: Hm"):
         win_rate(comparisons[1:2], verdicts[1:2], judge.name)
@@ -141,7 +161,9 @@ def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
     template = tmp_path / "mine.txt"
     template.write_text('{"format": "{x}"} Q:{prompt}|1:{a}|2:{b}|', encoding="utf-8")
     with chat_server(lambda body: "[[C]]") as server:
-        judge = language_judge(server, f"eval.judge.template={template}", "eval.judge.body={top_p = 0.5}")
+        judge = language_judge(
+            server, f"eval.judge.template={template}", "eval.judge.body={top_p = 0.5}"
+        )
         judge.compare(compare(("{b} {0} {", "{prompt} \\1 %s"), prompt="{a}"))
     bodies = [body for _, _, body in server.requests]
     texts = sorted(body["messages"][0]["content"] for body in bodies)
@@ -153,10 +175,15 @@ def test_a_conversation_is_shown_whole(language_judge):
     turns = [*user("red"), {"role": "assistant", "content": "blue"}, *user("dog")]
     with chat_server(lambda body: "[[C]]") as server:
         language_judge(server).compare([Comparison("p", turns, "policy", "chosen", "x", "y", 1, 1)])
-    assert "user: red\n\nassistant: blue\n\nuser: dog" in server.requests[0][2]["messages"][0]["content"]
+    assert (
+        "user: red\n\nassistant: blue\n\nuser: dog"
+        in server.requests[0][2]["messages"][0]["content"]
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [("{prompt} {a}", "no place {b}"), (None, "cannot be used")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{prompt} {a}", "no place {b}"), (None, "cannot be used")]
+)
 def test_a_template_without_its_places_is_a_message(language_judge, tmp_path, text, message):
     path = tmp_path / "mine.txt"
     if text:
@@ -168,7 +195,10 @@ def test_a_template_without_its_places_is_a_message(language_judge, tmp_path, te
 
 def test_the_default_template_names_its_places():
     template = TEMPLATE.read_text(encoding="utf-8")
-    assert all(template.count(place) == 1 for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]"))
+    assert all(
+        template.count(place) == 1
+        for place in ("{prompt}", "{a}", "{b}", "[[A]]", "[[B]]", "[[C]]")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the server
@@ -180,13 +210,29 @@ BROKEN = (500, "oh no", {})
 LIMITED = (429, '{"error": "too many"}', {"Retry_After": 1})
 
 
-def test_a_server_that_is_slow_wrong_limited_and_cut_in_turn_is_asked_until_it_answers(language_judge):
+def test_a_server_that_is_slow_wrong_limited_and_cut_in_turn_is_asked_until_it_answers(
+    language_judge,
+):
     comparisons = compare(*((str(n), "2") for n in range(3, 9)))
-    troubles = [NO_JSON, BROKEN, "cut", "slow", CUT_JSON, "drop", NO_CHOICES, LIMITED, (503, "", {})]
+    troubles = [
+        NO_JSON,
+        BROKEN,
+        "cut",
+        "slow",
+        CUT_JSON,
+        "drop",
+        NO_CHOICES,
+        LIMITED,
+        (503, "", {}),
+    ]
     with chat_server(prefers_two, *troubles) as server:
-        verdicts = language_judge(server, "eval.judge.timeout=1.0", "eval.judge.concurrency=3").compare(comparisons)
+        verdicts = language_judge(
+            server, "eval.judge.timeout=1.0", "eval.judge.concurrency=3"
+        ).compare(comparisons)
     assert [verdict.value for verdict in verdicts] == [0.0] * 6
-    assert len(server.requests) == 12 + len(troubles) and server.most_at_once <= 3 + 1, "one that was given up"
+    assert len(server.requests) == 12 + len(troubles) and server.most_at_once <= 3 + 1, (
+        "one that was given up"
+    )
 
 
 @pytest.mark.parametrize("header", ["1", "date"])
@@ -198,7 +244,9 @@ def test_a_server_that_says_when_is_asked_then(header):
     assert reply.text == "ok" and (1.0 if header == "1" else 0.9) <= waited < 4
 
 
-def test_a_rerun_asks_nothing_twice_also_after_a_crash_in_the_middle_of_a_line(language_judge, tmp_path):
+def test_a_rerun_asks_nothing_twice_also_after_a_crash_in_the_middle_of_a_line(
+    language_judge, tmp_path
+):
     comparisons = compare(("2", "3"), ("2", "4"), ("5", "2"))
     with chat_server(prefers_two) as server:
         first = language_judge(server).compare(comparisons)
@@ -251,9 +299,16 @@ def ask_one(url):
     ],
 )  # fmt: skip
 def test_a_server_that_will_not_answer_is_a_message(trouble, what, expected):
-    with chat_server(lambda body: "never", *[trouble] * 4) as server, pytest.raises(TbpoError) as error:
+    with (
+        chat_server(lambda body: "never", *[trouble] * 4) as server,
+        pytest.raises(TbpoError) as error,
+    ):
         ask_one(server.url)
-    assert error.value.what.startswith(what) and expected in error.value.expected and error.value.where == server.url
+    assert (
+        error.value.what.startswith(what)
+        and expected in error.value.expected
+        and error.value.where == server.url
+    )
     assert KEY not in str(error.value)
 
 
@@ -287,13 +342,19 @@ def test_one_request_that_is_refused_is_no_end_and_all_of_them_are(language_judg
         verdicts = judge.compare(compare(("2", "3"), ("2", "long")))
         assert [verdict.value for verdict in verdicts] == [1.0, None]
         assert "the context is too long" in verdicts[1].reason
-        with pytest.raises(TbpoError, match="the server refuses the request: 400 the context is too long"):
+        with pytest.raises(
+            TbpoError, match="the server refuses the request: 400 the context is too long"
+        ):
             judge.compare(compare(("2", "long")))
 
 
 def test_the_key_is_in_no_file_and_no_message(language_judge, tmp_path, capfd):
-    with chat_server(lambda body: f"I was sent {KEY} [[A]]", (429, f"{KEY} is too fast", {"Retry_After": 2})) as server:
-        asked = threading.Thread(target=lambda: done.append(language_judge(server).compare(compare(("x", "y")))))
+    with chat_server(
+        lambda body: f"I was sent {KEY} [[A]]", (429, f"{KEY} is too fast", {"Retry_After": 2})
+    ) as server:
+        asked = threading.Thread(
+            target=lambda: done.append(language_judge(server).compare(compare(("x", "y"))))
+        )
         done = []
         asked.start()
         asked.join(30)
@@ -309,13 +370,21 @@ def test_the_key_is_in_no_file_and_no_message(language_judge, tmp_path, capfd):
 def test_a_scorer_compares_by_the_last_user_message_and_equal_scores_tie(judges, tmp_path):
     prompt = "Put k d m b in order."
     (judge,) = judges(f"eval.scorer=python:{WORLD}:score")
-    texts = [("Sure! b d k m.", "No idea."), ("Ugh! b d k m.", "Okay! b d k m."), ("Well! x.", "Okay! y.")]
+    texts = [
+        ("Sure! b d k m.", "No idea."),
+        ("Ugh! b d k m.", "Okay! b d k m."),
+        ("Well! x.", "Okay! y."),
+    ]
     turns = [*user("Hi"), {"role": "assistant", "content": "Hello"}, *user(prompt)]
-    comparisons = [Comparison(f"p{n}", turns, "policy", "chosen", a, b, 5, 4) for n, (a, b) in enumerate(texts)]
+    comparisons = [
+        Comparison(f"p{n}", turns, "policy", "chosen", a, b, 5, 4) for n, (a, b) in enumerate(texts)
+    ]
     verdicts = judge.compare(comparisons)
     assert judge.name == "world.py:score"
     assert [verdict.value for verdict in verdicts] == [1.0, 0.0, 0.5]
-    assert verdicts[0].scores == pytest.approx((0.95, 0.0)) and verdicts[0].reason == "0.95 against 0"
+    assert (
+        verdicts[0].scores == pytest.approx((0.95, 0.0)) and verdicts[0].reason == "0.95 against 0"
+    )
     rates = win_rate(comparisons, verdicts, judge.name)
     assert rates["raw"]["value"] == 0.5 and rates["inconsistent"] is None and rates["cost"] is None
 
@@ -347,7 +416,8 @@ def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, wh
 
 
 @pytest.mark.parametrize(
-    ("source", "fix"), [("python:{}/wrold.py:score", "did you mean world.py?"), ("python:{}/x.py", ""), ("world", "")]
+    ("source", "fix"),
+    [("python:{}/wrold.py:score", "did you mean world.py?"), ("python:{}/x.py", ""), ("world", "")],
 )
 def test_a_scorer_that_is_not_there_is_a_message(judges, source, fix):
     with pytest.raises(TbpoError, match="the scorer's file is not there") as error:
@@ -380,13 +450,17 @@ def test_a_reward_model_scores_the_chat_in_batches_as_alone(judges, tokenizer, t
     verdicts = judge.compare(comparisons)
     assert judge.name == "rm" and {verdict.value for verdict in verdicts} <= {0.0, 1.0}
     for comparison, verdict in zip(comparisons, verdicts, strict=True):
-        for text, score in zip((comparison.completion_a, comparison.completion_b), verdict.scores, strict=True):
+        for text, score in zip(
+            (comparison.completion_a, comparison.completion_b), verdict.scores, strict=True
+        ):
             chat = [*comparison.prompt, {"role": "assistant", "content": text}]
             ids = tokenizer.apply_chat_template(chat, return_tensors="pt")["input_ids"]
             assert score == pytest.approx(float(model(ids).logits.detach()[0, 0]), abs=1e-5)
 
 
-def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(judges, tokenizer, tmp_path, capsys):
+def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(
+    judges, tokenizer, tmp_path, capsys
+):
     """A chat of more than 20 tokens scores as its last 20."""
     model = reward_model(tokenizer, tmp_path / "rm", max_length=20)
     (comparison,) = compare(("red dog " * 20, "blue"))
@@ -440,14 +514,23 @@ def test_every_judge_that_is_named_judges(judges, tokenizer, tmp_path):
 @pytest.mark.parametrize("key", ["eval.judge.endpoint", "sample.endpoint"])
 def test_an_endpoint_that_is_no_address_is_a_fault_of_the_recipe(recipe_file, key):
     with pytest.raises(TbpoError, match=f'{key} = "localhost:8000" is not possible'):
-        load_recipe(recipe_file, (f"{key}=localhost:8000", "eval.judge.model=m", "sample.endpoint_model=m"))
+        load_recipe(
+            recipe_file, (f"{key}=localhost:8000", "eval.judge.model=m", "sample.endpoint_model=m")
+        )
 
 
 def test_the_resolved_recipe_of_a_judge_loads_to_itself(recipe_file, tmp_path):
-    sets = ("eval.judge.endpoint=http://127.0.0.1:9", "eval.judge.model=m", "eval.judge.price_per_million=[1.0, 2.0]")
+    sets = (
+        "eval.judge.endpoint=http://127.0.0.1:9",
+        "eval.judge.model=m",
+        "eval.judge.price_per_million=[1.0, 2.0]",
+    )
     recipe = load_recipe(recipe_file, sets)
     (tmp_path / "resolved.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    assert load_recipe(tmp_path / "resolved.toml") == recipe and "max_tokens = 1024" in recipe.to_toml()
+    assert (
+        load_recipe(tmp_path / "resolved.toml") == recipe
+        and "max_tokens = 1024" in recipe.to_toml()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- win rates
@@ -467,7 +550,11 @@ def test_the_length_controlled_rate_recovers_the_truth(theta, phi):
     values, lengths, prompts = simulated(4000, theta, phi)
     figure = length_controlled(values, lengths, prompts)
     truth = 1 / (1 + np.exp(-theta))
-    assert figure["low"] < truth < figure["high"] and figure["high"] - figure["low"] < 0.06 and figure["n"] == 4000
+    assert (
+        figure["low"] < truth < figure["high"]
+        and figure["high"] - figure["low"] < 0.06
+        and figure["n"] == 4000
+    )
     assert figure["value"] == pytest.approx(truth, abs=0.025)
 
 
@@ -475,7 +562,10 @@ def test_a_judge_that_likes_length_only_is_seen_through():
     """It always takes the longer one: the raw rate is far above a half, the controlled one is not."""
     _, lengths, _ = simulated(400, 0, 0)
     values = (lengths > 0) + (lengths == 0) / 2
-    comparisons = [Comparison(f"p{n}", user("x"), "p", "r", "a", "b", int(d) + 200, 200) for n, d in enumerate(lengths)]
+    comparisons = [
+        Comparison(f"p{n}", user("x"), "p", "r", "a", "b", int(d) + 200, 200)
+        for n, d in enumerate(lengths)
+    ]
     rates = win_rate(comparisons, [Verdict(float(value), "") for value in values], "the longer one")
     assert rates["raw"]["value"] > 0.7
     assert rates["length_controlled"]["value"] == pytest.approx(0.5, abs=0.1)
@@ -487,12 +577,17 @@ def test_lengths_that_differ_by_the_same_leave_the_raw_rate_as_it_is():
     for difference in (0.0, 7.0):
         figure = length_controlled(values, np.full(100, difference), np.arange(100))
         assert figure["value"] == pytest.approx(0.75, abs=1e-3)
-    assert length_controlled(np.ones(50), np.zeros(50), np.arange(50))["value"] == pytest.approx(1, abs=1e-3)
+    assert length_controlled(np.ones(50), np.zeros(50), np.arange(50))["value"] == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 def test_the_length_controlled_rate_of_a_comparison_the_other_way_round_is_one_minus_it():
     values, lengths, prompts = simulated(300, 0.5, 1.5)
-    there, back = length_controlled(values, lengths, prompts), length_controlled(1 - values, -lengths, prompts)
+    there, back = (
+        length_controlled(values, lengths, prompts),
+        length_controlled(1 - values, -lengths, prompts),
+    )
     assert there["value"] == pytest.approx(1 - back["value"], abs=1e-6)
     assert there["low"] == pytest.approx(1 - back["high"], abs=1e-6)
 
@@ -504,7 +599,11 @@ def test_samples_of_one_prompt_are_drawn_together():
     again = length_controlled(*(np.repeat(column, 10) for column in (values, lengths, prompts)))
     assert again["n"] == 200 and again["value"] == pytest.approx(once["value"], abs=0.01)
     assert again["high"] - again["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
-    comparisons = [Comparison("p0", user("x"), "p", "r", "a", "b", 1, 1)] * 3 + compare(("a", "b"))[:0]
+    comparisons = [Comparison("p0", user("x"), "p", "r", "a", "b", 1, 1)] * 3 + compare(("a", "b"))[
+        :0
+    ]
     comparisons += [Comparison("p1", user("x"), "p", "r", "a", "b", 1, 1)]
-    rates = win_rate(comparisons, [Verdict(value, "") for value in (1.0, 1.0, 1.0, 0.0)], "the longer one")
+    rates = win_rate(
+        comparisons, [Verdict(value, "") for value in (1.0, 1.0, 1.0, 0.0)], "the longer one"
+    )
     assert rates["raw"]["value"] == 0.5 and rates["raw"]["n"] == 2 and rates["wins"] == 3

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tbpo_cli.batch.batches import cut_to_span, micro_batches
+from tbpo_cli.batch.layouts import LAYOUTS, Sequences, collate, segments_of
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
-from tbpo_cli.data.batches import cut_to_span, micro_batches
-from tbpo_cli.data.layouts import LAYOUTS, Sequences, collate, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout
@@ -17,7 +17,13 @@ from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.train.metrics import measure, pair_weights
 
-LENGTHS = [(5, 6, 4), (3, 1, 7), (9, 4, 1), (2, 5, 5), (1, 1, 1)]  # tokens of prompt, chosen, rejected
+LENGTHS = [
+    (5, 6, 4),
+    (3, 1, 7),
+    (9, 4, 1),
+    (2, 5, 5),
+    (1, 1, 1),
+]  # tokens of prompt, chosen, rejected
 SMALL = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
@@ -52,7 +58,9 @@ needs_grouped_kernel = pytest.mark.skipif(
 def pairs():
     rng = np.random.default_rng(0)
     return [
-        TokenizedPair(str(number), *(rng.integers(3, 61, size=length).tolist() for length in lengths))
+        TokenizedPair(
+            str(number), *(rng.integers(3, 61, size=length).tolist() for length in lengths)
+        )
         for number, lengths in enumerate(LENGTHS)
     ]
 
@@ -90,28 +98,40 @@ def assert_same(got, want):
     assert got[0] == pytest.approx(want[0], rel=1e-4, abs=1e-5)
     assert got[1].keys() == want[1].keys()
     for name, gradient in want[1].items():
-        torch.testing.assert_close(got[1][name], gradient, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[1][name], gradient, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
 def scorer():
     made = make_scorer()
-    assert choose_layout([made.policy.model, *made.policy.frozen.values()], "auto", 20)[0] == "shared_prompt"
+    assert (
+        choose_layout([made.policy.model, *made.policy.frozen.values()], "auto", 20)[0]
+        == "shared_prompt"
+    )
     return made
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_has_the_same_values_and_gradients_in_every_layout_and_split(scorer, pairs, name, checkpointing):
+def test_every_loss_has_the_same_values_and_gradients_in_every_layout_and_split(
+    scorer, pairs, name, checkpointing
+):
     loss = build_loss(name)
     cut = [cut_to_span(pair, loss.span) for pair in pairs]
     one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
-    model = scorer.policy.model.train()  # activation checkpointing is for training; there is no dropout here
+    model = (
+        scorer.policy.model.train()
+    )  # activation checkpointing is for training; there is no dropout here
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layout in LAYOUTS:
         for split in ([cut], [cut[:2], cut[2:]]):
-            assert_same(losses_and_gradients(scorer, loss, [collate(part, layout) for part in split]), one_by_one)
+            assert_same(
+                losses_and_gradients(scorer, loss, [collate(part, layout) for part in split]),
+                one_by_one,
+            )
     model.gradient_checkpointing_disable()
 
 
@@ -158,14 +178,21 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     expected, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
     segments, outputs = segments_of(SEQUENCES[kind]), []
     for (start, end), (first, last) in zip(
-        segments.query_ends.unfold(0, 2, 1).tolist(), segments.key_ends.unfold(0, 2, 1).tolist(), strict=True
+        segments.query_ends.unfold(0, 2, 1).tolist(),
+        segments.key_ends.unfold(0, 2, 1).tolist(),
+        strict=True,
     ):
         seen = segments.keys[first:last]
         assert end - start <= segments.most_queries and last - first <= segments.most_keys
         scores = query[0, :, start:end] @ key[0].repeat_interleave(2, 0)[:, seen].mT / 8**0.5
         hidden = torch.ones(scores.shape[1:]).triu(last - first - (end - start) + 1).bool()
-        outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[0].repeat_interleave(2, 0)[:, seen])
-    torch.testing.assert_close(torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6)
+        outputs.append(
+            scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            @ value[0].repeat_interleave(2, 0)[:, seen]
+        )
+    torch.testing.assert_close(
+        torch.cat(outputs, dim=1).transpose(0, 1)[None], expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @needs_grouped_kernel
@@ -174,17 +201,23 @@ def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
     """Of shapes alone ("meta"), where the kernel's own checks of its arguments run."""
     states = random_states(SEQUENCES[kind], "meta", torch.bfloat16)
     result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
-    expected, _ = attend_by_sequence(llama_attention(), *random_states(SEQUENCES[kind]), None, SEQUENCES[kind])
+    expected, _ = attend_by_sequence(
+        llama_attention(), *random_states(SEQUENCES[kind]), None, SEQUENCES[kind]
+    )
     assert (result.shape, result.dtype) == (expected.shape, torch.bfloat16)
     gradients = torch.autograd.grad(result.float().sum(), states)
     assert [each.shape for each in gradients] == [each.shape for each in states]
 
 
-@pytest.mark.parametrize("layout", ["shared_prompt", "packed"])  # for padded rows transformers' masks ask once a pass
+@pytest.mark.parametrize(
+    "layout", ["shared_prompt", "packed"]
+)  # for padded rows transformers' masks ask once a pass
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
     """On "meta", whose tensors have no numbers, every question for one is an error: what a GPU would have to answer."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know that device
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # it does not know that device
     loss, meta, scorer = build_loss(name), torch.device("meta"), make_scorer()
     models = [scorer.policy.model, *scorer.policy.frozen.values()]
     for model in models:
@@ -212,7 +245,10 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
 def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
     """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few times over."""
     found = []
-    for states in (random_states(SEQUENCES[kind]), random_states(SEQUENCES[kind], "cuda", torch.bfloat16)):
+    for states in (
+        random_states(SEQUENCES[kind]),
+        random_states(SEQUENCES[kind], "cuda", torch.bfloat16),
+    ):
         if states[0].is_cuda:
             result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("cuda"), None)
         else:
@@ -240,7 +276,10 @@ def test_a_gpu_has_the_losses_and_gradients_of_the_cpu(pairs, name, dtype):
         choose_layout(models, "auto", longest=20)
         batches = [collate(cut, "shared_prompt").to(torch.device(device))]
         losses, gradients = losses_and_gradients(scorer, loss, batches)
-        found[device] = losses, {each: gradient.cpu().float() for each, gradient in gradients.items()}
+        found[device] = (
+            losses,
+            {each: gradient.cpu().float() for each, gradient in gradients.items()},
+        )
     if dtype == torch.float32:
         return assert_same(found["cuda"], found["cpu"])
     largest = max(float(gradient.abs().max()) for gradient in found["cpu"][1].values())
@@ -254,14 +293,19 @@ def test_every_response_token_is_predicted_from_the_one_before_it(pairs, layout,
     cut = [cut_to_span(pair, span) for pair in pairs]
     batch = collate(cut, layout)
     responses = [
-        (pair, ids) for side in ("chosen_ids", "rejected_ids") for pair in cut for ids in [getattr(pair, side)]
+        (pair, ids)
+        for side in ("chosen_ids", "rejected_ids")
+        for pair in cut
+        for ids in [getattr(pair, side)]
     ]
     assert batch.tokens.tolist() == [token for _, ids in responses for token in ids]
     before = [token for pair, ids in responses if ids for token in [pair.prompt_ids[-1], *ids[:-1]]]
     assert batch.input_ids.flatten()[batch.predictor].tolist() == before
     positions = [len(pair.prompt_ids) - 1 + t for pair, ids in responses for t in range(len(ids))]
     assert batch.position_ids.flatten()[batch.predictor].tolist() == positions
-    lengths = np.array([[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in cut])
+    lengths = np.array(
+        [[len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)] for pair in cut]
+    )
     assert batch.input_ids.numel() <= LAYOUTS[layout].num_tokens(lengths)
     for side, column in ((batch.chosen, 1), (batch.rejected, 2)):
         assert side.mask.sum(dim=1).tolist() == lengths[:, column].tolist()
@@ -274,7 +318,10 @@ def test_micro_batches_hold_every_pair_once_within_the_token_budget(layout):
     for budget in (10, 24, 60, 1000):
         groups = micro_batches(lengths, budget, layout)
         assert sorted(number for group in groups for number in group) == list(range(len(lengths)))
-        assert all(len(group) == 1 or LAYOUTS[layout].num_tokens(lengths[group]) <= budget for group in groups)
+        assert all(
+            len(group) == 1 or LAYOUTS[layout].num_tokens(lengths[group]) <= budget
+            for group in groups
+        )
     assert len(groups) == 1
 
 
@@ -286,10 +333,21 @@ def test_a_batch_is_moved_to_a_device_whole_and_unchanged_in_shape_and_type(pair
 
     def tensors(of):
         sides = (of.chosen.mask, of.chosen.slots, of.rejected.mask, of.rejected.slots)
-        return [of.input_ids, of.position_ids, of.tokens, of.predictor, *sides, *(of.segments or ())[:3]]
+        return [
+            of.input_ids,
+            of.position_ids,
+            of.tokens,
+            of.predictor,
+            *sides,
+            *(of.segments or ())[:3],
+        ]
 
     for found, wanted in zip(tensors(moved), tensors(batch), strict=True):
         assert (found.device.type, found.shape, found.dtype) == ("meta", wanted.shape, wanted.dtype)
-    assert (moved.pair_ids, moved.sequences, moved.num_tokens) == (batch.pair_ids, batch.sequences, batch.num_tokens)
+    assert (moved.pair_ids, moved.sequences, moved.num_tokens) == (
+        batch.pair_ids,
+        batch.sequences,
+        batch.num_tokens,
+    )
     assert (moved.segments or ())[3:] == (batch.segments or ())[3:]
     assert batch.to(torch.device("cpu")) is batch

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tbpo_cli.recipe import Align
+from tbpo_cli.config.recipe import Align
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer, learning_rate
 
 FALLS = {  # the share of the rate after 0, 1/8, 4/8 and 7/8 of the steps that follow the warm-up

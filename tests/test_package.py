@@ -28,11 +28,20 @@ def imported():
     for path in (ROOT / "tbpo_cli").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
-        typing = {id(n) for b in blocks if getattr(b.test, "id", "") == "TYPE_CHECKING" for n in ast.walk(b)}
+        typing = {
+            id(n)
+            for b in blocks
+            if getattr(b.test, "id", "") == "TYPE_CHECKING"
+            for n in ast.walk(b)
+        }
         for node in (node for node in ast.walk(tree) if id(node) not in typing):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for top in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"tbpo_cli"}:
+            for top in (
+                {module.split(".")[0] for module in modules}
+                - sys.stdlib_module_names
+                - {"tbpo_cli"}
+            ):
                 for distribution in owners.get(top, [top]):
                     found.setdefault(distribution.lower().replace("_", "-"), set()).add(path.name)
     return found
@@ -58,7 +67,10 @@ def installed(tmp_path_factory):
     venv.create(folder / "fresh", with_pip=False)
     site = next((folder / "fresh/lib").glob("python*")) / "site-packages"
     (wheel,) = folder.glob("tbpo-*.whl")
-    subprocess.run([*pip, "--python", str(folder / "fresh/bin/python"), "install", "--no-deps", str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "--python", str(folder / "fresh/bin/python"), "install", "--no-deps", str(wheel)],
+        check=True,
+    )
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder / "fresh/bin/tbpo", site / "tbpo_cli"
 
@@ -70,24 +82,34 @@ def test_the_wheel_works_in_a_fresh_environment_and_is_small(installed, tmp_path
     def tbpo(*arguments, **more):
         run = [executable, *arguments]
         return subprocess.run(
-            run, cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True, timeout=200
+            run,
+            cwd=tmp_path,
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
 
     assert sum(path.stat().st_size for path in package.rglob("*") if path.suffix != ".pyc") < 8e6
     assert tbpo("--version").stdout.strip() == PROJECT["version"]
     assert "quickstart" in tbpo("init").stdout
-    assert tbpo("init", "quickstart").returncode == 0 and (tmp_path / "quickstart/train.jsonl").exists()
+    assert (
+        tbpo("init", "quickstart").returncode == 0
+        and (tmp_path / "quickstart/train.jsonl").exists()
+    )
     shown = tbpo("show", "quickstart.toml")
     assert shown.returncode == 0 and "memory" in shown.stdout, shown.stderr
     where = f"import tbpo_cli; assert tbpo_cli.__path__[0] == {str(package)!r}, tbpo_cli.__path__"
-    subprocess.run([package.parents[3] / "bin/python", "-c", where], check=True, cwd=tmp_path, env=environment)
+    subprocess.run(
+        [package.parents[3] / "bin/python", "-c", where], check=True, cwd=tmp_path, env=environment
+    )
     completed = tbpo(COMP_WORDS="tbpo al", COMP_CWORD="1", _TBPO_COMPLETE="complete_bash")
     assert "align" in completed.stdout.split()
 
 
 def test_every_stage_is_a_call_with_typed_arguments(base, tmp_path):
-    from tbpo_cli.recipe import Align, Data, Lora, Model, Recipe, Run, Sample, Sft, Source
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.config.recipe import Align, Data, Lora, Model, Recipe, Run, Sample, Sft, Source
+    from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.stages import align, prepare, sample, sft
 
     rows = write_jsonl(tmp_path / "rows.jsonl", preference_rows(24))
@@ -100,7 +122,12 @@ def test_every_stage_is_a_call_with_typed_arguments(base, tmp_path):
         sample=Sample(max_prompts=1, max_new_tokens=4),
     )
     run = RunDir(tmp_path / "run")
-    outputs = {prepare: "train/pairs.arrow", sft: "adapter", align: "adapter", sample: "samples.jsonl"}
+    outputs = {
+        prepare: "train/pairs.arrow",
+        sft: "adapter",
+        align: "adapter",
+        sample: "samples.jsonl",
+    }
     for stage, output in outputs.items():
         stage.run(recipe, run)
         name = stage.__name__.rpartition(".")[2]

@@ -15,8 +15,8 @@ import torch
 from conftest import preference_rows, run_stage, write_jsonl
 
 import tbpo_cli
+from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.core import LossOutput, PairScores, SideScores
-from tbpo_cli.data.layouts import PairBatch
 from tbpo_cli.data.pairs import PreferencePair
 from tbpo_cli.data.tokens import TokenizedPair
 
@@ -37,24 +37,46 @@ CALLS = [
 HAND_ON = {"data/chunks.py", "data/batches.py", "train/feed.py"}
 FORMS = (  # what a form is known by, also within a list, a tuple or a dict
     lambda value, _: isinstance(value, PreferencePair),
-    lambda value, _: isinstance(value, tuple) and len(value) == 3 and all(isinstance(text, str) for text in value),
+    lambda value, _: (
+        isinstance(value, tuple)
+        and len(value) == 3
+        and all(isinstance(text, str) for text in value)
+    ),
     lambda value, _: isinstance(value, TokenizedPair),
     lambda value, _: isinstance(value, pa.RecordBatch),
     lambda value, _: isinstance(value, TokenizedPair),  # read back, by another command
-    lambda value, pair: isinstance(value, PairBatch) and value.pair_ids == (pair.pair_id,),  # not one of a trial
-    lambda value, batch: isinstance(value, torch.Tensor) and value.shape == (len(batch.tokens), HIDDEN_SIZE),
+    lambda value, pair: (
+        isinstance(value, PairBatch) and value.pair_ids == (pair.pair_id,)
+    ),  # not one of a trial
+    lambda value, batch: (
+        isinstance(value, torch.Tensor) and value.shape == (len(batch.tokens), HIDDEN_SIZE)
+    ),
     lambda value, _: isinstance(value, SideScores),
     lambda value, _: isinstance(value, PairScores),
     lambda value, _: isinstance(value, LossOutput),
 )
-NAMED = (PreferencePair, TokenizedPair, pa.RecordBatch, PairBatch, SideScores, PairScores, LossOutput)
+NAMED = (
+    PreferencePair,
+    TokenizedPair,
+    pa.RecordBatch,
+    PairBatch,
+    SideScores,
+    PairScores,
+    LossOutput,
+)
 
 
 class Follower:
     """A profile function that notes the calls of the path until `backward` is called."""
 
     def __init__(self):
-        self.entries, self.last, self.num_forms, self.handed_on, self.arrived = [], None, 0, set(), False
+        self.entries, self.last, self.num_forms, self.handed_on, self.arrived = (
+            [],
+            None,
+            0,
+            set(),
+            False,
+        )
 
     def __call__(self, frame, event, value):
         if self.arrived or event not in ("call", "return"):
@@ -93,7 +115,9 @@ def test_a_pair_is_followed_from_its_row_to_its_gradient_through_eight_files_and
     recipe_file, tmp_path, layout
 ):
     row = write_jsonl(tmp_path / "one.jsonl", preference_rows(1))
-    recipe_file.write_text("\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval =")))
+    recipe_file.write_text(
+        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
+    )
     sets = (f"data.train={row}", "data.eval_fraction=0.0", "align.batch_pairs=1", "align.max_steps=1",
             "align.log_every=2", f"align.layout={layout}")  # fmt: skip
     follower = Follower()

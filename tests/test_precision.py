@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.fused import fuse_lora, fuse_norms
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.scoring import Scorer
-from tbpo_cli.recipe import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def lora_layer(dtype, dropout, bias):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20, bias=bias)).to(dtype)
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["0"]))
+    model = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["0"])
+    )
     nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
     return model
 
@@ -49,7 +51,9 @@ def test_a_fused_layer_is_pefts_layer(dtype, dropout, bias):
         with model.disable_adapter():
             plain = model(x)
         found.append([y, plain, *gradients])
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.15}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.15}
+    )
     for got, want in zip(found[1], found[0], strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, **tolerance)
@@ -59,7 +63,10 @@ def test_a_frozen_input_and_frozen_weights_get_no_gradient():
     model = lora_layer(torch.float32, 0.0, True)
     fuse_lora(model)
     model(torch.ones(3, 12)).sum().backward()
-    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,12 +81,20 @@ def test_bf16_computes_in_bf16_and_trains_fp32(recipe_file, tmp_path, lora, weig
     recipe_file.write_text(text)
     policy = load_policy(load_recipe(recipe_file), CPU, None, with_reference=True)
     assert {p.dtype for p in policy.trained.values()} == {torch.float32}
-    assert policy.model.get_output_embeddings().weight.dtype == weights and policy.autocast == autocast
-    run = run_stage("align", recipe_file, tmp_path / "bf16", "model.lora.dropout=0.0" if lora else "run.seed=0")
+    assert (
+        policy.model.get_output_embeddings().weight.dtype == weights and policy.autocast == autocast
+    )
+    run = run_stage(
+        "align", recipe_file, tmp_path / "bf16", "model.lora.dropout=0.0" if lora else "run.seed=0"
+    )
     recipe_file.write_text(text.replace('dtype = "bfloat16"', 'dtype = "float32"'))
-    exact = run_stage("align", recipe_file, tmp_path / "fp32", "model.lora.dropout=0.0" if lora else "run.seed=0")
+    exact = run_stage(
+        "align", recipe_file, tmp_path / "fp32", "model.lora.dropout=0.0" if lora else "run.seed=0"
+    )
     for got, want in zip(evaluations(run), evaluations(exact), strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], abs=2e-3) and got["kl"] == pytest.approx(want["kl"], abs=2e-3)
+        assert got["loss"] == pytest.approx(want["loss"], abs=2e-3) and got["kl"] == pytest.approx(
+            want["kl"], abs=2e-3
+        )
         assert got["logps_chosen"] == pytest.approx(want["logps_chosen"], abs=0.03)
 
 
@@ -93,11 +108,14 @@ def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
     """LoRA's B is zero, and full fine-tuning computes both models in the same way: log-ratios are zero, not nearly."""
     from test_layouts import LENGTHS
 
-    from tbpo_cli.data.layouts import collate
+    from tbpo_cli.batch.layouts import collate
     from tbpo_cli.data.tokens import TokenizedPair
 
     ids = [list(range(n, n + 20)) for n in (5, 50, 100)]
-    pairs = [TokenizedPair("", *(own[:n] for own, n in zip(ids, lengths, strict=True))) for lengths in LENGTHS]
+    pairs = [
+        TokenizedPair("", *(own[:n] for own, n in zip(ids, lengths, strict=True)))
+        for lengths in LENGTHS
+    ]
     recipe = load_recipe(recipe_file, ("model.dtype=bfloat16",))
     for one in (recipe, replace(recipe, model=replace(recipe.model, lora=None))):
         policy = load_policy(one, CPU, None, with_reference=True)
@@ -110,27 +128,45 @@ def test_quantization_is_for_lora_on_a_pretrained_base(recipe_file):
     for overrides in (("model.initial_weights=random",), ()):
         text = recipe_file.read_text()
         if not overrides:
-            recipe_file.write_text(text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", ""))
+            recipe_file.write_text(
+                text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
+            )
         with pytest.raises(TbpoError, match="quantization"):
             load_recipe(recipe_file, ("model.quantization=nf4", *overrides))
 
 
-def test_without_bitsandbytes_4_bit_weights_name_the_command_that_installs_it(recipe_file, monkeypatch):
+def test_without_bitsandbytes_4_bit_weights_name_the_command_that_installs_it(
+    recipe_file, monkeypatch
+):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
     with pytest.raises(TbpoError, match=r"pip install 'tbpo\[quantization\]'"):
-        load_policy(load_recipe(recipe_file, ("model.quantization=nf4",)), torch.device("cuda"), None, True)
+        load_policy(
+            load_recipe(recipe_file, ("model.quantization=nf4",)), torch.device("cuda"), None, True
+        )
 
 
 def test_4_bit_weights_are_refused_on_a_cpu(recipe_file):
     """There, bitsandbytes packs a layer for inference as soon as the reference is asked, without a gradient."""
     with pytest.raises(TbpoError, match="need a GPU"):
-        load_policy(load_recipe(recipe_file, ("model.quantization=nf4",)), CPU, None, with_reference=True)
+        load_policy(
+            load_recipe(recipe_file, ("model.quantization=nf4",)), CPU, None, with_reference=True
+        )
 
 
 TINY = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 4, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
-NORMS = {"llama": True, "qwen2": True, "qwen3": True, "mistral": True, "phi3": True, "gemma2": False, "gpt2": False}
+NORMS = {
+    "llama": True,
+    "qwen2": True,
+    "qwen3": True,
+    "mistral": True,
+    "phi3": True,
+    "gemma2": False,
+    "gpt2": False,
+}
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -143,7 +179,9 @@ def test_a_model_with_fused_norms_is_transformers_model(kind):
         if "norm" in name:
             nn.init.normal_(weight, 1.0, 0.3)
 
-    def distance(fused: bool, dtype: torch.dtype, to: list[Tensor] | None = None) -> tuple[list[Tensor], float]:
+    def distance(
+        fused: bool, dtype: torch.dtype, to: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], float]:
         """Logits and gradients, and the larger relative distance of the two to others."""
         other = copy.deepcopy(model).to(dtype)
         if fused:
@@ -159,7 +197,10 @@ def test_a_model_with_fused_norms_is_transformers_model(kind):
 
     exact, _ = distance(False, torch.float32)
     assert distance(True, torch.float32, exact)[1] < 1e-5
-    assert distance(True, torch.bfloat16, exact)[1] < 1.2 * distance(False, torch.bfloat16, exact)[1] + 1e-9
+    assert (
+        distance(True, torch.bfloat16, exact)[1]
+        < 1.2 * distance(False, torch.bfloat16, exact)[1] + 1e-9
+    )
 
 
 def test_a_fused_norm_keeps_its_type_under_autocast_and_beside_wider_weights():
@@ -178,4 +219,6 @@ def test_a_copy_of_a_model_with_fused_norms_reads_its_own_weights():
     other, ids = copy.deepcopy(model), torch.arange(1, 9)[None]
     before = other(input_ids=ids).logits
     model.model.norm.weight.data.zero_()
-    assert torch.equal(other(input_ids=ids).logits, before) and not model(input_ids=ids).logits.any()
+    assert (
+        torch.equal(other(input_ids=ids).logits, before) and not model(input_ids=ids).logits.any()
+    )

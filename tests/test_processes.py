@@ -15,10 +15,10 @@ from conftest import run_stage, write_recipe
 from process import Process
 from safetensors.torch import load_file
 
-from tbpo_cli import launch
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.launch import Processes, processes_of
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs import launch
+from tbpo_cli.runs.launch import Processes, processes_of
+from tbpo_cli.runs.run_dir import RunDir
 
 EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
@@ -41,7 +41,9 @@ def metrics(run):
 
 
 def assert_same_training(run, other):
-    ours, theirs = (load_file(folder / "align/adapter/adapter_model.safetensors") for folder in (run, other))
+    ours, theirs = (
+        load_file(folder / "align/adapter/adapter_model.safetensors") for folder in (run, other)
+    )
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).norm() <= 1e-6 * (1 + tensor.norm()), name
     assert len(metrics(run)) == len(metrics(other))
@@ -57,14 +59,20 @@ def wait_for_step(run, step, process):
 
 def workers_of(process):
     family = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in family if "tbpo_cli.worker" in p.cmdline() and "tbpo_cli.launch" not in p.cmdline()]
+    return [
+        p
+        for p in family
+        if "tbpo_cli.cli.worker" in p.cmdline() and "tbpo_cli.runs.launch" not in p.cmdline()
+    ]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, base, rows):
     """The training by one process."""
     folder = tmp_path_factory.mktemp("alone")
-    return run_stage("align", write_recipe(folder / "tiny.toml", base, rows), folder / "run", *EXACT)
+    return run_stage(
+        "align", write_recipe(folder / "tiny.toml", base, rows), folder / "run", *EXACT
+    )
 
 
 def test_three_processes_train_as_one_does_and_only_the_first_speaks(recipe_file, tmp_path, alone):
@@ -83,7 +91,11 @@ def test_two_processes_stop_together_and_one_goes_on_alone(recipe_file, tmp_path
     wait_for_step(tmp_path / "two", 2, process)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
-    assert code == 143 and err.count("interrupted: a checkpoint of step") == 1 and "Traceback" not in err
+    assert (
+        code == 143
+        and err.count("interrupted: a checkpoint of step") == 1
+        and "Traceback" not in err
+    )
     code, _, err = finish(start(recipe_file, tmp_path / "two", sets=sets))
     assert code == 0 and "going on from step" in err
     assert_same_training(alone, tmp_path / "two")
@@ -141,7 +153,9 @@ def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
     assert (run / "align.old-1/manifest.json").exists()
 
 
-def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_so_long(tmp_path, monkeypatch):
+def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_so_long(
+    tmp_path, monkeypatch
+):
     """Half a second here: the lock is held three times as long, then nobody takes up the run."""
     monkeypatch.setattr(launch, "ABSENT", 0.5)
     run_dir, other, waited = RunDir(tmp_path), Processes(1, True, 2, 1, "127.0.0.1:29500"), []
@@ -161,19 +175,27 @@ def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_
 
 
 @pytest.mark.parametrize("gpus", ["1", "2"])
-def test_a_gpu_that_is_not_there_is_said_before_anything_is_prepared(recipe_file, tmp_path, executable, gpus):
-    done = executable("align", recipe_file, "--run-dir", "run", "--gpus", gpus, CUDA_VISIBLE_DEVICES="")
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_prepared(
+    recipe_file, tmp_path, executable, gpus
+):
+    done = executable(
+        "align", recipe_file, "--run-dir", "run", "--gpus", gpus, CUDA_VISIBLE_DEVICES=""
+    )
     assert done.returncode == 2 and f"{gpus} GPUs are asked for, and 0 are here" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
-    line = Processes(8, False, 4, 2, "node0:29500", ("--num_cpu_threads_per_process=4",)).command("runs/x/align")
-    assert line[1:3] == ["-m", "tbpo_cli.launch"]
+    line = Processes(8, False, 4, 2, "node0:29500", ("--num_cpu_threads_per_process=4",)).command(
+        "runs/x/align"
+    )
+    assert line[1:3] == ["-m", "tbpo_cli.runs.launch"]
     for flag in ("--num_processes=32", "--num_machines=4", "--machine_rank=2", "--main_process_ip=node0",
                  "--main_process_port=29500", "--num_cpu_threads_per_process=4"):  # fmt: skip
         assert flag in line, flag
-    assert line[-3:] == ["-m", "tbpo_cli.worker", "runs/x/align"], "the worker gets one argument"
+    assert line[-3:] == ["-m", "tbpo_cli.cli.worker", "runs/x/align"], (
+        "the worker gets one argument"
+    )
 
 
 def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
@@ -181,7 +203,12 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     scontrol.write_text('#!/bin/sh\n[ "$3" = "gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_JOB_ID": "70012"}
+    slurm = {
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_JOB_ID": "70012",
+    }
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert processes_of(8, False, None, None, None, []) == Processes(8, False, 2, 1, "gpu3:29512")
@@ -190,7 +217,11 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
         processes_of(8, False, None, None, None, [])
     assert processes_of(8, False, None, None, "gpu3:1", []) == Processes(8, False, 2, 1, "gpu3:1")
     monkeypatch.setenv("SLURM_NNODES", "1")
-    assert processes_of(8, False, None, None, None, []) == processes_of(8, False, 1, 0, None, []) == Processes(8)
+    assert (
+        processes_of(8, False, None, None, None, [])
+        == processes_of(8, False, 1, 0, None, [])
+        == Processes(8)
+    )
 
 
 @pytest.mark.parametrize("given", [
@@ -226,7 +257,12 @@ def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_pat
     """Only the second one has too little room for 1,024 and 512 tokens; both repeat the step with 256."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
-        subprocess.Popen([sys.executable, "-c", MEMORY, str(rank), str(tmp_path / "store")], **pipes) for rank in (0, 1)
+        subprocess.Popen(
+            [sys.executable, "-c", MEMORY, str(rank), str(tmp_path / "store")], **pipes
+        )
+        for rank in (0, 1)
     ]
     ends = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0] and [out for out, _ in ends] == ["256 256\n"] * 2, ends
+    assert [process.returncode for process in both] == [0, 0] and [out for out, _ in ends] == [
+        "256 256\n"
+    ] * 2, ends

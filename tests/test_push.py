@@ -19,15 +19,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tbpo_cli import hub
-from tbpo_cli.checks import validate
+from tbpo_cli.config.recipe import Model, load_recipe
+from tbpo_cli.config.validate import validate
 from tbpo_cli.core.losses import LOSSES, Dpo
 from tbpo_cli.errors import TbpoError, gather
-from tbpo_cli.files import write_sealed
+from tbpo_cli.hub import publish as hub
 from tbpo_cli.model.load import load_policy, load_trained, local_adapter
 from tbpo_cli.model.merge import merge_adapter
-from tbpo_cli.recipe import Model, load_recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.files import write_sealed
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages import push
 from tbpo_cli.stages.sample import answer
 
@@ -55,7 +55,10 @@ def evaluate(run):
                "models": {"policy": model, "reference": model}, "win_rates": [win]}  # fmt: skip
     (run / "eval").mkdir(exist_ok=True)
     (run / "eval/results.json").write_text(json.dumps(results))
-    write_sealed(run / "eval/manifest.json", {"inputs": {"outputs": {"align": RunDir(run).outputs_hash("align")}}})
+    write_sealed(
+        run / "eval/manifest.json",
+        {"inputs": {"outputs": {"align": RunDir(run).outputs_hash("align")}}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,9 @@ def test_one_commit_holds_the_adapter_its_card_and_what_it_was_made_with(made, r
     assert len(server.heads[repo]) == 1
     config = json.loads((repo / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
-    assert (recipe := load_recipe(repo / "recipe.toml").model).base == "org/base" and recipe.revision == COMMIT
+    assert (
+        recipe := load_recipe(repo / "recipe.toml").model
+    ).base == "org/base" and recipe.revision == COMMIT
     assert 'scorer = "python:mine.py:score"' in (repo / "recipe.toml").read_text()
     receipt = json.loads((run / "push/receipt.json").read_text())
     assert receipt["commit"] == server.heads[repo][0] and set(receipt["sha256"]) == FILES
@@ -109,7 +114,9 @@ def test_one_commit_holds_the_adapter_its_card_and_what_it_was_made_with(made, r
     assert capsys.readouterr().out.strip() == f"{server.address}/me/tuned"
 
 
-def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_only(made, run, server):
+def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_only(
+    made, run, server
+):
     publish(made, run)
     card = card_of(server)
     data = card.data.to_dict()
@@ -118,7 +125,11 @@ def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_
               "pipeline_tag": "text-generation"}  # fmt: skip
     assert {key: data[key] for key in wanted} == wanted
     index = {one.metric_name: one.metric_value for one in card.data.eval_results}
-    assert index == {"reward accuracy": 0.5, "win rate against reference by world.py:score": 0.71, "arc: easy": 0.4}
+    assert index == {
+        "reward accuracy": 0.5,
+        "win rate against reference by world.py:score": 0.71,
+        "arc: easy": 0.4,
+    }
     assert "It wins." in card.text and "71.0% (61.0% to 81.0%, n = 8)" in card.text
     assert "| distinct-1 | 0.300 (0.200 to 0.400, n = 8) | 0.300" in card.text
     for part in (
@@ -157,7 +168,10 @@ def test_a_template_of_ones_own_makes_the_text_and_not_the_metadata(made, run, s
     template = tmp_path / "card.md"
     template.write_text("# Mine, from {{ base.id }}\n")
     publish(made, run, f"push.card={template}")
-    assert card_of(server).text.strip() == "# Mine, from org/base" and card_of(server).data.base_model == "org/base"
+    assert (
+        card_of(server).text.strip() == "# Mine, from org/base"
+        and card_of(server).data.base_model == "org/base"
+    )
     template.write_text("fine\n{{ nothing }}\n")
     with pytest.raises(TbpoError, match="the card cannot be made"):
         publish(made, run, f"push.card={template}")
@@ -170,7 +184,9 @@ def test_a_dry_run_shows_files_and_card_and_asks_nothing(made, run, server, caps
     assert server.requests == [] and not (run / "push/receipt.json").exists()
 
 
-def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made, run, server, base, monkeypatch):
+def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(
+    made, run, server, base, monkeypatch
+):
     monkeypatch.setattr(push, "SHARD_SIZE", "20KB")
     (server.root / "models/org/base/LICENSE").write_text("as you like")
     publish(made, run, "push.merge=true")
@@ -183,12 +199,22 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made
         "model.safetensors.index.json",
         "tokenizer.json",
     } <= names
-    assert sum(name.startswith("model-0000") for name in names) > 1 and "adapter_config.json" not in names
-    assert (card_of(server).data.library_name, card_of(server).data.base_model_relation) == ("transformers", "finetune")
+    assert (
+        sum(name.startswith("model-0000") for name in names) > 1
+        and "adapter_config.json" not in names
+    )
+    assert (card_of(server).data.library_name, card_of(server).data.base_model_relation) == (
+        "transformers",
+        "finetune",
+    )
     ids = torch.tensor([[5, 6, 7, 8]])
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "align/adapter")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), run / "align/adapter"
+    )
     expected = adapted(input_ids=ids).logits
-    assert torch.allclose(AutoModelForCausalLM.from_pretrained(repo)(input_ids=ids).logits, expected, atol=1e-5)
+    assert torch.allclose(
+        AutoModelForCausalLM.from_pretrained(repo)(input_ids=ids).logits, expected, atol=1e-5
+    )
     (config,) = run.glob("push/merged-*/config.json")
     made_at = config.stat().st_mtime_ns
     publish(made, run, "push.merge=true")
@@ -197,15 +223,22 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(made
 
 def test_a_model_whose_weights_were_all_trained_is_published_whole(made, server, tmp_path):
     recipe_file = tmp_path / "whole.toml"
-    recipe_file.write_text(re.sub(r"\[model.lora\].*?\n\n", "", made[0].read_text(), flags=re.DOTALL))
+    recipe_file.write_text(
+        re.sub(r"\[model.lora\].*?\n\n", "", made[0].read_text(), flags=re.DOTALL)
+    )
     run = run_stage("align", recipe_file, tmp_path / "run", *PUSH)
     push.run(load_recipe(recipe_file, PUSH), RunDir(run), allow_unevaluated=True)
     names = {path.name for path in (server.root / "models/me/tuned").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert card_of(server).data.base_model_relation == "finetune" and "PeftModel" not in card_of(server).text
+    assert (
+        card_of(server).data.base_model_relation == "finetune"
+        and "PeftModel" not in card_of(server).text
+    )
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"]])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"]]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_of_merged_weights_are_those_of_the_adapter(base, tmp_path, targets, dtype):
     """In fp32 within its error; in bf16 no further from those in fp32 than the adapter's own are. The head is tied."""
@@ -219,15 +252,21 @@ def test_the_logits_of_merged_weights_are_those_of_the_adapter(base, tmp_path, t
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     exact.save_pretrained(tmp_path / "adapter")
-    merge_adapter(Model(base=str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged", "5GB")
+    merge_adapter(
+        Model(base=str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "merged", "5GB"
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
     adapted = PeftModel.from_pretrained(adapted, tmp_path / "adapter")
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        wanted, *others = (model(input_ids=ids).logits.float() for model in (exact, adapted, merged, plain))
-    from_adapter, from_merged, from_base = (float((logits - wanted).norm() / wanted.norm()) for logits in others)
+        wanted, *others = (
+            model(input_ids=ids).logits.float() for model in (exact, adapted, merged, plain)
+        )
+    from_adapter, from_merged, from_base = (
+        float((logits - wanted).norm() / wanted.norm()) for logits in others
+    )
     assert merged.dtype == dtype and from_merged <= 1.2 * from_adapter + 1e-6 and from_base > 0.1
 
 
@@ -237,7 +276,10 @@ REFUSALS = {
     "another base": ("push.base_model=org/other", "another base than was trained on"),
     "no such base": ("push.base_model=org/none", "refuses"),
     "no licence": ("push.license=", "the base's licence is not known"),
-    "another recipe": ("align.learning_rate=0.06", "was made from other inputs: align.learning_rate"),
+    "another recipe": (
+        "align.learning_rate=0.06",
+        "was made from other inputs: align.learning_rate",
+    ),
     "a data set": ("push.repo=me/data", "is a dataset"),
     "a whole model": ("push.repo=org/base", "holds a whole model"),
     "a foreign namespace": ("push.repo=you/tuned", "a token that may write"),
@@ -245,7 +287,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_be_published_is_refused_and_nothing_is_made(made, run, server, change, message):
+def test_what_cannot_be_published_is_refused_and_nothing_is_made(
+    made, run, server, change, message
+):
     key = change.partition("=")[0]
     server.tokens[TOKEN] = "org" if key == "push.repo" and "org" in change else "me"
     (server.root / "datasets/me/data").mkdir(parents=True)
@@ -261,19 +305,27 @@ def test_what_cannot_be_published_is_refused_and_nothing_is_made(made, run, serv
 
 
 def test_a_run_must_be_complete_and_its_evaluation_of_these_weights(made, run, server):
-    for path, message in (("eval/manifest.json", "not evaluated"), ("align/manifest.json", "align is not complete")):
+    for path, message in (
+        ("eval/manifest.json", "not evaluated"),
+        ("align/manifest.json", "align is not complete"),
+    ):
         (run / path).unlink()
         with pytest.raises(TbpoError, match=message):
             publish(made, run)
     other = shutil.copytree(made[1], run.parent / "other")
-    write_sealed(other / "eval/manifest.json", {"inputs": {"outputs": {"align": "of another adapter"}}})
+    write_sealed(
+        other / "eval/manifest.json", {"inputs": {"outputs": {"align": "of another adapter"}}}
+    )
     with pytest.raises(TbpoError, match="older than the weights"):
         publish(made, other)
     assert not server.requests
 
 
 def test_a_token_is_needed_that_may_write(made, run, server, monkeypatch, tmp_path):
-    for token, role, message in ((TOKEN, "read", "may only read"), ("hf_x", "write", "Invalid user token")):
+    for token, role, message in (
+        (TOKEN, "read", "may only read"),
+        ("hf_x", "write", "Invalid user token"),
+    ):
         server.tokens[TOKEN] = role
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(TbpoError, match=message):
@@ -321,21 +373,31 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault)))
-def test_a_passing_fault_is_waited_out_and_there_is_one_commit(made, run, server, fault, monkeypatch):
+def test_a_passing_fault_is_waited_out_and_there_is_one_commit(
+    made, run, server, fault, monkeypatch
+):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.faults.append(list(fault))
     publish(made, run)
     repo = server.root / "models/me/tuned"
-    assert not server.faults and len(server.heads[repo]) == 1 and {path.name for path in repo.iterdir()} == FILES
+    assert (
+        not server.faults
+        and len(server.heads[repo]) == 1
+        and {path.name for path in repo.iterdir()} == FILES
+    )
 
 
-@pytest.mark.parametrize("faults", [[], [["GET", "xet-write-token", 503]], [["GET", "xet-write-token", "cut"]]])
+@pytest.mark.parametrize(
+    "faults", [[], [["GET", "xet-write-token", 503]], [["GET", "xet-write-token", "cut"]]]
+)
 def test_large_files_go_by_xet_where_the_client_has_it(made, run, server, monkeypatch, faults):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     server.faults += faults
     publish(made, run)
-    assert any((server.root / "xet").rglob("xorbs/*")) and not [line for line in server.requests if "PUT" in line]
+    assert any((server.root / "xet").rglob("xorbs/*")) and not [
+        line for line in server.requests if "PUT" in line
+    ]
     publish(made, run)
     assert len(server.heads[server.root / "models/me/tuned"]) == 1
 
@@ -347,7 +409,9 @@ def test_an_upload_that_was_interrupted_goes_on_and_ends_in_one_commit(made, run
     assert "again in 0.01 s" in capsys.readouterr().err and not server.heads
     before = len(server.requests)
     publish(made, run)
-    assert not [line for line in server.requests[before:] if line.startswith("PUT")], "large files are there already"
+    assert not [line for line in server.requests[before:] if line.startswith("PUT")], (
+        "large files are there already"
+    )
     assert len(server.heads[server.root / "models/me/tuned"]) == 1
 
 
@@ -356,10 +420,14 @@ def test_pushing_again_does_nothing_and_a_change_sends_what_changed(made, run, s
     before, repo = len(server.requests), server.root / "models/me/tuned"
     publish(made, run)
     assert "unchanged" in capsys.readouterr().err and len(server.heads[repo]) == 1
-    assert not [line for line in server.requests[before:] if "/commit/" in line or line.startswith("PUT")]
+    assert not [
+        line for line in server.requests[before:] if "/commit/" in line or line.startswith("PUT")
+    ]
     shutil.rmtree(run / "eval")
     publish(made, run, allow_unevaluated=True)
-    assert len(server.heads[repo]) == 2 and {path.name for path in repo.iterdir()} == FILES - {"results.json"}
+    assert len(server.heads[repo]) == 2 and {path.name for path in repo.iterdir()} == FILES - {
+        "results.json"
+    }
 
 
 def test_what_is_there_is_compared_with_what_was_sent(made, run, server):
@@ -380,11 +448,15 @@ def test_after_sft_the_adapter_alone_makes_the_policy_of_the_base(made, tmp_path
     sets = (*SHORT, "sft.max_steps=2", "sft.learning_rate=0.05")
     run = run_stage("align", made[0], tmp_path / "run", *sets)
     ids = torch.tensor([[5, 6, 7, 8]])
-    policy = load_trained(load_recipe(made[0], sets), torch.device("cpu"), run / "align/adapter", run / "sft/adapter")
+    policy = load_trained(
+        load_recipe(made[0], sets), torch.device("cpu"), run / "align/adapter", run / "sft/adapter"
+    )
     with torch.no_grad():
         logits = {"policy": policy.model(input_ids=ids).logits}
         for name, folder in (("published", "align"), ("sft", "sft")):
-            loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / folder / "adapter")
+            loaded = PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(base), run / folder / "adapter"
+            )
             logits[name] = loaded(input_ids=ids).logits
             with loaded.disable_adapter():
                 logits["base"] = loaded(input_ids=ids).logits
@@ -410,25 +482,49 @@ def test_from_the_hub_and_back(made, base, tmp_path, executable, capsys):
                   "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}  # fmt: skip
         offline = {**online, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
         for command in (("align",), ("push", "--allow-unevaluated")):
-            done = executable(command[0], made[0], "--run-dir", "run", *command[1:], *sets, **online)
+            done = executable(
+                command[0], made[0], "--run-dir", "run", *command[1:], *sets, **online
+            )
             assert done.returncode == 0, done.stderr
         config = json.loads((root / "models/me/tuned/adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
         data = card_of(server).data
-        assert (data.base_model, data.datasets, data.license) == ("org/base", ["org/pairs"], "apache-2.0")
+        assert (data.base_model, data.datasets, data.license) == (
+            "org/base",
+            ["org/pairs"],
+            "apache-2.0",
+        )
         code = re.search(r"```python\n(.*?)```", card_of(server).text, re.DOTALL)[1]
         plain = "\nother = AutoModelForCausalLM.from_pretrained('me/tuned', dtype='auto')\n"
-        code += plain + "assert other(**inputs).logits.allclose(model(**inputs).logits, atol=1e-5)\n"
+        code += (
+            plain + "assert other(**inputs).logits.allclose(model(**inputs).logits, atol=1e-5)\n"
+        )
         code += "with model.disable_adapter(): assert not other(**inputs).logits.allclose(model(**inputs).logits)\n"
         used = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **online}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={**os.environ, **online},
+            capture_output=True,
+            text=True,
         )
         assert used.returncode == 0, used.stderr
         pinned = f"me/tuned@{server.heads[root / 'models/me/tuned'][0]}"
-        shown = executable("sample", made[0], "--run-dir", "x", "--adapter", pinned, "--prompt", "red", *sets, **online)
+        shown = executable(
+            "sample",
+            made[0],
+            "--run-dir",
+            "x",
+            "--adapter",
+            pinned,
+            "--prompt",
+            "red",
+            *sets,
+            **online,
+        )
         assert shown.returncode == 0, shown.stderr
     capsys.readouterr()
-    answer(load_recipe(made[0], (*SHORT, "sample.max_new_tokens=8")), RunDir(tmp_path / "run"), ["red"])
+    answer(
+        load_recipe(made[0], (*SHORT, "sample.max_new_tokens=8")), RunDir(tmp_path / "run"), ["red"]
+    )
     assert "policy: " in shown.stdout and shown.stdout == capsys.readouterr().out
     further = ("--run-dir", "further", "--set", f"model.adapter={pinned}", *sets)
     done = executable("sample", made[0], *further, **offline)

@@ -15,8 +15,8 @@ import torch
 from conftest import preference_rows, write_jsonl
 from hub_server import hub
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.core import LOSSES, PairScores, SideScores, build_loss
-from tbpo_cli.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,11 +48,17 @@ def user(tmp_path_factory, base):
     write_jsonl(here / "mine.jsonl", preference_rows(8, seed=1))
     shutil.copytree(base, here / "hub/models" / tomllib.loads(RECIPE)["model"]["base"])
     with hub(here / "hub") as (address, _):
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(here / "cache"),
+            "HF_HUB_OFFLINE": "0",
+        }
 
         def run(*arguments):
             called, known = [sys.executable, *arguments], {**os.environ, **environment}
-            return subprocess.run(called, cwd=here, env=known, capture_output=True, text=True, timeout=120)
+            return subprocess.run(
+                called, cwd=here, env=known, capture_output=True, text=True, timeout=120
+            )
 
         yield here, run
 
@@ -64,7 +70,8 @@ def test_the_readme_is_short_has_two_set_up_commands_and_its_links_lead_somewher
         assert target.startswith("https://") or (ROOT / target).exists(), target
     for anchor in re.findall(r"\]\(#([^)]+)\)", TEXT):
         headings = [
-            re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", TEXT, re.M)
+            re.sub(r"[^\w -]", "", line).lower().replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)", TEXT, re.M)
         ]
         assert anchor in headings, anchor
 
@@ -74,7 +81,7 @@ def test_every_command_runs_in_the_order_of_the_page(user, line):
     """Of several processes or machines only the plan is asked for."""
     _, name, *arguments = shlex.split(line)
     plan = ["--dry-run"] if "--gpus" in arguments else []
-    done = user[1]("-m", "tbpo_cli.cli", name, *plan, *arguments)
+    done = user[1]("-m", "tbpo_cli.cli.main", name, *plan, *arguments)
     assert done.returncode == 0, done.stderr
     if name == "push":
         assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in done.stdout
@@ -82,7 +89,9 @@ def test_every_command_runs_in_the_order_of_the_page(user, line):
 
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda fragment: fragment.partition("\n")[0])
 def test_every_piece_of_a_recipe_loads(fragment, tmp_path):
-    (tmp_path / "whole.toml").write_text(tomli_w.dumps(tomllib.loads(RECIPE) | tomllib.loads(fragment)))
+    (tmp_path / "whole.toml").write_text(
+        tomli_w.dumps(tomllib.loads(RECIPE) | tomllib.loads(fragment))
+    )
     settings = load_recipe(tmp_path / "whole.toml").settings()
     assert settings["eval.gate"] == "win_rate.low > 0.5" or settings["data.train.2.weight"] == 2.0
 
@@ -96,8 +105,16 @@ def test_the_stages_run_as_a_library_in_the_way_that_is_shown(user):
 
 def test_a_loss_is_added_as_it_is_shown():
     """One pair, Σr^w = 2 and Σr^l = −1: (1 − 3)² = 4."""
-    exec(compile(next(block for block in blocks("python") if "LOSSES[" in block), "README.md", "exec"), {})
-    side = [SideScores(torch.ones(1, 1, dtype=torch.bool), log_ratio=torch.tensor([[value]])) for value in (2.0, -1.0)]
+    exec(
+        compile(
+            next(block for block in blocks("python") if "LOSSES[" in block), "README.md", "exec"
+        ),
+        {},
+    )
+    side = [
+        SideScores(torch.ones(1, 1, dtype=torch.bool), log_ratio=torch.tensor([[value]]))
+        for value in (2.0, -1.0)
+    ]
     try:
         assert build_loss("squared", scale=1.0)(PairScores(*side)).per_pair.tolist() == [4.0]
     finally:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tbpo_cli.cli import Call
+from tbpo_cli.cli.main import Call
+from tbpo_cli.config.recipe import Source, load_recipe
 from tbpo_cli.core import GENERATORS, LOSSES
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Source, load_recipe
 
 
 @pytest.fixture
@@ -113,15 +113,23 @@ def test_every_generator_can_be_named(load, name):
 
 
 def test_a_generator_may_be_named_without_a_table_of_its_own(load):
-    table, name = (load(SMALL, f"align.loss.{key}=kliep") for key in ("generator.name", "generator"))
+    table, name = (
+        load(SMALL, f"align.loss.{key}=kliep") for key in ("generator.name", "generator")
+    )
     assert table == name
     with pytest.raises(TbpoError, match=r"generator\.name = 'klieb' is unknown"):
         load(SMALL, "align.loss.generator=klieb")
 
 
 def test_set_takes_toml_values_and_bare_text(load):
-    recipe = load(SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}")
-    assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (7, "dpo", 1e-4)
+    recipe = load(
+        SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}"
+    )
+    assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (
+        7,
+        "dpo",
+        1e-4,
+    )
     assert recipe.model.lora.r == 8
     for text in ("", "=", "a b # [c]", "[1", 'a "b" \\'):
         assert load(SMALL, f"push.card=/{text}").push.card == str(Path(f"/{text}").resolve()), (
@@ -138,7 +146,9 @@ def test_options_that_are_keys_by_another_name_take_any_text(load):
     assert Path(recipe.sample.adapter).name == '🙂 "a"' and recipe.eval.against == ("me/é", "b\\n")
 
 
-def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_folder(load, tmp_path, monkeypatch):
+def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_folder(
+    load, tmp_path, monkeypatch
+):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -149,14 +159,18 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_fo
     assert recipe.data.train == (Source(str(tmp_path / "rows.jsonl")), Source("org/pairs"))
     assert recipe.data.eval == (Source(str(elsewhere / "more.jsonl")),)
     assert load(SMALL).model.base == "org/model", "a Hub id stays a Hub id"
-    assert load('[model]\nbase = "mistralai/Mistral-7B-v0.1"\n[data]\ntrain = "a/b"').model.base.startswith(
-        "mistralai/"
-    )
+    assert load(
+        '[model]\nbase = "mistralai/Mistral-7B-v0.1"\n[data]\ntrain = "a/b"'
+    ).model.base.startswith("mistralai/")
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"[model\n", "not valid TOML"), (b"\xff\xfe", "not UTF-8"), (None, "there is no such recipe")],
+    [
+        (b"[model\n", "not valid TOML"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "there is no such recipe"),
+    ],
 )
 def test_an_unreadable_recipe_is_named(tmp_path, content, what):
     path = tmp_path / "broken.toml"

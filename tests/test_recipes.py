@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import run_stage
 
+from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.core import LOSSES, build_loss
-from tbpo_cli.recipe import load_recipe, sources
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.align import loss_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -31,7 +31,9 @@ def world():
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path)
-    assert recipe.align.loss["name"] in {"tbpo_a", "tbpo_q", "dpo"} and loss_of(recipe.align).beta in (0.1, 0.01, 0.5)
+    assert recipe.align.loss["name"] in {"tbpo_a", "tbpo_q", "dpo"} and loss_of(
+        recipe.align
+    ).beta in (0.1, 0.01, 0.5)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and all(len(line) <= 120 for line in lines)
 
@@ -46,13 +48,19 @@ SHAPES = {
     "alignment-handbook/zephyr-7b-sft-full": (4096, 14336, 32, 32, 8, 32_000, False),
     "RLHFlow/LLaMA3-SFT-v2": (4096, 14336, 32, 32, 8, 128_256, False),
 }
-ROOM = {"full-8gpu": (8, 80e9), "ultrafeedback-mistral": (1, 80e9), "ultrafeedback-llama3": (1, 80e9)}  # others: 24 GB
+ROOM = {
+    "full-8gpu": (8, 80e9),
+    "ultrafeedback-mistral": (1, 80e9),
+    "ultrafeedback-llama3": (1, 80e9),
+}  # others: 24 GB
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES.glob("*.toml") if path.stem != "quickstart"])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in RECIPES.glob("*.toml") if path.stem != "quickstart"]
+)
 def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_path, capsys):
     """Its base is a config of the same shape; 4,096 tokens at a time, in bf16, by the formula for a GPU."""
-    from tbpo_cli.show import policy_on_meta, show
+    from tbpo_cli.cli.show import policy_on_meta, show
     from tbpo_cli.train.memory import foresee
 
     path = RECIPES / f"{name}.toml"
@@ -68,7 +76,9 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     show(recipe, sources(path), RunDir(tmp_path / "run"))
     text = capsys.readouterr().out
     assert "memory " in text and "head " in text and "learning_rate =" in text, text
-    assert text.count("WARNING") == text.count("needs more memory than"), text  # this machine is not what it names
+    assert text.count("WARNING") == text.count("needs more memory than"), (
+        text
+    )  # this machine is not what it names
     processes, room = ROOM.get(name, (1, 24e9))
     gpu = torch.device("cuda")
     for stage, loss in (("sft", build_loss("sft")), ("align", loss_of(recipe.align))):
@@ -82,7 +92,10 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_of_a_shipped_recipe_can_be_changed_by_its_name_alone(name):
     for path in RECIPES.glob("*.toml"):
-        if name in ("sft", "orpo") and "beta" in path.read_text(encoding="utf-8").partition("[align.loss]")[2]:
+        if (
+            name in ("sft", "orpo")
+            and "beta" in path.read_text(encoding="utf-8").partition("[align.loss]")[2]
+        ):
             continue  # the beta that it names is no key of theirs
         assert load_recipe(path, (f"align.loss.name={name}",)).align.loss["name"] == name
 
@@ -92,9 +105,22 @@ def test_the_papers_recipes_have_the_papers_setting():
         recipe = load_recipe(RECIPES / f"{name}.toml")
         lora, align = recipe.model.lora, recipe.align
         assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules)) == (32, 64, 0.05, 7)
-        assert (align.optimizer, align.learning_rate, align.schedule, align.warmup) == ("rmsprop", 5e-7, "cosine", 0.05)
-        assert (align.batch_pairs, align.epochs, align.max_grad_norm, align.weight_decay) == (32, 1, 10, 0)
-        assert align.loss["generator"] == {"name": "sba", "lam": 0.0, "scale": 4.0} and recipe.data.max_length == 2048
+        assert (align.optimizer, align.learning_rate, align.schedule, align.warmup) == (
+            "rmsprop",
+            5e-7,
+            "cosine",
+            0.05,
+        )
+        assert (align.batch_pairs, align.epochs, align.max_grad_norm, align.weight_decay) == (
+            32,
+            1,
+            10,
+            0,
+        )
+        assert (
+            align.loss["generator"] == {"name": "sba", "lam": 0.0, "scale": 4.0}
+            and recipe.data.max_length == 2048
+        )
 
 
 def test_the_world_scores_what_it_says(world):
@@ -125,10 +151,16 @@ def test_every_task_of_the_world_is_read_back_from_its_text_and_solved(world):
 
 def test_the_committed_pairs_are_a_bradley_terry_draw_of_the_true_score(world):
     """The mean of [chosen scores higher] over pairs of different scores is that of σ(k·|difference|)."""
-    rows = {split: [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open()] for split in ("train", "eval")}
+    rows = {
+        split: [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open()]
+        for split in ("train", "eval")
+    }
     assert 3_800 < len(rows["train"]) <= 4_000 and len(rows["eval"]) == 400
     assert not {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows["eval"]}
-    gaps = [world.score(r["prompt"], r["chosen"]) - world.score(r["prompt"], r["rejected"]) for r in rows["train"]]
+    gaps = [
+        world.score(r["prompt"], r["chosen"]) - world.score(r["prompt"], r["rejected"])
+        for r in rows["train"]
+    ]
     gaps = [gap for gap in gaps if abs(gap) > 1e-9]
     right = sum(gap > 0 for gap in gaps) / len(gaps)
     expected = sum(1 / (1 + 2.718281828 ** (-world.K_LABEL * abs(gap))) for gap in gaps) / len(gaps)
@@ -139,16 +171,23 @@ def test_the_base_fits_into_4_mb_and_answers_right_only_some_of_the_time(world):
     from rebuild import complete
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tbpo_cli.recipe import Sample
+    from tbpo_cli.config.recipe import Sample
 
     assert (QUICKSTART / "model.safetensors").stat().st_size <= 4_000_000
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(QUICKSTART), AutoTokenizer.from_pretrained(QUICKSTART)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(QUICKSTART),
+        AutoTokenizer.from_pretrained(QUICKSTART),
+    )
     assert model.config.model_type == "llama" and model.config.max_position_embeddings == 2048
     text = "Grüße, 日本語 🙂 \x00 <|im_end|>"
     assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
     prompts = [json.loads(line)["prompt"] for line in (QUICKSTART / "eval.jsonl").open()][:150]
     answers = complete(
-        model.float(), tokenizer, prompts, Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=150), seed=0
+        model.float(),
+        tokenizer,
+        prompts,
+        Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=150),
+        seed=0,
     )
     readings = [world.parse_response(p, a) for p, a in zip(prompts, answers, strict=True)]
     assert 0.2 < sum(r.correct for r in readings) / 150 < 0.6
@@ -168,6 +207,8 @@ def test_init_lists_the_recipes_and_writes_one_with_its_data_that_runs(tbpo, tmp
         assert path.stem in listed.stdout
     assert all(len(line) <= 80 for line in listed.stdout.splitlines())
     written = tbpo("init", "quickstart")
-    assert written.stdout.splitlines() == ["wrote quickstart.toml", "wrote quickstart"], written.stderr
+    assert written.stdout.splitlines() == ["wrote quickstart.toml", "wrote quickstart"], (
+        written.stderr
+    )
     assert (tmp_path / "quickstart.toml").read_bytes() == (RECIPES / "quickstart.toml").read_bytes()
     assert tbpo("prepare", "quickstart.toml").returncode == 0

@@ -8,12 +8,17 @@ import torch
 from conftest import run_stage
 from safetensors.torch import load_file
 
+from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core import LOSSES, build_loss
-from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.model.scoring import from_reference_logps
 
 # 10 steps of 8 pairs on 40 pairs are two epochs; LoRA dropout is on
-TWO_EPOCHS = ("align.max_steps=10", "align.log_every=5", "align.checkpoint_every=3", "align.learning_rate=1e-2")
+TWO_EPOCHS = (
+    "align.max_steps=10",
+    "align.log_every=5",
+    "align.checkpoint_every=3",
+    "align.learning_rate=1e-2",
+)
 QUIET = (*TWO_EPOCHS, "align.log_every=100")
 
 
@@ -32,15 +37,21 @@ def test_the_losses_that_need_nothing_else_of_the_reference_say_so():
     assert names == {"dpo", "ipo", "hinge", "bpo", "tbpo_q", "tis_dpo"}
 
 
-@pytest.mark.parametrize("loss", ["dpo", "tbpo_q"])  # whole responses; aligned tokens and a baseline
-def test_a_cached_reference_gives_the_trajectory_of_a_live_one(recipe_file, tmp_path, loss, monkeypatch):
+@pytest.mark.parametrize(
+    "loss", ["dpo", "tbpo_q"]
+)  # whole responses; aligned tokens and a baseline
+def test_a_cached_reference_gives_the_trajectory_of_a_live_one(
+    recipe_file, tmp_path, loss, monkeypatch
+):
     settings = (f"align.loss={{name = '{loss}'}}", *TWO_EPOCHS)
     cached = run_stage("align", recipe_file, tmp_path / "cached", *settings)
     monkeypatch.setattr("tbpo_cli.train.loop.from_reference_logps", lambda needs: False)
     live = run_stage("align", recipe_file, tmp_path / "live", *settings)
     assert not (live / "reference").exists()
     assert train_losses(cached) == pytest.approx(train_losses(live), rel=1e-5, abs=1e-6)
-    first, second = (load_file(run / "align/adapter/adapter_model.safetensors") for run in (cached, live))
+    first, second = (
+        load_file(run / "align/adapter/adapter_model.safetensors") for run in (cached, live)
+    )
     for name, weight in second.items():
         torch.testing.assert_close(first[name], weight, rtol=1e-3, atol=1e-4)
 
@@ -59,13 +70,21 @@ def test_the_second_epoch_and_a_restart_read_what_is_known(recipe_file, tmp_path
 
 
 def test_one_epoch_or_another_need_makes_no_file(recipe_file, tmp_path):
-    one_epoch = run_stage("align", recipe_file, tmp_path / "one", "align.loss.name=dpo", "align.max_steps=5")
-    whole = run_stage("align", recipe_file, tmp_path / "whole", "align.loss.name=tbpo_a", *TWO_EPOCHS)
+    one_epoch = run_stage(
+        "align", recipe_file, tmp_path / "one", "align.loss.name=dpo", "align.max_steps=5"
+    )
+    whole = run_stage(
+        "align", recipe_file, tmp_path / "whole", "align.loss.name=tbpo_a", *TWO_EPOCHS
+    )
     assert not any((run / "reference").exists() for run in (one_epoch, whole))
 
 
 def test_the_file_is_named_by_what_it_depends_on(recipe_file, tmp_path):
-    two_steps = ("align.loss.name=dpo", "align.batch_pairs=40", "align.max_steps=2")  # of all 40 pairs: two epochs
+    two_steps = (
+        "align.loss.name=dpo",
+        "align.batch_pairs=40",
+        "align.max_steps=2",
+    )  # of all 40 pairs: two epochs
     names = {
         override: values_of(run_stage("align", recipe_file, tmp_path / str(number), *two_steps, override))[0].name
         for number, override in enumerate(
@@ -74,7 +93,9 @@ def test_the_file_is_named_by_what_it_depends_on(recipe_file, tmp_path):
         )
     }  # fmt: skip
     same = {"align.loss.beta=0.2", "model.lora.r=2", "align.loss.name=ipo"}
-    assert len({names[override] for override in same}) == 1, "neither β nor the adapter's size touches the reference"
+    assert len({names[override] for override in same}) == 1, (
+        "neither β nor the adapter's size touches the reference"
+    )
     assert len(set(names.values())) == len(names) - len(same) + 1
 
 

@@ -14,11 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from tbpo_cli.charts import HEIGHT, WIDTH, Panel, Series, histogram
-from tbpo_cli.evaluation.page import MAX_ROWS, write_report
-from tbpo_cli.report import write_page
+from tbpo_cli.report.charts import HEIGHT, WIDTH, Panel, Series, histogram
+from tbpo_cli.report.evaluation import MAX_ROWS, write_report
+from tbpo_cli.report.pages import write_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 ATTACK = '</script></title><script>document.title="owned"</script><img src="{url}/img" onerror="document.title=1">'
 VOID = {"meta", "input"}
@@ -30,7 +33,11 @@ def figure(value, spread=0.05, n=40):
 
 
 def model(loss, shift, **diversity):
-    own = {"entropy": figure(0.5 - shift), "logps_chosen": figure(-0.5 - shift), "logps_rejected": figure(-0.6 - shift)}
+    own = {
+        "entropy": figure(0.5 - shift),
+        "logps_chosen": figure(-0.5 - shift),
+        "logps_rejected": figure(-0.6 - shift),
+    }
     if loss:
         own |= {"accuracy": figure(0.7), "margin": figure(0.2 + shift), "kl": figure(0.1 + shift)}
     return {
@@ -46,11 +53,18 @@ def model(loss, shift, **diversity):
                 }
                 for low, high in ((2, 5), (6, 20))
             ],
-            "reliability": [{"predicted": 0.55, "observed": 0.6, "n": 30}, {"predicted": 0.7, "observed": 0.8, "n": 10}]
+            "reliability": [
+                {"predicted": 0.55, "observed": 0.6, "n": 30},
+                {"predicted": 0.7, "observed": 0.8, "n": 10},
+            ]
             if loss
             else [],
         },
-        "diversity": {"self_bleu": figure(41.26, 2.0), "length": figure(6.84 - shift, 0.4), **diversity},
+        "diversity": {
+            "self_bleu": figure(41.26, 2.0),
+            "length": figure(6.84 - shift, 0.4),
+            **diversity,
+        },
         "suites": {},
         "score": figure(0.784, 0.02),
     }
@@ -58,14 +72,22 @@ def model(loss, shift, **diversity):
 
 def rate(name, against="reference", judge="world.py:score", **entries):
     return {
-        **{"model": name, "against": against, "judge": judge, "raw": figure(0.742, 0.03), "length_controlled": None},
+        **{
+            "model": name,
+            "against": against,
+            "judge": judge,
+            "raw": figure(0.742, 0.03),
+            "length_controlled": None,
+        },
         **{"wins": 1215, "ties": 164, "losses": 21, "unreadable": 0, "inconsistent": None},
         **{"prompt_tokens": 0, "completion_tokens": 0, "cost": None},
         **entries,
     }
 
 
-def inputs(*others, texts=(("Say red.", "red cat.", "red dog."), ("Count to two.", "1 2.", "No idea."))):
+def inputs(
+    *others, texts=(("Say red.", "red cat.", "red dog."), ("Count to two.", "1 2.", "No idea."))
+):
     """What an evaluation leaves. Texts: prompt, the policy's completion, the reference's; the first one is lost."""
     names = ("policy", "reference", *others)
     results = {
@@ -76,15 +98,32 @@ def inputs(*others, texts=(("Say red.", "red cat.", "red dog."), ("Count to two.
         "num_prompts": len(texts),
         "verdict": "tbpo_a is better than its reference: it wins on 74.2% (95 %: 71.5 to 77.1)",
         "gate": {"expression": "win_rate > 0.5", "value": 0.742, "passed": True},
-        "models": {name: model(None if name == "reference" else "tbpo_a", n / 50) for n, name in enumerate(names)},
+        "models": {
+            name: model(None if name == "reference" else "tbpo_a", n / 50)
+            for n, name in enumerate(names)
+        },
         "win_rates": [rate(name) for name in names if name != "reference"],
     }
     samples, verdicts = [], []
     for row, (prompt, *completions) in enumerate(texts):
-        for name, completion in zip(names, [*completions, *completions[:1] * len(others)], strict=True):
-            sample = {"row": row, "prompt_id": f"p{row}", "sample": 0, "model": name, "completion": completion}
-            sample |= {"token_ids": [*range(len(completion))], "finish_reason": "stop" if row else "length"}
-            samples.append(sample | ({"messages": [{"role": "user", "content": prompt}]} if name == "policy" else {}))
+        for name, completion in zip(
+            names, [*completions, *completions[:1] * len(others)], strict=True
+        ):
+            sample = {
+                "row": row,
+                "prompt_id": f"p{row}",
+                "sample": 0,
+                "model": name,
+                "completion": completion,
+            }
+            sample |= {
+                "token_ids": [*range(len(completion))],
+                "finish_reason": "stop" if row else "length",
+            }
+            samples.append(
+                sample
+                | ({"messages": [{"role": "user", "content": prompt}]} if name == "policy" else {})
+            )
             if name != "reference":
                 won = {
                     "verdict": min(row, 1),
@@ -101,7 +140,8 @@ def inputs(*others, texts=(("Say red.", "red cat.", "red dog."), ("Count to two.
                 }
                 verdicts.append(kind | won | {"length": 3, "length_against": 4})
     metrics = [
-        {"split": "eval", "step": step, "loss": 0.25, "kl": step / 100, "margin": step / 50} for step in (0, 5, 9)
+        {"split": "eval", "step": step, "loss": 0.25, "kl": step / 100, "margin": step / 50}
+        for step in (0, 5, 9)
     ]
     return results, samples, verdicts, metrics
 
@@ -111,7 +151,12 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.source, self.elements, self.texts, self.open = path.read_text(encoding="utf-8"), [], [], []
+        self.source, self.elements, self.texts, self.open = (
+            path.read_text(encoding="utf-8"),
+            [],
+            [],
+            [],
+        )
         self.feed(self.source)
         assert self.open == []
 
@@ -126,7 +171,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.texts += [data.strip()] if data.strip() and self.open[-1] not in ("style", "script") else []
+        self.texts += (
+            [data.strip()] if data.strip() and self.open[-1] not in ("style", "script") else []
+        )
 
     def follows(self, *texts):
         """Whether the texts stand in the page one after the other."""
@@ -144,45 +191,104 @@ def written(tmp_path):
 
 def test_the_page_says_the_verdict_and_every_figure_with_its_interval(written):
     page = written(*inputs())
-    assert "tbpo_a is better than its reference: it wins on 74.2% (95 %: 71.5 to 77.1)" in page.texts
-    assert any("1,388 held-out pairs" in text and "Gate win_rate > 0.5: 0.742, passed." in text for text in page.texts)
-    assert page.follows("policy – reference, by world.py:score", "74.2%", "71.2 to 77.2%", "1,215", "164", "21")
-    assert page.follows("policy", "70.0%", "65.0 to 75.0%", "0.200", "0.150 to 0.250"), "accuracy and margin"
-    assert page.follows("reference", "–", "–", "–", "0.480", "0.430 to 0.530", "−0.520", "−0.570 to −0.470")
-    assert page.follows("policy", "0.784", "0.764 to 0.804", "41.3", "39.3 to 43.3", "6.8", "6.4 to 7.2")
+    assert (
+        "tbpo_a is better than its reference: it wins on 74.2% (95 %: 71.5 to 77.1)" in page.texts
+    )
+    assert any(
+        "1,388 held-out pairs" in text and "Gate win_rate > 0.5: 0.742, passed." in text
+        for text in page.texts
+    )
+    assert page.follows(
+        "policy – reference, by world.py:score", "74.2%", "71.2 to 77.2%", "1,215", "164", "21"
+    )
+    assert page.follows("policy", "70.0%", "65.0 to 75.0%", "0.200", "0.150 to 0.250"), (
+        "accuracy and margin"
+    )
+    assert page.follows(
+        "reference", "–", "–", "–", "0.480", "0.430 to 0.530", "−0.520", "−0.570 to −0.470"
+    )
+    assert page.follows(
+        "policy", "0.784", "0.764 to 0.804", "41.3", "39.3 to 43.3", "6.8", "6.4 to 7.2"
+    )
     assert page.follows("6 to 20", "76.0%", "71.0 to 81.0%"), "by length"
-    assert "length controlled" not in page.texts and "cost" not in page.texts, "columns that hold nothing"
-    assert "Methods" not in page.texts, "with the policy and its reference alone there is nothing to compare"
+    assert "length controlled" not in page.texts and "cost" not in page.texts, (
+        "columns that hold nothing"
+    )
+    assert "Methods" not in page.texts, (
+        "with the policy and its reference alone there is nothing to compare"
+    )
 
 
 def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown(written):
     results, *rest = inputs("dpo", "runs/other")
-    results["win_rates"][1] |= {"raw": figure(0.61), "cost": 1.5, "prompt_tokens": 12345, "inconsistent": figure(0.1)}
+    results["win_rates"][1] |= {
+        "raw": figure(0.61),
+        "cost": 1.5,
+        "prompt_tokens": 12345,
+        "inconsistent": figure(0.1),
+    }
     results["models"]["dpo"] |= {"loss": "dpo", "suites": {"open-llm-v1": {"gsm8k": figure(0.2)}}}
     page = written(results, *rest)
-    assert page.follows("Methods", "loss", "win rate", "score of the completions", "reward accuracy")
+    assert page.follows(
+        "Methods", "loss", "win rate", "score of the completions", "reward accuracy"
+    )
     assert page.follows("dpo", "dpo", "61.0%", "56.0 to 66.0%", "0.784")
     assert page.follows("inconsistent", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
-        "open-llm-v1", "gsm8k", "●", "policy", "–", "●", "reference", "–", "●", "dpo", "20.0%", "15.0 to 25.0%"
+        "open-llm-v1",
+        "gsm8k",
+        "●",
+        "policy",
+        "–",
+        "●",
+        "reference",
+        "–",
+        "●",
+        "dpo",
+        "20.0%",
+        "15.0 to 25.0%",
     )
 
 
-def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_the_training(written):
+def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_the_training(
+    written,
+):
     page = written(*inputs("dpo"))
-    charts = [ElementTree.fromstring(chart) for chart in re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)]
-    frontier = next(chart for chart in charts if chart.get("aria-label").startswith("reward margin by KL"))
+    charts = [
+        ElementTree.fromstring(chart)
+        for chart in re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    ]
+    frontier = next(
+        chart for chart in charts if chart.get("aria-label").startswith("reward margin by KL")
+    )
     assert {"reward margin (nats)", "KL from the reference, nats a token"} <= {
         text.text for text in frontier.iter("text")
     }
-    places = [(dot.get("r"), float(dot.get("cx")), float(dot.get("cy"))) for dot in frontier.iter("circle")]
-    way, ends = [place for place in places if place[0] == "1.5"], [place for place in places if place[0] == "4"]
+    places = [
+        (dot.get("r"), float(dot.get("cx")), float(dot.get("cy")))
+        for dot in frontier.iter("circle")
+    ]
+    way, ends = (
+        [place for place in places if place[0] == "1.5"],
+        [place for place in places if place[0] == "4"],
+    )
     assert len(way) == 3 and [x for _, x, _ in way] == sorted(x for _, x, _ in way)
-    assert len(ends) == 3 and ends[1][1:] == way[0][1:], "the reference is where the training starts"
-    assert ends[2][1] > ends[0][1] and ends[2][2] < ends[0][2], "dpo has the larger KL and the larger margin"
+    assert len(ends) == 3 and ends[1][1:] == way[0][1:], (
+        "the reference is where the training starts"
+    )
+    assert ends[2][1] > ends[0][1] and ends[2][2] < ends[0][2], (
+        "dpo has the larger KL and the larger margin"
+    )
     labels = [chart.get("aria-label").split(" by ")[0] for chart in charts]
-    assert labels[:6] == ["reward margin", "reliability", "accuracy", "entropy", "length, tokens", "score"]
+    assert labels[:6] == [
+        "reward margin",
+        "reliability",
+        "accuracy",
+        "entropy",
+        "length, tokens",
+        "score",
+    ]
     assert "loss" in labels[6:], "the training's curves"
 
 
@@ -196,18 +302,26 @@ def test_what_changed_is_marked_and_each_verdict_stands_with_its_completion(writ
     assert page.follows(said, "the cat & all", "●", "reference, 8 tokens, cut off")
     assert page.follows("wins against reference, by world.py:score:", "0.1 against 0.05")
     rows = [attributes for tag, attributes in page.elements if tag == "article"]
-    assert rows == [{"data-verdict": "", "data-score": ""}, {"data-verdict": "1", "data-score": "0.1"}]
+    assert rows == [
+        {"data-verdict": "", "data-score": ""},
+        {"data-verdict": "1", "data-score": "0.1"},
+    ]
 
 
 def test_of_too_many_samples_the_worst_and_the_best_are_kept_in_their_order(written):
-    results, samples, verdicts, metrics = inputs(texts=[(f"Say {n}.", f"{n}.", "x") for n in range(MAX_ROWS + 50)])
+    results, samples, verdicts, metrics = inputs(
+        texts=[(f"Say {n}.", f"{n}.", "x") for n in range(MAX_ROWS + 50)]
+    )
     for number, verdict in enumerate(verdicts):
         verdict["verdict"] = 0.5 if 100 <= number < 200 else 1.0 if number % 2 else 0.0
     page = written(results, samples, verdicts, metrics)
     shown = [int(number) for number in re.findall(r">Say (\d+)\.<", page.source)]
     assert len(shown) == MAX_ROWS and shown == sorted(shown)
     assert set(range(MAX_ROWS + 50)) - set(shown) < set(range(100, 200)), "only ties are left out"
-    assert any("300 of 350, the worst and the best; 50 between them are left out." in text for text in page.texts)
+    assert any(
+        "300 of 350, the worst and the best; 50 between them are left out." in text
+        for text in page.texts
+    )
 
 
 def test_an_evaluation_without_judge_samples_and_training_has_a_page_too(written):
@@ -234,7 +348,10 @@ def attacked(url="http://x"):
     results["models"][attack]["loss"] = attack
     for verdict in verdicts:
         verdict |= {"judge": attack, "reason": attack}
-    results["win_rates"] = [rate("policy", judge=attack), rate(attack, against=attack, judge=attack)]
+    results["win_rates"] = [
+        rate("policy", judge=attack),
+        rate(attack, against=attack, judge=attack),
+    ]
     return results, samples, verdicts, metrics
 
 
@@ -249,11 +366,19 @@ def test_what_models_and_users_write_stays_text_and_only_the_page_s_own_script_m
         "object",
         "form-action",
     }
-    assert not {name for _, attributes in page.elements for name in attributes if name.startswith("on")}
+    assert not {
+        name for _, attributes in page.elements for name in attributes if name.startswith("on")
+    }
     (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
     own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.split("; ")[:3] == ["default-src 'none'", "style-src 'unsafe-inline'", f"script-src 'sha256-{own}'"]
+    policy = next(
+        a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.split("; ")[:3] == [
+        "default-src 'none'",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{own}'",
+    ]
     assert ATTACK.format(url="http://x") in page.texts, "it can be read as it was written"
 
 
@@ -264,7 +389,22 @@ def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not
     (drawn,) = ElementTree.parse(tmp_path / "one.svg").iterfind(f".//{SVG}svg")
     assert drawn.get("aria-label") == 'a <b> by x "y"'
     texts = [text.text for text in drawn.iter(f"{SVG}text")]
-    assert texts == ["a <b> (%)", "0", "0.2", "0.4", "0.6", "0.8", "1", "0", "2", "4", "6", "8", "10", 'x "y"']
+    assert texts == [
+        "a <b> (%)",
+        "0",
+        "0.2",
+        "0.4",
+        "0.6",
+        "0.8",
+        "1",
+        "0",
+        "2",
+        "4",
+        "6",
+        "8",
+        "10",
+        'x "y"',
+    ]
     dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in drawn.iter(f"{SVG}circle")]
     assert len(dots) == 2 and all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in dots)
     assert [group.get("class") for group in drawn.iter(f"{SVG}g")] == ["series-0", "series-1"], (
@@ -278,7 +418,13 @@ def test_a_histogram_counts_whole_numbers_in_bins_of_whole_numbers():
     assert steps[0][:4] == [(3, 3), (6, 3), (6, 0), (9, 0)] and steps[1][-1] == (93, 1)
     alike = histogram("length", "pairs", "tokens", {0: np.array([7, 7])}).series[0].points
     assert alike == [(7, 2), (8, 2)]
-    assert sum(y for _, y in histogram("score", "", "", {0: np.array([0.0, 0.3, 1.0])}).series[0].points) == 6
+    assert (
+        sum(
+            y
+            for _, y in histogram("score", "", "", {0: np.array([0.0, 0.3, 1.0])}).series[0].points
+        )
+        == 6
+    )
 
 
 def dump(path, tmp_path, *flags):
@@ -291,30 +437,42 @@ def dump(path, tmp_path, *flags):
         f"--user-data-dir={tmp_path / 'browser'}",
         *flags,
     ]
-    done = subprocess.run([*command, "--dump-dom", path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, "--dump-dom", path], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def shown_prompts(document):
-    rows = re.findall(r"<article ([^>]*)>\s*<p class=\"prompt text\">(.*?)</p>", document, re.DOTALL)
+    rows = re.findall(
+        r"<article ([^>]*)>\s*<p class=\"prompt text\">(.*?)</p>", document, re.DOTALL
+    )
     return [html.unescape(prompt) for attributes, prompt in rows if "hidden" not in attributes]
 
 
 @in_browser
 def test_the_search_and_the_order_work_and_can_be_linked_to(written, tmp_path):
-    texts = [("Say red.", "red cat.", "x"), ("Say <b>two</b>.", "a Word", "x"), ("Say blue.", "x", "a word")]
+    texts = [
+        ("Say red.", "red cat.", "x"),
+        ("Say <b>two</b>.", "a Word", "x"),
+        ("Say blue.", "x", "a word"),
+    ]
     written(*inputs(texts=texts))
     url = (tmp_path / "report.html").as_uri()
     document = dump(f"{url}#search=WORD&order=-score", tmp_path)
     assert shown_prompts(document) == ["Say blue.", "Say <b>two</b>."]
     assert ">2 shown</output>" in document and '<form id="controls">' in document
     assert shown_prompts(dump(f"{url}#order=verdict", tmp_path)) == [prompt for prompt, *_ in texts]
-    assert shown_prompts(dump(f"{url}#search=policy", tmp_path)) == [], "labels of the page are not searched"
+    assert shown_prompts(dump(f"{url}#search=policy", tmp_path)) == [], (
+        "labels of the page are not searched"
+    )
 
 
 @in_browser
-def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_page(written, tmp_path):
+def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_page(
+    written, tmp_path
+):
     """Not even if it were not escaped: then the page's policy stops it. The same on a page without one is seen."""
     asked = []
 
@@ -332,7 +490,11 @@ def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_p
     page, attack = tmp_path / "report.html", ATTACK.format(url=url)
     written(*attacked(url))
     document = dump(page.as_uri(), tmp_path)
-    assert asked == [] and "<title>Evaluation of &lt;/script&gt;" in document and "owned</title>" not in document
+    assert (
+        asked == []
+        and "<title>Evaluation of &lt;/script&gt;" in document
+        and "owned</title>" not in document
+    )
     raw = f'<link rel="stylesheet" href="{url}/css"><iframe src="{url}/frame"></iframe>{attack}</body>'
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", raw), encoding="utf-8")
     document = dump(page.as_uri(), tmp_path)

@@ -14,15 +14,21 @@ from conftest import preference_rows, run_stage, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import read_sealed, write_sealed
-from tbpo_cli.recipe import load_recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.files import read_sealed, write_sealed
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages import plan
 from tbpo_cli.train.metrics import read_metrics
 
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # tests/benchmarks/soak.py asks for thousands
-FUZZ = settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUM_EXAMPLES = int(
+    os.environ.get("FUZZ_EXAMPLES", "60")
+)  # tests/benchmarks/soak.py asks for thousands
+FUZZ = settings(
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- the lock
@@ -30,7 +36,7 @@ FUZZ = settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -38,7 +44,9 @@ with RunDir(Path(sys.argv[1])).lock():
 
 
 def hold(folder):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -46,14 +54,18 @@ def hold(folder):
 def test_a_second_process_is_refused_with_the_pid_and_host_of_the_first(tmp_path, recipe_file):
     holder = hold(tmp_path / "run")
     try:
-        with pytest.raises(TbpoError, match=f"in use by process {holder.pid} on {os.uname().nodename}") as error:
+        with pytest.raises(
+            TbpoError, match=f"in use by process {holder.pid} on {os.uname().nodename}"
+        ) as error:
             run_stage("prepare", recipe_file, tmp_path / "run")
         assert "--run-dir" in error.value.fix and not (tmp_path / "run/prepare").exists()
     finally:
         holder.kill()
 
 
-def test_the_lock_of_a_dead_process_is_taken_over_with_a_word_about_it(tmp_path, recipe_file, capsys):
+def test_the_lock_of_a_dead_process_is_taken_over_with_a_word_about_it(
+    tmp_path, recipe_file, capsys
+):
     holder = hold(tmp_path / "run")
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -77,14 +89,18 @@ def small_disk(tmp_path):
     """A real file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a file system needs more rights here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(small_disk, recipe_file, trained):
+def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(
+    small_disk, recipe_file, trained
+):
     """Room is left for a checkpoint or two and then taken away; once there is room again, the run ends as it should."""
     straight = trained / "run"
     run, ballast = small_disk / "run", small_disk / "ballast"
@@ -126,7 +142,11 @@ def damaged(content, rng):
         return content[:place] + rng.randbytes(rng.randrange(1, 9)) + content[place:]
     if kind == 3:
         return content[:other] + content[place:other] + content[other:]
-    return content[:place] + bytes(byte ^ (1 << rng.randrange(8)) for byte in content[place:other]) + content[other:]
+    return (
+        content[:place]
+        + bytes(byte ^ (1 << rng.randrange(8)) for byte in content[place:other])
+        + content[other:]
+    )
 
 
 @FUZZ
@@ -181,7 +201,9 @@ def test_damaged_rows_are_a_message_or_are_left_out_and_counted(recipe_file, tmp
     assert len(rejected) == sum(counts["rejected"].values())
 
 
-@pytest.mark.parametrize("name", ["prepare/manifest.json", "align/manifest.json", "align/inputs.json"])
+@pytest.mark.parametrize(
+    "name", ["prepare/manifest.json", "align/manifest.json", "align/inputs.json"]
+)
 @FUZZ
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_manifest_is_noticed(recipe_file, finished, name, seed):
@@ -200,7 +222,9 @@ def test_a_damaged_manifest_is_noticed(recipe_file, finished, name, seed):
 
 @settings(FUZZ, max_examples=NUM_EXAMPLES // 6)
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(recipe_file, trained, tmp_path, seed):
+def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(
+    recipe_file, trained, tmp_path, seed
+):
     """Whatever happens to the newest checkpoint, the run goes on from it or from the one before, to the same end."""
     rng, run = random.Random(seed), tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -217,7 +241,9 @@ def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(recipe_f
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_line_of_the_metrics_is_a_message(trained, tmp_path, seed):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(damaged((trained / "run/align/metrics.jsonl").read_bytes(), random.Random(seed)))
+    path.write_bytes(
+        damaged((trained / "run/align/metrics.jsonl").read_bytes(), random.Random(seed))
+    )
     try:
         read_metrics(path)
     except TbpoError as error:
@@ -236,7 +262,9 @@ def test_what_is_sealed_is_read_back_and_nothing_else(tmp_path):
 # --------------------------------------------------------------------------------------------------------- security
 
 
-def test_weights_that_are_a_pickle_are_refused_with_the_way_to_convert_them(recipe_file, tmp_path, base):
+def test_weights_that_are_a_pickle_are_refused_with_the_way_to_convert_them(
+    recipe_file, tmp_path, base
+):
     folder = tmp_path / "pickled"
     shutil.copytree(base, folder)
     from safetensors.torch import load_file
@@ -300,10 +328,16 @@ def test_a_runs_name_cannot_leave_the_run_directory(recipe_file, name):
 
 def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tmp_path, start):
     canary = "hf_canary0123456789"
-    secrets = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"), canary)
+    secrets = dict.fromkeys(
+        ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"), canary
+    )
     done = start("align", recipe_file, "--run-dir", "run", **secrets).finish()
-    failed = start("align", recipe_file, "--run-dir", "other", "--set", "model.base=org/none", **secrets).finish()
+    failed = start(
+        "align", recipe_file, "--run-dir", "other", "--set", "model.base=org/none", **secrets
+    ).finish()
     assert (done.returncode, failed.returncode) == (0, 2)
     said = [done.stdout, done.stderr, failed.stdout, failed.stderr]
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert not any(canary in text for text in said) and not any(canary.encode() in content for content in written)
+    assert not any(canary in text for text in said) and not any(
+        canary.encode() in content for content in written
+    )

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import run_stage
 
+from tbpo_cli.batch.batches import cut_to_span
+from tbpo_cli.batch.layouts import collate
+from tbpo_cli.config.recipe import Lora, load_recipe
 from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import STATISTICS
-from tbpo_cli.data.batches import cut_to_span
-from tbpo_cli.data.layouts import collate
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, load_policy
 from tbpo_cli.model.scoring import Scorer, read_head
-from tbpo_cli.recipe import Lora, load_recipe
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,11 @@ def dense_scores(policy, pairs):
                 dense = {"reference": reference(ids).logits[0]}
             dense["policy"] = policy.model(ids).logits[0]
             for name, rows in dense.items():
-                logits[name].append(torch.nn.functional.pad(rows[-len(response) :], (0, 0, 0, width - len(response))))
+                logits[name].append(
+                    torch.nn.functional.pad(
+                        rows[-len(response) :], (0, 0, 0, width - len(response))
+                    )
+                )
         stacked = [torch.stack(logits[name]) for name in ("policy", "reference")]
         sides.append(oracle.side_scores(*stacked, tokens, mask))
     return sides
@@ -71,8 +75,12 @@ def assert_same_scores(got, want, names, **tolerance):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("needs", [["advantage"], ["log_ratio"], ["kl", "log_ratio"], ["logps"]], ids="-".join)
-def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(recipe, pairs, lora, needs):
+@pytest.mark.parametrize(
+    "needs", [["advantage"], ["log_ratio"], ["kl", "log_ratio"], ["logps"]], ids="-".join
+)
+def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(
+    recipe, pairs, lora, needs
+):
     if not lora:
         recipe = replace(recipe, model=replace(recipe.model, lora=None))
     policy = load_policy(recipe, CPU, None, with_reference=True)
@@ -101,7 +109,9 @@ def test_only_what_is_needed_is_computed(recipe, pairs):
     assert filled == {"logps"}
 
 
-def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(recipe, pairs, caplog):
+def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(
+    recipe, pairs, caplog
+):
     class Doubled(torch.nn.Linear):
         def forward(self, hidden):
             return 2 * super().forward(hidden)
@@ -114,7 +124,10 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(re
     head.weight = causal.lm_head.weight
     causal.lm_head = head
     scorer = Scorer.of(policy)
-    assert scorer.heads[POLICY] is None and len([r for r in caplog.records if "output head" in r.message]) == 1
+    assert (
+        scorer.heads[POLICY] is None
+        and len([r for r in caplog.records if "output head" in r.message]) == 1
+    )
     with pytest.raises(TbpoError, match="needs a model with a linear output head"):
         Scorer.of(policy, StateBaseline(32))
     batch = collate(pairs, "padded")
@@ -139,7 +152,10 @@ def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
     policy.model.eval()
     loss, scorer = build_loss("tbpo_a"), Scorer.of(policy)
     results = []
-    for batch in (collate(pairs, "padded"), collate([cut_to_span(p, "aligned") for p in pairs], "padded")):
+    for batch in (
+        collate(pairs, "padded"),
+        collate([cut_to_span(p, "aligned") for p in pairs], "padded"),
+    ):
         per_pair = loss(scorer.score(batch, loss.needs)).per_pair
         gradient = torch.autograd.grad(per_pair.sum(), list(policy.trained.values()))
         results.append((per_pair, torch.cat([g.flatten() for g in gradient])))
@@ -165,11 +181,15 @@ def test_no_gradient_of_the_state_baseline_reaches_the_policy(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     baseline = StateBaseline(32)
     torch.nn.init.ones_(baseline.out.weight)
-    scores = Scorer.of(policy, baseline).score(collate(pairs, "padded"), frozenset({"log_ratio", "state_baseline"}))
+    scores = Scorer.of(policy, baseline).score(
+        collate(pairs, "padded"), frozenset({"log_ratio", "state_baseline"})
+    )
     value = scores.chosen.state_baseline.sum()
     assert all(
         g is None
-        for g in torch.autograd.grad(value, list(policy.trained.values()), allow_unused=True, retain_graph=True)
+        for g in torch.autograd.grad(
+            value, list(policy.trained.values()), allow_unused=True, retain_graph=True
+        )
     )
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(value, list(baseline.parameters())))
 
@@ -177,7 +197,9 @@ def test_no_gradient_of_the_state_baseline_reaches_the_policy(recipe, pairs):
 def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     policy.model.eval()
-    scores = Scorer.of(policy).score(collate(pairs, "padded"), STATISTICS - {"reverse_kl", "entropy"})
+    scores = Scorer.of(policy).score(
+        collate(pairs, "padded"), STATISTICS - {"reverse_kl", "entropy"}
+    )
     assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
 
 
@@ -186,9 +208,13 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
     disturb(policy)
     policy.model.train()
     scorer, batch = Scorer.of(policy), collate(pairs, "padded")
-    first, second = (scorer.score(batch, frozenset({"logps", "log_ratio"})).chosen for _ in range(2))
+    first, second = (
+        scorer.score(batch, frozenset({"logps", "log_ratio"})).chosen for _ in range(2)
+    )
     assert not torch.equal(first.logps, second.logps), "LoRA dropout draws anew"
-    torch.testing.assert_close(first.logps - first.log_ratio, second.logps - second.log_ratio, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        first.logps - first.log_ratio, second.logps - second.log_ratio, rtol=0, atol=1e-5
+    )
     assert policy.model.training
 
 
@@ -223,7 +249,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, recipe_file, tmp_path, base):
+def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
+    setting, recipe_file, tmp_path, base
+):
     """Through the real stages: train, then compare the reference with the base (or what sft made) loaded by itself."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -242,7 +270,9 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, re
     run_stage("sft" if with_sft else "prepare", recipe_file, run)
     sft_output = run / "sft" / ("adapter" if lora else "model") if with_sft else None
 
-    named = AutoModelForCausalLM.from_pretrained(sft_output if with_sft and not lora else base, dtype=torch.float32)
+    named = AutoModelForCausalLM.from_pretrained(
+        sft_output if with_sft and not lora else base, dtype=torch.float32
+    )
     untouched = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if with_sft and lora:
         named = PeftModel.from_pretrained(named, sft_output)
@@ -257,7 +287,9 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(setting, re
     folder = tmp_path / "align"
     folder.mkdir()
     TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, folder, 0).run()
-    assert torch.equal(reference_logps(policy, pairs), before), "the reference moved during training"
+    assert torch.equal(reference_logps(policy, pairs), before), (
+        "the reference moved during training"
+    )
     policy.model.eval()
     moved = plain_logps(policy.model, pairs) - expected
     assert moved.abs().max() > 1e-3, "the policy did not move"
@@ -279,7 +311,9 @@ def test_full_fine_tuning_computes_in_fp32_on_cpu_and_saves_in_the_dtype_of_the_
     policy = load_policy(replace(recipe, model=model), CPU, None, with_reference=False)
     assert {p.dtype for p in policy.trained.values()} == {torch.float32}
     policy.save(tmp_path / "model")
-    assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
 
 

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from test_processes import finish, metrics, start, wait_for_step
 from torch.distributed.device_mesh import init_device_mesh
 
+from tbpo_cli.batch.layouts import blank_batch, collate
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.core import LOSSES
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.data.layouts import blank_batch, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, Policy, load_policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
-from tbpo_cli.recipe import load_recipe
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.metrics import average, measure
@@ -56,7 +56,10 @@ def assert_same_training(run, other, weights="model/model.safetensors", within=1
     ours, theirs = (load_file(folder / "align" / weights) for folder in (run, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and (tensor - theirs[name]).norm() <= within * tensor.norm(), name
+        assert (
+            tensor.dtype == theirs[name].dtype
+            and (tensor - theirs[name]).norm() <= within * tensor.norm()
+        ), name
     for mine, yours in zip(metrics(run), metrics(other), strict=True):
         assert mine.pop("split") == yours.pop("split")
         assert mine == pytest.approx(yours, rel=1e-5, abs=1e-6)
@@ -67,19 +70,30 @@ def stop(recipe_file, run, gpus, step, sets):
     wait_for_step(run, step, process)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
-    assert code == 143 and "interrupted: a checkpoint of step" in err and "Traceback" not in err, err
+    assert code == 143 and "interrupted: a checkpoint of step" in err and "Traceback" not in err, (
+        err
+    )
 
 
 def test_two_processes_share_out_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
     """A tied head; layers that are computed again in the backward pass, and a norm that is clipped, in both runs."""
-    sets = ("align.activation_checkpointing=true", "align.max_grad_norm=0.01", "align.optimizer=rmsprop")
+    sets = (
+        "align.activation_checkpointing=true",
+        "align.max_grad_norm=0.01",
+        "align.optimizer=rmsprop",
+    )
     run_stage("align", full_recipe, tmp_path / "alone", *sets)
     code, _, err = finish(start(full_recipe, tmp_path / "two", "--cpu", "--gpus", "2", sets=sets))
-    assert code == 0 and err.count("the processes share the weights out (fsdp): all of them are trained") == 1, err
+    assert (
+        code == 0
+        and err.count("the processes share the weights out (fsdp): all of them are trained") == 1
+    ), err
     assert_same_training(tmp_path / "alone", tmp_path / "two")
 
 
-def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_sharding(full_recipe, tmp_path, untied):
+def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_sharding(
+    full_recipe, tmp_path, untied
+):
     """14 pairs a step, a few tokens at a time: 5, 5 and 4 passes, or 7 and 7; one held-out pair for three processes.
 
     The third step mixes pairs whose log π_ref is known with such whose is not.
@@ -110,12 +124,17 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
     policy.frozen.update(positive=policy.frozen["reference"], negative=policy.frozen["reference"])
     scorers = [Scorer.of(policy, StateBaseline(32))]
     if "state_baseline" not in loss.needs:
-        scorers.append(replace(scorers[0], heads=dict.fromkeys(scorers[0].heads)))  # the oracle's way
+        scorers.append(
+            replace(scorers[0], heads=dict.fromkeys(scorers[0].heads))
+        )  # the oracle's way
     for scorer in scorers:
         scores = scorer.score(blank_batch(), loss.needs, diagnostics=True)
         output = loss(scores)
         output.per_pair.sum().backward()
-        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in policy.trained.values())
+        assert all(
+            parameter.grad is not None and not parameter.grad.any()
+            for parameter in policy.trained.values()
+        )
         assert average([measure(scores, output, loss)], Group()).items() <= {("num_clipped", 0.0)}
         policy.model.zero_grad()
 
@@ -123,13 +142,20 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
 @pytest.fixture
 def mesh(tmp_path):
     """Of this process alone: it shares the weights out to itself, by the same code."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
-ATTENDS = {"intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+ATTENDS = {
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 MODELS = {
     "a softcap": ("Gemma2Config", {**SMALL, **ATTENDS, "head_dim": 8}),
     "a factor": ("CohereConfig", {**SMALL, **ATTENDS, "logit_scale": 0.25}),
@@ -182,7 +208,9 @@ def test_all_processes_begin_again_with_half_the_tokens_when_one_of_a_sharded_ru
     assert code == 0, err
     assert "Traceback" not in err and err.count("out of memory: all processes begin again") == 2
     assert "max_tokens_per_device = 256" in err and not (tmp_path / "run/align/.halved").exists()
-    assert_same_training(tmp_path / "run", tmp_path / "whole", within=1e-5)  # other sums, through AdamW's first steps
+    assert_same_training(
+        tmp_path / "run", tmp_path / "whole", within=1e-5
+    )  # other sums, through AdamW's first steps
 
 
 def test_a_number_of_the_recipe_is_not_halved(tmp_path):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import preference_rows, run_stage, write_jsonl
 
-from tbpo_cli.advice import RATES, advice
+from tbpo_cli.cli.show import examine, policy_on_meta, show
+from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.recipe import load_recipe, sources
-from tbpo_cli.run import RunDir
-from tbpo_cli.show import examine, policy_on_meta, show
+from tbpo_cli.report.diagnoses import RATES, advice
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.memory import foresee, kept_bytes, tokens_that_fit
 
@@ -29,7 +29,9 @@ def flat(text):
     return " ".join(text.split())
 
 
-def test_every_value_is_there_with_its_source_within_80_columns(recipe_file, tmp_path, capsys, monkeypatch):
+def test_every_value_is_there_with_its_source_within_80_columns(
+    recipe_file, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", preference_rows(1))
     overrides = ("align.loss.beta=0.2", "run.seed=3", "data.train=./rows.jsonl")
@@ -42,16 +44,25 @@ def test_every_value_is_there_with_its_source_within_80_columns(recipe_file, tmp
     for key, value in settings.items():
         value = json.dumps(value, ensure_ascii=False).replace(f'"{tmp_path}/', '"./')
         assert flat(f"{key.rpartition('.')[2]} = {value}") in flat(text), key
-    assert all(len(line) <= 80 for line in text.splitlines() if "/base" not in line and "/rows" not in line)
+    assert all(
+        len(line) <= 80 for line in text.splitlines() if "/base" not in line and "/rows" not in line
+    )
 
 
-def test_before_prepare_it_says_so_and_afterwards_it_knows_pairs_tokens_and_steps(recipe_file, tmp_path, capsys):
+def test_before_prepare_it_says_so_and_afterwards_it_knows_pairs_tokens_and_steps(
+    recipe_file, tmp_path, capsys
+):
     text = shown(recipe_file, tmp_path / "run", capsys)
-    assert "prepare would run align would run" in flat(text) and "known once `tbpo prepare` has read" in flat(text)
+    assert "prepare would run align would run" in flat(
+        text
+    ) and "known once `tbpo prepare` has read" in flat(text)
     assert not (tmp_path / "run").exists(), "it writes nothing"
     run = run_stage("prepare", recipe_file, tmp_path / "run")
     text = flat(shown(recipe_file, run, capsys))
-    assert "prepare up to date" in text and "40 pairs, 8 held out; 6 steps of 8, each pair 1.2 ×" in text
+    assert (
+        "prepare up to date" in text
+        and "40 pairs, 8 held out; 6 steps of 8, each pair 1.2 ×" in text
+    )
 
 
 def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, capsys):
@@ -102,13 +113,18 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
 def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, full):
     """The same weights, and the same bytes a token, as on the model with its weights."""
     text = recipe_file.read_text()
-    recipe_file.write_text(text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "") if full else text)
+    recipe_file.write_text(
+        text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "") if full else text
+    )
     recipe = load_recipe(recipe_file)
     cpu = torch.device("cpu")
     meta = policy_on_meta("align", recipe, loss_of(recipe.align), cpu)
     loaded = load_policy(recipe, cpu, None, with_reference=True)
     assert {p.device.type for p in meta.model.parameters()} == {"meta"}
-    for of in (lambda p: sum(w.numel() for w in p.trained.values()), lambda p: kept_bytes(p.model, False)):
+    for of in (
+        lambda p: sum(w.numel() for w in p.trained.values()),
+        lambda p: kept_bytes(p.model, False),
+    ):
         assert of(meta) == of(loaded)
     both = [foresee(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)]
     assert both[0] == both[1] and both[0][1] == 1024
@@ -137,7 +153,9 @@ def test_the_first_micro_batch_is_a_power_of_two_in_half_of_what_is_left_of_a_gp
 ):
     """(80 GB − 16 GB) / 2 / 1 MB = 32,000 tokens, so 16,384; never under 64 or over 65,536."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9)
+    )
     found = [tokens_that_fit(kept, gpu, 16e9) for kept in (1e6, 1e12, 1.0)]
     assert found == [16384, 64, 65536] and tokens_that_fit(1e6, cpu, 0) == 1024
 
@@ -145,14 +163,28 @@ def test_the_first_micro_batch_is_a_power_of_two_in_half_of_what_is_left_of_a_gp
 def test_memory_follows_from_processes_and_quantization(recipe_file):
     recipe = load_recipe(recipe_file)
     policy = policy_on_meta("align", recipe, loss_of(recipe.align), torch.device("cpu"))
-    whole, shared = (foresee(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0] for n in (1, 4))
-    assert shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
-    nf4 = foresee(policy, replace(recipe.model, quantization="nf4"), recipe.align, torch.device("cpu"), 1, (0, 99))[0]
+    whole, shared = (
+        foresee(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
+        for n in (1, 4)
+    )
+    assert (
+        shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
+    )
+    nf4 = foresee(
+        policy,
+        replace(recipe.model, quantization="nf4"),
+        recipe.align,
+        torch.device("cpu"),
+        1,
+        (0, 99),
+    )[0]
     assert nf4["weights"] < 0.8 * whole["weights"]
 
 
 def test_the_memory_that_was_foretold_is_within_20_percent_of_what_was_measured():
-    measured = json.loads((Path(__file__).parent / "benchmarks/results/memory.json").read_text())["rows"]
+    measured = json.loads((Path(__file__).parent / "benchmarks/results/memory.json").read_text())[
+        "rows"
+    ]
     assert len({row["shape"] for row in measured}) >= 3
     for row in measured:
         assert abs(row["foretold_gb"] / row["measured_gb"] - 1) <= 0.2, row
@@ -160,7 +192,9 @@ def test_the_memory_that_was_foretold_is_within_20_percent_of_what_was_measured(
 
 def test_a_base_that_cannot_be_reached_leaves_the_rest_to_be_shown(recipe_file, tmp_path, capsys):
     text = flat(shown(recipe_file, tmp_path / "run", capsys, "model.base=nobody/nothing"))
-    assert "could not be found out: the model cannot be loaded" in text and "align would run" in text
+    assert (
+        "could not be found out: the model cannot be loaded" in text and "align would run" in text
+    )
 
 
 def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
@@ -175,10 +209,21 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
-FACTS = {"stage": "align", "lora": True, "rate": 5e-6, "beta": 1.0, "weights": 7e9, "memory": 1e9, "room": 2e9}
+FACTS = {
+    "stage": "align",
+    "lora": True,
+    "rate": 5e-6,
+    "beta": 1.0,
+    "weights": 7e9,
+    "memory": 1e9,
+    "room": 2e9,
+}
 SAID = {
     "nothing is wrong": ({}, []),
-    "what suits LoRA is too high for all weights": ({"lora": False, "rate": 5e-5}, ["all weights take a tenth"]),
+    "what suits LoRA is too high for all weights": (
+        {"lora": False, "rate": 5e-5},
+        ["all weights take a tenth"],
+    ),
     "high": ({"rate": 1e-3}, ["learning_rate = 0.001 is high"]),
     "a small model takes more": ({"rate": 1e-3, "weights": 2e6}, []),
     "low": ({"rate": 1e-8}, ["is low"]),
@@ -190,7 +235,10 @@ SAID = {
     "nothing is held out": ({"held_out": 0}, ["no pair is held out"]),
     "too big": ({"memory": 3e9}, ["align needs more memory"]),
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
-    "an sft of all weights": ({"stage": "sft", "lora": False, "rate": 2e-4}, ["all weights take a tenth"]),
+    "an sft of all weights": (
+        {"stage": "sft", "lora": False, "rate": 2e-4},
+        ["all weights take a tenth"],
+    ),
 }
 
 
@@ -212,11 +260,26 @@ def test_a_changed_recipe_is_shown_with_what_it_invalidates(recipe_file, tmp_pat
 def test_warnings_come_from_the_prepared_pairs(recipe_file, tmp_path, capsys):
     rows = [row | {"chosen": " ".join([row["chosen"]] * 3)} for row in preference_rows(40)]
     path = write_jsonl(tmp_path / "long.jsonl", rows)
-    overrides = (f"data.train={path}", "data.max_length=40", "align.epochs=9", "data.max_reject_fraction=0.9")
+    overrides = (
+        f"data.train={path}",
+        "data.max_length=40",
+        "align.epochs=9",
+        "data.max_reject_fraction=0.9",
+    )
     recipe_file.write_text(recipe_file.read_text().replace("max_steps = 6\n", ""))
     run = run_stage("prepare", recipe_file, tmp_path / "run", *overrides)
-    text = flat(shown(recipe_file, run, capsys, *overrides, "align.loss.beta=9.0", "align.learning_rate=0.9"))
-    parts = "times as long as rejected", "are over data.max_length", "is read 9.2 times", "90 times its", "is high"
+    text = flat(
+        shown(
+            recipe_file, run, capsys, *overrides, "align.loss.beta=9.0", "align.learning_rate=0.9"
+        )
+    )
+    parts = (
+        "times as long as rejected",
+        "are over data.max_length",
+        "is read 9.2 times",
+        "90 times its",
+        "is high",
+    )
     for part in parts:
         assert part in text, part
 

@@ -61,14 +61,21 @@ def test_every_log_step_has_all_metrics_and_the_others_what_they_know(trained):
         if line["split"] == "eval" or line["step"] % 2 == 0:
             assert every <= line.keys(), line["step"]
         else:
-            assert "kl" not in line and {"loss", "token_accuracy", "grad_norm", "learning_rate"} <= line.keys()
+            assert (
+                "kl" not in line
+                and {"loss", "token_accuracy", "grad_norm", "learning_rate"} <= line.keys()
+            )
 
 
 def test_a_finished_adapter_loads_with_transformers_and_peft_with_the_trained_weights(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = trained / "run/align/adapter"
-    loaded = {name: p for name, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters() if "lora" in name}
+    loaded = {
+        name: p
+        for name, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()
+        if "lora" in name
+    }
     assert len(loaded) == len(adapter(trained / "run")) > 0
     for name, weight in adapter(trained / "run").items():
         wanted = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
@@ -76,7 +83,9 @@ def test_a_finished_adapter_loads_with_transformers_and_peft_with_the_trained_we
     assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_the_baseline_of_tbpo_q_learns_is_kept_to_go_on_with_and_is_never_published(recipe_file, tmp_path):
+def test_the_baseline_of_tbpo_q_learns_is_kept_to_go_on_with_and_is_never_published(
+    recipe_file, tmp_path
+):
     run = run_stage("align", recipe_file, tmp_path / "run", "align.loss.name=tbpo_q")
     before, after = ([line for line in metrics(run) if line["split"] == "eval"][i] for i in (0, -1))
     assert before["kl"] == pytest.approx(0, abs=1e-6) and after["kl"] > 1e-6
@@ -92,11 +101,18 @@ def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp
     positive = run_stage("align", recipe_file, tmp_path / "positive", *dpo)
     negative = run_stage("align", recipe_file, tmp_path / "negative", *dpo, "align.reverse=true")
     first, mirrored = (metrics(run)[0] for run in (positive, negative))
-    assert mirrored["logps_chosen"] == pytest.approx(first["logps_rejected"]), "chosen and rejected changed places"
-    helpers = (f"align.loss.positive={positive}", f"align.loss.negative={negative / 'align/adapter'}")
+    assert mirrored["logps_chosen"] == pytest.approx(first["logps_rejected"]), (
+        "chosen and rejected changed places"
+    )
+    helpers = (
+        f"align.loss.positive={positive}",
+        f"align.loss.negative={negative / 'align/adapter'}",
+    )
     run = run_stage("align", recipe_file, tmp_path / "tis", "align.loss.name=tis_dpo", *helpers)
     plain = run_stage("align", recipe_file, tmp_path / "dpo", "align.loss.name=dpo")
-    assert metrics(run)[1]["loss"] == pytest.approx(metrics(plain)[1]["loss"]), "both start at log 2"
+    assert metrics(run)[1]["loss"] == pytest.approx(metrics(plain)[1]["loss"]), (
+        "both start at log 2"
+    )
     assert metrics(run)[-2]["loss"] != metrics(plain)[-2]["loss"]
     manifest = json.loads((run / "align/manifest.json").read_text())
     assert set(manifest["inputs"]["files"]) >= {"align.loss.positive", "align.loss.negative"}
@@ -105,22 +121,32 @@ def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp
 
 
 def test_sft_comes_before_align_if_the_recipe_has_it(recipe_file, tmp_path):
-    text = recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 4\nlearning_rate = 1e-2\n"
+    text = (
+        recipe_file.read_text()
+        + "\n[sft]\nbatch_examples = 8\nmax_steps = 4\nlearning_rate = 1e-2\n"
+    )
     recipe_file.write_text(text)
     run = run_stage("align", recipe_file, tmp_path / "run")
     losses = [line["loss"] for line in metrics(run, "sft") if line["split"] == "eval"]
     assert losses[-1] < losses[0]
     assert (run / "sft/adapter/adapter_model.safetensors").exists()
     first = next(line for line in metrics(run) if line["split"] == "eval")
-    assert first["kl"] == pytest.approx(0, abs=1e-6), "align starts where sft ended, and so does its reference"
+    assert first["kl"] == pytest.approx(0, abs=1e-6), (
+        "align starts where sft ended, and so does its reference"
+    )
 
 
 def test_sft_can_train_on_demonstrations_of_its_own(recipe_file, tmp_path):
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(20, seed=3)]
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"]}
+        for row in preference_rows(20, seed=3)
+    ]
     demonstrations = write_jsonl(tmp_path / "demonstrations.jsonl", rows)
     recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 2\n")
     run = run_stage("sft", recipe_file, tmp_path / "run", f"sft.train={demonstrations}")
-    assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {"sft": 20}
+    assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {
+        "sft": 20
+    }
     assert len(metrics(run, "sft")) == 4
 
 
@@ -128,7 +154,11 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
     recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 3\n")
     runs = [
         run_stage(
-            "sft", recipe_file, tmp_path / str(tokens), f"sft.max_tokens_per_device={tokens}", "model.lora.dropout=0.0"
+            "sft",
+            recipe_file,
+            tmp_path / str(tokens),
+            f"sft.max_tokens_per_device={tokens}",
+            "model.lora.dropout=0.0",
         )
         for tokens in (60, 10_000)
     ]
@@ -136,7 +166,9 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
-def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(recipe_file, tmp_path):
+def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(
+    recipe_file, tmp_path
+):
     """One loss with all that a step has: test_layouts.py has every loss, in one pass."""
     settings = {
         "whole": (),
@@ -164,7 +196,9 @@ def test_a_finished_stage_is_up_to_date_and_is_not_touched(recipe_file, finished
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     run_stage("align", recipe_file, finished)
     assert "align is up to date" in capsys.readouterr().err
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -182,7 +216,9 @@ def test_a_changed_recipe_stops_and_names_the_keys_and_what_they_invalidate(
     with pytest.raises(TbpoError) as error:
         run_stage("align", recipe_file, finished, override)
     assert (
-        line in str(error.value) and f"--restart redoes {redone}" in error.value.fix and "--run-dir" in error.value.fix
+        line in str(error.value)
+        and f"--restart redoes {redone}" in error.value.fix
+        and "--run-dir" in error.value.fix
     )
     assert_same_weights(adapter(finished), adapter(trained / "run"))
 
@@ -192,33 +228,50 @@ def test_restart_moves_the_old_folder_aside_and_deletes_nothing(recipe_file, tra
     run_stage("align", recipe_file, finished, "align.max_steps=1", restart=True)
     old = load_file(finished / "align.old-1/adapter/adapter_model.safetensors")
     assert_same_weights(old, adapter(trained / "run"))
-    assert (finished / "align.old-2/manifest.json").exists() and not (finished / "prepare.old-1").exists()
+    assert (finished / "align.old-2/manifest.json").exists() and not (
+        finished / "prepare.old-1"
+    ).exists()
 
 
 def test_restart_redoes_an_earlier_stage_whose_inputs_changed(recipe_file, finished):
     run_stage("align", recipe_file, finished, "data.max_length=300", restart=True)
-    assert all((finished / name).exists() for name in ("prepare.old-1", "align.old-1", "align/manifest.json"))
+    assert all(
+        (finished / name).exists()
+        for name in ("prepare.old-1", "align.old-1", "align/manifest.json")
+    )
 
 
 def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, tmp_path):
     rows = [{"question": row["prompt"], **row} for row in preference_rows(20, seed=4)]
-    train = write_jsonl(tmp_path / "odd.jsonl", [{k: v for k, v in row.items() if k != "prompt"} for row in rows])
+    train = write_jsonl(
+        tmp_path / "odd.jsonl", [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
+    )
     with pytest.raises(TbpoError, match="none of the known formats"):
         run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     run = run_stage(
-        "prepare", recipe_file, tmp_path / "run", f"data.train={train}", 'data.columns={prompt = "question"}'
+        "prepare",
+        recipe_file,
+        tmp_path / "run",
+        f"data.train={train}",
+        'data.columns={prompt = "question"}',
     )
-    assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {"train": 20}
+    assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {
+        "train": 20
+    }
 
 
-@pytest.mark.parametrize("key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device", "layout"])
+@pytest.mark.parametrize(
+    "key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device", "layout"]
+)
 def test_keys_that_cannot_change_the_result_invalidate_nothing(recipe_file, finished, capsys, key):
     value = "packed" if key == "layout" else 77
     run_stage("align", recipe_file, finished, f"align.{key}={value}")
     assert "align is up to date" in capsys.readouterr().err
 
 
-def test_changed_rows_are_noticed_and_touched_or_moved_ones_are_not(recipe_file, tmp_path, rows, capsys):
+def test_changed_rows_are_noticed_and_touched_or_moved_ones_are_not(
+    recipe_file, tmp_path, rows, capsys
+):
     mine = write_jsonl(tmp_path / "mine.jsonl", preference_rows(20, seed=4))
     source = f"data.train={mine}"
     run_stage("prepare", recipe_file, tmp_path / "run", source)
@@ -233,12 +286,17 @@ def test_changed_rows_are_noticed_and_touched_or_moved_ones_are_not(recipe_file,
     assert f"data.train: the content of {mine} changed" in str(error.value)
 
 
-@pytest.mark.parametrize("stages", [["prepare", "align"], ["prepare", "align", "sample"]], ids=["align", "prompt"])
+@pytest.mark.parametrize(
+    "stages", [["prepare", "align"], ["prepare", "align", "sample"]], ids=["align", "prompt"]
+)
 def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_path, stages):
     """Also of a prompt that is to be answered."""
     prompt = ["--prompt", "Hello"] if stages[-1] == "sample" else []
     result = tbpo(stages[-1], recipe_file, "--run-dir", "run", "--dry-run", *prompt)
-    assert (result.returncode, result.stdout.splitlines()) == (0, [f"{stage}: would run" for stage in stages])
+    assert (result.returncode, result.stdout.splitlines()) == (
+        0,
+        [f"{stage}: would run" for stage in stages],
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -250,7 +308,13 @@ def started(recipe_file, start):
     """Starts the real command and waits until a line of metrics.jsonl says that some steps are done."""
 
     def started(run, steps, *overrides):
-        process = start("align", recipe_file, "--run-dir", run, *(part for one in overrides for part in ("--set", one)))
+        process = start(
+            "align",
+            recipe_file,
+            "--run-dir",
+            run,
+            *(part for one in overrides for part in ("--set", one)),
+        )
         log = run / "align/metrics.jsonl"
         process.wait_until(lambda: log.exists() and log.read_text().count('"train"') >= steps)
         return process
@@ -258,10 +322,17 @@ def started(recipe_file, start):
     return started
 
 
-LONG = ("align.max_steps=40", "align.eval_every=16", "align.loss.name=tbpo_q", "align.checkpoint_every=3")
+LONG = (
+    "align.max_steps=40",
+    "align.eval_every=16",
+    "align.loss.name=tbpo_q",
+    "align.checkpoint_every=3",
+)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(recipe_file, tmp_path, started):
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(
+    recipe_file, tmp_path, started
+):
     """SIGKILL twice in a run with LoRA dropout and a state baseline, over several epochs."""
     killed = tmp_path / "killed"
     for steps in (5, 22):
@@ -280,9 +351,15 @@ def test_a_signal_writes_a_checkpoint_and_exits_with_its_code(tmp_path, started,
     process = started(run, 2, "align.max_steps=400", "align.checkpoint_every=300")
     process.send_signal(number)
     done = process.finish()
-    assert done.returncode == code and "a checkpoint of step" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == code
+        and "a checkpoint of step" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     (checkpoint,) = (run / "align/checkpoints").iterdir()
-    steps = [json.loads(line)["step"] for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (run / "align/metrics.jsonl").read_text().splitlines()
+    ]
     assert checkpoint.name == f"step-{max(steps)}"
 
 
@@ -305,10 +382,15 @@ def test_a_damaged_checkpoint_is_named_and_skipped(recipe_file, trained, finishe
     (finished / "align/manifest.json").unlink()
     newest = finished / "align/checkpoints/step-6/policy.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"\x00")
-    (finished / "align/checkpoints/step-4/checkpoint.json").rename(finished / "align/checkpoints/step-4/gone")
+    (finished / "align/checkpoints/step-4/checkpoint.json").rename(
+        finished / "align/checkpoints/step-4/gone"
+    )
     run_stage("align", recipe_file, finished)
     errors = capsys.readouterr().err
-    assert "step-6 is skipped: policy.safetensors is damaged" in errors and "step-4 is skipped: it is incom" in errors
+    assert (
+        "step-6 is skipped: policy.safetensors is damaged" in errors
+        and "step-4 is skipped: it is incom" in errors
+    )
     assert_same_weights(adapter(finished), adapter(trained / "run"))
     assert metrics(finished) == metrics(trained / "run")
 
@@ -318,9 +400,13 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
         run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=1e30", "align.max_grad_norm=1e30",
                   "align.optimizer=rmsprop", "align.max_steps=50")  # fmt: skip
     assert error.value.exit_code == 3
-    named = re.search(r"step (\d+), pairs ([0-9a-f, ]+); the losses of the micro-batch are", error.value.where)
+    named = re.search(
+        r"step (\d+), pairs ([0-9a-f, ]+); the losses of the micro-batch are", error.value.where
+    )
     kept = PairStore(tmp_path / "run/align/diverged")
-    assert [pair.pair_id for pair in kept] == named[2].split(", "), "the batch is there, to be run again alone"
+    assert [pair.pair_id for pair in kept] == named[2].split(", "), (
+        "the batch is there, to be run again alone"
+    )
     facts = json.loads((tmp_path / "run/align/diverged/diverged.json").read_text())
     assert facts["step"] == int(named[1]) and len(facts["losses"]) == len(kept)
     assert not (tmp_path / "run/align/manifest.json").exists()
@@ -332,7 +418,10 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
 def test_help_never_imports_torch():
     """`-X importtime` names every import."""
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tbpo_cli.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-m", "tbpo_cli.cli.main", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "align" in result.stdout
     for library in ("torch", "transformers", "pydantic.dataclasses", "datasets"):

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.data.pairs import RejectedRow, make_pair
 from tbpo_cli.data.tokens import Chat, tokenize_pairs
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Source
 
 DATA = Data(train=(Source("unused"),), max_length=1_000_000)
 EACH = "{% for m in messages %}"
@@ -76,7 +76,9 @@ def chat_of(tmp_path_factory):
         if name == "byte-level BPE":
             return train_tokenizer()
         folder = tmp_path_factory.mktemp("sentencepiece")
-        shutil.copy(str(files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tokenizer.model")
+        shutil.copy(
+            str(files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tokenizer.model"
+        )
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": "legacy" in name, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -129,11 +131,15 @@ TEXTS = st.one_of(
 
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("template_name", TEMPLATES)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(question=TEXTS, answer=TEXTS)
 @example(question="  hello ", answer="\n\n hello  ")
 @example(question="hello", answer="日本語")
-def test_prompt_and_response_are_what_inference_sees(chat_of, tokenizer_name, template_name, question, answer):
+def test_prompt_and_response_are_what_inference_sees(
+    chat_of, tokenizer_name, template_name, question, answer
+):
     """The prompt's ids are those of the rendered prompt. The response ends with the one end of turn, decodes to the
     rest of the rendering, and where the tokenizer itself puts a boundary at the cut, its ids are the rest of these."""
     chat = chat_of(tokenizer_name, template_name)
@@ -145,7 +151,9 @@ def test_prompt_and_response_are_what_inference_sees(chat_of, tokenizer_name, te
     assert list(pair.prompt_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     end_id = tokenizer.convert_tokens_to_ids(end)
     assert list(pair.chosen_ids).count(end_id) == 1 and pair.chosen_ids[-1] == end_id
-    control_ids = set(tokenizer.all_special_ids) | set(tokenizer.convert_tokens_to_ids(TEMPLATES[template_name][2]))
+    control_ids = set(tokenizer.all_special_ids) | set(
+        tokenizer.convert_tokens_to_ids(TEMPLATES[template_name][2])
+    )
     assert not control_ids & set(pair.chosen_ids[:-1]), "no control token is invented"
     text = tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids])
     assert text.endswith(response) or tokenizer_name != "byte-level BPE"
@@ -165,7 +173,9 @@ def test_control_tokens_in_a_users_text_are_text(chat_of, tokenizer_name, templa
     for token in (end, *others):
         number = chat.tokenizer.convert_tokens_to_ids(token)
         for side in ("prompt_ids", "chosen_ids"):
-            assert list(getattr(tricked, side)).count(number) == list(getattr(plain, side)).count(number)
+            assert list(getattr(tricked, side)).count(number) == list(getattr(plain, side)).count(
+                number
+            )
     for side in ("prompt_ids", "chosen_ids"):
         assert trick in chat.tokenizer.decode(getattr(tricked, side))
 
@@ -196,7 +206,9 @@ def test_a_template_that_trims_leaves_no_difference_between_answers_that_it_trim
 
 def test_a_template_that_refuses_a_role_rejects_the_row(chat_of):
     chat = chat_of("byte-level BPE", "gemma")
-    result = tokens_of(chat, [{"role": "system", "content": "Be kind."}, user("x")], assistant("hi"))
+    result = tokens_of(
+        chat, [{"role": "system", "content": "Be kind."}, user("x")], assistant("hi")
+    )
     assert isinstance(result, RejectedRow) and result.reason == "template_error"
     assert "System role not supported" in result.detail
 
@@ -216,15 +228,24 @@ def test_tools_and_their_replies_are_rendered_and_an_answer_may_be_a_call(chat_o
     row = {"tools": json.dumps([{"type": "function", "function": {"name": "add"}}])}
     said = chat.tokenizer.decode(tokens_of(chat, prompt, assistant("two"), row).prompt_ids)
     assert '<|tools|>[{"type": "function", "function": {"name": "add"}}]' in said
-    assert '<|call|>{"name": "add", "arguments": {"a": 1}}<|im_end|>' in said and "tool\n2<|im_end|>" in said
+    assert (
+        '<|call|>{"name": "add", "arguments": {"a": 1}}<|im_end|>' in said
+        and "tool\n2<|im_end|>" in said
+    )
     answer = tokens_of(chat, [user("x")], assistant("", tool_calls=[call]), row)
-    assert chat.tokenizer.decode(answer.chosen_ids) == '<|call|>{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+    assert (
+        chat.tokenizer.decode(answer.chosen_ids)
+        == '<|call|>{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+    )
 
 
 def test_a_line_of_a_megabyte_is_tokenized(chat_of):
     chat = chat_of("byte-level BPE", "chatml")
     text = "red dog " * 125_000
-    assert chat.tokenizer.decode(tokens_of(chat, [user("x")], assistant(text)).chosen_ids) == text + "<|im_end|>"
+    assert (
+        chat.tokenizer.decode(tokens_of(chat, [user("x")], assistant(text)).chosen_ids)
+        == text + "<|im_end|>"
+    )
 
 
 def test_a_template_that_renders_the_prompt_differently_is_refused_with_both_renderings(chat_of):

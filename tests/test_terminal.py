@@ -21,7 +21,7 @@ def at_a_terminal(tmp_path, *arguments, **environment):
     """(exit code, all that was printed) of the real command whose output is a terminal of 80 columns."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tbpo_cli.cli", *map(str, arguments)],
+        [sys.executable, "-m", "tbpo_cli.cli.main", *map(str, arguments)],
         cwd=tmp_path, stdout=theirs, stderr=theirs, stdin=theirs,
         env={**os.environ, "NO_COLOR": "", "TERM": "xterm", "COLUMNS": "80", **environment},
     )  # fmt: skip
@@ -37,14 +37,27 @@ def at_a_terminal(tmp_path, *arguments, **environment):
     return process.wait(), printed.decode(errors="replace")
 
 
-def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_say(executable, recipe_file, tmp_path):
+def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_say(
+    executable, recipe_file, tmp_path
+):
     """Of three stages in one command: nothing of the libraries, no colour, no warning."""
-    rows = write_jsonl(tmp_path / f"{'a-file-with-quite-a-long-name-' * 3}.jsonl", preference_rows(40))
-    settings = ("--set", f"data.train={rows}", "--set", "sample.max_new_tokens=4", "--set", "sample.max_prompts=2")
+    rows = write_jsonl(
+        tmp_path / f"{'a-file-with-quite-a-long-name-' * 3}.jsonl", preference_rows(40)
+    )
+    settings = (
+        "--set",
+        f"data.train={rows}",
+        "--set",
+        "sample.max_new_tokens=4",
+        "--set",
+        "sample.max_prompts=2",
+    )
     done = executable("sample", recipe_file, *settings, COLUMNS="80")
     assert done.returncode == 0, done.stderr
     ours = r"(align|evaluating|sampling|preparing|rows are|the reference is|more about|all of them|adapter:|every|next"
-    assert not [line for line in done.stderr.splitlines() if not re.match(rf"{ours}|\s+the same)", line)]
+    assert not [
+        line for line in done.stderr.splitlines() if not re.match(rf"{ours}|\s+the same)", line)
+    ]
     assert "align 6/6" in done.stderr and "\x1b" not in done.stdout + done.stderr
     for part in ("Prepared pairs", "reward accuracy", "KL(ref ‖ model)", "policy: "):
         assert part in done.stdout, part
@@ -87,19 +100,35 @@ def test_every_command_has_an_example(tbpo, command):
 @pytest.mark.parametrize("wait_for", ["", "prepare/inputs.json", "align/inputs.json"])
 def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_for):
     """While libraries are imported, rows are prepared, or the model is loaded. It takes 2 s, and longer under load."""
-    rows = write_jsonl(tmp_path / "many.jsonl", preference_rows(3000 if wait_for.startswith("prepare") else 40))
-    command = [sys.executable, "-m", "tbpo_cli.cli", "align", str(recipe_file), "--set", f"data.train={rows}"]
+    rows = write_jsonl(
+        tmp_path / "many.jsonl", preference_rows(3000 if wait_for.startswith("prepare") else 40)
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tbpo_cli.cli.main",
+        "align",
+        str(recipe_file),
+        "--set",
+        f"data.train={rows}",
+    ]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )  # fmt: skip
     started = time.monotonic()
-    while not (tmp_path / "runs/tiny" / wait_for).exists() and time.monotonic() - started < 60 and wait_for:
+    while (
+        not (tmp_path / "runs/tiny" / wait_for).exists()
+        and time.monotonic() - started < 60
+        and wait_for
+    ):
         time.sleep(0.01)
     time.sleep(0 if wait_for else 1)
     interrupted = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    by_python = () if wait_for else (-signal.SIGINT,)  # before it has begun with us; a shell calls it 130 as well
+    by_python = (
+        () if wait_for else (-signal.SIGINT,)
+    )  # before it has begun with us; a shell calls it 130 as well
     assert process.returncode in (130, *by_python) and "Traceback" not in said, said
     assert time.monotonic() - interrupted < 10

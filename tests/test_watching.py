@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import run_stage
 
-from tbpo_cli.charts import curves
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.report import write_page
+from tbpo_cli.report.charts import curves
+from tbpo_cli.report.pages import write_page
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,13 +25,21 @@ def drawn(folder, lines):
 
 
 def test_curves_have_a_panel_a_metric_with_labelled_axes_and_every_finite_value(tmp_path):
-    lines = [{"split": "train", "step": step, "loss": 1 / step, "kl": math.nan} for step in range(1, 6)]
+    lines = [
+        {"split": "train", "step": step, "loss": 1 / step, "kl": math.nan} for step in range(1, 6)
+    ]
     lines += [{"split": "eval", "step": step, "loss": 0.5, "accuracy": 0.75} for step in (0, 5)]
     svg = drawn(tmp_path, lines)
     root = ElementTree.fromstring(svg)
-    assert {"loss (nats)", "reward accuracy (share of pairs)", "optimizer step", "0", "5", "1", "0.2"} <= set(
-        texts(svg)
-    )
+    assert {
+        "loss (nats)",
+        "reward accuracy (share of pairs)",
+        "optimizer step",
+        "0",
+        "5",
+        "1",
+        "0.2",
+    } <= set(texts(svg))
     assert "reward (nats)" not in texts(svg), "no panel without a value"
     loss = root.findall(f".//{SVG}g")[0]
     points = [line.get("points").split() for line in loss.iter(f"{SVG}polyline")]
@@ -44,7 +52,11 @@ def test_curves_have_a_panel_a_metric_with_labelled_axes_and_every_finite_value(
 def test_a_training_draws_its_curves_and_says_how_it_goes(recipe_file, tmp_path, capsys):
     run = run_stage("align", recipe_file, tmp_path / "run")
     svg = (run / "align/curves.svg").read_text()
-    assert {"loss (nats)", "KL from the reference (nats a token)", "log-probability (nats a token)"} <= set(texts(svg))
+    assert {
+        "loss (nats)",
+        "KL from the reference (nats a token)",
+        "log-probability (nats a token)",
+    } <= set(texts(svg))
     said = capsys.readouterr().err
     assert "rows are shared_prompt: every prompt is read once" in said
     (last,) = (line for line in said.splitlines() if line.startswith("align 6/6"))
@@ -52,9 +64,16 @@ def test_a_training_draws_its_curves_and_says_how_it_goes(recipe_file, tmp_path,
 
 
 def test_the_line_of_a_step_says_what_was_done_and_what_it_cost(trained):
-    lines = [json.loads(line) for line in (trained / "run/align/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (trained / "run/align/metrics.jsonl").read_text().splitlines()
+    ]
     for line in (line for line in lines if line["split"] == "train"):
-        assert line["pairs"] == 8 and line["tokens"] > 8 * 20 and line["learning_rate"] >= 0 and line["grad_norm"] > 0
+        assert (
+            line["pairs"] == 8
+            and line["tokens"] > 8 * 20
+            and line["learning_rate"] >= 0
+            and line["grad_norm"] > 0
+        )
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"])
         assert 0.1 < line["peak_memory_gb"] < 20
 
@@ -79,6 +98,8 @@ def test_tensorboard_gets_every_line(recipe_file, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_names_the_command_that_installs_it(recipe_file, tmp_path):
-    (missing, *_) = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
+    (missing, *_) = [
+        name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None
+    ]
     with pytest.raises(TbpoError, match=f"pip install {missing}"):
         run_stage("align", recipe_file, tmp_path / "run", f'run.trackers=["{missing}"]')

@@ -25,8 +25,8 @@ import torch
 import world
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from tbpo_cli.config.recipe import Sample
 from tbpo_cli.model.generate import completions
-from tbpo_cli.recipe import Sample
 
 HERE = Path(__file__).parent
 NUM_EVAL, NUM_PAIRS, NUM_DEMONSTRATIONS = 400, 4_000, 60_000
@@ -41,22 +41,31 @@ CHAT_TEMPLATE = (
 def main() -> None:
     evaluated, compared, demonstrated = split_prompts()
     demonstrations = [
-        (prompt.text, world.demonstration(prompt, Random(f"demo {prompt.text}"))) for prompt in demonstrated
+        (prompt.text, world.demonstration(prompt, Random(f"demo {prompt.text}")))
+        for prompt in demonstrated
     ]
     tokenizer = train_tokenizer(demonstrations[:20_000])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
         base_config(tokenizer).save_pretrained(folder)
-        write_jsonl(folder / "demonstrations.jsonl", ({"prompt": p, "completion": c} for p, c in demonstrations))
+        write_jsonl(
+            folder / "demonstrations.jsonl",
+            ({"prompt": p, "completion": c} for p, c in demonstrations),
+        )
         shutil.copy(HERE / "base.toml", folder)
         subprocess.run(
-            [sys.executable, "-m", "tbpo_cli.cli", "sft", "base.toml", "--run-dir", "run"], cwd=folder, check=True
+            [sys.executable, "-m", "tbpo_cli.cli.main", "sft", "base.toml", "--run-dir", "run"],
+            cwd=folder,
+            check=True,
         )
         for made in (folder / "run/sft/model").iterdir():
             shutil.copy(made, HERE)
     model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32)
-    for file, prompts, count, seed in (("train.jsonl", compared, NUM_PAIRS, 0), ("eval.jsonl", evaluated, NUM_EVAL, 1)):
+    for file, prompts, count, seed in (
+        ("train.jsonl", compared, NUM_PAIRS, 0),
+        ("eval.jsonl", evaluated, NUM_EVAL, 1),
+    ):
         rows = preference_rows(model, tokenizer, [prompt.text for prompt in prompts], seed)
         write_jsonl(HERE / file, itertools.islice(rows, count))
 
@@ -89,7 +98,9 @@ def train_tokenizer(demonstrations: list[tuple[str, str]]) -> PreTrainedTokenize
     )
     english = (HERE / "english.txt").read_text(encoding="utf-8").splitlines()
     roles = ["user", "assistant", "system"] * 200
-    tokenizer.train_from_iterator([*(text for pair in demonstrations for text in pair), *english * 2, *roles], trainer)
+    tokenizer.train_from_iterator(
+        [*(text for pair in demonstrations for text in pair), *english * 2, *roles], trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2], chat_template=CHAT_TEMPLATE,
         extra_special_tokens=[SPECIAL[1]], model_max_length=2048,
@@ -111,7 +122,9 @@ def preference_rows(
 ) -> Iterator[dict[str, str]]:
     """One comparison a prompt, of two samples of the base; a prompt whose samples are the same or empty has none."""
     settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=200)
-    first, second = (complete(model, tokenizer, prompts, settings, seed=2 * seed + n) for n in (0, 1))
+    first, second = (
+        complete(model, tokenizer, prompts, settings, seed=2 * seed + n) for n in (0, 1)
+    )
     judge = Random(seed)
     for prompt, a, b in zip(prompts, first, second, strict=True):
         if a != b and a.strip() and b.strip():
@@ -120,14 +133,22 @@ def preference_rows(
 
 
 def complete(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], settings: Sample, seed: int
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    settings: Sample,
+    seed: int,
 ) -> list[str]:
     """One completion a prompt, as text without the end of the turn; the seed and a prompt's place decide the draws."""
     turns = [[{"role": "user", "content": text}] for text in prompts]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     seeds = [seed * 2**32 + number for number in range(len(ids))]
-    found = dict(itertools.chain(*completions(model, ids, seeds, settings, [tokenizer.eos_token_id])))
-    return tokenizer.batch_decode([list(found[n].token_ids) for n in range(len(ids))], skip_special_tokens=True)
+    found = dict(
+        itertools.chain(*completions(model, ids, seeds, settings, [tokenizer.eos_token_id]))
+    )
+    return tokenizer.batch_decode(
+        [list(found[n].token_ids) for n in range(len(ids))], skip_special_tokens=True
+    )
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -28,22 +28,43 @@ RUDE = -0.3  # what a rude opening or closing costs
 K_LABEL = 6.0  # how sharply the judge sees a difference of true scores
 
 LAZY = ("I do not know", "No idea", "That is too hard")
-OPENINGS = {"polite": ("Sure! ", "Gladly! "), "plain": ("Okay! ", "Well! "), "rude": ("Ugh! ", "Whatever! ")}
+OPENINGS = {
+    "polite": ("Sure! ", "Gladly! "),
+    "plain": ("Okay! ", "Well! "),
+    "rude": ("Ugh! ", "Whatever! "),
+}
 CLOSINGS = {
     "polite": (" Happy to help!", " Have a nice day!"),
     "plain": ("",),
     "rude": (" Now go away.", " Do it yourself next time."),
 }
 
-LEADS = ("", "Hi! ", "Hello. ", "Please help me. ", "A quick one. ", "Next task. ", "One more. ", "Question: ")
+LEADS = (
+    "",
+    "Hi! ",
+    "Hello. ",
+    "Please help me. ",
+    "A quick one. ",
+    "Next task. ",
+    "One more. ",
+    "Question: ",
+)
 TAILS = ("", " Thanks.", " Keep it short.", " It is for school.")
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul".split()  # noqa: SIM905
 THINGS = "apples books boxes cards coins cups dogs eggs hats keys maps pens plums shoes stars toys".split()  # noqa: SIM905
 WORDS = "apple bird boat cake door fish gate house lamp moon road sun table tree water wind".split()  # noqa: SIM905
 ALPHABET = tuple("abcdefghijklmnopqrstuvwxyz")
 
-Slots = dict[str, str]  # what a phrasing leaves open: one letter, word, name or number each, or a list
-SLOTS = {"name": "[A-Z][a-z]+", "thing": "[a-z]+", "list": "[a-z]+(?: [a-z]+)+", "a": r"[a-z]+|\d+", "b": r"\d+"}
+Slots = dict[
+    str, str
+]  # what a phrasing leaves open: one letter, word, name or number each, or a list
+SLOTS = {
+    "name": "[A-Z][a-z]+",
+    "thing": "[a-z]+",
+    "list": "[a-z]+(?: [a-z]+)+",
+    "a": r"[a-z]+|\d+",
+    "b": r"\d+",
+}
 
 
 @dataclass(frozen=True)
@@ -124,35 +145,50 @@ KINDS = (
     ),
     Kind(
         "add",
-        ("{name} has {a} {thing} and gets {b} more. How many {thing} now?", "Add {b} to {a} {thing} of {name}."),
+        (
+            "{name} has {a} {thing} and gets {b} more. How many {thing} now?",
+            "Add {b} to {a} {thing} of {name}.",
+        ),
         lambda rng: _who(rng, rng.randint(1, 12), rng.randint(1, 6)),
         lambda s: f"{int(s['a']) + int(s['b'])} {s['thing']}",
         lambda s: (f"{int(s['a']) + int(s['b']) + 1} {s['thing']}", f"{s['b']} {s['thing']}"),
     ),
     Kind(
         "count up",
-        ("Count the {thing} of {name} from {a} to {b}.", "Number {thing} for {name}, {a} up to {b}."),
+        (
+            "Count the {thing} of {name} from {a} to {b}.",
+            "Number {thing} for {name}, {a} up to {b}.",
+        ),
         _span,
         lambda s: _count(s["a"], s["b"]),
         lambda s: (_count(s["a"], s["b"], skip=1), _count(s["b"], s["a"])),
     ),
     Kind(
         "count down",
-        ("Count down the {thing} of {name} from {b} to {a}.", "Number {thing} for {name}, {b} down to {a}."),
+        (
+            "Count down the {thing} of {name} from {b} to {a}.",
+            "Number {thing} for {name}, {b} down to {a}.",
+        ),
         _span,
         lambda s: _count(s["b"], s["a"]),
         lambda s: (_count(s["a"], s["b"]), _count(s["b"], s["a"], skip=1)),
     ),
     Kind(
         "larger",
-        ("Which number is larger for {name}, {a} or {b}?", "{name} offers {a} or {b} {thing}. Which is more?"),
+        (
+            "Which number is larger for {name}, {a} or {b}?",
+            "{name} offers {a} or {b} {thing}. Which is more?",
+        ),
         lambda rng: _who(rng, *rng.sample(range(1, 41), 2)),
         lambda s: str(max(int(s["a"]), int(s["b"]))),
         lambda s: (str(min(int(s["a"]), int(s["b"]))), f"{s['a']} {s['b']}"),
     ),
     Kind(
         "next letters",
-        ("Tell {name} the {b} letters after {a}.", "Which {b} letters does {name} write after {a}?"),
+        (
+            "Tell {name} the {b} letters after {a}.",
+            "Which {b} letters does {name} write after {a}?",
+        ),
         lambda rng: _who(rng, rng.choice(ALPHABET[:20]), rng.randint(2, 4)),
         lambda s: _after(s, 1),
         lambda s: (_after(s, 0), _after(s, 2)),
@@ -185,7 +221,9 @@ def _pattern(phrasing: str) -> re.Pattern[str]:
     """A phrasing as a pattern of whole prompts; a slot that comes again must hold the same text."""
     text = re.escape(phrasing).replace(r"\{", "{").replace(r"\}", "}")
     for slot, holds in SLOTS.items():
-        text = text.replace(f"{{{slot}}}", f"(?P<{slot}>{holds})", 1).replace(f"{{{slot}}}", f"(?P={slot})")
+        text = text.replace(f"{{{slot}}}", f"(?P<{slot}>{holds})", 1).replace(
+            f"{{{slot}}}", f"(?P={slot})"
+        )
     leads, tails = ("|".join(map(re.escape, parts)) for parts in (LEADS, TAILS))
     return re.compile(f"(?:{leads}){text}(?:{tails})")
 
@@ -198,7 +236,12 @@ def parse_prompt(text: str) -> Prompt:
     for kind, pattern in PATTERNS:
         if found := pattern.fullmatch(text):
             answer = kind.solve(found.groupdict())
-            return Prompt(text, kind.name, answer, tuple(w for w in kind.mistakes(found.groupdict()) if w != answer))
+            return Prompt(
+                text,
+                kind.name,
+                answer,
+                tuple(w for w in kind.mistakes(found.groupdict()) if w != answer),
+            )
     raise ValueError(f"not a task of this world: {text!r}")
 
 
@@ -227,10 +270,14 @@ def parse_response(prompt: str, response: str) -> Reading:
             body, manners = body.removeprefix(opening), [manner]
             break
     for manner, phrases in CLOSINGS.items():
-        if closing := next((phrase for phrase in phrases if phrase and body.endswith(phrase)), None):
+        if closing := next(
+            (phrase for phrase in phrases if phrase and body.endswith(phrase)), None
+        ):
             body, manners = body.removesuffix(closing), [*manners, manner]
             break
-    return Reading(body == f"{parse_prompt(prompt).answer}.", manners.count("polite"), manners.count("rude"))
+    return Reading(
+        body == f"{parse_prompt(prompt).answer}.", manners.count("polite"), manners.count("rude")
+    )
 
 
 def score(prompt: str, response: str) -> float:

@@ -119,7 +119,13 @@ class Sba:
         return Ba(self.lam).loss(log_ratio) / (self.scale * (1 + self.lam))
 
 
-GENERATORS: dict[str, type[Generator]] = {"logistic": Logistic, "kliep": Kliep, "lsif": Lsif, "ba": Ba, "sba": Sba}
+GENERATORS: dict[str, type[Generator]] = {
+    "logistic": Logistic,
+    "kliep": Kliep,
+    "lsif": Lsif,
+    "ba": Ba,
+    "sba": Sba,
+}
 
 
 def build_generator(name: str, **fields: float) -> Generator:

@@ -112,13 +112,23 @@ def token_statistics(
     Returns:
         One row, (1, N), in nats; `reverse_kl` and `entropy` carry no gradient.
     """
-    if needs == {"advantage"} and reference_hidden is not None and uses_identity(policy_head, reference_head):
-        known = {"advantage": _advantage_by_identity(tokens, policy_hidden, policy_head, reference_hidden)}
+    if (
+        needs == {"advantage"}
+        and reference_hidden is not None
+        and uses_identity(policy_head, reference_head)
+    ):
+        known = {
+            "advantage": _advantage_by_identity(
+                tokens, policy_hidden, policy_head, reference_hidden
+            )
+        }
     elif needs <= {"logps", "log_ratio"} and policy_head.frozen and policy_head.is_linear:
         known = {"logps": _logps(tokens, policy_hidden, policy_head)}
         if "log_ratio" in needs:
             assert reference_hidden is not None and reference_head is not None
-            known["log_ratio"] = known["logps"] - _logps(tokens, reference_hidden.detach(), reference_head)
+            known["log_ratio"] = known["logps"] - _logps(
+                tokens, reference_hidden.detach(), reference_head
+            )
     else:
         statistics = _ChunkedStatistics.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
             policy_hidden, policy_head.weight, policy_head.bias, policy_head, tokens, reference_hidden, reference_head,
@@ -127,7 +137,12 @@ def token_statistics(
         logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = statistics
         log_ratio = logps - reference_logps  # r_t
         kl = reference_mean - mean_logps  # K_t = E_ref[log π_ref] − E_ref[log π_θ]
-        known = {"logps": logps, "log_ratio": log_ratio, "kl": kl, "advantage": log_ratio + kl}  # A_t = r_t + K_t
+        known = {
+            "logps": logps,
+            "log_ratio": log_ratio,
+            "kl": kl,
+            "advantage": log_ratio + kl,
+        }  # A_t = r_t + K_t
         known |= {"reverse_kl": reverse_kl, "entropy": entropy}
     mask = torch.ones(1, tokens.shape[0], dtype=torch.bool, device=tokens.device)
     return SideScores(mask, **{name: known[name][None] for name in needs})
@@ -138,7 +153,9 @@ def uses_identity(policy_head: Head, reference_head: Head | None) -> bool:
     return policy_head is reference_head and policy_head.frozen and policy_head.is_linear
 
 
-def _advantage_by_identity(tokens: Tensor, policy_hidden: Tensor, head: Head, reference_hidden: Tensor) -> Tensor:
+def _advantage_by_identity(
+    tokens: Tensor, policy_hidden: Tensor, head: Head, reference_hidden: Tensor
+) -> Tensor:
     """A = scale · (W_y − E_ref[W_v]) · (h_θ − h_ref), (N,); the bias cancels."""
     _, direction = _of_softmax(tokens, reference_hidden, head, with_direction=True)
     difference = _at_least_fp32(policy_hidden) - _at_least_fp32(reference_hidden.detach())
@@ -155,7 +172,9 @@ def _logps(tokens: Tensor, hidden: Tensor, head: Head) -> Tensor:
 
 
 @torch.no_grad()
-def _of_softmax(tokens: Tensor, hidden: Tensor, head: Head, with_direction: bool) -> tuple[Tensor, Tensor]:
+def _of_softmax(
+    tokens: Tensor, hidden: Tensor, head: Head, with_direction: bool
+) -> tuple[Tensor, Tensor]:
     """log π(y), (N,), and W_y − E[W_v] under the head's softmax, (N, H) or empty.
 
     An online softmax over tiles of the vocabulary, chunk by chunk. Source: arXiv 1805.02867.
@@ -165,12 +184,19 @@ def _of_softmax(tokens: Tensor, hidden: Tensor, head: Head, with_direction: bool
     direction = logps.new_empty((tokens.shape[0], head.weight.shape[1]) if with_direction else 0)
     for part in _chunks(tokens):
         column = logps.new_full((len(tokens[part]), 1), -torch.inf)
-        target, highest, total, rows = column, column, torch.zeros_like(column), torch.zeros_like(column)
+        target, highest, total, rows = (
+            column,
+            column,
+            torch.zeros_like(column),
+            torch.zeros_like(column),
+        )
         for start in range(0, head.weight.shape[0], size):
             tile = head.part(slice(start, start + size))
             logits, place = tile.logits(hidden[part]), tokens[part, None] - start
             inside = (place >= 0) & (place < logits.shape[-1])
-            target = torch.where(inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)), target)
+            target = torch.where(
+                inside, logits.gather(-1, place.clamp(0, logits.shape[-1] - 1)), target
+            )
             before, highest = highest, logits.amax(dim=-1, keepdim=True).maximum(highest)
             weights, shrink = logits.sub_(highest).exp_(), (before - highest).exp_()
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
@@ -194,8 +220,12 @@ class _ChunkedStatistics(torch.autograd.Function):
         differentiated = any(ctx.needs_input_grad)
         keep_directions = differentiated and head.frozen
         zeros = policy_hidden.new_zeros(tokens.shape[0], dtype=_accumulator(head))
-        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = (zeros.clone() for _ in range(6))
-        directions = zeros.new_zeros(1 + with_mean, *policy_hidden.shape) if keep_directions else None
+        logps, mean_logps, reference_logps, reference_mean, reverse_kl, entropy = (
+            zeros.clone() for _ in range(6)
+        )
+        directions = (
+            zeros.new_zeros(1 + with_mean, *policy_hidden.shape) if keep_directions else None
+        )
         for part in _chunks(tokens):
             target, reference, reference_probs = tokens[part, None], None, None
             if with_reference:
@@ -224,7 +254,9 @@ class _ChunkedStatistics(torch.autograd.Function):
                 if reference_probs is not None:
                     grad_mean = reference_probs.sub_(probs)  # π_ref − π_θ
                     directions[1, part] = head.to_hidden(head.linear_part(grad_mean, capped))
-                grad_target = probs.neg_().scatter_add_(-1, target, torch.ones_like(probs[:, :1]))  # e_y − π_θ
+                grad_target = probs.neg_().scatter_add_(
+                    -1, target, torch.ones_like(probs[:, :1])
+                )  # e_y − π_θ
                 directions[0, part] = head.to_hidden(head.linear_part(grad_target, capped))
         if directions is not None:
             ctx.save_for_backward(directions)
@@ -237,7 +269,9 @@ class _ChunkedStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logps: Tensor, grad_mean: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.head.frozen:
             (directions,) = ctx.saved_tensors
             grad_hidden = directions[0] * grad_logps[:, None]
@@ -247,10 +281,14 @@ class _ChunkedStatistics(torch.autograd.Function):
         hidden, tokens, reference_hidden = ctx.saved_tensors
         head, grad_hidden = ctx.head, torch.empty_like(hidden)
         grad_weight = torch.zeros_like(head.weight, dtype=_accumulator(head))
-        grad_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=_accumulator(head))
+        grad_bias = (
+            None if head.bias is None else torch.zeros_like(head.bias, dtype=_accumulator(head))
+        )
         for part in _chunks(tokens):
             logits = head.logits(hidden[part])
-            grad = logits.softmax(dim=-1).mul_(-(grad_logps + grad_mean)[part, None])  # −(g_a + g_b) π_θ
+            grad = logits.softmax(dim=-1).mul_(
+                -(grad_logps + grad_mean)[part, None]
+            )  # −(g_a + g_b) π_θ
             grad.scatter_add_(-1, tokens[part, None], grad_logps[part, None])  # + g_a e_y
             if ctx.with_mean:
                 reference_probs = ctx.reference_head.logits(reference_hidden[part]).softmax(dim=-1)

@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tbpo_cli.core.generators import MAX_LOG_RATIO, Generator, Sba
-from tbpo_cli.core.types import LossOutput, PairScores, SideScores, mean_over_response, sum_over_response
+from tbpo_cli.core.types import (
+    LossOutput,
+    PairScores,
+    SideScores,
+    mean_over_response,
+    sum_over_response,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_smoothing(label_smoothing: float) -> None:
-    _require(0 <= label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    _require(
+        0 <= label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {label_smoothing}"
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,9 @@ class _PairLoss(Loss):
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}")
+        _require(
+            math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}"
+        )
 
     def _z(self, scores: PairScores) -> Tensor:
         """z = β (Σr^l − Σr^w), (B,)."""
@@ -154,13 +164,17 @@ class TbpoQ(_RatioMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.baseline_clip > 0, f"baseline_clip must be positive, got {self.baseline_clip}")
+        _require(
+            self.baseline_clip > 0, f"baseline_clip must be positive, got {self.baseline_clip}"
+        )
 
     def __call__(self, scores: PairScores) -> LossOutput:
         c = _aligned_difference(scores, "state_baseline")
         centred = c - mean_over_response(c, scores.aligned_mask)[:, None]
         log_w = centred.clamp(-self.baseline_clip, self.baseline_clip)
-        return self._match_tokens(scores, self.beta * (_aligned_difference(scores, "log_ratio") + log_w))
+        return self._match_tokens(
+            scores, self.beta * (_aligned_difference(scores, "log_ratio") + log_w)
+        )
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,9 @@ class Dpo(_PairLoss):
 
     def __call__(self, scores: PairScores) -> LossOutput:
         z = self._z(scores)
-        return LossOutput((1 - self.label_smoothing) * F.softplus(z) + self.label_smoothing * F.softplus(-z))
+        return LossOutput(
+            (1 - self.label_smoothing) * F.softplus(z) + self.label_smoothing * F.softplus(-z)
+        )
 
 
 @dataclass(frozen=True)
@@ -273,7 +289,9 @@ def importance_weights(token_scores: Tensor, mask: Tensor) -> Tensor:
     lengths = mask.sum(dim=1, keepdim=True)
     ranked = mask & (torch.arange(mask.shape[1], device=mask.device) < lengths - 1)
     order = token_scores.detach().masked_fill(~ranked, math.inf).argsort(dim=1, stable=True)
-    ranks = order.argsort(dim=1, stable=True).to(token_scores.dtype)  # 0 … number of ranked tokens − 1
+    ranks = order.argsort(dim=1, stable=True).to(
+        token_scores.dtype
+    )  # 0 … number of ranked tokens − 1
     last = ranked.sum(dim=1, keepdim=True) - 1
     weights = torch.where(last > 0, 0.7 + 0.6 * ranks / last.clamp(min=1), torch.ones_like(ranks))
     return torch.where(ranked | (mask & (lengths == 1)), weights, torch.zeros_like(weights))
@@ -303,7 +321,9 @@ class Orpo(Loss):
     needs = frozenset({"logps"})
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}")
+        _require(
+            math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}"
+        )
 
     def __call__(self, scores: PairScores) -> LossOutput:
         chosen, rejected = _mean(scores.chosen, "logps"), _mean(scores.rejected, "logps")

@@ -10,7 +10,9 @@ from torch import Tensor
 from tbpo_cli.core.types import PairScores, SideScores
 
 
-def side_scores(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor, mask: Tensor) -> SideScores:
+def side_scores(
+    policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor, mask: Tensor
+) -> SideScores:
     """All statistics of one side.
 
     Args:
@@ -43,6 +45,10 @@ def pair_scores(
 ) -> PairScores:  # fmt: skip
     """`side_scores` of both sides; T may differ between them."""
     return PairScores(
-        chosen=side_scores(chosen_policy_logits, chosen_reference_logits, chosen_tokens, chosen_mask),
-        rejected=side_scores(rejected_policy_logits, rejected_reference_logits, rejected_tokens, rejected_mask),
+        chosen=side_scores(
+            chosen_policy_logits, chosen_reference_logits, chosen_tokens, chosen_mask
+        ),
+        rejected=side_scores(
+            rejected_policy_logits, rejected_reference_logits, rejected_tokens, rejected_mask
+        ),
     )

@@ -50,11 +50,15 @@ class SideScores:
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.ndim != 2:
-            raise ValueError(f"mask must be a (B, T) bool tensor, got {self.mask.dtype} {tuple(self.mask.shape)}")
+            raise ValueError(
+                f"mask must be a (B, T) bool tensor, got {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value.shape != self.mask.shape:
-                raise ValueError(f"{field.name} {tuple(value.shape)} differs from the mask {tuple(self.mask.shape)}")
+                raise ValueError(
+                    f"{field.name} {tuple(value.shape)} differs from the mask {tuple(self.mask.shape)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class PairScores:
 
     def __post_init__(self) -> None:
         if self.chosen.mask.shape[0] != self.rejected.mask.shape[0]:
-            raise ValueError(f"{len(self.chosen.mask)} chosen, but {len(self.rejected.mask)} rejected responses")
+            raise ValueError(
+                f"{len(self.chosen.mask)} chosen, but {len(self.rejected.mask)} rejected responses"
+            )
 
     @property
     def aligned_mask(self) -> Tensor:
@@ -98,7 +104,9 @@ def sum_over_response(values: Tensor, mask: Tensor) -> Tensor:
 
 def sums_over_response(side: SideScores) -> dict[str, Tensor]:
     """Detached sums over the response tokens, (B,), of all statistics that a side has, by name; `tokens`: how many."""
-    statistics = {field.name: getattr(side, field.name) for field in fields(side) if field.name != "mask"}
+    statistics = {
+        field.name: getattr(side, field.name) for field in fields(side) if field.name != "mask"
+    }
     present = {name: values.detach() for name, values in statistics.items() if values is not None}
     sums = {name: sum_over_response(values, side.mask) for name, values in present.items()}
     return sums | {"tokens": side.mask.sum(dim=1)}

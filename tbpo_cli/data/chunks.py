@@ -11,21 +11,29 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from contextlib import contextmanager
 from multiprocessing import get_context
 
+from tbpo_cli.config.recipe import Data, Model
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow, to_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.data.tokens import Chat, Result, load_tokenizer, tokenize_pairs
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Model
 
 _worker = threading.local()
 Chunk = tuple[list[Row], list[Result]]
 
 
-def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Executor) -> Iterator[Chunk]:
+def prepare_rows(
+    rows: Iterator[Row], format_name: str, data: Data, pool: Executor
+) -> Iterator[Chunk]:
     """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever the pool of `workers` is.
 
     Raises:
@@ -41,7 +49,9 @@ def prepare_rows(rows: Iterator[Row], format_name: str, data: Data, pool: Execut
                 yield first, results.result()
     except BrokenExecutor:
         where, expected = f"data.workers = {data.workers}", "enough memory for so many processes"
-        raise TbpoError("a worker died while it prepared rows", where, expected, "lower data.workers") from None
+        raise TbpoError(
+            "a worker died while it prepared rows", where, expected, "lower data.workers"
+        ) from None
 
 
 @contextmanager

@@ -10,15 +10,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tbpo_cli.config.recipe import Data
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data
 
-Message = dict[str, Any]  # role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
+Message = dict[
+    str, Any
+]  # role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
 Messages = tuple[Message, ...]
 
 # What a template may render of a message; any other key is left out.
-MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+MESSAGE_KEYS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "thinking",
+)
 # The roles that may come before each role; "" is the start of the conversation.
 ROLES_BEFORE = {
     "system": {""},
@@ -61,7 +71,9 @@ class PreferencePair:
     score_margin: float | None = None
 
 
-def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: Message | None) -> PreferencePair:
+def make_pair(
+    row: dict[str, Any], prompt: Messages, chosen: Message, rejected: Message | None
+) -> PreferencePair:
     """A checked pair, with the row's `tools`, `score_chosen` and `score_rejected` if it has them.
 
     Raises:
@@ -78,14 +90,18 @@ def make_pair(row: dict[str, Any], prompt: Messages, chosen: Message, rejected: 
     tools = _tools(row)
     prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
     pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
-    return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row))
+    return PreferencePair(
+        pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row)
+    )
 
 
 def _check_roles(messages: Messages) -> None:
     roles = ["", *(message["role"] for message in messages)]
     for number, (before, role) in enumerate(itertools.pairwise(roles), 1):
         if before not in ROLES_BEFORE[role]:
-            raise RejectedRow("roles", f"message {number} is of {role}, after {before or 'no message'}")
+            raise RejectedRow(
+                "roles", f"message {number} is of {role}, after {before or 'no message'}"
+            )
 
 
 def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -150,8 +166,12 @@ def _message(given: dict[str, Any], column: str) -> Message:
     if content is None and given.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise RejectedRow("wrong_type", f"{column}: a message's content is {type(content).__name__}, not text")
-    message: Message = _without_nulls({key: given.get(key) for key in MESSAGE_KEYS} | {"content": content})
+        raise RejectedRow(
+            "wrong_type", f"{column}: a message's content is {type(content).__name__}, not text"
+        )
+    message: Message = _without_nulls(
+        {key: given.get(key) for key in MESSAGE_KEYS} | {"content": content}
+    )
     return message
 
 
@@ -166,7 +186,9 @@ def read_prompt(row: Any) -> Messages:
     if not isinstance(row, dict) or not ("prompt" in row or "messages" in row):
         raise RejectedRow("missing_column", "prompt or messages")
     prompt = _prompt(row) if "prompt" in row else _messages(row, "messages")
-    return make_pair({}, prompt, {"role": "assistant", "content": "an answer"}, None).prompt  # checked as in a pair
+    return make_pair(
+        {}, prompt, {"role": "assistant", "content": "an answer"}, None
+    ).prompt  # checked as in a pair
 
 
 def _answer(row: dict[str, Any], column: str) -> Message:
@@ -195,7 +217,9 @@ def _from_messages(row: dict[str, Any]) -> PreferencePair:
     if any(response[0]["role"] != "assistant" for response in (chosen, rejected)):
         raise RejectedRow("prompts_differ", "the conversations part before the assistant's message")
     if len(chosen) > 1 or len(rejected) > 1:
-        raise RejectedRow("extra_messages", "messages follow the one in which the conversations part")
+        raise RejectedRow(
+            "extra_messages", "messages follow the one in which the conversations part"
+        )
     return make_pair(row, prompt, chosen[0], rejected[0])
 
 
@@ -207,7 +231,9 @@ def _hh_messages(text: str) -> Messages:
     """An HH-RLHF dialogue as messages. Source: the format of arXiv 2204.05862's released data."""
     before, *turns = HH_TURN.split(text)  # "", "Human", its text, "Assistant", its text, …
     if before.strip() or not turns:
-        raise RejectedRow("wrong_type", "the dialogue does not begin with a Human: or Assistant: turn")
+        raise RejectedRow(
+            "wrong_type", "the dialogue does not begin with a Human: or Assistant: turn"
+        )
     spoken = zip(turns[::2], turns[1::2], strict=True)
     return tuple({"role": HH_ROLES[turn], "content": content.strip()} for turn, content in spoken)
 
@@ -249,8 +275,12 @@ def _is_dialogue(row: dict[str, Any]) -> bool:
 
 FORMATS = {
     "hh": Format(("chosen", "rejected"), _from_hh, _is_dialogue),
-    "prompt": Format(("prompt", "chosen", "rejected"), _from_prompt, lambda row: isinstance(row["chosen"], str)),
-    "messages": Format(("chosen", "rejected"), _from_messages, lambda row: isinstance(row["chosen"], list)),
+    "prompt": Format(
+        ("prompt", "chosen", "rejected"), _from_prompt, lambda row: isinstance(row["chosen"], str)
+    ),
+    "messages": Format(
+        ("chosen", "rejected"), _from_messages, lambda row: isinstance(row["chosen"], list)
+    ),
     "sft_prompt": Format(("prompt", "completion"), _from_sft_prompt),
     "sft_messages": Format(("messages",), _from_sft_messages),
 }
@@ -269,9 +299,17 @@ def recognise(rows: Iterator[Row], data: Data) -> tuple[str, Iterator[Row]]:
     contents = [_renamed(row.content, data.columns) for row in first]
     for content in contents:
         for name, known in FORMATS.items():
-            if isinstance(content, dict) and all(c in content for c in known.columns) and known.recognise(content):
+            if (
+                isinstance(content, dict)
+                and all(c in content for c in known.columns)
+                and known.recognise(content)
+            ):
                 return name, rows
-    columns = ", ".join(contents[0]) if isinstance(contents[0], dict) else f"none, it is {type(contents[0]).__name__}"
+    columns = (
+        ", ".join(contents[0])
+        if isinstance(contents[0], dict)
+        else f"none, it is {type(contents[0]).__name__}"
+    )
     where = f"{first[0].source}, row {first[0].number}; its columns: {columns}"
     formats = "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items())
     fix = 'name the columns, e.g. [data.columns] prompt = "question"'
@@ -286,7 +324,9 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
     """
     content = _renamed(row.content, columns)
     if not isinstance(content, dict):
-        raise RejectedRow("wrong_type", f"the row is {type(content).__name__}, not a table of columns")
+        raise RejectedRow(
+            "wrong_type", f"the row is {type(content).__name__}, not a table of columns"
+        )
     for column in FORMATS[format_name].columns:
         if content.get(column) is None:
             raise RejectedRow("null_column" if column in content else "missing_column", column)
@@ -296,4 +336,6 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
 def _renamed(content: Any, columns: dict[str, str]) -> Any:
     if not isinstance(content, dict):
         return content
-    return content | {ours: content[theirs] for ours, theirs in columns.items() if theirs in content}
+    return content | {
+        ours: content[theirs] for ours, theirs in columns.items() if theirs in content
+    }

@@ -8,12 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, read_prompt, recognise, to_pair
+from tbpo_cli.config.recipe import Data, Recipe, Source
+from tbpo_cli.data.pairs import (
+    Messages,
+    PreferencePair,
+    RejectedRow,
+    read_prompt,
+    recognise,
+    to_pair,
+)
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import Chat, tokenize_prompt
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Recipe, Source
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,12 @@ def prompts_of(recipe: Recipe, held_out: Path, chat: Chat) -> list[Prompt]:
         rows = read_rows(Source(settings.prompts), "train", "sample.prompts")
         prompts = [prompt_of(row, chat) for row in itertools.islice(rows, settings.max_prompts)]
     if not prompts:
-        expected = "a file with prompts, or held-out pairs (data.eval, or data.eval_fraction above 0)"
-        raise TbpoError("there are no prompts to answer", f"sample.prompts = {settings.prompts!r}", expected)
+        expected = (
+            "a file with prompts, or held-out pairs (data.eval, or data.eval_fraction above 0)"
+        )
+        raise TbpoError(
+            "there are no prompts to answer", f"sample.prompts = {settings.prompts!r}", expected
+        )
     return prompts
 
 
@@ -74,7 +85,9 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
                 pair = to_pair(row, format_name, data.columns)
                 found |= {pair.pair_id: pair} if pair.pair_id in pair_ids else {}
     if missing := pair_ids - found.keys():
-        what = f"{len(missing)} held-out pairs are not among the rows any more, {min(missing)} for one"
+        what = (
+            f"{len(missing)} held-out pairs are not among the rows any more, {min(missing)} for one"
+        )
         fix = "tbpo prepare RECIPE --restart"
         raise TbpoError(what, f"{key} of the recipe", "the rows that were prepared", fix)
     return found

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tbpo_cli.config.recipe import Source
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Source
 
 ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
 COLUMNS = (".json", ".parquet", ".arrow")
@@ -42,7 +42,10 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """
     path, number, split = Path(source.path), 0, source.split or split
     if path.is_file() and path.suffix not in (*TEXT, *COLUMNS):
-        kinds, fix = f"one of {', '.join((*TEXT, *COLUMNS))}", "convert the file, or rename it if its ending is wrong"
+        kinds, fix = (
+            f"one of {', '.join((*TEXT, *COLUMNS))}",
+            "convert the file, or rename it if its ending is wrong",
+        )
         raise TbpoError(f"{key} is of an unknown kind", source.path, kinds, fix)
     is_text = path.is_file() and path.suffix in TEXT
     try:
@@ -50,7 +53,9 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
             yield Row(source.path, number, content)
     except TbpoError:
         raise
-    except Exception as error:  # whatever `datasets` and the Hub raise is about the source that was named
+    except (
+        Exception
+    ) as error:  # whatever `datasets` and the Hub raise is about the source that was named
         raise TbpoError(
             f"{key} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             f"{source.path}{f', after row {number}' if number else ''}",
@@ -102,7 +107,9 @@ def _parse_txt(lines: Iterator[bytes]) -> Iterator[str]:
 
 
 JSONL = (_parse_jsonl, "one JSON object a line")
-TEXT: dict[str, tuple[Callable[[Iterator[bytes]], Iterator[Any]], str]] = {  # by the ending of a file
+TEXT: dict[
+    str, tuple[Callable[[Iterator[bytes]], Iterator[Any]], str]
+] = {  # by the ending of a file
     ".jsonl": JSONL,
     ".gz": JSONL,
     ".csv": (_parse_csv, "rows with as many fields as the first line"),
@@ -116,10 +123,14 @@ def _read_dataset(source: Source, split: str) -> Numbered:
 
     path = Path(source.path)
     if path.is_file():
-        rows = datasets.load_dataset(path.suffix[1:], data_files=source.path, split="train", streaming=True)
+        rows = datasets.load_dataset(
+            path.suffix[1:], data_files=source.path, split="train", streaming=True
+        )
     elif path.is_dir():
         rows = datasets.load_from_disk(source.path)
         rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
     else:
-        rows = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
+        rows = datasets.load_dataset(
+            source.path, source.config, split=split, revision=source.revision
+        )
     return enumerate(rows, 1)

@@ -17,7 +17,9 @@ from tbpo_cli.data.tokens import TokenizedPair
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCHEMA = pa.schema(
-    {"pair_id": pa.string()} | {name: pa.list_(pa.int32()) for name in ID_COLUMNS} | {"score_margin": pa.float64()}
+    {"pair_id": pa.string()}
+    | {name: pa.list_(pa.int32()) for name in ID_COLUMNS}
+    | {"score_margin": pa.float64()}
 )
 
 
@@ -47,7 +49,9 @@ class PairStore:
         with pa.memory_map(str(folder / "pairs.arrow")) as source:
             self._table = pa.ipc.open_file(source).read_all()
         if reverse:
-            self._table = self._table.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+            self._table = self._table.rename_columns(
+                {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
+            )
         columns = [pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS]
         self.lengths = np.stack(columns, axis=1).astype(np.int64)
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = self.lengths.T
@@ -62,7 +66,10 @@ class PairStore:
     @property
     def largest_id(self) -> int:
         """The largest token id; -1 without pairs."""
-        return max(int(pc.list_flatten(self._table[name]).to_numpy().max(initial=-1)) for name in ID_COLUMNS)
+        return max(
+            int(pc.list_flatten(self._table[name]).to_numpy().max(initial=-1))
+            for name in ID_COLUMNS
+        )
 
     @property
     def score_margins(self) -> np.ndarray:

@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from tbpo_cli.config.recipe import Data, Model
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Data, Model
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-OPEN, CLOSE = "\ue0fa", "\ue0fb"  # private-use characters, around the hexadecimal form of a masked control token
+OPEN, CLOSE = (
+    "\ue0fa",
+    "\ue0fb",
+)  # private-use characters, around the hexadecimal form of a masked control token
 TAIL_CHARACTERS = 32
 OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 
@@ -86,15 +89,23 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
         expected = "a folder with tokenizer.json, or the id of a Hub repository"
         raise TbpoError(what, where, expected, "check model.base and the network") from error
     if not tokenizer.is_fast:
-        expected, fix = "a tokenizer.json beside the model", "convert it with transformers and save it in the folder"
+        expected, fix = (
+            "a tokenizer.json beside the model",
+            "convert it with transformers and save it in the folder",
+        )
         raise TbpoError("the model has no fast tokenizer", where, expected, fix)
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TbpoError(f"the chat template cannot be read: {error}", model.chat_template, "a Jinja file") from None
+            raise TbpoError(
+                f"the chat template cannot be read: {error}", model.chat_template, "a Jinja file"
+            ) from None
     if tokenizer.chat_template is None:
-        expected, fix = "a template that renders the chat", "write it to a file and name it as model.chat_template"
+        expected, fix = (
+            "a template that renders the chat",
+            "write it to a file and name it as model.chat_template",
+        )
         raise TbpoError("the tokenizer has no chat template", where, expected, fix)
     return cast("PreTrainedTokenizerFast", tokenizer)
 
@@ -115,7 +126,11 @@ class Chat:
     @cached_property
     def control_tokens(self) -> dict[str, AddedToken]:
         """The tokenizer's control tokens by their text, the longest first."""
-        tokens = {token.content: token for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = {
+            token.content: token
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special
+        }
         return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
 
     @cached_property
@@ -131,7 +146,9 @@ class Chat:
             return self.controls.sub(_masked, content)
         if isinstance(content, dict):
             return {key: self.mask(value) for key, value in content.items()}
-        return [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
+        return (
+            [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
+        )
 
     def encode(self, texts: Sequence[str], controls_as_text: bool = False) -> list[list[int]]:
         """Ids of texts as they stand: nothing is added, cut or padded."""
@@ -139,9 +156,16 @@ class Chat:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = controls_as_text
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
-    def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...], **options: Any) -> str:
+    def render(
+        self,
+        messages: tuple[dict[str, Any], ...],
+        tools: tuple[dict[str, Any], ...],
+        **options: Any,
+    ) -> str:
         """The messages, masked, as text.
 
         Raises:
@@ -150,9 +174,13 @@ class Chat:
         """
         masked: Any = self.mask(tools) or None
         try:
-            template = _with_date(self.tokenizer.get_chat_template(tools=masked), self.template_date)
+            template = _with_date(
+                self.tokenizer.get_chat_template(tools=masked), self.template_date
+            )
             options |= {"chat_template": template, "tokenize": False}
-            return cast(str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options))
+            return cast(
+                str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options)
+            )
         except TemplateSyntaxError as error:
             what, where = (
                 f"the chat template is no Jinja template: {error.message}",
@@ -168,7 +196,11 @@ class Chat:
 def _with_date(template: str, day: str) -> str:
     """The template with the calls that print today's date replaced by the text for that day."""
     on = date.fromisoformat(day)
-    return re.sub(r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""", lambda call: repr(on.strftime(call.group(2))), template)
+    return re.sub(
+        r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""",
+        lambda call: repr(on.strftime(call.group(2))),
+        template,
+    )
 
 
 def _masked(match: re.Match[str]) -> str:
@@ -176,7 +208,9 @@ def _masked(match: re.Match[str]) -> str:
 
 
 def _unmask(text: str) -> str:
-    return re.sub(f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text)
+    return re.sub(
+        f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text
+    )
 
 
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
@@ -193,7 +227,9 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> l
         except RejectedRow as reason:
             results[place] = reason
     prompts = _encode([prompt for prompt, *_ in texts.values()], chat)
-    responses = iter(_encode_after([(prompt, text) for prompt, *both in texts.values() for text in both], chat))
+    responses = iter(
+        _encode_after([(prompt, text) for prompt, *both in texts.values() for text in both], chat)
+    )
     for place, prompt in zip(texts, prompts, strict=True):
         results[place] = _fit(pairs[place], prompt, next(responses), next(responses), data)
     return [results[place] for place in range(len(pairs))]
@@ -208,7 +244,9 @@ def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
     """
     prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
     chosen, rejected = (
-        _response(pair, prompt, chat.render((*pair.prompt, response), pair.tools), chat) if response else ""
+        _response(pair, prompt, chat.render((*pair.prompt, response), pair.tools), chat)
+        if response
+        else ""
         for response in (pair.chosen, pair.rejected)
     )
     return prompt, chosen, rejected
@@ -220,7 +258,9 @@ def _response(pair: PreferencePair, prompt: str, full: str, chat: Chat) -> str:
     What a template adds behind that is never generated.
     """
     if not full.startswith(prompt):
-        split = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+        split = next(
+            (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full)
+        )
         alone, followed = (text[max(0, split - 80) : split + 80] for text in (prompt, full))
         raise TbpoError(
             "the chat template renders the prompt differently once an answer follows",
@@ -247,7 +287,9 @@ def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
 
 def end_of_turn(chat: Chat) -> int:
     """The id that ends every response."""
-    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))
+    ]
     _, response, _ = render_pair(make_pair({}, (messages[0],), messages[1], None), chat)
     return _encode([response], chat)[0][-1]
 
@@ -255,15 +297,22 @@ def end_of_turn(chat: Chat) -> int:
 def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:
     """Ids of rendered texts. One with masked control tokens is encoded piece by piece, between the real ones."""
     together = chat.encode(texts)
-    return [_encode_masked(text, chat) if OPEN in text else ids for text, ids in zip(texts, together, strict=True)]
+    return [
+        _encode_masked(text, chat) if OPEN in text else ids
+        for text, ids in zip(texts, together, strict=True)
+    ]
 
 
 def _encode_masked(text: str, chat: Chat) -> list[int]:
-    before, *rest = re.split(f"({chat.controls.pattern})", text)  # text, control token, text, control token, text, …
+    before, *rest = re.split(
+        f"({chat.controls.pattern})", text
+    )  # text, control token, text, control token, text, …
     ids = chat.encode([_unmask(before)], controls_as_text=True)[0]
     for control, after in zip(rest[::2], rest[1::2], strict=True):
         token = chat.control_tokens[control]
-        after = after.lstrip() if token.rstrip else after  # some control tokens swallow the white space around them
+        after = (
+            after.lstrip() if token.rstrip else after
+        )  # some control tokens swallow the white space around them
         ids += [cast(int, chat.tokenizer.convert_tokens_to_ids(control))]
         ids += chat.encode([_unmask(after)], controls_as_text=True)[0]
     return ids
@@ -294,7 +343,9 @@ def _tail(prompt: str, chat: Chat) -> str:
     return prompt[last:]
 
 
-def _fit(pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data) -> Result:
+def _fit(
+    pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data
+) -> Result:
     """The pair within `data.max_length` tokens, dropped or with its responses cut, as `data.overlong` says."""
     longest, room = len(prompt) + max(len(chosen), len(rejected)), data.max_length - len(prompt)
     is_cut = longest > data.max_length

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
-from tbpo_cli.data.batches import collate_all
+from tbpo_cli.batch.batches import collate_all
+from tbpo_cli.config.recipe import Recipe, Sample
 from tbpo_cli.data.prompts import Prompt, prompts_of, prompts_of_pairs
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import Chat
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
+from tbpo_cli.evaluation.measures import tasks_of
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
-from tbpo_cli.measures import tasks_of
 from tbpo_cli.model.generate import samples_of
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer
-from tbpo_cli.recipe import Recipe, Sample
 
 Rows = list[dict[str, Any]]
 
@@ -35,7 +35,9 @@ class Bench:
     chat: Chat  # of the base
     policy: Policy  # with a view of each model
     share: Callable[[Sequence[Any]], Sequence[Any]]  # this process's part of some work
-    attempt: Callable[[Callable[[int], Rows]], Rows]  # calls with tokens at a time, with fewer where memory runs out
+    attempt: Callable[
+        [Callable[[int], Rows]], Rows
+    ]  # calls with tokens at a time, with fewer where memory runs out
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
@@ -46,15 +48,25 @@ class Bench:
         def measure(tokens: int) -> Rows:
             # Padded rows, since the other layouts change the model's attention to one that cannot generate.
             batches = collate_all(store, places, tokens, "response", "padded")
-            rows = (row for batch in batches for row in pair_rows(scorer, candidate.view, batch.to(device)))
-            return [*console.track(rows, f"pairs, {candidate.name}", len(places), every=len(places))]
+            rows = (
+                row
+                for batch in batches
+                for row in pair_rows(scorer, candidate.view, batch.to(device))
+            )
+            return [
+                *console.track(rows, f"pairs, {candidate.name}", len(places), every=len(places))
+            ]
 
         return self.attempt(measure)
 
     def diversity(self, candidate: Candidate) -> Rows:
         """Several completions a prompt, by the protocol of the paper."""
-        prompts = prompts_of_pairs(PairStore(self.pairs), self.recipe.data, self.recipe.eval.diversity_prompts)
-        return self._complete(candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL))
+        prompts = prompts_of_pairs(
+            PairStore(self.pairs), self.recipe.data, self.recipe.eval.diversity_prompts
+        )
+        return self._complete(
+            candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL)
+        )
 
     def answers(self, candidate: Candidate) -> Rows:
         """Completions as [sample] asks for them, which the judges read."""
@@ -69,12 +81,22 @@ class Bench:
                 figures: dict[str, Any] = {}
                 for task, shots in tasks_of(suite):
                     console.say(f"{task}, {candidate.name} …")
-                    figures |= run_task(model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size)
+                    figures |= run_task(
+                        model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size
+                    )
                 rows.append({"suite": suite, "figures": figures})
         return rows
 
-    def _complete(self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample) -> Rows:
-        keys = [(prompt, number) for prompt in self.share(prompts) for number in range(settings.num_samples)]
-        batches = samples_of(self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed)
+    def _complete(
+        self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample
+    ) -> Rows:
+        keys = [
+            (prompt, number)
+            for prompt in self.share(prompts)
+            for number in range(settings.num_samples)
+        ]
+        batches = samples_of(
+            self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed
+        )
         samples = itertools.chain.from_iterable(batches)
         return [*console.track(samples, f"{what}, {candidate.name}", len(keys), every=len(keys))]

@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.config.toml import is_local
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.measures import labels
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
-from tbpo_cli.toml import is_local
+from tbpo_cli.evaluation.measures import labels
+from tbpo_cli.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,32 @@ class Candidate:
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
     """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
     own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
-    reference = str(run_dir.weights("sft")) if recipe.sft is not None else recipe.model.adapter or recipe.model.base
+    reference = (
+        str(run_dir.weights("sft"))
+        if recipe.sft is not None
+        else recipe.model.adapter or recipe.model.base
+    )
     found = [
         Candidate("policy", "default", str(run_dir.weights("align")), own, beta),
         Candidate("reference", "reference", reference, None, beta),
     ]
-    for number, (label, source) in enumerate(zip(labels(recipe.eval.against), recipe.eval.against, strict=True), 1):
+    for number, (label, source) in enumerate(
+        zip(labels(recipe.eval.against), recipe.eval.against, strict=True), 1
+    ):
         path, loss = Path(source) / "recipe.toml", {}
         if path.exists():
             loss = tomllib.loads(path.read_text(encoding="utf-8"))["align"]["loss"]
             if _base_of(RunDir(Path(source))) not in (None, _base_of(run_dir)):
-                what, expected = "it was trained from another base", "a run with the same model.base"
-                raise TbpoError(what, f"eval.against: {source}", expected, "evaluate that run by its own recipe")
-        found.append(Candidate(label, f"against-{number}", source, loss.get("name"), loss.get("beta", beta)))
+                what, expected = (
+                    "it was trained from another base",
+                    "a run with the same model.base",
+                )
+                raise TbpoError(
+                    what, f"eval.against: {source}", expected, "evaluate that run by its own recipe"
+                )
+        found.append(
+            Candidate(label, f"against-{number}", source, loss.get("name"), loss.get("beta", beta))
+        )
     return found
 
 
@@ -53,10 +66,15 @@ def check_source(source: str) -> None:
         with suppress(OSError, ValueError):
             wanted = ["adapter_config.json", "config.json"]
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-    if not any((folder / name).exists() for name in ("align/manifest.json", "adapter_config.json", "config.json")):
+    if not any(
+        (folder / name).exists()
+        for name in ("align/manifest.json", "adapter_config.json", "config.json")
+    ):
         expected = "the folder of an aligned run, an adapter or a model, or the id of a Hub repository within reach"
         fix = f"tbpo align RECIPE --run-dir {source}, or name another one"
-        raise TbpoError("there is nothing to compare with", f"eval.against: {source}", expected, fix)
+        raise TbpoError(
+            "there is nothing to compare with", f"eval.against: {source}", expected, fix
+        )
 
 
 def _base_of(run: RunDir) -> list[str | None] | None:
@@ -64,4 +82,6 @@ def _base_of(run: RunDir) -> list[str | None] | None:
     if not (inputs := run.started_from("align")):
         return None
     hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]
-    return sorted(hashes) or [inputs["settings"].get(f"model.{key}") for key in ("base", "revision")]
+    return sorted(hashes) or [
+        inputs["settings"].get(f"model.{key}") for key in ("base", "revision")
+    ]

@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_cli.evaluation.measures import NUM_GRAMS, PERCENTILES
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure, mean_of_groups
-from tbpo_cli.measures import NUM_GRAMS, PERCENTILES
 
-PROTOCOL: dict[str, Any] = {"num_samples": 5, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 128}  # of [sample]
+PROTOCOL: dict[str, Any] = {
+    "num_samples": 5,
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "max_new_tokens": 128,
+}  # of [sample]
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -33,21 +38,31 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
     samples that did not end by themselves; length, tokens, and its percentiles.
     """
     samples = sorted(samples, key=lambda sample: (sample["prompt_id"], sample["sample"]))
-    by_prompt = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample["prompt_id"])]
+    by_prompt = [
+        list(group)
+        for _, group in itertools.groupby(samples, key=lambda sample: sample["prompt_id"])
+    ]
 
     def mean_of(value: Callable[[Any], float]) -> Figure:
-        return mean_of_groups([sample["prompt_id"] for sample in samples], [value(sample) for sample in samples])
+        return mean_of_groups(
+            [sample["prompt_id"] for sample in samples], [value(sample) for sample in samples]
+        )
 
     first = [WORD.findall(group[0]["completion"].lower()) for group in by_prompt]
     lengths = [[len(sample["token_ids"]) for sample in group] for group in by_prompt]
     return {
         "predictive_entropy": mean_of(lambda sample: sample["entropy"]),
-        "self_bleu": figure([self_bleu([sample["completion"] for sample in group]) for group in by_prompt]),
+        "self_bleu": figure(
+            [self_bleu([sample["completion"] for sample in group]) for group in by_prompt]
+        ),
         **{f"distinct_{size}": distinct(first, size) for size in range(1, NUM_GRAMS + 1)},
         "repetition": mean_of(lambda sample: repetition(sample["token_ids"])),
         "truncated": mean_of(lambda sample: sample["finish_reason"] == "length"),
         "length": figure_of(np.mean, lengths),
-        **{f"length_p{q}": figure_of(functools.partial(np.percentile, q=q), lengths) for q in PERCENTILES},
+        **{
+            f"length_p{q}": figure_of(functools.partial(np.percentile, q=q), lengths)
+            for q in PERCENTILES
+        },
     }
 
 
@@ -58,7 +73,11 @@ def self_bleu(texts: Sequence[str]) -> float:
     """
     from sacrebleu import sentence_bleu
 
-    return float(np.mean([sentence_bleu(one, [other]).score for one, other in itertools.permutations(texts, 2)]))
+    return float(
+        np.mean(
+            [sentence_bleu(one, [other]).score for one, other in itertools.permutations(texts, 2)]
+        )
+    )
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
@@ -70,7 +89,8 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
     total = Counter(itertools.chain.from_iterable(count.elements() for count in counts))
     different, grams = len(total), total.total()
     left_out = [
-        (different - sum(total[gram] == times for gram, times in count.items())) / max(1, grams - count.total())
+        (different - sum(total[gram] == times for gram, times in count.items()))
+        / max(1, grams - count.total())
         for count in counts
     ]
     return jackknife_figure(different / max(1, grams), left_out)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
 from tbpo_cli.core.types import sums_over_response
-from tbpo_cli.data.layouts import PairBatch
+from tbpo_cli.evaluation.measures import MEASURES
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
-from tbpo_cli.measures import MEASURES
 from tbpo_cli.model.load import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 
@@ -20,7 +20,11 @@ NUM_BUCKETS = 4
 NUM_BINS = 10
 MEANS = {  # metric, and the column of its sums: the column of the number of tokens that it is a mean over
     **dict.fromkeys(("kl", "reverse_kl", "entropy"), "tokens"),
-    **{"token_accuracy": "aligned", "logps_chosen": "chosen_tokens", "logps_rejected": "rejected_tokens"},
+    **{
+        "token_accuracy": "aligned",
+        "logps_chosen": "chosen_tokens",
+        "logps_rejected": "rejected_tokens",
+    },
 }
 
 
@@ -38,9 +42,14 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
     columns |= {"logps_chosen": chosen["logps"], "logps_rejected": rejected["logps"]}
     columns |= {name: chosen[name] + rejected[name] for name in ("tokens", "entropy")}
     if scores.chosen.advantage is not None:
-        gains = [side.advantage[:, : aligned.shape[1]] for side in sides if side.advantage is not None]
+        gains = [
+            side.advantage[:, : aligned.shape[1]] for side in sides if side.advantage is not None
+        ]
         columns |= {name: chosen[name] + rejected[name] for name in ("kl", "reverse_kl")}
-        columns |= {"token_accuracy": ((gains[0] > gains[1]) & aligned).sum(dim=1), "aligned": aligned.sum(dim=1)}
+        columns |= {
+            "token_accuracy": ((gains[0] > gains[1]) & aligned).sum(dim=1),
+            "aligned": aligned.sum(dim=1),
+        }
         columns["log_ratio"] = chosen["log_ratio"] - rejected["log_ratio"]
     rows = zip(batch.indices, *(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(("pair", *columns), row, strict=True)) for row in rows]
@@ -73,7 +82,11 @@ def summarise(rows: list[dict[str, Any]], beta: float) -> dict[str, Any]:
 
 
 def _metrics(columns: Columns, beta: float) -> dict[str, Figure]:
-    figures = {name: ratio_figure(columns[name], columns[over]) for name, over in MEANS.items() if name in columns}
+    figures = {
+        name: ratio_figure(columns[name], columns[over])
+        for name, over in MEANS.items()
+        if name in columns
+    }
     if "log_ratio" in columns:
         margins = beta * columns["log_ratio"]
         figures |= {"accuracy": figure(margins > 0), "margin": figure(margins)}
@@ -101,4 +114,6 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
 
 def calibration_error(margins: np.ndarray) -> float:
     """The expected calibration error: the mean over pairs of |observed − predicted| in their bin of the curve."""
-    return sum(bin["n"] * abs(bin["observed"] - bin["predicted"]) for bin in reliability(margins)) / len(margins)
+    return sum(
+        bin["n"] * abs(bin["observed"] - bin["predicted"]) for bin in reliability(margins)
+    ) / len(margins)

@@ -21,7 +21,9 @@ def figure(values: Sequence[float] | np.ndarray) -> Figure:
     return figure_of(np.mean, values)
 
 
-def mean_of_groups(groups: Sequence[Any] | np.ndarray, values: Sequence[float] | np.ndarray) -> Figure:
+def mean_of_groups(
+    groups: Sequence[Any] | np.ndarray, values: Sequence[float] | np.ndarray
+) -> Figure:
     """The mean over groups, as prompts, of the mean of each; groups are what is resampled."""
     _, places = np.unique(groups, return_inverse=True)
     return figure(np.bincount(places, values) / np.bincount(places))
@@ -29,7 +31,9 @@ def mean_of_groups(groups: Sequence[Any] | np.ndarray, values: Sequence[float] |
 
 def ratio_figure(sums: np.ndarray, counts: np.ndarray) -> Figure:
     """A mean over tokens, from their sum and number in each pair; pairs are what is resampled."""
-    return figure_of(lambda rows: rows[:, 0].sum() / max(rows[:, 1].sum(), 1), np.stack([sums, counts], axis=1))
+    return figure_of(
+        lambda rows: rows[:, 0].sum() / max(rows[:, 1].sum(), 1), np.stack([sums, counts], axis=1)
+    )
 
 
 def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.ndarray) -> Figure:
@@ -39,7 +43,9 @@ def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.n
     """
     rows = np.asarray(rows, dtype=np.float64)
     generator = np.random.default_rng(0)
-    draws = [statistic(rows[generator.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    draws = [
+        statistic(rows[generator.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)
+    ]
     low, high = np.percentile(draws, [2.5, 97.5])
     return {"value": float(statistic(rows)), "low": float(low), "high": float(high), "n": len(rows)}
 
@@ -57,4 +63,9 @@ def jackknife_figure(value: float, left_out: Sequence[float]) -> Figure:
 
 def normal_figure(value: float, standard_error: float, count: int) -> Figure:
     """A value ± 1.96 of its standard errors."""
-    return {"value": value, "low": value - Z * standard_error, "high": value + Z * standard_error, "n": count}
+    return {
+        "value": value,
+        "low": value - Z * standard_error,
+        "high": value + Z * standard_error,
+        "n": count,
+    }

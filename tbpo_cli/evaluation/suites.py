@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.measures import SUITES, tasks_of
 from tbpo_cli.evaluation.stats import Figure, normal_figure
-from tbpo_cli.measures import SUITES, tasks_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,16 +28,23 @@ def check_suites(suites: Sequence[str]) -> None:
     """Raises TbpoError if the harness is not installed, or knows no such task."""
     if suites and importlib.util.find_spec("lm_eval") is None:
         what = "benchmark suites need lm-eval, which is not installed"
-        raise TbpoError(what, "eval.suites", "the optional extra `suites`", "pip install 'tbpo[suites]'")
+        raise TbpoError(
+            what, "eval.suites", "the optional extra `suites`", "pip install 'tbpo[suites]'"
+        )
     for task, _ in (pair for suite in suites for pair in tasks_of(suite)):
         if not Path(task).is_file() and task not in (known := _index(True).task_index):
             near = difflib.get_close_matches(task, [*SUITES, *known], n=1)
-            what, fix = f"there is no such suite or task: {task}", f"did you mean {near[0]}?" if near else ""
+            what, fix = (
+                f"there is no such suite or task: {task}",
+                f"did you mean {near[0]}?" if near else "",
+            )
             expected = "a task of lm-eval (`lm-eval ls tasks` lists them), or a task's YAML file"
             raise TbpoError(what, "eval.suites", f"one of {', '.join(SUITES)}, {expected}", fix)
 
 
-def run_task(model: nn.Module, tokenizer: Any, task: str, shots: int | None, batch_size: int) -> dict[str, Figure]:
+def run_task(
+    model: nn.Module, tokenizer: Any, task: str, shots: int | None, batch_size: int
+) -> dict[str, Figure]:
     """The headline figure, with `metric`, its name, of a task; of a tag, those of its tasks.
 
     The interval is ± 1.96 of the harness's own standard error. Raises TbpoError if the harness cannot run the task.
@@ -46,28 +53,45 @@ def run_task(model: nn.Module, tokenizer: Any, task: str, shots: int | None, bat
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    settings = {"num_fewshot": shots, "log_samples": False, "task_manager": _index(not Path(task).is_file())}
+    settings = {
+        "num_fewshot": shots,
+        "log_samples": False,
+        "task_manager": _index(not Path(task).is_file()),
+    }
     try:
         with nullcontext() if console.err.is_terminal else redirect_stderr(StringIO()):  # its bars
-            found = simple_evaluate(HFLM(model, tokenizer=tokenizer, batch_size=batch_size), tasks=[task], **settings)
+            found = simple_evaluate(
+                HFLM(model, tokenizer=tokenizer, batch_size=batch_size), tasks=[task], **settings
+            )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         expected = "a task whose data can be read or downloaded"
-        raise TbpoError(f"lm-eval cannot run the task {task}: {reason}", "eval.suites", expected) from error
-    results, counts = found["results"], {name: count["effective"] for name, count in found["n-samples"].items()}
+        raise TbpoError(
+            f"lm-eval cannot run the task {task}: {reason}", "eval.suites", expected
+        ) from error
+    results, counts = (
+        found["results"],
+        {name: count["effective"] for name, count in found["n-samples"].items()},
+    )
     names = [task] if task in results else list(found.get("groups") or results)
     every = sum(counts.values())
     return {
-        Path(task).stem if len(names) == 1 else name: _headline(results[name], counts.get(name, every))
+        Path(task).stem if len(names) == 1 else name: _headline(
+            results[name], counts.get(name, every)
+        )
         for name in names
     }
 
 
 def _headline(result: dict[str, Any], count: int) -> Figure:
-    metrics = [name for name, value in result.items() if "," in name and isinstance(value, int | float)]
+    metrics = [
+        name for name, value in result.items() if "," in name and isinstance(value, int | float)
+    ]
     metric = next(name for name in (*HEADLINES, *metrics) if name in metrics)
     error = result.get(metric.replace(",", "_stderr,"))
-    return normal_figure(result[metric], error if isinstance(error, int | float) else 0.0, count) | {"metric": metric}
+    return normal_figure(
+        result[metric], error if isinstance(error, int | float) else 0.0, count
+    ) | {"metric": metric}
 
 
 @functools.cache

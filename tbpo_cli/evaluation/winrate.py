@@ -11,20 +11,24 @@ from typing import Any
 
 import numpy as np
 
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges import Comparison, Verdict, judges_of
+from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, judges_of
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
 
-RIDGE = np.array([0.001, 0.01])  # on θ and φ, which stay finite where one side always wins, or length decides all
+RIDGE = np.array(
+    [0.001, 0.01]
+)  # on θ and φ, which stay finite where one side always wins, or length decides all
 
 
-def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> tuple[Rows, Rows, dict[str, Any]]:
+def judge_all(
+    recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]
+) -> tuple[Rows, Rows, dict[str, Any]]:
     """The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge that scores.
 
     Args:
@@ -37,10 +41,14 @@ def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str])
     comparisons = _comparisons(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
         judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
-        for (model, against), group in itertools.groupby(judged, key=lambda pair: (pair[0].model, pair[0].against)):
+        for (model, against), group in itertools.groupby(
+            judged, key=lambda pair: (pair[0].model, pair[0].against)
+        ):
             of_both, verdicts = zip(*group, strict=True)
             win_rates.append(win_rate(of_both, verdicts, judge.name))
-            scored = zip(*(verdict.scores or () for verdict in verdicts), strict=True)  # of the model, of the other
+            scored = zip(
+                *(verdict.scores or () for verdict in verdicts), strict=True
+            )  # of the model, of the other
             for name, values in zip((model, against), scored, strict=False):
                 scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
         lines += [
@@ -54,35 +62,57 @@ def judge_all(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str])
     return win_rates, lines, scores
 
 
-def _comparisons(recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]) -> list[Comparison]:
+def _comparisons(
+    recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]
+) -> list[Comparison]:
     """Of the policy with its opponents and the others, and of these with the opponents."""
     opponents = recipe.eval.opponents
-    said = {(one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"]) for one in samples}
-    prompts = {(one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one}
+    said = {
+        (one["model"], one["prompt_id"], one["sample"]): (one["completion"], one["token_ids"])
+        for one in samples
+    }
+    prompts = {
+        (one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one
+    }
     if "chosen" in opponents:
         store = PairStore(run_dir.stage("prepare") / "eval")
         texts = held_out_texts(recipe.data, {prompt_id for prompt_id, _ in prompts})
         ids = {pair.pair_id: pair.chosen_ids for pair in map(store.__getitem__, range(len(store)))}
-        said |= {("chosen", *key): (texts[key[0]].chosen["content"], ids[key[0]]) for key in prompts}
+        said |= {
+            ("chosen", *key): (texts[key[0]].chosen["content"], ids[key[0]]) for key in prompts
+        }
     pairings = [("policy", other) for other in (*opponents, *others)]
     pairings += [(model, other) for model in others for other in opponents]
     return [
-        Comparison(prompt_id, messages, model, against, text, other, len(ids), len(other_ids), number)
+        Comparison(
+            prompt_id, messages, model, against, text, other, len(ids), len(other_ids), number
+        )
         for model, against in pairings
         for (prompt_id, number), messages in prompts.items()
-        for (text, ids), (other, other_ids) in [[said[name, prompt_id, number] for name in (model, against)]]
+        for (text, ids), (other, other_ids) in [
+            [said[name, prompt_id, number] for name in (model, against)]
+        ]
     ]
 
 
-def win_rate(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: str) -> dict[str, Any]:
+def win_rate(
+    comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], judge: str
+) -> dict[str, Any]:
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their samples. Verdicts that
     cannot be read are counted, and left out. Raises TbpoError if none can be read.
     """
-    read = [(one, verdict) for one, verdict in zip(comparisons, verdicts, strict=True) if verdict.value is not None]
+    read = [
+        (one, verdict)
+        for one, verdict in zip(comparisons, verdicts, strict=True)
+        if verdict.value is not None
+    ]
     if not read:
-        what, expected = f"{judge} gave no verdict: {verdicts[0].reason[:300]}", "an answer that ends in a verdict"
+        what, expected = (
+            f"{judge} gave no verdict: {verdicts[0].reason[:300]}",
+            "an answer that ends in a verdict",
+        )
         raise TbpoError(what, "[eval]", expected, "another judge or template")
     values = np.array([verdict.value for _, verdict in read])
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
@@ -125,7 +155,9 @@ def length_controlled(values: np.ndarray, lengths: np.ndarray, prompts: np.ndarr
         lengths: (n,) length of the model's completion minus the other's.
         prompts: (n,) number of the prompt, from 0; all of a prompt's verdicts are drawn together.
     """
-    features = np.stack([np.ones_like(lengths), np.tanh(lengths / (lengths.std() or np.inf))], axis=1)
+    features = np.stack(
+        [np.ones_like(lengths), np.tanh(lengths / (lengths.std() or np.inf))], axis=1
+    )
 
     def rate(drawn: np.ndarray) -> float:
         weights = np.bincount(drawn.astype(int), minlength=prompts.max() + 1)[prompts]

@@ -12,14 +12,22 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tbpo_cli.data.layouts import LAYOUTS, Segments, Sequences, collate, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, Segments, Sequences, collate, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 BY_SEQUENCE = "tbpo_by_sequence"
-MORE_THAN_PLAIN = ("dropout", "softcap", "position_bias", "s_aux")  # options of an attention that the one kernel lacks
-WINDOWS = ("sliding_window", "attention_chunk_size")  # the config's names for "sees no further back than"
+MORE_THAN_PLAIN = (
+    "dropout",
+    "softcap",
+    "position_bias",
+    "s_aux",
+)  # options of an attention that the one kernel lacks
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+)  # the config's names for "sees no further back than"
 
 
 def attend_by_sequence(
@@ -50,7 +58,12 @@ def attend_by_sequence(
 
 
 def _one_by_one(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    **options: Any,
 ) -> Tensor:
     """A sequence that continues another one is attended together with it: the kernel sees a plain causal square."""
     parts = [states.split(sequences.lengths, dim=2) for states in (query, key, value)]
@@ -58,20 +71,31 @@ def _one_by_one(
     for number, prefix in enumerate(sequences.continues):
         own = [states[number] for states in parts]
         if number != prefix:
-            own = [torch.cat((states[prefix], part), dim=2) for states, part in zip(parts, own, strict=True)]
+            own = [
+                torch.cat((states[prefix], part), dim=2)
+                for states, part in zip(parts, own, strict=True)
+            ]
         elif number in sequences.continues[number + 1 :]:
             continue  # its own outputs come with the first sequence that continues it
-        result, _ = sdpa_attention_forward(module, own[0], own[1], own[2], None, is_causal=True, **options)
+        result, _ = sdpa_attention_forward(
+            module, own[0], own[1], own[2], None, is_causal=True, **options
+        )
         if number != prefix:
-            before, result = result.split((sequences.lengths[prefix], sequences.lengths[number]), dim=1)
+            before, result = result.split(
+                (sequences.lengths[prefix], sequences.lengths[number]), dim=1
+            )
             attended.setdefault(prefix, before)
         attended[number] = result
     return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1)
 
 
-def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, of: Segments, scale: float | None) -> Tensor:
+def _in_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, of: Segments, scale: float | None
+) -> Tensor:
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    grouped: Any = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}  # which torch 2.11 does not know
+    grouped: Any = (
+        {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    )  # which torch 2.11 does not know
     attended = varlen_attn(
         query.contiguous(), key[of.keys], value[of.keys], of.query_ends, of.key_ends, of.most_queries, of.most_keys,
         scale=scale, window_size=(-1, 0), **grouped,
@@ -88,7 +112,9 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
     segments = segments_of(sequences).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, count, sum(sequences.lengths), size) for count in (heads, key_heads, key_heads)]
-    states = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+    states = [
+        torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes
+    ]
     module = nn.Module()
     vars(module)["num_key_value_groups"] = heads // key_heads  # as transformers' layers have it
 
@@ -99,11 +125,21 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
 
     try:
         with torch.enable_grad():
-            wanted = with_gradients(lambda query, key, value: _one_by_one(module, query, key, value, sequences))
-            found = with_gradients(lambda query, key, value: _in_one_kernel(query, key, value, segments, None))
-    except (RuntimeError, TypeError, ValueError):  # not on this device, not by this torch, or not for such heads
+            wanted = with_gradients(
+                lambda query, key, value: _one_by_one(module, query, key, value, sequences)
+            )
+            found = with_gradients(
+                lambda query, key, value: _in_one_kernel(query, key, value, segments, None)
+            )
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # not on this device, not by this torch, or not for such heads
         return False
-    return all(torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True))
+    return all(
+        torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True)
+    )
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
@@ -165,7 +201,10 @@ def _reads_sequences_apart(causal: LanguageModel) -> bool:
     """
     vocab_size = causal.config.get_text_config().vocab_size
     ids = [(7 * number + 3) % vocab_size for number in range(24)]
-    pairs = [TokenizedPair("0", ids[:5], ids[5:11], ids[11:15]), TokenizedPair("1", ids[15:18], ids[18:20], ids[20:])]
+    pairs = [
+        TokenizedPair("0", ids[:5], ids[5:11], ids[11:15]),
+        TokenizedPair("1", ids[15:18], ids[18:20], ids[20:]),
+    ]
     device, was_training = next(causal.parameters()).device, causal.training
     causal.eval()
     try:

@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 def fuse_norms(model: nn.Module) -> None:
     """Lets the plain RMSNorms of a model compute by torch's own, on a GPU one kernel; all others stay as they are."""
-    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
+    kinds = {
+        type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")
+    }
     plain = {kind for kind in kinds if _is_plain_norm(kind)}
     for module in model.modules():
         if type(module) in plain:
@@ -40,19 +42,30 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     if weight.dtype != x.dtype:
         own: Tensor = type(module).forward(module, x)
         return own
-    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon).to(x.dtype)  # which autocast may have widened
+    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon).to(
+        x.dtype
+    )  # which autocast may have widened
 
 
 def fuse_lora(model: nn.Module) -> None:
     """Lets the plain LoRA layers of a model compute by `_LoraLinear`; all others stay as they are."""
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
+        if (
+            type(module) is Linear
+            and type(module.base_layer) is nn.Linear
+            and not module.lora_variant
+        ):
             module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]  # of this one only
 
 
 def _forward(module: Linear, x: Tensor) -> Tensor:
     adapters = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or len(adapters) != 1 or module.lora_bias[adapters[0]]:
+    if (
+        module.disable_adapters
+        or module.merged
+        or len(adapters) != 1
+        or module.lora_bias[adapters[0]]
+    ):
         return Linear.forward(module, x)
     name = adapters[0]
     rows = x.flatten(0, -2)

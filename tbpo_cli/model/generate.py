@@ -17,11 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.tokens import Chat, end_of_turn
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel
-from tbpo_cli.recipe import Sample
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,25 @@ def generate(
         stop_ids: tokens that end a completion.
     """
     device, width = next(model.parameters()).device, max(map(len, prompts))
-    input_ids = torch.tensor([[stop_ids[0]] * (width - len(ids)) + [*ids] for ids in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    input_ids = torch.tensor(
+        [[stop_ids[0]] * (width - len(ids)) + [*ids] for ids in prompts], device=device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
+    )
     draw = _Draw(settings, seeds)
     model.eval()
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
     )
     generated = model.generate(
-        input_ids=input_ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([draw]),
     )[:, width:].cpu()
     logps, entropies = (torch.stack(steps, dim=1).cpu() for steps in (draw.logps, draw.entropies))
     stopped = torch.isin(generated, torch.tensor(stop_ids))
@@ -76,12 +86,19 @@ def generate(
         count = int(ends.int().argmax()) + 1 if ends.any() else generated.shape[1]
         reason = "stop" if ends.any() else "length"
         logp, entropy = float(logps[row, :count].sum()), float(entropies[row, :count].mean())
-        completions.append(Completion(tuple(generated[row, :count].tolist()), logp, reason, entropy))
+        completions.append(
+            Completion(tuple(generated[row, :count].tolist()), logp, reason, entropy)
+        )
     return completions
 
 
 def samples_of(
-    policy: Policy, view: str, chat: Chat, keys: Sequence[tuple[Prompt, int]], settings: Sample, seed: int
+    policy: Policy,
+    view: str,
+    chat: Chat,
+    keys: Sequence[tuple[Prompt, int]],
+    settings: Sample,
+    seed: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields samples, a batch at a time; each depends on its prompt, its number and the seed alone.
 
@@ -98,7 +115,9 @@ def samples_of(
                 {
                     "prompt_id": keys[place][0].prompt_id,
                     "sample": keys[place][1],
-                    "completion": chat.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True),
+                    "completion": chat.tokenizer.decode(
+                        list(completion.token_ids), skip_special_tokens=True
+                    ),
                     **asdict(completion),
                 }
                 for place, completion in batch
@@ -122,7 +141,10 @@ def completions(
 
 def seed_of(seed: int, prompt_id: str, number: int) -> int:
     """The seed of the n-th sample of a prompt in a run."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {prompt_id} {number}".encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed} {prompt_id} {number}".encode()).digest()[:8], "big")
+        >> 1
+    )
 
 
 class _Draw(LogitsProcessor):
@@ -143,10 +165,14 @@ class _Draw(LogitsProcessor):
             chosen = logps.argmax(dim=-1)
         else:
             cumulated = self._warpers(input_ids, logps).softmax(dim=-1).cumsum(dim=-1)
-            uniform = torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
+            uniform = torch.cat(
+                [torch.rand(1, generator=generator) for generator in self._generators]
+            )
             reached = cumulated <= (uniform.to(scores.device) * cumulated[:, -1])[:, None]
             chosen = reached.sum(dim=-1).clamp(max=scores.shape[-1] - 1)
         chosen = chosen[:, None]
         self.logps.append(logps.gather(1, chosen)[:, 0])
-        self.entropies.append(-torch.linalg.vecdot(logps.exp(), logps.clamp(min=torch.finfo(logps.dtype).min)))
+        self.entropies.append(
+            -torch.linalg.vecdot(logps.exp(), logps.clamp(min=torch.finfo(logps.dtype).min))
+        )
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Model, Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.fused import fuse_lora, fuse_norms
 from tbpo_cli.model.sharding import LanguageModel, gather_all, shard
-from tbpo_cli.recipe import Model, Recipe
 
 POLICY = "default"  # peft's own name for a first adapter: what is saved loads without naming it
 REFERENCE, POSITIVE, NEGATIVE = "reference", "positive", "negative"
@@ -105,7 +105,11 @@ class Policy:
         """Which model it is, in words."""
         if REFERENCE in self.frozen:
             return "a frozen copy of the model"
-        return "a frozen copy of the SFT adapter" if REFERENCE in self.adapters else "the base, with the adapter off"
+        return (
+            "a frozen copy of the SFT adapter"
+            if REFERENCE in self.adapters
+            else "the base, with the adapter off"
+        )
 
     def save(self, folder: Path, writes: bool = True) -> list[Path]:
         """Writes what was trained: the adapter alone, or the whole model in the base's own dtype; returns the files.
@@ -123,9 +127,13 @@ class Policy:
             dtype = self.model.config.dtype
             state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
             self.model.save_pretrained(folder, state_dict=state)
-            self.model.config.dtype = dtype  # save_pretrained notes the dtype of the weights in memory
+            self.model.config.dtype = (
+                dtype  # save_pretrained notes the dtype of the weights in memory
+            )
             self.model.config.save_pretrained(folder)
-        return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+        return sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"
+        )
 
 
 def load_policy(
@@ -148,17 +156,25 @@ def load_policy(
     """
     torch.manual_seed(recipe.run.seed)  # random weights and LoRA's start are functions of the seed
     compute, device = compute_dtype(recipe.model, device), home or device
-    if recipe.model.lora is None:  # bf16 would round small updates of the weights away: they are kept in fp32
+    if (
+        recipe.model.lora is None
+    ):  # bf16 would round small updates of the weights away: they are kept in fp32
         model = load_base(recipe.model, str(sft_output or recipe.model.base), device, torch.float32)
         frozen = {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {}
         return Policy(model, frozen, None if compute == torch.float32 else compute)
     model = load_base(recipe.model, recipe.model.base, device, compute)
     start = sft_output or _named_adapter(recipe.model)
-    adapted = _new_adapter(model, recipe.model) if start is None else _continue(model, start, start, recipe.model)
+    adapted = (
+        _new_adapter(model, recipe.model)
+        if start is None
+        else _continue(model, start, start, recipe.model)
+    )
     return _with_adapter(adapted, recipe.model, compute)
 
 
-def load_trained(recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None) -> Policy:
+def load_trained(
+    recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None
+) -> Policy:
     """The policy as training left it, with its reference.
 
     Args:
@@ -168,10 +184,14 @@ def load_trained(recipe: Recipe, device: torch.device, trained: Path, sft_output
     compute = compute_dtype(recipe.model, device)
     if not (trained / "adapter_config.json").exists():
         reference = load_base(recipe.model, str(sft_output or recipe.model.base), device, compute)
-        return Policy(load_base(recipe.model, str(trained), device, compute), {REFERENCE: reference})
+        return Policy(
+            load_base(recipe.model, str(trained), device, compute), {REFERENCE: reference}
+        )
     base = load_base(recipe.model, recipe.model.base, device, compute)
     reference_adapter = sft_output or _named_adapter(recipe.model)
-    return _with_adapter(_continue(base, trained, reference_adapter, recipe.model, False), recipe.model, compute)
+    return _with_adapter(
+        _continue(base, trained, reference_adapter, recipe.model, False), recipe.model, compute
+    )
 
 
 def _named_adapter(model: Model) -> Path | None:
@@ -185,7 +205,9 @@ def _new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and takes any number
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        target_modules=lora.target_modules
+        if isinstance(lora.target_modules, str)
+        else list(lora.target_modules),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.base,
         revision=model.revision,
@@ -201,16 +223,22 @@ def _new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
         ) from error
 
 
-def _continue(base: nn.Module, policy: Path, reference: Path | None, model: Model, trains: bool = True) -> nn.Module:
+def _continue(
+    base: nn.Module, policy: Path, reference: Path | None, model: Model, trains: bool = True
+) -> nn.Module:
     """The base with the adapter of one folder as the policy, and that of another, if any, as the frozen reference."""
     try:
-        peft_model = PeftModel.from_pretrained(base, policy, adapter_name=POLICY, is_trainable=trains)
+        peft_model = PeftModel.from_pretrained(
+            base, policy, adapter_name=POLICY, is_trainable=trains
+        )
         if reference is not None:
             peft_model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
             peft_model.set_adapter(POLICY)
     except (RuntimeError, ValueError) as error:
         what = f"the adapter does not fit the base: {str(error).strip().splitlines()[-1].strip()}"
-        raise TbpoError(what, str(policy), f"an adapter for {model.base}", "check model.base") from error
+        raise TbpoError(
+            what, str(policy), f"an adapter for {model.base}", "check model.base"
+        ) from error
     return peft_model
 
 
@@ -264,16 +292,22 @@ def add_helper(
         ) from error
 
 
-def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str) -> LanguageModel:
+def load_base(
+    model: Model, folder_or_id: str, device: torch.device, dtype: torch.dtype | str
+) -> LanguageModel:
     """A transformers causal language model, from safetensors only, or with random weights from its config."""
     attention = None if model.attention == "auto" else model.attention
     if trusted := model.trust_remote_code:
-        console.say(f"WARNING: model.trust_remote_code = true: code from {folder_or_id} runs with your rights")
+        console.say(
+            f"WARNING: model.trust_remote_code = true: code from {folder_or_id} runs with your rights"
+        )
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": trusted}
     if model.quantization is not None:
         options |= {"quantization_config": _quantization(dtype, device), "device_map": {"": device}}
     try:
-        config = AutoConfig.from_pretrained(folder_or_id, revision=model.revision, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(
+            folder_or_id, revision=model.revision, trust_remote_code=trusted
+        )
         own_dtype = config.dtype
         if model.initial_weights == "random" and folder_or_id == model.base:
             loaded = AutoModelForCausalLM.from_config(
@@ -281,7 +315,11 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
             )
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder_or_id, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
+                folder_or_id,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                **options,
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         fix = "check model.base (and model.revision), and that the Hub can be reached"
@@ -305,8 +343,12 @@ def load_base(model: Model, folder_or_id: str, device: torch.device, dtype: torc
 
 def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
     key = 'model.quantization = "nf4"'
-    if device.type == "cpu":  # bitsandbytes has no gradients there once a layer was used for inference
-        raise TbpoError("4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out")
+    if (
+        device.type == "cpu"
+    ):  # bitsandbytes has no gradients there once a layer was used for inference
+        raise TbpoError(
+            "4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TbpoError(
             "4-bit weights need bitsandbytes, which is not installed",
@@ -315,7 +357,10 @@ def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndByte
             "pip install 'tbpo[quantization]'",
         )
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
     )
 
 
@@ -335,11 +380,16 @@ def local_adapter(source: str, key: str = "the adapter") -> Path:
     files = ("adapter_config.json", "adapter_model.safetensors")
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(files)))
+            folder = Path(
+                snapshot_download(repo, revision=revision or None, allow_patterns=list(files))
+            )
         if missing := [name for name in files if not (folder / name).exists()]:
             raise OSError(f"it has no {missing[0]}")
     except (OSError, ValueError) as error:
-        what, where = f"the adapter cannot be loaded: {str(error).splitlines()[0]}", f"{key} = {source!r}"
+        what, where = (
+            f"the adapter cannot be loaded: {str(error).splitlines()[0]}",
+            f"{key} = {source!r}",
+        )
         expected = f"a folder, or user/repo[@revision] on the Hub, with {' and '.join(files)} (a pickle is not loaded)"
         fix = "check it, and that the Hub can be reached; a whole model is named as model.base"
         raise TbpoError(what, where, expected, fix) from error

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tbpo_cli.config.recipe import Model
 from tbpo_cli.model.load import load_base
-from tbpo_cli.recipe import Model
 
 
 def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str) -> None:

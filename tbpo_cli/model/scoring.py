@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbpo_cli.batch.layouts import PairBatch, SideBatch
 from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.core.head import CHUNK_TOKENS, REFERENCE_FREE, STATISTICS, Head, token_statistics, uses_identity
+from tbpo_cli.core.head import (
+    CHUNK_TOKENS,
+    REFERENCE_FREE,
+    STATISTICS,
+    Head,
+    token_statistics,
+    uses_identity,
+)
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
-from tbpo_cli.data.layouts import PairBatch, SideBatch
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 from tbpo_cli.model.sharding import LanguageModel, causal_model, gathered
@@ -38,7 +45,9 @@ class Scorer:
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
         """Reads the heads. Raises TbpoError if a baseline is given, but the policy's head is unknown."""
-        compute = policy.autocast if policy.is_sharded else None  # weights are cast as they are gathered
+        compute = (
+            policy.autocast if policy.is_sharded else None
+        )  # weights are cast as they are gathered
         own = read_head(policy.model, compute)
         if baseline is not None and own is None:
             raise TbpoError(
@@ -48,7 +57,11 @@ class Scorer:
                 "take a loss without a baseline: align.loss.name = tbpo_a",
             )
         views: dict[str, Head | None] = dict.fromkeys((POLICY, REFERENCE, *policy.adapters), own)
-        return cls(policy, views | {name: read_head(model, compute) for name, model in policy.frozen.items()}, baseline)
+        return cls(
+            policy,
+            views | {name: read_head(model, compute) for name, model in policy.frozen.items()},
+            baseline,
+        )
 
     def describe(self, needs: frozenset[str]) -> str:
         """How the statistics in `needs` are computed, and why so."""
@@ -89,7 +102,11 @@ class Scorer:
         if "weights" in needs:
             columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
         own = view == POLICY
-        states = self._states(self.policy.model, batch, self.heads[POLICY]) if own else self._view(view, batch)
+        states = (
+            self._states(self.policy.model, batch, self.heads[POLICY])
+            if own
+            else self._view(view, batch)
+        )
         columns |= self._statistics(statistics, batch, view, states, reference)
         if reference_logps is not None:
             columns["log_ratio"] = columns["logps"] - reference_logps
@@ -114,11 +131,18 @@ class Scorer:
         """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
-            states = model(**batch.rows).logits if head is None else _hidden_states(model, batch.rows)
+            states = (
+                model(**batch.rows).logits if head is None else _hidden_states(model, batch.rows)
+            )
         return states.flatten(0, 1)[batch.predictor]
 
     def _statistics(
-        self, needs: frozenset[str], batch: PairBatch, view: str, states: Tensor, reference: Tensor | None = None
+        self,
+        needs: frozenset[str],
+        batch: PairBatch,
+        view: str,
+        states: Tensor,
+        reference: Tensor | None = None,
     ) -> dict[str, Tensor]:
         tokens = batch.tokens
         head, reference_head = self.heads[view], self.heads.get(REFERENCE)
@@ -133,7 +157,9 @@ class Scorer:
         else:
             everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
             logits = states if reference is None else reference
-            computed = oracle.side_scores(states.float()[None], logits.float()[None], tokens[None], everything)
+            computed = oracle.side_scores(
+                states.float()[None], logits.float()[None], tokens[None], everything
+            )
         return {name: getattr(computed, name).reshape(-1) for name in needs}
 
 
@@ -157,7 +183,9 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
 
     def side(of: SideBatch, part: int) -> SideScores:
         scattered = {
-            name: values.new_zeros(of.mask.numel()).scatter(0, of.slots, values.split(lengths)[part]).view_as(of.mask)
+            name: values.new_zeros(of.mask.numel())
+            .scatter(0, of.slots, values.split(lengths)[part])
+            .view_as(of.mask)
             for name, values in columns.items()
         }
         return SideScores(mask=of.mask, **scattered)
@@ -169,7 +197,9 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
 def _hidden_states(model: LanguageModel, rows: dict[str, Any]) -> Tensor:
     """(R, L, H): what the output head reads."""
     causal = causal_model(model)
-    states: Tensor = getattr(causal, "sharded_backbone", causal.base_model)(**rows).last_hidden_state
+    states: Tensor = getattr(causal, "sharded_backbone", causal.base_model)(
+        **rows
+    ).last_hidden_state
     return states
 
 
@@ -192,24 +222,32 @@ def read_head(model: LanguageModel, compute: torch.dtype | None = None) -> Head 
     head = Head(
         weight=linear.weight,
         bias=linear.bias,
-        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        scale=(getattr(config, "logit_scale", None) or 1.0)
+        / (getattr(config, "logits_scaling", None) or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
     if linear.weight.is_meta:
         return head
-    rows = {"input_ids": torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size, "use_cache": False}
+    rows = {
+        "input_ids": torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size,
+        "use_cache": False,
+    }
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logits = model(**rows).logits[0].float()
         rebuilt = _gathered_head(head).logits(_hidden_states(model, rows)[0]).float()
     model.train(was_training)
-    tolerance = 0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
+    tolerance = (
+        0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
+    )
     if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):
         return _unknown_head("its logits are not those of a linear layer on the last hidden state")
     return head
 
 
 def _unknown_head(reason: str) -> Head | None:
-    logging.getLogger("tbpo").warning("the output head is unknown (%s): scoring falls back to dense logits", reason)
+    logging.getLogger("tbpo").warning(
+        "the output head is unknown (%s): scoring falls back to dense logits", reason
+    )
     return None

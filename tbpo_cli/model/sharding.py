@@ -31,18 +31,32 @@ def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -
         compute: the dtype that gathered weights are cast to; None: their own.
     """
     causal, precision = causal_model(model), MixedPrecisionPolicy()
-    if compute is not None:  # by autocast alone, the casts of all layers would be kept until the backward pass
+    if (
+        compute is not None
+    ):  # by autocast alone, the casts of all layers would be kept until the backward pass
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = set(causal._no_split_modules or ())
-    inside_out = reversed(list(causal.modules()))  # a part that is shared out is no more a part of what holds it
+    inside_out = reversed(
+        list(causal.modules())
+    )  # a part that is shared out is no more a part of what holds it
     units = [module for module in inside_out if type(module).__name__ in layers]
-    ends = [end for end in (causal.get_input_embeddings(), causal.get_output_embeddings()) if end is not None]
-    tied = len({id(end.weight) for end in ends}) < len(ends)  # then the weight stays with what holds both: the model
+    ends = [
+        end
+        for end in (causal.get_input_embeddings(), causal.get_output_embeddings())
+        if end is not None
+    ]
+    tied = len({id(end.weight) for end in ends}) < len(
+        ends
+    )  # then the weight stays with what holds both: the model
     for unit in [*units, *([] if tied else ends), causal]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # else another factor than the mean's asks for NCCL
-    causal.sharded_backbone = causal.base_model.__call__  # enters through the model, which gathers what is its own
+        unit.set_force_sum_reduction_for_comms(
+            True
+        )  # else another factor than the mean's asks for NCCL
+    causal.sharded_backbone = (
+        causal.base_model.__call__
+    )  # enters through the model, which gathers what is its own
     register_fsdp_forward_method(causal, "sharded_backbone")
 
 
@@ -51,7 +65,9 @@ def gathered(tensor: MaybeTensor) -> MaybeTensor:
 
     All processes call it.
     """
-    return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+    return (
+        tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+    )
 
 
 def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -6,11 +6,11 @@ import importlib
 from types import ModuleType
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import told_as_unwritable
-from tbpo_cli.launch import ALONE, Processes, join_workers
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import STAGES, RunDir
+from tbpo_cli.runs.files import told_as_unwritable
+from tbpo_cli.runs.launch import ALONE, Processes, join_workers
+from tbpo_cli.runs.run_dir import STAGES, RunDir
 
 
 def module_of(name: str) -> ModuleType:
@@ -50,7 +50,9 @@ def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
         console.out.print("\n    ".join([f"{name}: {WORDS[state]}", *changes]), markup=False)
 
 
-def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE) -> None:
+def run_through(
+    target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE
+) -> None:
     """Runs the stages that `target` needs and that are not up to date, then `target`.
 
     Of several machines the first prepares, and the others join it. With `restart`, the folders of `target`, and of
@@ -70,7 +72,9 @@ def run_through(target: str, recipe: Recipe, run_dir: RunDir, restart: bool, pro
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
         for name in states:
-            states = plan(target, recipe, run_dir)  # again: the result of a stage before may be another one now
+            states = plan(
+                target, recipe, run_dir
+            )  # again: the result of a stage before may be another one now
             if not restart:
                 _refuse_changed(states, run_dir)
             anew = states[name][0] in ("stale", "changed") or (restart and name == target)
@@ -90,4 +94,6 @@ def _refuse_changed(states: dict[str, tuple[str, list[str]]], run_dir: RunDir) -
         what = f"the inputs of a stage changed since it was run: {', '.join(changed)}"
         expected = "\n    ".join(["what the stage was made from:", *lines])
         anew = f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed)"
-        raise TbpoError(what, str(run_dir.path), expected, f"{anew}, or --run-dir DIR starts another run")
+        raise TbpoError(
+            what, str(run_dir.path), expected, f"{anew}, or --run-dir DIR starts another run"
+        )

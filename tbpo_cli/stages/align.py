@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Align, Recipe
 from tbpo_cli.core.generators import build_generator
 from tbpo_cli.core.losses import Loss, build_loss
-from tbpo_cli.launch import ALONE, Processes, run_or_launch
-from tbpo_cli.measures import PREFERENCE
-from tbpo_cli.recipe import Align, Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.evaluation.measures import PREFERENCE
+from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.run_dir import RunDir
 
 SHOWN = ("accuracy", "margin", "kl", "entropy", "logps_chosen", "logps_rejected")
 # While policy and reference are still the same, the accuracy means nothing.
@@ -23,7 +23,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
-    from tbpo_cli.training import train_stage
+    from tbpo_cli.train.stage import train_stage
 
     train_stage("align", recipe, run_dir, loss_of(recipe.align))
 
@@ -43,7 +43,13 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     console.show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
-    console.say(f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})")
-    console.say(f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}")
-    console.say(f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:")
+    console.say(
+        f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})"
+    )
+    console.say(
+        f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}"
+    )
+    console.say(
+        f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:"
+    )
     console.say("      the same command with --set align.loss.name=dpo --run-dir runs/dpo")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
-from tbpo_cli.files import json_lines, write_whole
-from tbpo_cli.launch import ALONE, Processes, run_or_launch
-from tbpo_cli.measures import decide
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.evaluation.measures import decide
+from tbpo_cli.runs.files import json_lines, write_whole
+from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
 
@@ -23,12 +23,17 @@ OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of t
 
 def check(recipe: Recipe) -> None:
     """What can be known before anything is run. Raises TbpoError if a part of [eval] cannot be done."""
-    from tbpo_cli.evaluation.judges import judges_of
+    from tbpo_cli.evaluation.judges.judge import judges_of
     from tbpo_cli.evaluation.suites import check_suites
 
     if adapter := recipe.sample.adapter:
-        what, where = "the samples would be of another model than the figures", f"sample.adapter = {adapter!r}"
-        raise TbpoError(what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}")
+        what, where = (
+            "the samples would be of another model than the figures",
+            f"sample.adapter = {adapter!r}",
+        )
+        raise TbpoError(
+            what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
+        )
     for source in recipe.eval.against:
         check_source(source)
     check_suites(recipe.eval.suites)
@@ -46,12 +51,19 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     started = time.monotonic()
     check(recipe)
     if not len(PairStore(run_dir.stage("prepare") / "eval")):
-        raise TbpoError("there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0")
+        raise TbpoError(
+            "there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0"
+        )
     candidates = candidates_of(recipe, run_dir)
     run_or_launch(work, "eval", recipe, run_dir, processes)
     samples = _samples(run_dir, candidates)
-    win_rates, verdicts, scores = judge_all(recipe, run_dir, samples, [each.name for each in candidates[2:]])
-    models = {each.name: {**_measured(run_dir, each), "score": scores.get(each.name)} for each in candidates}
+    win_rates, verdicts, scores = judge_all(
+        recipe, run_dir, samples, [each.name for each in candidates[2:]]
+    )
+    models = {
+        each.name: {**_measured(run_dir, each), "score": scores.get(each.name)}
+        for each in candidates
+    }
     results = {
         "run": recipe.run.name,
         "loss": recipe.align.loss["name"],
@@ -63,7 +75,12 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     }
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
-    _finish(recipe, run_dir, results | {"verdict": verdict(results)}, round(time.monotonic() - started, 1))
+    _finish(
+        recipe,
+        run_dir,
+        results | {"verdict": verdict(results)},
+        round(time.monotonic() - started, 1),
+    )
     report(recipe, run_dir)
 
 
@@ -101,7 +118,9 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
-    bench = Bench(recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt)
+    bench = Bench(
+        recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
+    )
     for each, what in wanted:
         rows = [row for share in group.gather(getattr(bench, what)(each)) for row in share]
         if group.is_main:
@@ -119,7 +138,11 @@ def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
 
 def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
     """What all models have answered to the prompts of the sample stage."""
-    answers = [{"model": each.name, **row} for each in candidates for row in _rows(run_dir, each, "answers")]
+    answers = [
+        {"model": each.name, **row}
+        for each in candidates
+        for row in _rows(run_dir, each, "answers")
+    ]
     return json_lines(run_dir.stage("sample") / "samples.jsonl") + answers
 
 
@@ -144,11 +167,19 @@ def verdict(results: dict[str, Any]) -> str:
     own = models["policy"]["preference"]["all"]
     if wins:  # the first one is the policy's
         raw, opponent = wins[0]["raw"], OPPONENTS.get(wins[0]["against"], wins[0]["against"])
-        word = "beats" if raw["low"] > 0.5 else "loses to" if raw["high"] < 0.5 else "is not clearly different from"
+        word = (
+            "beats"
+            if raw["low"] > 0.5
+            else "loses to"
+            if raw["high"] < 0.5
+            else "is not clearly different from"
+        )
         said = f"{loss} {word} {opponent}: it wins {_share(raw, 'prompts')}, by {wins[0]['judge']}"
     else:
         said = f"{loss} prefers the chosen response of {_share(own['accuracy'], 'held-out pairs')}"
-    before, after = (models[name]["preference"]["all"]["entropy"]["value"] for name in ("reference", "policy"))
+    before, after = (
+        models[name]["preference"]["all"]["entropy"]["value"] for name in ("reference", "policy")
+    )
     return f"{said}; KL from the reference {own['kl']['value']:.3f} nats a token, entropy {before:.3f} → {after:.3f}"
 
 
@@ -159,21 +190,23 @@ def _share(figure: dict[str, Any], of: str) -> str:
 
 def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: float) -> None:
     """Writes results.json with the gate's decision, report.html, and that the stage is complete."""
-    from tbpo_cli.evaluation.page import write_report
+    from tbpo_cli.report.evaluation import write_report
     from tbpo_cli.train.metrics import read_metrics
 
     folder, samples = run_dir.stage("eval"), _samples(run_dir, candidates_of(recipe, run_dir))
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     results |= {"gate": decide(recipe.eval.gate, results)}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_report(folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics)
+    write_report(
+        folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics
+    )
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
     run_dir.finish("eval", outputs, {"seconds": seconds})
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the complete stage's results. Raises GateError if `eval.gate` does not hold."""
-    from tbpo_cli.evaluation.page import show
+    from tbpo_cli.report.evaluation import show
 
     folder, manifest = run_dir.stage("eval"), run_dir.manifest("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -183,8 +216,15 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
-        measured = "it was not measured" if gate["value"] is None else f"measured {gate['value']:.4g}"
+        measured = (
+            "it was not measured" if gate["value"] is None else f"measured {gate['value']:.4g}"
+        )
         what = f"the gate failed: {gate['expression']} does not hold, {measured}"
-        raise GateError(what, str(folder / "results.json"), gate["expression"], "train better, or change eval.gate")
+        raise GateError(
+            what,
+            str(folder / "results.json"),
+            gate["expression"],
+            "train better, or change eval.gate",
+        )
     if gate:
         console.say(f"the gate is passed: {gate['expression']}, measured {gate['value']:.4g}")

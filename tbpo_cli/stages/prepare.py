@@ -16,15 +16,15 @@ import pyarrow as pa
 from rich.text import Text
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe, Source
 from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.pairs import RejectedRow, recognise
-from tbpo_cli.data.preview import ShownToken, shown_parts, write_report
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import Result, TokenizedPair, fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.recipe import Recipe, Source
-from tbpo_cli.run import RunDir
+from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
+from tbpo_cli.runs.run_dir import RunDir
 
 EXCERPT_CHARACTERS = 200
 KEY = {  # of the parts of a pair: style, meaning
@@ -59,25 +59,38 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     started = time.monotonic()
     folder = run_dir.begin("prepare", recipe)
-    tokenizer = load_tokenizer(recipe.model)  # before the workers do, whose errors could not be told
+    tokenizer = load_tokenizer(
+        recipe.model
+    )  # before the workers do, whose errors could not be told
     data, sft = recipe.data, recipe.sft
-    work = [("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))]
+    work = [
+        ("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))
+    ]
     if data.eval is not None:  # first, so that its prompts are known
         work.insert(0, ("data.eval", data.eval, data.eval_split, ("eval",)))
     if sft is not None and sft.train is not None:
         work.append(("sft.train", sft.train, data.train_split, ("sft",)))
     counts: list[Counts] = []
     eval_prompts: set[str] = set()
-    with workers(recipe.model, data) as pool, (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+    with (
+        workers(recipe.model, data) as pool,
+        (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
+    ):
         for key, sources, split, into in work:
             with ExitStack() as stack:
                 writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
                 sifter = _Sifter(recipe, key, writers, eval_prompts, rejects)
                 counts += [sifter.sift(source, split, pool) for source in sources]
     for key, *_ in work:
-        _check(key, [count for count in counts if count.key == key], data.max_reject_fraction, folder)
+        _check(
+            key, [count for count in counts if count.key == key], data.max_reject_fraction, folder
+        )
     seconds = round(time.monotonic() - started, 1)
-    facts = {"counts": [vars(count) for count in counts], "tokenizer": fingerprint(tokenizer), "seconds": seconds}
+    facts = {
+        "counts": [vars(count) for count in counts],
+        "tokenizer": fingerprint(tokenizer),
+        "seconds": seconds,
+    }
     write_report(recipe, folder, [vars(count) for count in counts])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
@@ -87,7 +100,13 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the counts of the complete stage."""
     folder, counts = run_dir.stage("prepare"), run_dir.manifest("prepare")["counts"]
     rows = [
-        [split, count["source"].rpartition("/")[2], count["format"], f"{count['rows']:,}", f"{pairs:,}"]
+        [
+            split,
+            count["source"].rpartition("/")[2],
+            count["format"],
+            f"{count['rows']:,}",
+            f"{pairs:,}",
+        ]
         for count in counts
         for split, pairs in count["kept"].items()
     ]
@@ -96,7 +115,11 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     rows = []
     for split in dict.fromkeys(split for count in counts for split in count["kept"]):
         lengths = PairStore(folder / split).lengths
-        rows.append([split, *(f"{mean:.0f}" for mean in lengths.mean(axis=0))] if len(lengths) else [split, "", "", ""])
+        rows.append(
+            [split, *(f"{mean:.0f}" for mean in lengths.mean(axis=0))]
+            if len(lengths)
+            else [split, "", "", ""]
+        )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
     console.say(f"more about them: {folder / 'report.html'}")
 
@@ -104,7 +127,10 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
     """Prints the first training pairs of the complete stage to stdout as the model sees them, token by token."""
     store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
-    console.out.print("│ ends a token, ‖ the aligned part.", *(f"[{style}]{text}[/]" for style, text in KEY.values()))
+    console.out.print(
+        "│ ends a token, ‖ the aligned part.",
+        *(f"[{style}]{text}[/]" for style, text in KEY.values()),
+    )
     for index in range(min(num_pairs, len(store))):
         console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
         for name, tokens in shown_parts(store[index], tokenizer).items():
@@ -115,9 +141,15 @@ def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) 
 def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     line = Text()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(token.text.replace("\n", "⏎\n"), f"{KEY[token.part][0]}{' bold' if token.control else ''}")
+        line.append(
+            token.text.replace("\n", "⏎\n"),
+            f"{KEY[token.part][0]}{' bold' if token.control else ''}",
+        )
         line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
-        line.append("‖" if token.part == "aligned" and following and following.part == "tail" else "│", "dim")
+        line.append(
+            "‖" if token.part == "aligned" and following and following.part == "tail" else "│",
+            "dim",
+        )
     return line
 
 
@@ -152,7 +184,10 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
         fix = "mend the rows, name the columns under [data.columns], or raise data.max_reject_fraction"
         if reasons and reasons[0][0] == "overlong":
             fix = 'raise data.max_length, set data.overlong = "truncate", or raise data.max_reject_fraction'
-        parts = [f"{rejected:,} of {rows:,} rows of {key} cannot be used", *(f"{n:,} {name}" for name, n in reasons)]
+        parts = [
+            f"{rejected:,} of {rows:,} rows of {key} cannot be used",
+            *(f"{n:,} {name}" for name, n in reasons),
+        ]
         expected = f"at least one usable row, and at most {max_reject_fraction:.0%} left out"
         raise TbpoError(", ".join(parts), str(folder / "rejects.jsonl"), expected, fix)
 
@@ -179,7 +214,9 @@ class _Sifter:
         data = self.recipe.data
         data = replace(data, format="auto") if self.key == "sft.train" else data
         format_name, rows = recognise(read_rows(source, split, self.key), data)
-        counts = Counts(self.key, source.path, format_name, kept=Counter(dict.fromkeys(self.writers, 0)))
+        counts = Counts(
+            self.key, source.path, format_name, kept=Counter(dict.fromkeys(self.writers, 0))
+        )
         with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
             for chunk, results in prepare_rows(rows, format_name, data, pool):
                 kept: dict[str, list[TokenizedPair]] = {name: [] for name in self.writers}
@@ -187,7 +224,9 @@ class _Sifter:
                     if reason := self._reason_against(result):
                         self._reject(row, reason, counts)
                     elif isinstance(result, TokenizedPair):
-                        kept[self._split_of(result)] += [result] * self._copies(result, source.weight, counts)
+                        kept[self._split_of(result)] += [result] * self._copies(
+                            result, source.weight, counts
+                        )
                 for name, pairs in kept.items():
                     counts.kept[name] += len(pairs)
                     if pairs:
@@ -207,7 +246,9 @@ class _Sifter:
 
     def _split_of(self, pair: TokenizedPair) -> str:
         """By the prompt, so that no prompt is in two splits, and by the seed."""
-        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < (self.recipe.data.eval_fraction or 0)
+        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < (
+            self.recipe.data.eval_fraction or 0
+        )
         split = [*self.writers][held_out]
         if split == "eval":
             self.eval_prompts.add(pair.prompt_hash)

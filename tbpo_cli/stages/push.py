@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tbpo_cli import console, hub
+from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import read_sealed, told_as_unwritable, write_sealed
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
-from tbpo_cli.toml import TOKENIZER_FILES, WEIGHT_FILES
+from tbpo_cli.hub import publish as hub
+from tbpo_cli.runs.files import read_sealed, told_as_unwritable, write_sealed
+from tbpo_cli.runs.run_dir import RunDir
 
 SHARD_SIZE = "5GB"  # of a file of merged weights
 
 
-def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluated: bool = False) -> None:
+def run(
+    recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluated: bool = False
+) -> None:
     """Publishes a complete run, and writes push/receipt.json; a dry run shows files and card instead, all offline.
 
     Raises TbpoError if the run is not complete or not evaluated, or cannot be published.
@@ -29,21 +32,37 @@ def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluate
     manifests, results = _manifests(recipe, run_dir), _results(run_dir, allow_unevaluated)
     repo = recipe.push.repo or ""
     if not (repo or dry_run):
-        raise TbpoError("push.repo is missing", "[push] repo", '"user/name"', "--set push.repo=user/name")
+        raise TbpoError(
+            "push.repo is missing", "[push] repo", '"user/name"', "--set push.repo=user/name"
+        )
     with run_dir.lock(), told_as_unwritable(run_dir.path):
         base = hub.published_base(recipe, manifests["align"], online=not dry_run)
         if not (base.licence or dry_run):
-            raise TbpoError("the base's licence is not known", base.id, "e.g. apache-2.0", "--set push.license=…")
+            raise TbpoError(
+                "the base's licence is not known",
+                base.id,
+                "e.g. apache-2.0",
+                "--set push.license=…",
+            )
         card = hub.render_card(recipe, base, results, manifests)
-        shared = replace(recipe, model=replace(recipe.model, base=base.id, revision=base.revision)).to_toml()
+        shared = replace(
+            recipe, model=replace(recipe.model, base=base.id, revision=base.revision)
+        ).to_toml()
         texts = {"README.md": card, "recipe.toml": _without_folders(shared)}
         if results is not None:
-            texts["results.json"] = _without_folders(json.dumps(results, indent=1, ensure_ascii=False))
+            texts["results.json"] = _without_folders(
+                json.dumps(results, indent=1, ensure_ascii=False)
+            )
         hub.check_no_secret(texts)
         head = "" if dry_run else hub.open_repository(repo, recipe, card)
-        files = {name: text.encode() for name, text in texts.items()} | _weights(recipe, run_dir, base)
+        files = {name: text.encode() for name, text in texts.items()} | _weights(
+            recipe, run_dir, base
+        )
         if dry_run:
-            sizes = [[name, f"{len(f) if isinstance(f, bytes) else f.stat().st_size:,}"] for name, f in files.items()]
+            sizes = [
+                [name, f"{len(f) if isinstance(f, bytes) else f.stat().st_size:,}"]
+                for name, f in files.items()
+            ]
             console.show_table("Would be published", ["file", "bytes"], sizes)
             console.out.print(card, markup=False)
             return
@@ -53,19 +72,34 @@ def run(recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluate
         receipt = hub.publish(repo, f"{recipe.run.name}, by tbpo", files, old)
         path.parent.mkdir(exist_ok=True)
         write_sealed(path, receipt)
-    told = "unchanged, the Hub has all of it" if receipt["commit"] == head else "published, and read back"
+    told = (
+        "unchanged, the Hub has all of it"
+        if receipt["commit"] == head
+        else "published, and read back"
+    )
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
     console.out.print(receipt["url"], markup=False)
 
 
 def _manifests(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     """What the stages behind the policy say. Raises TbpoError if one is not complete, or of other inputs."""
-    manifests = {name: run_dir.manifest(name) for name in [*run_dir.needed("align", recipe), "align"]}
+    manifests = {
+        name: run_dir.manifest(name) for name in [*run_dir.needed("align", recipe), "align"]
+    }
     for name, manifest in manifests.items():
         changes = run_dir.changes(name, recipe)
         if changes or not manifest:
-            what = f"was made from other inputs: {'; '.join(changes)}" if manifest else "is not complete"
-            raise TbpoError(f"the stage {name} {what}", str(run_dir.path), "a complete run", "tbpo align RECIPE first")
+            what = (
+                f"was made from other inputs: {'; '.join(changes)}"
+                if manifest
+                else "is not complete"
+            )
+            raise TbpoError(
+                f"the stage {name} {what}",
+                str(run_dir.path),
+                "a complete run",
+                "tbpo align RECIPE first",
+            )
     return manifests
 
 
@@ -76,7 +110,9 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
     if not allow_unevaluated:
-        what = "the evaluation is older than the weights" if manifest else "the run is not evaluated"
+        what = (
+            "the evaluation is older than the weights" if manifest else "the run is not evaluated"
+        )
         fix = "tbpo eval RECIPE first, or --allow-unevaluated"
         raise TbpoError(what, str(path), "results of what is published", fix)
     return None
@@ -107,10 +143,14 @@ def _merged(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> Path:
     from tbpo_cli.model.merge import merge_adapter
 
     model = recipe.model
-    folder = run_dir.stage("push") / f"merged-{run_dir.outputs_hash('align')[:12]}-{base.revision[:12]}"
+    folder = (
+        run_dir.stage("push") / f"merged-{run_dir.outputs_hash('align')[:12]}-{base.revision[:12]}"
+    )
     if not folder.exists():
         console.say("merging the adapter into the base …")
         model = model if Path(model.base).is_absolute() else replace(model, revision=base.revision)
-        merge_adapter(model, run_dir.weights("align"), part := folder.with_name(f".{folder.name}"), SHARD_SIZE)
+        merge_adapter(
+            model, run_dir.weights("align"), part := folder.with_name(f".{folder.name}"), SHARD_SIZE
+        )
         part.rename(folder)
     return folder

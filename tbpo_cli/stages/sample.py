@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from tbpo_cli import console
-from tbpo_cli.endpoint import Endpoint
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import json_lines, write_whole
-from tbpo_cli.launch import ALONE, Processes, run_or_launch
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.evaluation.judges.endpoint import Endpoint
+from tbpo_cli.runs.files import json_lines, write_whole
+from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
@@ -40,7 +40,10 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     run_or_launch(work, "sample", recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
-    write_whole(folder / "samples.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
+    write_whole(
+        folder / "samples.jsonl",
+        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples),
+    )
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
@@ -55,7 +58,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         tokens = [one["num_tokens"] for one in samples if one["model"] == model]
         stopped = [one["finish_reason"] == "stop" for one in samples if one["model"] == model]
         rows.append([model, f"{len(tokens):,}", f"{mean(tokens):.1f}", f"{mean(stopped):.0%}"])
-    console.show_table("Completions", ["model", "completions", "mean tokens", "ended by themselves"], rows)
+    console.show_table(
+        "Completions", ["model", "completions", "mean tokens", "ended by themselves"], rows
+    )
     _show([sample for sample in samples if sample["row"] < SHOWN_PROMPTS])
     console.say(f"all of them: {path}")
 
@@ -118,7 +123,9 @@ def _chat(recipe: Recipe) -> Chat:
 def _keys(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Key]:
     """Everything that is to be sampled."""
     settings = recipe.sample
-    return list(itertools.product(settings.models, range(len(prompts)), range(settings.num_samples)))
+    return list(
+        itertools.product(settings.models, range(len(prompts)), range(settings.num_samples))
+    )
 
 
 def _sample(
@@ -159,25 +166,44 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
-def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]) -> Iterator[Json]:
+def _served(
+    recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
+) -> Iterator[Json]:
     """Samples from the server. What it refuses is asked for once more, without what is in `asks`."""
     from tbpo_cli.data.tokens import end_of_turn
     from tbpo_cli.model.generate import seed_of
 
     settings, end, refused = recipe.sample, end_of_turn(chat), []
     assert settings.endpoint is not None
-    same = {"model": settings.endpoint_model, "temperature": settings.temperature, "top_p": settings.top_p}
+    same = {
+        "model": settings.endpoint_model,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+    }
     same |= {"max_tokens": settings.max_new_tokens, **asks}
     bodies = [
-        {**same, "messages": prompt.messages, "seed": seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31}
+        {
+            **same,
+            "messages": prompt.messages,
+            "seed": seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31,
+        }
         for prompt, number in keys
     ]
-    for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies):
+    for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(
+        bodies
+    ):
         prompt, number = keys[place]
         if not reply.refused:
-            ids = chat.encode([reply.text], controls_as_text=True)[0] + [end] * (reply.finish_reason == "stop")
+            ids = chat.encode([reply.text], controls_as_text=True)[0] + [end] * (
+                reply.finish_reason == "stop"
+            )
             said = {"completion": reply.text, "token_ids": ids, "logp": reply.logp}
-            yield {"prompt_id": prompt.prompt_id, "sample": number, **said, "finish_reason": reply.finish_reason}
+            yield {
+                "prompt_id": prompt.prompt_id,
+                "sample": number,
+                **said,
+                "finish_reason": reply.finish_reason,
+            }
         elif asks:
             refused.append(keys[place])
         else:
@@ -189,11 +215,17 @@ def _served(recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: di
 
 def _written(folder: Path) -> list[Json]:
     """What is in the parts; lines that were cut short are left out."""
-    return [line for part in sorted(folder.glob("part-*.jsonl")) for line in json_lines(part, may_be_cut=True)]
+    return [
+        line
+        for part in sorted(folder.glob("part-*.jsonl"))
+        for line in json_lines(part, may_be_cut=True)
+    ]
 
 
 def _show(samples: list[Json]) -> None:
-    for (_, prompt), group in itertools.groupby(sorted(samples, key=ORDER), key=itemgetter("row", "prompt")):
+    for (_, prompt), group in itertools.groupby(
+        sorted(samples, key=ORDER), key=itemgetter("row", "prompt")
+    ):
         console.out.print(Text(f"\n{prompt}", style="dim"))
         for sample in group:
             console.out.print(Text.assemble((f"{sample['model']}: ", "bold"), sample["completion"]))

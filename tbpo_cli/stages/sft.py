@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.core.losses import build_loss
-from tbpo_cli.launch import ALONE, Processes, run_or_launch
-from tbpo_cli.recipe import Recipe
-from tbpo_cli.run import RunDir
+from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.run_dir import RunDir
 
-SUMMARY = (("loss", "loss (nats a token)", "{:.3f}", True), ("entropy", "entropy (nats a token)", "{:.3f}", True))
+SUMMARY = (
+    ("loss", "loss (nats a token)", "{:.3f}", True),
+    ("entropy", "entropy (nats a token)", "{:.3f}", True),
+)
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -19,7 +22,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
-    from tbpo_cli.training import train_stage
+    from tbpo_cli.train.stage import train_stage
 
     train_stage("sft", recipe, run_dir, build_loss("sft"))
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import read_sealed, sha256, write_sealed
 from tbpo_cli.model.sharding import gather_all, gathered, placed_like
+from tbpo_cli.runs.files import read_sealed, sha256, write_sealed
 
 KEPT = 2  # the newest, and the one before it in case it is damaged
 
@@ -30,7 +30,9 @@ class Trainee:
 
     def gradient_norm(self) -> Tensor:
         """Of all gradients together, a scalar; all processes call it."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in self.parameters.values() if parameter.grad is not None
+        ]
         return gathered(torch.nn.utils.get_total_norm(gradients))
 
     def state(self, keep: bool) -> dict[str, Tensor]:
@@ -38,7 +40,10 @@ class Trainee:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameter|{name}"] = parameter.detach()
-            tensors |= {f"optimizer|{name}|{key}": each for key, each in self.optimizer.state[parameter].items()}
+            tensors |= {
+                f"optimizer|{name}|{key}": each
+                for key, each in self.optimizer.state[parameter].items()
+            }
         return {name: tensor.contiguous() for name, tensor in gather_all(tensors, keep).items()}
 
     def restore(self, path: Path) -> None:
@@ -101,7 +106,9 @@ def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> int:
                 if sha256(path / file) != digest:
                     raise ValueError(f"{file} is damaged")
         except (OSError, ValueError, TbpoError) as error:
-            console.say(f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}")
+            console.say(
+                f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}"
+            )
             continue
         for name, trainee in trainees.items():
             trainee.restore(path / f"{name}.safetensors")

@@ -12,9 +12,9 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from tbpo_cli import console
-from tbpo_cli.data.layouts import PairBatch
+from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.errors import TbpoError, ToldError
-from tbpo_cli.files import HALVED, halved_tokens, write_whole
+from tbpo_cli.runs.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import LEAST_TOKENS
 
@@ -26,7 +26,11 @@ class TokenBudget:
     """`max_tokens_per_device`, of a micro-batch, padding included; and what becomes of it when memory runs out."""
 
     def __init__(
-        self, wanted: int | Literal["auto"], that_fit: int, group: Group, sharded_in: Path | None = None
+        self,
+        wanted: int | Literal["auto"],
+        that_fit: int,
+        group: Group,
+        sharded_in: Path | None = None,
     ) -> None:
         """`that_fit`: tokens for "auto". `sharded_in`: the stage's folder, if the processes share the weights out."""
         self._fixed, self._group, self._sharded_in = wanted != "auto", group, sharded_in
@@ -45,7 +49,10 @@ class TokenBudget:
             try:
                 result = work(self.tokens)
             except RuntimeError as error:
-                if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                if not (
+                    isinstance(error, torch.OutOfMemoryError)
+                    or "can't allocate memory" in str(error)
+                ):
                     raise
                 failure = str(error).splitlines()[0]
             # Only here has the failed attempt let go of its tensors.
@@ -57,7 +64,10 @@ class TokenBudget:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self._fixed or self.tokens < 2 * LEAST_TOKENS:
-                what, where = f"out of memory: {failures[0]}", f"max_tokens_per_device = {self.tokens}"
+                what, where = (
+                    f"out of memory: {failures[0]}",
+                    f"max_tokens_per_device = {self.tokens}",
+                )
                 smaller = "activation_checkpointing = true, or a smaller data.max_length"
                 fix = 'max_tokens_per_device = "auto"' if self._fixed else smaller
                 raise TbpoError(what, where, "a micro-batch that fits into memory", fix)
@@ -65,7 +75,9 @@ class TokenBudget:
             if self._sharded_in:
                 write_whole(self._sharded_in / HALVED, str(self.tokens))
                 raise ToldError(1)
-            console.say(f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}")
+            console.say(
+                f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
+            )
 
 
 def keep_freed_memory() -> None:
@@ -93,7 +105,10 @@ class Ahead:
     def batches(self, step: int, tokens: int) -> list[PairBatch]:
         """Those of a step, cut to `tokens`; the next step is begun."""
         wanted = ((step, tokens), (step + 1, tokens))
-        self._made = {key: self._made.get(key) or self._thread.submit(self._collate_step, *key) for key in wanted}
+        self._made = {
+            key: self._made.get(key) or self._thread.submit(self._collate_step, *key)
+            for key in wanted
+        }
         return self._made[step, tokens].result()
 
     def close(self) -> None:

@@ -19,7 +19,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 T = TypeVar("T")
 CPU = torch.device("cpu")
 TOGETHER = 32  # gradients that are summed as one tensor
-PATIENCE = timedelta(hours=6)  # with a process that saves or evaluates for long; one that died is noticed at once
+PATIENCE = timedelta(
+    hours=6
+)  # with a process that saves or evaluates for long; one that died is noticed at once
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Group:
         """
         gradients = []
         for parameter in (p for p in parameters if self.size > 1 and not isinstance(p, DTensor)):
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
             gradients.append(parameter.grad)
         for first in range(0, len(gradients), TOGETHER):
             flat = parameters_to_vector(gradients[first : first + TOGETHER])

@@ -11,18 +11,18 @@ from pathlib import Path
 from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli import console
-from tbpo_cli.charts import curves
+from tbpo_cli.batch.batches import longest_sequence, num_steps, span_lengths
+from tbpo_cli.batch.reference import ReferenceCache
+from tbpo_cli.config.recipe import Align, Sft
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.losses import Loss
-from tbpo_cli.data.batches import longest_sequence, num_steps, span_lengths
-from tbpo_cli.data.reference import ReferenceCache
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import choose_layout
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
-from tbpo_cli.recipe import Align, Sft
-from tbpo_cli.report import write_page
+from tbpo_cli.report.charts import curves
+from tbpo_cli.report.pages import write_page
 from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.group import ONE, Group
@@ -51,14 +51,20 @@ class TrainingRun:
     evaluation: PairStore  # may be empty
     folder: Path  # of the stage, for metrics.jsonl and checkpoints/
     seed: int  # with the step it decides the order of pairs and every random number
-    reference: Path | None = None  # a file for log π_ref of the training pairs, named by what it depends on
+    reference: Path | None = (
+        None  # a file for log π_ref of the training pairs, named by what it depends on
+    )
     group: Group = ONE  # of processes that all run this, with the same arguments
     tell: Tell = lambda split, step, values: None
-    mesh: DeviceMesh | None = None  # over which the weights are shared out; None: every process has all of them
+    mesh: DeviceMesh | None = (
+        None  # over which the weights are shared out; None: every process has all of them
+    )
 
     @property
     def num_steps(self) -> int:
-        return num_steps(len(self.train), self.settings.batch_size, self.settings.epochs, self.settings.max_steps)
+        return num_steps(
+            len(self.train), self.settings.batch_size, self.settings.epochs, self.settings.max_steps
+        )
 
     def run(self) -> MetricsLog:
         """Trains to the last step, from the newest checkpoint if there is one.
@@ -71,8 +77,13 @@ class TrainingRun:
             console.say(f"going on from step {step}")
         log = MetricsLog(self.folder / "metrics.jsonl", step, self.group.is_main)
         latest: dict[str, float] = {}
-        if len(set(self.group.gather(step))) > 1:  # and nobody writes to the log before all have read it
-            what, fix = "the processes do not see the same checkpoints", "give such a one with --run-dir"
+        if (
+            len(set(self.group.gather(step))) > 1
+        ):  # and nobody writes to the log before all have read it
+            what, fix = (
+                "the processes do not see the same checkpoints",
+                "give such a one with --run-dir",
+            )
             expected = "a run directory on a file system that all machines share"
             raise TbpoError(what, str(checkpoints), expected, fix)
         progress = console.progress(self.folder.name, self.num_steps, step, self.settings.log_every)
@@ -86,8 +97,15 @@ class TrainingRun:
                 step += 1
                 self._note(log, "train", step, values)
                 latest |= values
-                update(step, "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest))
-                stops = [number for number in self.group.gather(stop[0] if stop else None) if number is not None]
+                update(
+                    step,
+                    "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest),
+                )
+                stops = [
+                    number
+                    for number in self.group.gather(stop[0] if stop else None)
+                    if number is not None
+                ]
                 if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stops:
                     save_checkpoint(checkpoints, step, stepper.trainees, self.group.is_main)
                 if stops:
@@ -101,15 +119,23 @@ class TrainingRun:
             keep_freed_memory()
         # Some models fail when the layout is tried: not in the middle of a pass of many processes.
         longest = longest_sequence((self.train, self.evaluation))
-        layout, reason = choose_layout([model, *self.policy.frozen.values()], settings.layout, longest)
+        layout, reason = choose_layout(
+            [model, *self.policy.frozen.values()], settings.layout, longest
+        )
         console.say(f"rows are {layout}: {reason}")
         kept, _ = kept_bytes(model, settings.activation_checkpointing)
         if self.mesh is not None:
             self.policy.share_out(self.mesh)
-        trainees = {"policy": Trainee(self.policy.trained, build_optimizer(settings, self.policy.trained.values()))}
+        trainees = {
+            "policy": Trainee(
+                self.policy.trained, build_optimizer(settings, self.policy.trained.values())
+            )
+        }
         baseline = None
         if "state_baseline" in self.loss.needs:
-            baseline = StateBaseline(model.get_output_embeddings().weight.shape[1], self.seed).to(self.group.device)
+            baseline = StateBaseline(model.get_output_embeddings().weight.shape[1], self.seed).to(
+                self.group.device
+            )
             optimizer = build_baseline_optimizer(baseline.parameters())
             trainees["baseline"] = Trainee(dict(baseline.named_parameters()), optimizer)
         if settings.activation_checkpointing:
@@ -117,7 +143,9 @@ class TrainingRun:
         fit = tokens_that_fit(kept, self.group.device)
         sharded_in = self.folder if self.policy.is_sharded else None
         budget = TokenBudget(settings.max_tokens_per_device, fit, self.group, sharded_in)
-        return Stepper(self, Scorer.of(self.policy, baseline), trainees, layout, budget, self._open_cache())
+        return Stepper(
+            self, Scorer.of(self.policy, baseline), trainees, layout, budget, self._open_cache()
+        )
 
     def _open_cache(self) -> ReferenceCache | None:
         """For losses that read nothing else of the reference, if pairs are visited more than once."""
@@ -127,13 +155,17 @@ class TrainingRun:
         lengths = span_lengths(self.train, range(len(self.train)), self.loss.span)
         if self.group.is_main:
             ReferenceCache(self.reference, lengths)
-        self.group.gather(None)  # the file is made by one process; each then writes what it finds out of its own pairs
+        self.group.gather(
+            None
+        )  # the file is made by one process; each then writes what it finds out of its own pairs
         return ReferenceCache(self.reference, lengths)
 
     def _evaluate(self, step: int, stepper: Stepper, log: MetricsLog) -> None:
         """Measures the held-out pairs, unless the log has that already, and draws the curves."""
         is_new = not any((line["split"], line["step"]) == ("eval", step) for line in log.lines)
-        if len(self.evaluation) and self.group.gather(is_new)[0]:  # what the first process has read decides for all
+        if (
+            len(self.evaluation) and self.group.gather(is_new)[0]
+        ):  # what the first process has read decides for all
             self._note(log, "eval", step, stepper.evaluate())
         if self.group.is_main:
             write_page(self.folder / "curves.svg", "curves.svg", panels=curves(log.lines))

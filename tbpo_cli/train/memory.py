@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.benchmark import Timer
 
+from tbpo_cli.config.recipe import Model, Training
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel, causal_model
-from tbpo_cli.recipe import Model, Training
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
 LEAST_TOKENS, MOST_TOKENS, PROBE_TOKENS = 64, 65536, 8
@@ -42,7 +42,10 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         return tensor
 
     before, was_training = causal.config._attn_implementation, causal.training
-    rows = {"input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device), "use_cache": False}
+    rows = {
+        "input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
+        "use_cache": False,
+    }
     causal.train()
     try:
         causal.set_attn_implementation(BY_SEQUENCE)  # the others look at the numbers of their masks
@@ -75,11 +78,20 @@ def tokens_that_fit(kept: float, device: torch.device, used: float | None = None
 def room(device: torch.device) -> int:
     """Bytes of a device's memory."""
     on_gpu = device.type == "cuda"
-    return int(torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total)
+    return int(
+        torch.cuda.get_device_properties(device).total_memory
+        if on_gpu
+        else psutil.virtual_memory().total
+    )
 
 
 def foresee(
-    policy: Policy, model: Model, settings: Training, device: torch.device, processes: int, bounds: tuple[int, int]
+    policy: Policy,
+    model: Model,
+    settings: Training,
+    device: torch.device,
+    processes: int,
+    bounds: tuple[int, int],
 ) -> tuple[dict[str, float], int]:
     """Bytes that one process takes at its peak, by what takes them; and the tokens of its largest micro-batch.
 
@@ -93,7 +105,11 @@ def foresee(
     ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
     weights = 0.0
     for p in (p for each in (policy.model, *policy.frozen.values()) for p in each.parameters()):
-        in_4_bits = model.quantization and p.ndim == 2 and id(p) not in {*trained, *(id(end.weight) for end in ends)}
+        in_4_bits = (
+            model.quantization
+            and p.ndim == 2
+            and id(p) not in {*trained, *(id(end.weight) for end in ends)}
+        )
         weights += p.numel() * (NF4_BYTES if in_4_bits else p.element_size()) / processes
     kept, layer = kept_bytes(policy.model, settings.activation_checkpointing)
     wanted = settings.max_tokens_per_device
@@ -101,9 +117,15 @@ def foresee(
     tokens = min(bounds[1], max(bounds[0], fit))
     return {
         "weights": weights,
-        "gradients and moments": 4.0 * sum(trained.values()) * (1 + MOMENTS[settings.optimizer]) / processes,
+        "gradients and moments": 4.0
+        * sum(trained.values())
+        * (1 + MOMENTS[settings.optimizer])
+        / processes,
         "activations": tokens * (kept + in_flight * layer),
-        "output head": 4.0 * tiles * CHUNK_TOKENS * policy.model.config.get_text_config().vocab_size,
+        "output head": 4.0
+        * tiles
+        * CHUNK_TOKENS
+        * policy.model.config.get_text_config().vocab_size,
         "python and its libraries": libraries,
     }, tokens
 
@@ -119,5 +141,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of this device in matrix products, timed for half a second."""
     size = 8192 if device.type == "cuda" else 1024
     square = torch.ones(size, size, device=device, dtype=dtype)
-    timer = Timer("square @ square", globals={"square": square}, num_threads=torch.get_num_threads())
+    timer = Timer(
+        "square @ square", globals={"square": square}, num_threads=torch.get_num_threads()
+    )
     return float(2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median)

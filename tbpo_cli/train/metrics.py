@@ -14,10 +14,12 @@ from torch import Tensor
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import LossOutput, PairScores, sums_over_response
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.files import write_whole
+from tbpo_cli.runs.files import write_whole
 from tbpo_cli.train.group import Group
 
-Totals = dict[str, tuple[Tensor | float, Tensor | float]]  # name → (sum, number of pairs or tokens it is a mean over)
+Totals = dict[
+    str, tuple[Tensor | float, Tensor | float]
+]  # name → (sum, number of pairs or tokens it is a mean over)
 
 
 def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
@@ -36,16 +38,28 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
         totals["logps_rejected"] = (rejected["logps"].sum(), rejected["tokens"].sum())
     for name in ("kl", "reverse_kl", "entropy"):
         if name in chosen:
-            totals[name] = ((chosen[name] + rejected[name]).sum(), (chosen["tokens"] + rejected["tokens"]).sum())
+            totals[name] = (
+                (chosen[name] + rejected[name]).sum(),
+                (chosen["tokens"] + rejected["tokens"]).sum(),
+            )
     if "log_ratio" in chosen and scores.rejected.mask.shape[1]:
         beta = getattr(loss, "beta", 1.0)
         reward_chosen, reward_rejected = beta * chosen["log_ratio"], beta * rejected["log_ratio"]
         of_pairs = {"reward_chosen": reward_chosen, "reward_rejected": reward_rejected}
-        of_pairs |= {"margin": reward_chosen - reward_rejected, "accuracy": reward_chosen > reward_rejected}
+        of_pairs |= {
+            "margin": reward_chosen - reward_rejected,
+            "accuracy": reward_chosen > reward_rejected,
+        }
         totals |= {name: (values.sum(), len(values)) for name, values in of_pairs.items()}
     log_ratio = output.log_ratio_aligned
-    if log_ratio is None and scores.chosen.log_ratio is not None and scores.rejected.log_ratio is not None:
-        length = aligned.shape[1]  # for losses of whole responses, log R_t up to a positive factor, with log w = 0
+    if (
+        log_ratio is None
+        and scores.chosen.log_ratio is not None
+        and scores.rejected.log_ratio is not None
+    ):
+        length = aligned.shape[
+            1
+        ]  # for losses of whole responses, log R_t up to a positive factor, with log w = 0
         log_ratio = scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]
     if log_ratio is not None:
         totals["token_accuracy"] = (((log_ratio < 0) & aligned).sum(), aligned.sum())
@@ -64,12 +78,22 @@ def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
     """The means over several batches of all processes; counts (num_…) are added up. Waits for the device, once."""
     summed = _add_up(group.gather(_add_up(parts)))
     return {
-        name: total if name.startswith("num_") else total / count for name, (total, count) in summed.items() if count
+        name: total if name.startswith("num_") else total / count
+        for name, (total, count) in summed.items()
+        if count
     }
 
 
-def _add_up(parts: Sequence[Mapping[str, tuple[Tensor | float, Tensor | float]]]) -> dict[str, tuple[float, float]]:
-    tensors = [value for part in parts for pair in part.values() for value in pair if isinstance(value, Tensor)]
+def _add_up(
+    parts: Sequence[Mapping[str, tuple[Tensor | float, Tensor | float]]],
+) -> dict[str, tuple[float, float]]:
+    tensors = [
+        value
+        for part in parts
+        for pair in part.values()
+        for value in pair
+        if isinstance(value, Tensor)
+    ]
     numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
     summed: dict[str, tuple[float, float]] = {}
     for part in parts:
@@ -109,6 +133,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"]), "split": str(line["split"])})
         except (ValueError, TypeError, KeyError, RecursionError):
-            what, expected = "a line of the metrics is damaged", '{"split": …, "step": …, …}, as tbpo wrote it'
+            what, expected = (
+                "a line of the metrics is damaged",
+                '{"split": …, "step": …, …}, as tbpo wrote it',
+            )
             raise TbpoError(what, f"{path}, line {number}", expected, "remove that line") from None
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
 
-from tbpo_cli.recipe import Training
+from tbpo_cli.config.recipe import Training
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "rmsprop": RMSprop}
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -19,7 +19,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    return OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return OPTIMIZERS[settings.optimizer](
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
 
 
 def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -35,4 +37,6 @@ def learning_rate(settings: Training, step: int, num_steps: int) -> float:
     warmup = math.ceil(settings.warmup * num_steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * SCHEDULES[settings.schedule]((step - warmup) / max(1, num_steps - warmup))
+    return settings.learning_rate * SCHEDULES[settings.schedule](
+        (step - warmup) / max(1, num_steps - warmup)
+    )

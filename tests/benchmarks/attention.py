@@ -24,16 +24,21 @@ import torch.nn.functional as F
 from common import about_lengths, make_store, write_results
 from torch import Tensor, nn
 
-from tbpo_cli.data.batches import cut_to_span
-from tbpo_cli.data.layouts import Sequences, collate, segments_of
+from tbpo_cli.batch.batches import cut_to_span
+from tbpo_cli.batch.layouts import Sequences, collate, segments_of
 from tbpo_cli.model.attention import _in_one_kernel, _one_by_one
 
 ON_GPU = torch.cuda.is_available()
-DEVICE, DTYPE = torch.device("cuda" if ON_GPU else "cpu"), torch.bfloat16 if ON_GPU else torch.float32
+DEVICE, DTYPE = (
+    torch.device("cuda" if ON_GPU else "cpu"),
+    torch.bfloat16 if ON_GPU else torch.float32,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=16 if ON_GPU else 4)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--key-heads", type=int, default=6)
@@ -46,7 +51,10 @@ def main() -> None:
     states = random_states(of, (1, row.input_ids.shape[1]))
     rows = [states, random_states(of, padded.input_ids.shape)]
     ways = ways_for(row.sequences, of.heads // of.key_heads, states)
-    expected, table = None, ["| way | ms, median | slowest | times `one by one` |", "|---|---|---|---|"]
+    expected, table = (
+        None,
+        ["| way | ms, median | slowest | times `one by one` |", "|---|---|---|---|"],
+    )
     found = []
     for name, (which, attend) in ways.items():
         seconds, result = timed(attend, rows[which], of.repeats)
@@ -55,21 +63,32 @@ def main() -> None:
             torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
         found.append({"way": name, "seconds": seconds})
         ratio = median(seconds) / median(found[0]["seconds"])
-        table.append(f"| {name} | {1e3 * median(seconds):.1f} | {1e3 * max(seconds):.1f} | {ratio:.2f} |")
+        table.append(
+            f"| {name} | {1e3 * median(seconds):.1f} | {1e3 * max(seconds):.1f} | {ratio:.2f} |"
+        )
         print(table[-1], flush=True)
     where = torch.cuda.get_device_name() if ON_GPU else "CPU"
     about = f"{where}, {str(DTYPE).removeprefix('torch.')}; {of.heads} heads, {of.key_heads} of keys, of {of.size}."
     about += f" {about_lengths(store)} One row of {states[0].shape[2]:,} tokens, one layer."
-    write_results("attention", "Attention over several sequences a row", found, "\n".join([about, "", *table]))
+    write_results(
+        "attention", "Attention over several sequences a row", found, "\n".join([about, "", *table])
+    )
 
 
 def random_states(of: argparse.Namespace, shape: torch.Size) -> list[Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    sizes = [(shape[0], heads, shape[1], of.size) for heads in (of.heads, of.key_heads, of.key_heads)]
-    return [torch.randn(size, generator=generator, device=DEVICE, dtype=DTYPE).requires_grad_() for size in sizes]
+    sizes = [
+        (shape[0], heads, shape[1], of.size) for heads in (of.heads, of.key_heads, of.key_heads)
+    ]
+    return [
+        torch.randn(size, generator=generator, device=DEVICE, dtype=DTYPE).requires_grad_()
+        for size in sizes
+    ]
 
 
-def ways_for(sequences: Sequences, group: int, states: list[Tensor]) -> dict[str, tuple[int, Callable[..., Tensor]]]:
+def ways_for(
+    sequences: Sequences, group: int, states: list[Tensor]
+) -> dict[str, tuple[int, Callable[..., Tensor]]]:
     """{name: (0 for one row, 1 for padded rows; query, key and value → (rows, L, heads, head size))}."""
     module, visible, gqa = nn.Module(), visible_in(sequences), {"enable_gqa": group > 1}
     module.num_key_value_groups = group
@@ -82,7 +101,9 @@ def ways_for(sequences: Sequences, group: int, states: list[Tensor]) -> dict[str
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         length = states[0].shape[2]
-        mask = create_block_mask(lambda b, h, q, k: visible[q, k], None, None, length, length, device=DEVICE)
+        mask = create_block_mask(
+            lambda b, h, q, k: visible[q, k], None, None, length, length, device=DEVICE
+        )
         flex = torch.compile(flex_attention, dynamic=False)
         segments = segments_of(sequences).to("cuda")
         ways["one kernel"] = (0, lambda *qkv: _in_one_kernel(*qkv, segments, None))
@@ -96,13 +117,17 @@ def sdpa(*states: Tensor, **options) -> Tensor:
 
 def visible_in(sequences: Sequences) -> Tensor:
     """(L, L) bool: whether the token of a row sees that of a column."""
-    numbers = torch.arange(len(sequences.lengths)).repeat_interleave(torch.tensor(sequences.lengths))
+    numbers = torch.arange(len(sequences.lengths)).repeat_interleave(
+        torch.tensor(sequences.lengths)
+    )
     prefixes = torch.tensor(sequences.continues)[numbers]
     own, prefix = numbers[:, None] == numbers, prefixes[:, None] == numbers
     return ((own | prefix) & torch.ones(own.shape).tril().bool()).to(DEVICE)
 
 
-def timed(attend: Callable[..., Tensor], states: list[Tensor], repeats: int) -> tuple[list[float], Tensor]:
+def timed(
+    attend: Callable[..., Tensor], states: list[Tensor], repeats: int
+) -> tuple[list[float], Tensor]:
     """Seconds of each repeat after two of warm-up, and the result."""
     seconds = []
     for _ in range(repeats + 2):

@@ -29,7 +29,9 @@ def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
         "threads": torch.get_num_threads(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     said = "; ".join(f"{key}: {value}" for key, value in about.items())
     (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{said}\n\n{table}\n", encoding="utf-8")
 
@@ -38,16 +40,22 @@ def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
 LENGTHS = {"prompt": (180, 0.8), "chosen": (300, 0.6), "rejected": (270, 0.7)}
 
 
-def make_store(folder: Path, num_pairs: int, max_length: int, vocab_size: int, seed: int = 0) -> PairStore:
+def make_store(
+    folder: Path, num_pairs: int, max_length: int, vocab_size: int, seed: int = 0
+) -> PairStore:
     """Random pairs of UltraFeedback-like lengths, cut at `max_length`; a response ends with token 2."""
     rng = np.random.default_rng(seed)
     pairs = []
     for number in range(num_pairs):
         prompt, *responses = (
-            max(2, round(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma))) for mean, sigma in LENGTHS.values()
+            max(2, round(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma)))
+            for mean, sigma in LENGTHS.values()
         )
         prompt = min(prompt, max_length // 2)
-        ids = [rng.integers(3, vocab_size, size=min(length, max_length - prompt)) for length in responses]
+        ids = [
+            rng.integers(3, vocab_size, size=min(length, max_length - prompt))
+            for length in responses
+        ]
         ids = [np.append(response[:-1], 2) for response in ids]
         pairs.append(TokenizedPair(f"{number:06d}", rng.integers(3, vocab_size, size=prompt), *ids))
     with pair_writer(folder) as writer:
@@ -57,6 +65,9 @@ def make_store(folder: Path, num_pairs: int, max_length: int, vocab_size: int, s
 
 
 def about_lengths(store: PairStore) -> str:
-    means = [lengths.mean() for lengths in (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)]
+    means = [
+        lengths.mean()
+        for lengths in (store.prompt_lengths, store.chosen_lengths, store.rejected_lengths)
+    ]
     words = ", ".join(f"{name} {mean:.0f}" for name, mean in zip(LENGTHS, means, strict=True))
     return f"{len(store):,} pairs; mean tokens of {words}."

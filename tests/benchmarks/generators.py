@@ -35,7 +35,10 @@ def main() -> None:
         gradients.plot(z.detach(), gradient, linewidth=width)
     losses.set(xlabel="z = log R", ylabel="L_h(z) − L_h(0)", ylim=(-4, 4), title="loss")
     gradients.set(
-        xlabel="z = log R", ylabel="dL_h / dz", ylim=(0, 3), title="gradient (0: a learned token stops pulling)"
+        xlabel="z = log R",
+        ylabel="dL_h / dz",
+        ylim=(0, 3),
+        title="gradient (0: a learned token stops pulling)",
     )
     for axes in (losses, gradients):
         axes.axvline(0, color="0.8", linewidth=0.8)

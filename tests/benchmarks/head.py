@@ -26,12 +26,23 @@ from tbpo_cli.core.losses import Loss
 
 PAIRS, LENGTH, HIDDEN = 8, 256, 1024
 VOCABULARIES = (32_000, 128_256)
-LOSSES = {"tbpo_a": {}, "tdpo (1)": {"version": 1}, "tbpo_q": {}, "dpo": {}, "tdpo (2)": {"version": 2}, "simpo": {}}
+LOSSES = {
+    "tbpo_a": {},
+    "tdpo (1)": {"version": 1},
+    "tbpo_q": {},
+    "dpo": {},
+    "tdpo (2)": {"version": 2},
+    "simpo": {},
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=3, metavar=("WAY", "LOSS", "V"), help="one measurement, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--one", nargs=3, metavar=("WAY", "LOSS", "V"), help="one measurement, as JSON"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.one:
@@ -41,13 +52,16 @@ def main() -> None:
     rows = []
     for vocabulary in VOCABULARIES:
         for name in LOSSES:
-            runs = [[child(way, name, vocabulary) for way in ("chunked", "dense")] for _ in range(arguments.repeats)]
+            runs = [
+                [child(way, name, vocabulary) for way in ("chunked", "dense")]
+                for _ in range(arguments.repeats)
+            ]
             rows.append({"loss": name, "V": vocabulary, "runs": runs})
             print(line(rows[-1]), flush=True)
-    heading = (
-        "| loss | V | dense s | chunked s | ratio | dense GB | chunked GB | ratio |\n|---|---|---|---|---|---|---|---|"
+    heading = "| loss | V | dense s | chunked s | ratio | dense GB | chunked GB | ratio |\n|---|---|---|---|---|---|---|---|"
+    about = (
+        f"N = {2 * PAIRS * LENGTH:,} response tokens, H = {HIDDEN:,}, fp32, frozen head; medians."
     )
-    about = f"N = {2 * PAIRS * LENGTH:,} response tokens, H = {HIDDEN:,}, fp32, frozen head; medians."
     title = "Token statistics + loss + backward: dense logits against core/head.py"
     write_results("head", title, rows, "\n".join([about, "", heading, *map(line, rows)]))
 
@@ -67,22 +81,40 @@ def measure(way: str, name: str, vocabulary: int) -> dict[str, float]:
     policy = (reference + 0.1 * torch.randn(reference.shape, generator=generator)).requires_grad_()
     tokens = torch.randint(vocabulary, (2 * PAIRS * LENGTH,), generator=generator)
     statistics = {"chunked": chunked, "dense": dense}[way]
-    step(statistics, loss, baseline, Head(weight), policy[:64], reference[:64], tokens[:64], pairs=1)
+    step(
+        statistics, loss, baseline, Head(weight), policy[:64], reference[:64], tokens[:64], pairs=1
+    )
     policy.grad = None
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak mark starts again from here
     started = time.perf_counter()
     value = step(statistics, loss, baseline, Head(weight), policy, reference, tokens, pairs=PAIRS)
-    return {"seconds": time.perf_counter() - started, "gb": resident("VmHWM") - before, "loss": value}
+    return {
+        "seconds": time.perf_counter() - started,
+        "gb": resident("VmHWM") - before,
+        "loss": value,
+    }
 
 
-def step(statistics, loss: Loss, baseline: StateBaseline, head: Head, policy, reference, tokens, pairs: int) -> float:
+def step(
+    statistics,
+    loss: Loss,
+    baseline: StateBaseline,
+    head: Head,
+    policy,
+    reference,
+    tokens,
+    pairs: int,
+) -> float:
     columns = statistics(loss.needs - {"state_baseline"}, tokens, policy, head, reference)
     if "state_baseline" in loss.needs:
         columns["state_baseline"] = baseline(policy)
     shaped = {name: values.reshape(2, pairs, -1) for name, values in columns.items()}
     mask = torch.ones(shaped[next(iter(shaped))].shape[1:], dtype=torch.bool)
-    sides = [SideScores(mask, **{name: values[side] for name, values in shaped.items()}) for side in (0, 1)]
+    sides = [
+        SideScores(mask, **{name: values[side] for name, values in shaped.items()})
+        for side in (0, 1)
+    ]
     value = loss(PairScores(*sides)).per_pair.mean()
     value.backward()
     return value.item()
@@ -117,8 +149,12 @@ def resident(mark: str) -> float:
 
 def line(row: dict) -> str:
     pairs = row["runs"]
-    assert all(abs(c["loss"] - d["loss"]) < 1e-4 * (1 + abs(d["loss"])) for c, d in pairs), "the two ways disagree"
-    figures = [median(run[side][name] for run in pairs) for side in (1, 0) for name in ("seconds", "gb")]
+    assert all(abs(c["loss"] - d["loss"]) < 1e-4 * (1 + abs(d["loss"])) for c, d in pairs), (
+        "the two ways disagree"
+    )
+    figures = [
+        median(run[side][name] for run in pairs) for side in (1, 0) for name in ("seconds", "gb")
+    ]
     time_ratio = median(chunk["seconds"] / full["seconds"] for chunk, full in pairs)
     gb_ratio = median(chunk["gb"] / full["gb"] for chunk, full in pairs)
     cells = [f"{figures[0]:.1f}", f"{figures[2]:.1f}", f"{time_ratio:.2f}"]

@@ -75,7 +75,11 @@ class World:
         random = torch.Generator().manual_seed(self.seed)
         logits = torch.randn(LENGTH, STATES, TOKENS, generator=random, dtype=torch.float64)
         rewards = 1.2 * torch.randn(STATES, TOKENS, generator=random, dtype=torch.float64)
-        return logits.log_softmax(-1), rewards, torch.randint(STATES, (STATES, TOKENS), generator=random)
+        return (
+            logits.log_softmax(-1),
+            rewards,
+            torch.randint(STATES, (STATES, TOKENS), generator=random),
+        )
 
     @cached_property
     def answers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +147,9 @@ def sample_pairs(world: World, count: int, random: np.random.Generator) -> tuple
     pairs = np.empty((count, 2), dtype=np.int64)
     for prompt in range(STATES):
         rows = prompts == prompt
-        drawn = random.choice(probs.shape[1], size=(int(rows.sum()), 2), p=probs[prompt] / probs[prompt].sum())
+        drawn = random.choice(
+            probs.shape[1], size=(int(rows.sum()), 2), p=probs[prompt] / probs[prompt].sum()
+        )
         pairs[rows] = drawn + prompt * probs.shape[1]
     return torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])
 
@@ -157,16 +163,28 @@ class Pairs:
     position: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(*(None if part is None else part[rows] for part in (self.chosen, self.rejected, self.position)))
+        return Pairs(
+            *(
+                None if part is None else part[rows]
+                for part in (self.chosen, self.rejected, self.position)
+            )
+        )
 
     def side(self, world: World, answers: Tensor, statistics: dict[str, Tensor]) -> SideScores:
         if self.position is None:
-            return SideScores(world.answers[2][answers], **{name: each[answers] for name, each in statistics.items()})
+            return SideScores(
+                world.answers[2][answers],
+                **{name: each[answers] for name, each in statistics.items()},
+            )
         mask = torch.ones(len(answers), 1, dtype=torch.bool)
-        return SideScores(mask, **{name: each[answers, self.position, None] for name, each in statistics.items()})
+        return SideScores(
+            mask, **{name: each[answers, self.position, None] for name, each in statistics.items()}
+        )
 
 
-def fit(world: World, loss: Loss, pairs: Pairs, weights: dict[str, Tensor], learn_baseline: bool) -> Tensor:
+def fit(
+    world: World, loss: Loss, pairs: Pairs, weights: dict[str, Tensor], learn_baseline: bool
+) -> Tensor:
     """The table of log-probabilities that the loss reaches, at the step where the held-out loss is lowest.
 
     Args:
@@ -193,7 +211,9 @@ def fit(world: World, loss: Loss, pairs: Pairs, weights: dict[str, Tensor], lear
 
         def mean_loss(part: Pairs, statistics: dict[str, Tensor] = statistics) -> Tensor:
             sides = (
-                part.side(world, answers, statistics | ({"weights": weights[name]} if weights else {}))
+                part.side(
+                    world, answers, statistics | ({"weights": weights[name]} if weights else {})
+                )
                 for name, answers in (("chosen", part.chosen), ("rejected", part.rejected))
             )
             return loss(PairScores(*sides)).per_pair.mean()
@@ -209,9 +229,13 @@ def fit(world: World, loss: Loss, pairs: Pairs, weights: dict[str, Tensor], lear
     return kept
 
 
-def draw_labels(world: World, one: Tensor, other: Tensor, of_tokens: bool, random: np.random.Generator) -> Pairs:
+def draw_labels(
+    world: World, one: Tensor, other: Tensor, of_tokens: bool, random: np.random.Generator
+) -> Pairs:
     if not of_tokens:
-        wins = torch.from_numpy(random.random(len(one))) < torch.sigmoid(world.returns[one] - world.returns[other])
+        wins = torch.from_numpy(random.random(len(one))) < torch.sigmoid(
+            world.returns[one] - world.returns[other]
+        )
         return Pairs(torch.where(wins, one, other), torch.where(wins, other, one))
     q = world.optimum("token")[1]
     advantage = world.at(q - (world.tables[0].exp() * q).sum(-1, keepdim=True))
@@ -228,13 +252,23 @@ def measure(world: World, name: str, count: int, of_tokens: bool, seed: int) -> 
     weights = {}
     if "weights" in METHODS[name].needs:
         positive, negative = (
-            fit(world, METHODS["dpo"], helper, {}, False) for helper in (pairs, Pairs(pairs.rejected, pairs.chosen))
+            fit(world, METHODS["dpo"], helper, {}, False)
+            for helper in (pairs, Pairs(pairs.rejected, pairs.chosen))
         )
         scores, mask = world.at(positive - negative), world.answers[2]
-        weights = {"chosen": importance_weights(scores, mask), "rejected": importance_weights(-scores, mask)}
+        weights = {
+            "chosen": importance_weights(scores, mask),
+            "rejected": importance_weights(-scores, mask),
+        }
     policy = fit(world, METHODS[name], pairs, weights, learn_baseline=name == "tbpo_q")
     labels = "a token" if of_tokens else "an answer"
-    return {"method": name, "labels": labels, "pairs": count, "seed": seed, **distances(world, policy)}
+    return {
+        "method": name,
+        "labels": labels,
+        "pairs": count,
+        "seed": seed,
+        **distances(world, policy),
+    }
 
 
 def distances(world: World, policy: Tensor) -> dict[str, float]:
@@ -247,7 +281,9 @@ def distances(world: World, policy: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="*", default=PAIRS)
     parser.add_argument("--no-write", action="store_true")
@@ -255,9 +291,13 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         world = World(seed)
-        optima = {f"the {level}-level optimum": world.optimum(level)[0] for level in ("token", "sequence")}
+        optima = {
+            f"the {level}-level optimum": world.optimum(level)[0] for level in ("token", "sequence")
+        }
         for name, policy in {"the reference": world.tables[0], **optima}.items():
-            rows.append({"method": name, "labels": "", "pairs": 0, "seed": seed, **distances(world, policy)})
+            rows.append(
+                {"method": name, "labels": "", "pairs": 0, "seed": seed, **distances(world, policy)}
+            )
         for count in arguments.pairs:
             rows += [measure(world, name, count, False, seed) for name in METHODS]
             rows += [measure(world, name, count, True, seed) for name in OF_TOKENS]
@@ -280,13 +320,22 @@ def series(rows: list[dict], name: str, count: int, metric: str) -> list[float]:
 def markdown(rows: list[dict]) -> str:
     counts = sorted({row["pairs"] for row in rows} - {0})
     most = counts[-1]
-    after = [f"{name}, {most:,}" for name in ("to the sequence-level one", "return", "KL from the reference")]
+    after = [
+        f"{name}, {most:,}"
+        for name in ("to the sequence-level one", "return", "KL from the reference")
+    ]
     head = [*(f"{count:,} pairs" for count in counts), *after]
-    lines = [f"| loss | to the token-level optimum, {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    lines = [
+        f"| loss | to the token-level optimum, {' | '.join(head)} |",
+        "|---" * (len(head) + 1) + "|",
+    ]
     for name in dict.fromkeys(map(labelled, rows)):
         known = [0 if not series(rows, name, most, "kl") else count for count in counts]
         cells = [shown(series(rows, name, count, "to_token_optimum")) for count in known]
-        cells += [shown(series(rows, name, known[-1], metric)) for metric in ("to_sequence_optimum", "return", "kl")]
+        cells += [
+            shown(series(rows, name, known[-1], metric))
+            for metric in ("to_sequence_optimum", "return", "kl")
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -303,8 +352,20 @@ def plot(rows: list[dict]) -> None:
     for panel, metric in zip(panels, ("to_token_optimum", "to_sequence_optimum"), strict=True):
         for name in names:
             values = [mean(series(rows, name, count, metric)) for count in counts]
-            panel.plot(counts, values, marker="o", markersize=3, label=name, linewidth=2 if "tbpo" in name else 1.2)
-        panel.set(xscale="log", yscale="log", xlabel="pairs", title=f"KL {metric.replace('_', ' ')} (nats an answer)")
+            panel.plot(
+                counts,
+                values,
+                marker="o",
+                markersize=3,
+                label=name,
+                linewidth=2 if "tbpo" in name else 1.2,
+            )
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="pairs",
+            title=f"KL {metric.replace('_', ' ')} (nats an answer)",
+        )
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -23,13 +23,17 @@ from pathlib import Path
 import torch
 from common import write_results
 
-from tbpo_cli.recipe import load_recipe
-from tbpo_cli.run import RunDir
-from tbpo_cli.show import examine
+from tbpo_cli.cli.show import examine
+from tbpo_cli.config.recipe import load_recipe
+from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.train.metrics import read_metrics
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
-SHAPES = {"256": (256, 704, 4), "512": (512, 1408, 8), "768": (768, 2048, 12)}  # hidden, intermediate, layers
+SHAPES = {
+    "256": (256, 704, 4),
+    "512": (512, 1408, 8),
+    "768": (768, 2048, 12),
+}  # hidden, intermediate, layers
 CASES = [  # shape, loss, with LoRA, tokens at a time, activation checkpointing
     ("256", "tbpo_a", True, 1024, False),
     ("512", "tbpo_a", True, 1024, False),
@@ -40,11 +44,15 @@ CASES = [  # shape, loss, with LoRA, tokens at a time, activation checkpointing
     ("512", "dpo", False, 1024, False),
     ("768", "tbpo_a", False, 1024, False),
 ]
-HEADINGS = "| H, layers | loss | trained | tokens | checkpointing | foretold, GB | measured, GB | ratio |"
+HEADINGS = (
+    "| H, layers | loss | trained | tokens | checkpointing | foretold, GB | measured, GB | ratio |"
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", default="memory", help="of the files under results/")
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)))
     arguments = parser.parse_args()
@@ -77,7 +85,10 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
         recipe = load_recipe(folder / "recipe.toml")
         _, memory = examine("align", recipe, RunDir(folder / "run"))
         if torch.cuda.is_available():
-            peak = max(line.get("peak_memory_gb", 0) for line in read_metrics(folder / "run/align/metrics.jsonl"))
+            peak = max(
+                line.get("peak_memory_gb", 0)
+                for line in read_metrics(folder / "run/align/metrics.jsonl")
+            )
     foretold = sum(memory.values()) / 1e9
     return {
         "shape": f"{hidden}, {layers}", "loss": loss, "trained": "LoRA r 16" if lora else "all weights",
@@ -89,7 +100,15 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
 
 def run(stage: str, folder: Path) -> float:
     """Runs a stage by the real command; returns the peak of its resident set, GB."""
-    command = [sys.executable, "-m", "tbpo_cli.cli", stage, str(folder / "recipe.toml"), "--run-dir", f"{folder}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "tbpo_cli.cli.main",
+        stage,
+        str(folder / "recipe.toml"),
+        "--run-dir",
+        f"{folder}/run",
+    ]
     with subprocess.Popen([*command, "--quiet"], stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

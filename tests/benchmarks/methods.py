@@ -28,7 +28,7 @@ import numpy as np
 from common import RESULTS, write_results
 
 from tbpo_cli import console
-from tbpo_cli.cli import app
+from tbpo_cli.cli.main import app
 from tbpo_cli.errors import DivergenceError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,8 +57,14 @@ METHODS = {  # the fields of [align.loss], beside beta
     },
     "tbpo_q, log w = 0": {"name": "'tbpo_q'", "baseline_clip": "1e-9"},
 }
-STRENGTH = {"simpo": ("beta", 2.0), "orpo": ("lam", 0.1)}  # what β is for the others: (field, default)
-RATES, MULTIPLES = (2e-4, 4.5e-4, 1e-3, 2e-3), (1.0, 5.0)  # learning rates; multiples of the default β
+STRENGTH = {
+    "simpo": ("beta", 2.0),
+    "orpo": ("lam", 0.1),
+}  # what β is for the others: (field, default)
+RATES, MULTIPLES = (
+    (2e-4, 4.5e-4, 1e-3, 2e-3),
+    (1.0, 5.0),
+)  # learning rates; multiples of the default β
 DEFAULT = (4.5e-4, 1.0)
 SETTINGS = ("align.max_steps=61", "eval.diversity_prompts=50")  # beside the recipe's: half an epoch
 TUNING_SEED, VALIDATION_PROMPTS, TEST_PROMPTS = 0, 200, 400
@@ -71,18 +77,33 @@ COLUMNS = {  # of the table: figure of a row, what a person reads, how it is wri
 }  # fmt: skip
 LARGEST = ("largest_grad_norm", "clipped")  # of all seeds, not their mean
 SPEED_STEPS = 16  # of which the first two are left out
-FAMILIES = {"bpo": "tab:orange", "tbpo_q": "tab:green", "tbpo_a": "tab:blue", "": "tab:gray"}  # of the plot
+FAMILIES = {
+    "bpo": "tab:orange",
+    "tbpo_q": "tab:green",
+    "tbpo_a": "tab:blue",
+    "": "tab:gray",
+}  # of the plot
 Choice = tuple[float, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / ".benchmarks/methods", help="where the runs are kept")
-    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th method, from the K-th, from 0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".benchmarks/methods", help="where the runs are kept"
+    )
+    parser.add_argument(
+        "--part", default="0/1", metavar="K/N", help="every N-th method, from the K-th, from 0"
+    )
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--no-tuning", action="store_true", help=f"learning rate and multiple of β: {DEFAULT}")
-    parser.add_argument("--speed", action="store_true", help="pairs/s of each method, and the base's own answers")
+    parser.add_argument(
+        "--no-tuning", action="store_true", help=f"learning rate and multiple of β: {DEFAULT}"
+    )
+    parser.add_argument(
+        "--speed", action="store_true", help="pairs/s of each method, and the base's own answers"
+    )
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +126,10 @@ def tune(folder: Path, method: str) -> Choice:
     """The best learning rate at the default β, then the best β at that rate."""
 
     def best(choices: list[Choice]) -> Choice:
-        return max(choices, key=lambda choice: run(folder, method, choice, TUNING_SEED, "validation")["true_score"])
+        return max(
+            choices,
+            key=lambda choice: run(folder, method, choice, TUNING_SEED, "validation")["true_score"],
+        )
 
     rate, _ = best([(rate, MULTIPLES[0]) for rate in RATES])
     return best([(rate, multiple) for multiple in MULTIPLES])
@@ -113,7 +137,11 @@ def tune(folder: Path, method: str) -> Choice:
 
 def write_prompts(folder: Path) -> None:
     """Fresh prompts of the world that are in none of the quickstart's files."""
-    known = {json.loads(line)["prompt"] for name in ("train", "eval") for line in (QUICKSTART / f"{name}.jsonl").open()}
+    known = {
+        json.loads(line)["prompt"]
+        for name in ("train", "eval")
+        for line in (QUICKSTART / f"{name}.jsonl").open()
+    }
     rng = Random(20260101)
     for name, count in (("validation", VALIDATION_PROMPTS), ("test", TEST_PROMPTS)):
         prompts = []
@@ -130,7 +158,10 @@ def take_over(folder: Path) -> None:
     """What is committed counts as measured."""
     committed = RESULTS / "methods.json"
     for row in json.loads(committed.read_text())["rows"] if committed.exists() else ():
-        path = folder / f"{label_of(row['method'], (row['rate'], row['multiple']), row['seed'], row['split'])}.json"
+        path = (
+            folder
+            / f"{label_of(row['method'], (row['rate'], row['multiple']), row['seed'], row['split'])}.json"
+        )
         if not path.exists():
             path.write_text(json.dumps(row), encoding="utf-8")
 
@@ -149,7 +180,14 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
     directory, started = folder / label, time.monotonic()
     sets = [f"align.loss={loss_of(folder, method, choice, seed)}", f"align.learning_rate={rate}"]
     sets += [f"sample.prompts={folder / split}.jsonl", "eval.opponents=['reference']"]
-    row = {"method": method, "rate": rate, "multiple": multiple, "seed": seed, "split": split, "diverged": False}
+    row = {
+        "method": method,
+        "rate": rate,
+        "multiple": multiple,
+        "seed": seed,
+        "split": split,
+        "diverged": False,
+    }
     try:
         train(folder, directory, seed, sets)
     except DivergenceError:
@@ -164,7 +202,10 @@ def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dic
         row |= true_scores(directory / "sample/samples.jsonl", "policy")
     found.write_text(json.dumps(row), encoding="utf-8")
     shutil.rmtree(directory)
-    print(f"{label}: true score {row['true_score']:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"{label}: true score {row['true_score']:.3f}, {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     return row
 
 
@@ -191,7 +232,9 @@ def measure_speed(folder: Path) -> None:
         directory, loss = folder / "speed", loss_of(folder, method, DEFAULT, TUNING_SEED)
         sets = [f"align.loss={loss}", f"align.max_steps={SPEED_STEPS}"]
         train(folder, directory, TUNING_SEED, sets)
-        steps = [json.loads(line) for line in (directory / "align/metrics.jsonl").open(encoding="utf-8")]
+        steps = [
+            json.loads(line) for line in (directory / "align/metrics.jsonl").open(encoding="utf-8")
+        ]
         speeds = [line["pairs_per_s"] for line in steps if line["split"] == "train"][2:]
         row = {"method": method, "rate": 0, "multiple": 0, "seed": 0, "split": "speed"}
         row |= {"pairs_per_s": float(np.median(speeds))}
@@ -204,7 +247,9 @@ def measure_speed(folder: Path) -> None:
             ]
             tbpo("sample", directory, TUNING_SEED, *sets)
             row |= {"base": true_scores(directory / "sample/samples.jsonl", "reference")}
-        (folder / f"{label_of(method, (0, 0), 0, 'speed')}.json").write_text(json.dumps(row), encoding="utf-8")
+        (folder / f"{label_of(method, (0, 0), 0, 'speed')}.json").write_text(
+            json.dumps(row), encoding="utf-8"
+        )
         shutil.rmtree(directory)
         print(f"{method}: {row['pairs_per_s']:.1f} pairs/s", flush=True)
 
@@ -212,7 +257,12 @@ def measure_speed(folder: Path) -> None:
 def helper(folder: Path, name: str, seed: int) -> Path:
     """TIS-DPO's helper of a seed: DPO at its defaults, on the pairs or on the reversed ones."""
     directory = folder / f"helper-{name}-{seed}"
-    train(folder, directory, seed, ["align.loss={name = 'dpo'}", f"align.reverse={str(name == 'negative').lower()}"])
+    train(
+        folder,
+        directory,
+        seed,
+        ["align.loss={name = 'dpo'}", f"align.reverse={str(name == 'negative').lower()}"],
+    )
     return directory
 
 
@@ -226,12 +276,16 @@ def tbpo(stage: str, directory: Path, seed: int, *sets: str) -> None:
 
 def true_scores(path: Path, model: str) -> dict[str, float]:
     """Mean true score, and the shares of right and of rude answers, as the world sees them."""
-    samples = [each for each in map(json.loads, path.open(encoding="utf-8")) if each["model"] == model]
+    samples = [
+        each for each in map(json.loads, path.open(encoding="utf-8")) if each["model"] == model
+    ]
     prompts = [each["messages"][-1]["content"] for each in samples]
     answers = [each["completion"] for each in samples]
     readings = [world.parse_response(*each) for each in zip(prompts, answers, strict=True)]
     return {
-        "true_score": float(np.mean([world.score(*each) for each in zip(prompts, answers, strict=True)])),
+        "true_score": float(
+            np.mean([world.score(*each) for each in zip(prompts, answers, strict=True)])
+        ),
         "right": float(np.mean([reading.correct for reading in readings])),
         "rude": float(np.mean([reading.rude > 0 for reading in readings])),
     }
@@ -242,13 +296,19 @@ def evaluation(path: Path) -> dict[str, float]:
     results = json.loads(path.read_text(encoding="utf-8"))
     found = {"win_rate": results["win_rates"][0]["raw"]["value"]}
     for prefix, model in (("", "policy"), ("base_", "reference")):
-        figures = results["models"][model]["preference"]["all"] | results["models"][model]["diversity"]
-        found |= {f"{prefix}{name}": figures[name]["value"] for name in EVALUATED if name in figures}
+        figures = (
+            results["models"][model]["preference"]["all"] | results["models"][model]["diversity"]
+        )
+        found |= {
+            f"{prefix}{name}": figures[name]["value"] for name in EVALUATED if name in figures
+        }
     return found
 
 
 def stability(path: Path) -> dict[str, float]:
-    steps = [line for line in map(json.loads, path.open(encoding="utf-8")) if line["split"] == "train"]
+    steps = [
+        line for line in map(json.loads, path.open(encoding="utf-8")) if line["split"] == "train"
+    ]
     curve = [line for line in steps if "kl" in line and "accuracy" in line]
     return {
         "largest_grad_norm": max(line["grad_norm"] for line in steps),
@@ -258,8 +318,13 @@ def stability(path: Path) -> dict[str, float]:
 
 
 def report(folder: Path) -> None:
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*-*-*-*.json"))]
-    of_split = {split: [row for row in rows if row["split"] == split] for split in ("test", "speed")}
+    rows = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*-*-*-*-*.json"))
+    ]
+    of_split = {
+        split: [row for row in rows if row["split"] == split] for split in ("test", "speed")
+    }
     finished = [row for row in of_split["test"] if not row.get("diverged")]
     tested = {method: [row for row in finished if row["method"] == method] for method in METHODS}
     tested = {method: found for method, found in tested.items() if found}
@@ -273,16 +338,23 @@ def report(folder: Path) -> None:
 
 
 def markdown(
-    tested: dict[str, list[dict]], speeds: dict[str, float], base: dict[str, float], failed: Counter[str]
+    tested: dict[str, list[dict]],
+    speeds: dict[str, float],
+    base: dict[str, float],
+    failed: Counter[str],
 ) -> str:
     """Means and 95 % intervals over the seeds that did not diverge, the best true score first."""
-    lines = [f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"]
+    lines = [
+        f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"
+    ]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
     base = base | {key.removeprefix("base_"): value for key, value in next(iter(tested.values()))[0].items()
                    if key.startswith("base_")}  # fmt: skip
     cells = [form.format(base[name]) if name in base else "" for name, (_, form) in COLUMNS.items()]
     lines.append(f"| the base | | {' | '.join(cells)} | |")
-    for method, rows in sorted(tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])):
+    for method, rows in sorted(
+        tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])
+    ):
         cells = [
             form.format(max(row[name] for row in rows))
             if name in LARGEST
@@ -291,7 +363,9 @@ def markdown(
         ]
         speed = f"{speeds[method]:.0f}" if method in speeds else ""
         name = f"{method} ({failed[method]} diverged)" if failed[method] else method
-        lines.append(f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |")
+        lines.append(
+            f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |"
+        )
     return "\n".join(lines)
 
 
@@ -313,17 +387,28 @@ def plot(tested: dict[str, list[dict]]) -> None:
         kl, score = ([row[name] for row in rows] for name in ("kl", "true_score"))
         spread = np.std(score, ddof=1) if len(score) > 1 else 0.0
         points[method] = (np.mean(kl), np.mean(score))
-        frontier.errorbar(*points[method], yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour)
+        frontier.errorbar(
+            *points[method], yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour
+        )
         steps, kls = zip(*((step, kl) for step, kl, _ in rows[0]["curve"]), strict=True)
         ends[method] = (steps[-1], kls[-1])
         curves.plot(steps, kls, linewidth=0.9, color=colour)
-    frontier.set(xlabel="KL from the reference (nats a token)", ylabel="true score (± standard deviation of the seeds)")
-    curves.set(xlabel="step", ylabel="KL from the reference (nats a token)", title="over training (first seed)")
+    frontier.set(
+        xlabel="KL from the reference (nats a token)",
+        ylabel="true score (± standard deviation of the seeds)",
+    )
+    curves.set(
+        xlabel="step",
+        ylabel="KL from the reference (nats a token)",
+        title="over training (first seed)",
+    )
     for panel, places in ((frontier, points), (curves, ends)):
         panel.spines[["top", "right"]].set_visible(False)
         name_apart(panel, places)
     for family, colour in FAMILIES.items():
-        frontier.plot([], [], "o", color=colour, label=f"{family}, by generator" if family else "others")
+        frontier.plot(
+            [], [], "o", color=colour, label=f"{family}, by generator" if family else "others"
+        )
     frontier.legend(frameon=False, fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
@@ -334,7 +419,9 @@ def name_apart(panel, places: dict[str, tuple[float, float]]) -> None:
     shown = {name: panel.transLimits.transform(place) for name, place in places.items()}
     middle, named = np.median(list(shown.values()), axis=0), []
     for name, place in sorted(shown.items(), key=lambda item: -np.abs(item[1] - middle).sum()):
-        if all(abs(place[1] - other[1]) > 0.03 or abs(place[0] - other[0]) > 0.25 for other in named):
+        if all(
+            abs(place[1] - other[1]) > 0.03 or abs(place[0] - other[0]) > 0.25 for other in named
+        ):
             named.append(place)
             panel.annotate(name, places[name], (4, 2), textcoords="offset points", fontsize=7)
 

@@ -25,7 +25,11 @@ from statistics import median
 import numpy as np
 from common import write_results
 
-LENGTHS = {"prompt": (180, 0.8), "chosen": (300, 0.6), "rejected": (270, 0.7)}  # mean tokens, σ of the log
+LENGTHS = {
+    "prompt": (180, 0.8),
+    "chosen": (300, 0.6),
+    "rejected": (270, 0.7),
+}  # mean tokens, σ of the log
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -33,8 +37,15 @@ TEMPLATE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=4, metavar=("WAY", "FOLDER", "ROWS", "WORKERS"), help="one measurement, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--one",
+        nargs=4,
+        metavar=("WAY", "FOLDER", "ROWS", "WORKERS"),
+        help="one measurement, as JSON",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.one:
@@ -51,13 +62,20 @@ def main() -> None:
             rows.append({"rows": 10_000, "workers": workers, "runs": runs})
             print(line(rows[-1]), flush=True)
         rows.append(
-            {"rows": 100_000, "workers": 1, "runs": [{w: child(w, folder, 100_000, 1) for w in ("bare", "prepare")}]}
+            {
+                "rows": 100_000,
+                "workers": 1,
+                "runs": [{w: child(w, folder, 100_000, 1) for w in ("bare", "prepare")}],
+            }
         )
         print(line(rows[-1]), flush=True)
-    heading = (
-        "| rows | workers | bare pairs/s | prepare pairs/s | ratio | prepare's peak MB |\n|---|---|---|---|---|---|"
+    heading = "| rows | workers | bare pairs/s | prepare pairs/s | ratio | prepare's peak MB |\n|---|---|---|---|---|---|"
+    write_results(
+        "prepare",
+        "tbpo prepare against the bare tokenizer",
+        rows,
+        "\n".join([heading, *map(line, rows)]),
     )
-    write_results("prepare", "tbpo prepare against the bare tokenizer", rows, "\n".join([heading, *map(line, rows)]))
 
 
 def make_inputs(folder: Path, num_rows: int) -> None:
@@ -81,7 +99,9 @@ def make_inputs(folder: Path, num_rows: int) -> None:
     special = ["<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=16_000, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator((text(300) for _ in range(2_000)), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.save_pretrained(folder / "base")
     sample = text(10_000)
@@ -89,7 +109,9 @@ def make_inputs(folder: Path, num_rows: int) -> None:
     with (folder / "rows.jsonl").open("w") as file:
         for _ in range(num_rows):
             row = {
-                side: text(max(1, int(words_per_token * rng.lognormal(np.log(mean) - sigma**2 / 2, sigma))))
+                side: text(
+                    max(1, int(words_per_token * rng.lognormal(np.log(mean) - sigma**2 / 2, sigma)))
+                )
                 for side, (mean, sigma) in LENGTHS.items()
             }
             file.write(json.dumps(row) + "\n")
@@ -97,7 +119,9 @@ def make_inputs(folder: Path, num_rows: int) -> None:
 
 def child(way: str, folder: str, num_rows: int, workers: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", way, folder, str(num_rows), str(workers)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def measure(way: str, folder: str, num_rows: str, workers: str) -> dict[str, float]:
@@ -106,7 +130,10 @@ def measure(way: str, folder: str, num_rows: str, workers: str) -> dict[str, flo
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     seconds = {"bare": bare, "prepare": prepare}[way](Path(folder), int(num_rows), int(workers))
-    peaks = [resource.getrusage(who).ru_maxrss / 1e3 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peaks = [
+        resource.getrusage(who).ru_maxrss / 1e3
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
     return {"seconds": seconds, "mb": peaks[0], "worker_mb": peaks[1]}
 
 
@@ -134,9 +161,9 @@ def batches(path: Path, num_rows: int) -> Iterator[list[dict[str, str]]]:
 
 
 def prepare(folder: Path, num_rows: int, workers: int) -> float:
+    from tbpo_cli.config.recipe import load_recipe
     from tbpo_cli.data.tokens import load_tokenizer
-    from tbpo_cli.recipe import load_recipe
-    from tbpo_cli.run import RunDir
+    from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.stages import prepare
 
     rows = folder / f"rows-{num_rows}.jsonl"
@@ -144,9 +171,13 @@ def prepare(folder: Path, num_rows: int, workers: int) -> float:
         with (folder / "rows.jsonl").open() as file, rows.open("w") as first:
             first.writelines(itertools.islice(file, num_rows))
     recipe = folder / "recipe.toml"
-    recipe.write_text(f'[model]\nbase = "{folder}/base"\n[data]\ntrain = "{rows}"\nworkers = {workers}\n')
+    recipe.write_text(
+        f'[model]\nbase = "{folder}/base"\n[data]\ntrain = "{rows}"\nworkers = {workers}\n'
+    )
     settings = load_recipe(recipe)
-    load_tokenizer(settings.model)  # the imports are not measured, as they are not for the bare tokenizer
+    load_tokenizer(
+        settings.model
+    )  # the imports are not measured, as they are not for the bare tokenizer
     with tempfile.TemporaryDirectory() as run:
         started = time.perf_counter()
         prepare.run(settings, RunDir(Path(run)))
@@ -154,7 +185,9 @@ def prepare(folder: Path, num_rows: int, workers: int) -> float:
 
 
 def line(row: dict) -> str:
-    bare, prepare = (median(run[way]["seconds"] for run in row["runs"]) for way in ("bare", "prepare"))
+    bare, prepare = (
+        median(run[way]["seconds"] for run in row["runs"]) for way in ("bare", "prepare")
+    )
     peak = max(max(run["prepare"]["mb"], run["prepare"]["worker_mb"]) for run in row["runs"])
     ratio = median(run["bare"]["seconds"] / run["prepare"]["seconds"] for run in row["runs"])
     speeds = f"{row['rows'] / bare:,.0f} | {row['rows'] / prepare:,.0f} | {ratio:.2f}"

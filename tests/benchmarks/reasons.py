@@ -31,14 +31,24 @@ from tbpo_cli.data.store import PairStore
 EXTRA, SEEDS = "Okay! ", (1, 2, 3)
 OPENINGS = tuple(text for texts in methods.world.OPENINGS.values() for text in texts)
 PAIRS = {"straight": (0, 2), "shifted": (1,)}  # of the two answers, how many get it
-POSITIONS = [(loss, kind) for loss in ("tbpo_a, sba λ 0", "tbpo_q, sba λ 0", "tdpo 1", "dpo") for kind in PAIRS]
+POSITIONS = [
+    (loss, kind)
+    for loss in ("tbpo_a, sba λ 0", "tbpo_q, sba λ 0", "tdpo 1", "dpo")
+    for kind in PAIRS
+]
 FLOORS = [(rate, floor) for rate in (1e-3, 2e-3) for floor in (0.0, 0.6)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=methods.ROOT / ".benchmarks/reasons", help="of the runs")
-    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th run, from the K-th, from 0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=methods.ROOT / ".benchmarks/reasons", help="of the runs"
+    )
+    parser.add_argument(
+        "--part", default="0/1", metavar="K/N", help="every N-th run, from the K-th, from 0"
+    )
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -58,8 +68,16 @@ def scored(folder: Path, first: str | float, second: str | float, seed: int) -> 
     label = f"{first}-{second}-{seed}".replace(" ", "")
     found = folder / f"{label}.json"
     if not found.exists():
-        sets = positions(folder, str(first), str(second), seed) if isinstance(first, str) else floor(first, second)
-        sets += [f"sample.prompts={folder}/test.jsonl", "sample.models=['policy']", "eval.opponents=['reference']"]
+        sets = (
+            positions(folder, str(first), str(second), seed)
+            if isinstance(first, str)
+            else floor(first, second)
+        )
+        sets += [
+            f"sample.prompts={folder}/test.jsonl",
+            "sample.models=['policy']",
+            "eval.opponents=['reference']",
+        ]
         methods.tbpo("sample", folder / label, seed, *sets)
         samples = folder / label / "sample/samples.jsonl"
         lines = [json.loads(line) for line in samples.open(encoding="utf-8")]
@@ -67,15 +85,22 @@ def scored(folder: Path, first: str | float, second: str | float, seed: int) -> 
             bare = line["completion"].removeprefix(EXTRA)
             line["completion"] = bare if bare.startswith(OPENINGS) else line["completion"]
         samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        found.write_text(json.dumps(methods.true_scores(samples, "policy")["true_score"]), encoding="utf-8")
+        found.write_text(
+            json.dumps(methods.true_scores(samples, "policy")["true_score"]), encoding="utf-8"
+        )
     return json.loads(found.read_text())
 
 
 def positions(folder: Path, method: str, kind: str, seed: int) -> list[str]:
-    rows = [json.loads(line) for line in (methods.QUICKSTART / "train.jsonl").open(encoding="utf-8")]
+    rows = [
+        json.loads(line) for line in (methods.QUICKSTART / "train.jsonl").open(encoding="utf-8")
+    ]
     rng = Random(seed)
     for row in rows:
-        row |= {side: EXTRA + row[side] for side in rng.sample(("chosen", "rejected"), rng.choice(PAIRS[kind]))}
+        row |= {
+            side: EXTRA + row[side]
+            for side in rng.sample(("chosen", "rejected"), rng.choice(PAIRS[kind]))
+        }
     data = folder / f"{kind}-{seed}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     known = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))["rows"]
@@ -85,28 +110,44 @@ def positions(folder: Path, method: str, kind: str, seed: int) -> list[str]:
 
 
 def floor(rate: float, min_ratio: float) -> list[str]:
-    return [f"align.loss={{name = 'tbpo_a', min_ratio = {min_ratio}}}", f"align.learning_rate={rate}"]
+    return [
+        f"align.loss={{name = 'tbpo_a', min_ratio = {min_ratio}}}",
+        f"align.learning_rate={rate}",
+    ]
 
 
 def report(folder: Path) -> None:
     rows = [
-        {"question": [first, second], "true_scores": [scored(folder, first, second, seed) for seed in SEEDS]}
+        {
+            "question": [first, second],
+            "true_scores": [scored(folder, first, second, seed) for seed in SEEDS],
+        }
         for first, second in [*POSITIONS, *FLOORS]
     ]
     cells = {
-        tuple(row["question"]): f"{fmean(row['true_scores']):.3f} ± {stdev(row['true_scores']):.3f}" for row in rows
+        tuple(row["question"]): f"{fmean(row['true_scores']):.3f} ± {stdev(row['true_scores']):.3f}"
+        for row in rows
     }
     means = {tuple(row["question"]): fmean(row["true_scores"]) for row in rows}
-    lines = [f"True scores, means ± standard deviations of {len(SEEDS)} seeds.", "", in_common(folder), ""]
+    lines = [
+        f"True scores, means ± standard deviations of {len(SEEDS)} seeds.",
+        "",
+        in_common(folder),
+        "",
+    ]
     lines += ["| loss | straight pairs | shifted pairs | lost |", "|---|---|---|---|"]
     for loss in dict.fromkeys(loss for loss, _ in POSITIONS):
         both = [(loss, kind) for kind in PAIRS]
-        lines.append(f"| {loss} | {' | '.join(map(cells.get, both))} | {means[both[0]] - means[both[1]]:.3f} |")
+        lines.append(
+            f"| {loss} | {' | '.join(map(cells.get, both))} | {means[both[0]] - means[both[1]]:.3f} |"
+        )
     lines += ["", "| tbpo_a, learning rate | no floor | min_ratio 0.6 |", "|---|---|---|"]
     for rate in dict.fromkeys(rate for rate, _ in FLOORS):
         lines.append(f"| {rate:g} | {cells[rate, 0.0]} | {cells[rate, 0.6]} |")
     print("\n".join(lines))
-    write_results("reasons", "Why a loss does as it does on the quickstart's world", rows, "\n".join(lines))
+    write_results(
+        "reasons", "Why a loss does as it does on the quickstart's world", rows, "\n".join(lines)
+    )
 
 
 def in_common(folder: Path) -> str:
@@ -115,7 +156,9 @@ def in_common(folder: Path) -> str:
     store, shares, same_length = PairStore(folder / "as-they-are/prepare/train"), [], []
     for pair in map(store.__getitem__, range(len(store))):
         length = pair.aligned_length
-        differs = np.flatnonzero(np.asarray(pair.chosen_ids[:length]) != np.asarray(pair.rejected_ids[:length]))
+        differs = np.flatnonzero(
+            np.asarray(pair.chosen_ids[:length]) != np.asarray(pair.rejected_ids[:length])
+        )
         shares.append((differs[0] if len(differs) else length) / length)
         same_length.append(len(pair.chosen_ids) == len(pair.rejected_ids))
     return (

@@ -10,10 +10,10 @@ from statistics import median
 
 import torch
 
+from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.core import build_loss
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import CHUNK_TOKENS
-from tbpo_cli.data.batches import cut_to_span
 from tbpo_cli.data.tokens import TokenizedPair
 
 
@@ -32,8 +32,16 @@ def roofline(
     responses = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in cut)
     kv = hidden // heads * kv_heads
     products: list[tuple[float, tuple[int, ...]]] = []  # how often, (batch, rows, inner, columns)
-    for n, m, count in ((hidden, hidden, 2), (hidden, kv, 2), (hidden, inner, 2), (inner, hidden, 1)):
-        each = [(2, (1, tokens, n, m)), (1, (1, tokens, m, n))]  # reference and policy; the gradient of the input
+    for n, m, count in (
+        (hidden, hidden, 2),
+        (hidden, kv, 2),
+        (hidden, inner, 2),
+        (inner, hidden, 1),
+    ):
+        each = [
+            (2, (1, tokens, n, m)),
+            (1, (1, tokens, m, n)),
+        ]  # reference and policy; the gradient of the input
         each += [(1, (1, tokens, n, rank)), (1, (1, tokens, rank, m))]  # the adapter
         each += [(1, (1, tokens, m, rank)), (1, (1, tokens, rank, n))]  # the gradient of its input
         each += [(1, (1, n, tokens, rank)), (1, (1, rank, tokens, m))]  # those of its weights
@@ -41,13 +49,20 @@ def roofline(
     for pair in cut:
         prompt = len(pair.prompt_ids)
         for length in (len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1):
-            visible = length * prompt + length**2 / 2 + prompt**2 / 4  # the prompt's own part is shared by both
+            visible = (
+                length * prompt + length**2 / 2 + prompt**2 / 4
+            )  # the prompt's own part is shared by both
             square = prompt + length
-            products.append((8 * layers * visible / square**2, (heads, square, hidden // heads, square)))
+            products.append(
+                (8 * layers * visible / square**2, (heads, square, hidden // heads, square))
+            )
     chunks = responses / (chunk := min(CHUNK_TOKENS, responses))
     # The reference's logits and its expected output embedding; or both models' logits and the policy's gradient.
     num_logits = 1 if needs == {"advantage"} else 2
-    products += [(num_logits * chunks, (1, chunk, hidden, vocab_size)), (chunks, (1, chunk, vocab_size, hidden))]
+    products += [
+        (num_logits * chunks, (1, chunk, hidden, vocab_size)),
+        (chunks, (1, chunk, vocab_size, hidden)),
+    ]
     if "state_baseline" in needs:
         products.append((2, (1, responses, hidden, StateBaseline.WIDTH)))
     seconds = sum(times * product_seconds(product, device) for times, product in products)

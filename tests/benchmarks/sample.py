@@ -18,8 +18,8 @@ import torch
 from common import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tbpo_cli.config.recipe import Sample
 from tbpo_cli.model.generate import generate
-from tbpo_cli.recipe import Sample
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
 BATCH_SIZES, REPEATS = (8, 32, 128), 3
@@ -42,15 +42,24 @@ def main() -> None:
                 started = time.perf_counter()
                 tokens = way()
                 rates[name].append(tokens / (time.perf_counter() - started))
-        found.append({"batch size": size, **{name: median(values) for name, values in rates.items()}})
+        found.append(
+            {"batch size": size, **{name: median(values) for name, values in rates.items()}}
+        )
         print(found[-1], flush=True)
     best = max(row["tbpo"] for row in found) / max(row["generate"] for row in found)
-    lines = ["| completions at a time | generate, tokens/s | tbpo, tokens/s | ratio |", "|---|---|---|---|"]
+    lines = [
+        "| completions at a time | generate, tokens/s | tbpo, tokens/s | ratio |",
+        "|---|---|---|---|",
+    ]
     for row in found:
         ratio = row["tbpo"] / row["generate"]
-        lines.append(f"| {row['batch size']} | {row['generate']:,.0f} | {row['tbpo']:,.0f} | {ratio:.2f} |")
+        lines.append(
+            f"| {row['batch size']} | {row['generate']:,.0f} | {row['tbpo']:,.0f} | {ratio:.2f} |"
+        )
     about = f"{len(prompts)} prompts. Best batch size against best batch size: {best:.2f}."
-    write_results("sample", "Sampling against transformers' generate", found, "\n".join([about, "", *lines]))
+    write_results(
+        "sample", "Sampling against transformers' generate", found, "\n".join([about, "", *lines])
+    )
     print(about)
 
 
@@ -71,7 +80,10 @@ def theirs(model, tokenizer, prompts: list[list[int]], size: int) -> int:
 def ours(model, tokenizer, prompts: list[list[int]], size: int) -> int:
     ordered = sorted(prompts, key=len)
     batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
-    completions = (generate(model, batch, range(len(batch)), SETTINGS, [tokenizer.eos_token_id]) for batch in batches)
+    completions = (
+        generate(model, batch, range(len(batch)), SETTINGS, [tokenizer.eos_token_id])
+        for batch in batches
+    )
     return sum(len(completion.token_ids) for batch in completions for completion in batch)
 
 

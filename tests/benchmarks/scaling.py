@@ -21,8 +21,8 @@ from statistics import fmean, median
 import torch
 from common import make_store, write_results
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.recipe import load_recipe
 from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.loop import TrainingRun
 
@@ -51,7 +51,9 @@ def time_per_token() -> list[dict]:
 def report(rows: list[dict]) -> None:
     times = [row["ms_per_1000_tokens"] for row in rows[: len(SIZES)]]
     lines = ["| pairs | ms per 1,000 tokens (median step) |", "|---|---|"]
-    lines += [f"| {row['pairs']:,} | {row['ms_per_1000_tokens']:.1f} |" for row in rows[: len(SIZES)]]
+    lines += [
+        f"| {row['pairs']:,} | {row['ms_per_1000_tokens']:.1f} |" for row in rows[: len(SIZES)]
+    ]
     lines += [
         "",
         f"Largest over smallest: {max(times) / min(times):.3f}. Resident memory: {rows[-2]['early_gb']:.3f} GB over "
@@ -73,12 +75,17 @@ def train(num_pairs: int, steps: int, tell) -> list[dict]:
             f'[data]\ntrain = "unused"\n[align]\nbatch_pairs = 4\nmax_steps = {steps}\ncheckpoint_every = 1000000\n'
         )
         recipe = load_recipe(folder / "recipe.toml")
-        stores = make_store(folder / "train", num_pairs, 1024, 2000), make_store(folder / "eval", 0, 1, 3)
+        stores = (
+            make_store(folder / "train", num_pairs, 1024, 2000),
+            make_store(folder / "eval", 0, 1, 3),
+        )
         (folder / "align").mkdir()
         policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
         loss = loss_of(recipe.align)
         run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, tell=tell)
-        return [line for line in run.run().lines if "kl" not in line]  # steps that report all read more
+        return [
+            line for line in run.run().lines if "kl" not in line
+        ]  # steps that report all read more
 
 
 def seconds_per_token(num_pairs: int) -> float:
@@ -113,15 +120,19 @@ def start_up(num_rows: int = 20_000) -> dict:
         command = [
             sys.executable,
             "-m",
-            "tbpo_cli.cli",
+            "tbpo_cli.cli.main",
             "{}",
             str(folder / "recipe.toml"),
             "--run-dir",
             f"{folder}/run",
         ]
-        subprocess.run([part.format("prepare") for part in command], check=True, capture_output=True)
+        subprocess.run(
+            [part.format("prepare") for part in command], check=True, capture_output=True
+        )
         started = time.perf_counter()
-        process = subprocess.Popen([part.format("align") for part in command], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [part.format("align") for part in command], stderr=subprocess.DEVNULL
+        )
         log = folder / "run/align/metrics.jsonl"
         while process.poll() is None and not (log.exists() and log.stat().st_size):
             time.sleep(0.02)

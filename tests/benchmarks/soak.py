@@ -59,20 +59,33 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fuzz", type=int, default=0, help="examples a fuzzing test, after the kills")
+    parser.add_argument(
+        "--fuzz", type=int, default=0, help="examples a fuzzing test, after the kills"
+    )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         rows = [run_kind(name, Path(folder), rng) for name in KINDS]
     heading = "| training | kills | moments (steps done) | same weights | same metrics |\n|---|---|---|---|---|"
-    write_results("soak", "Trainings killed at random moments", rows, "\n".join([heading, *map(line, rows)]))
+    write_results(
+        "soak", "Trainings killed at random moments", rows, "\n".join([heading, *map(line, rows)])
+    )
     if not all(row["same_weights"] and row["same_metrics"] for row in rows):
         sys.exit("a killed training did not end as the one that was left alone")
     if arguments.fuzz:
         environment = {**os.environ, "FUZZ_EXAMPLES": str(arguments.fuzz)}
-        command = [sys.executable, "-m", "pytest", "tests/test_run.py", "-k", "damaged or any_values"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_run.py",
+            "-k",
+            "damaged or any_values",
+        ]
         sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
 
 
@@ -82,20 +95,34 @@ def run_kind(name: str, folder: Path, rng: random.Random) -> dict:
     sets = [part for override in overrides for part in ("--set", override)]
     runs = {kind: folder / f"{name}-{kind}" for kind in ("alone", "killed")}
     commands = {
-        kind: [sys.executable, "-m", "tbpo_cli.cli", stage, str(recipe), "--run-dir", str(run), *sets, *flags]
+        kind: [
+            sys.executable,
+            "-m",
+            "tbpo_cli.cli.main",
+            stage,
+            str(recipe),
+            "--run-dir",
+            str(run),
+            *sets,
+            *flags,
+        ]
         for kind, run in runs.items()
     }
     subprocess.run(commands["alone"], check=True, capture_output=True)
     moments = []
     for target in sorted(rng.randrange(NUM_STEPS) for _ in range(KILLS // len(KINDS))):
-        process = subprocess.Popen(commands["killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            commands["killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while num_steps(runs["killed"] / stage) < target and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))  # anywhere within a step, a checkpoint or an evaluation
         kill_all(process)
         moments.append(num_steps(runs["killed"] / stage))
     subprocess.run(commands["killed"], check=True, capture_output=True)
-    weights = [(run / stage / "adapter/adapter_model.safetensors").read_bytes() for run in runs.values()]
+    weights = [
+        (run / stage / "adapter/adapter_model.safetensors").read_bytes() for run in runs.values()
+    ]
     logs = [metrics(run / stage) for run in runs.values()]
     row = {"training": name, "kills": len(moments), "moments": moments,
            "same_weights": weights[0] == weights[1], "same_metrics": logs[0] == logs[1]}  # fmt: skip
@@ -114,7 +141,10 @@ def write_recipe(folder: Path) -> Path:
 
 def kill_all(process: subprocess.Popen) -> None:
     try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        family = [
+            psutil.Process(process.pid),
+            *psutil.Process(process.pid).children(recursive=True),
+        ]
         for member in family:
             member.kill()
         psutil.wait_procs(family)
@@ -134,7 +164,9 @@ def metrics(stage: Path) -> list[dict]:
 
 def line(row: dict) -> str:
     same = " | ".join("yes" if row[key] else "NO" for key in ("same_weights", "same_metrics"))
-    return f"| {row['training']} | {row['kills']} | {', '.join(map(str, row['moments']))} | {same} |"
+    return (
+        f"| {row['training']} | {row['kills']} | {', '.join(map(str, row['moments']))} | {same} |"
+    )
 
 
 if __name__ == "__main__":

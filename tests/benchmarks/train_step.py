@@ -30,12 +30,12 @@ import torch
 from common import about_lengths, make_store, write_results
 from roofline import matrix_rate, roofline
 
+from tbpo_cli.batch.batches import step_indices
+from tbpo_cli.batch.layouts import collate
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.core import PairScores, SideScores, StateBaseline, build_loss
-from tbpo_cli.data.batches import step_indices
-from tbpo_cli.data.layouts import collate
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.recipe import load_recipe
 
 PAIRS, LENGTH_ON_CPU, LENGTH_ON_GPU, RANK, WARM_UP = 4, 1024, 2048, 16, 1
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
@@ -58,9 +58,15 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=4, metavar=("WAY", "LOSS", "SHAPE", "STEPS"), help="one measurement, as JSON")
-    parser.add_argument("--shapes", nargs="*", default=["cpu-32k", "cpu-128k"], choices=list(SHAPES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--one", nargs=4, metavar=("WAY", "LOSS", "SHAPE", "STEPS"), help="one measurement, as JSON"
+    )
+    parser.add_argument(
+        "--shapes", nargs="*", default=["cpu-32k", "cpu-128k"], choices=list(SHAPES)
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=LOSSES)
@@ -70,7 +76,9 @@ def main() -> None:
         way, loss, shape, steps = arguments.one
         print(json.dumps(measure(way, loss, shape, int(steps))))
         return
-    if importlib.util.find_spec("trl") is None and any(way.startswith("trl") for way in arguments.ways):
+    if importlib.util.find_spec("trl") is None and any(
+        way.startswith("trl") for way in arguments.ways
+    ):
         print("trl is missing: its rows are left out (pip install trl)")
         arguments.ways = [way for way in arguments.ways if not way.startswith("trl")]
     rows = []
@@ -78,12 +86,21 @@ def main() -> None:
         for loss in arguments.losses:
             for way in arguments.ways:
                 if loss in WAYS[way]:
-                    rows.append({"shape": shape, "loss": loss, "way": way, **child(way, loss, shape, arguments.steps)})
+                    rows.append(
+                        {
+                            "shape": shape,
+                            "loss": loss,
+                            "way": way,
+                            **child(way, loss, shape, arguments.steps),
+                        }
+                    )
                     print(json.dumps(rows[-1]), flush=True)
     table = markdown(rows)
     print(table)
     title = "A training step: this project, the dense way, and TRL"
-    write_results(arguments.name, title, rows, f"{about_lengths(the_store(arguments.steps))}\n\n{table}")
+    write_results(
+        arguments.name, title, rows, f"{about_lengths(the_store(arguments.steps))}\n\n{table}"
+    )
 
 
 def child(way: str, loss: str, shape: str, steps: int) -> dict:
@@ -99,7 +116,9 @@ def child(way: str, loss: str, shape: str, steps: int) -> dict:
 
 def the_store(steps: int) -> PairStore:
     length = LENGTH_ON_GPU if ON_GPU else LENGTH_ON_CPU
-    return make_store(Path(tempfile.mkdtemp()), PAIRS * (steps + WARM_UP), length, vocab_size=32_000)
+    return make_store(
+        Path(tempfile.mkdtemp()), PAIRS * (steps + WARM_UP), length, vocab_size=32_000
+    )
 
 
 def the_recipe(shape: str, loss: str, steps: int, folder: Path):
@@ -146,9 +165,14 @@ def measure(way: str, loss: str, shape: str, steps: int) -> dict:
         "losses": losses,
     }
     if way == "tbpo":
-        bare = [roofline(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE) for index in indices]
+        bare = [
+            roofline(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE)
+            for index in indices
+        ]
         result["roofline"] = sum(needed for needed, _ in bare) / sum(seconds)
-        result["of_matrix_rate"] = sum(operations for _, operations in bare) / sum(seconds) / matrix_rate(DEVICE)
+        result["of_matrix_rate"] = (
+            sum(operations for _, operations in bare) / sum(seconds) / matrix_rate(DEVICE)
+        )
     return result
 
 
@@ -175,8 +199,13 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     if way == "tbpo-cached":
         settings, reference = replace(settings, max_steps=2 * steps), folder / "reference.f32"
     loss = loss_of(recipe.align)
-    log = TrainingRun(policy, loss, settings, store, nothing, run, 0, reference, Group(device=DEVICE)).run()
-    return {name: [line[key] for line in log.lines[-steps:]] for name, key in (("seconds",) * 2, ("losses", "loss"))}
+    log = TrainingRun(
+        policy, loss, settings, store, nothing, run, 0, reference, Group(device=DEVICE)
+    ).run()
+    return {
+        name: [line[key] for line in log.lines[-steps:]]
+        for name, key in (("seconds",) * 2, ("losses", "loss"))
+    }
 
 
 def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
@@ -195,7 +224,12 @@ def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
         pairs = [store[i] for i in step_indices(len(store), PAIRS, 0, step)]
         total = 0.0
         for start in range(0, PAIRS, at_once):
-            value = loss(dense_scores(policy, baseline, loss, pairs[start : start + at_once])).per_pair.sum() / PAIRS
+            value = (
+                loss(
+                    dense_scores(policy, baseline, loss, pairs[start : start + at_once])
+                ).per_pair.sum()
+                / PAIRS
+            )
             value.backward()
             total += value.item()
         torch.nn.utils.clip_grad_norm_(policy.trained.values(), 10.0)
@@ -228,11 +262,14 @@ def dense_scores(policy, baseline, loss, pairs) -> PairScores:
     labels = torch.zeros(log_policy.shape[:2].numel(), dtype=torch.int64, device=DEVICE)
     labels[index] = batch.tokens
     logps, reference_logps = (
-        log.gather(-1, labels.view(*log.shape[:2], 1)).flatten()[index] for log in (log_policy, log_reference)
+        log.gather(-1, labels.view(*log.shape[:2], 1)).flatten()[index]
+        for log in (log_policy, log_reference)
     )
     columns = {"log_ratio": logps - reference_logps}
     if loss.needs & {"kl", "advantage"}:
-        columns["kl"] = (log_reference.exp() * (log_reference - log_policy)).sum(-1).flatten()[index]
+        columns["kl"] = (
+            (log_reference.exp() * (log_reference - log_policy)).sum(-1).flatten()[index]
+        )
         columns["advantage"] = columns["log_ratio"] + columns["kl"]
     if with_baseline:
         columns["state_baseline"] = baseline(output.hidden_states[-1].flatten(0, 1)[index])
@@ -252,13 +289,20 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
     from trl import DPOConfig, DPOTrainer
 
     logging.disable(logging.WARNING)
     config = AutoConfig.from_pretrained(recipe.model.base)
     torch.manual_seed(recipe.run.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if ON_GPU else torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16 if ON_GPU else torch.float32
+    )
     words = {f"w{i}": i for i in range(3, 32_000)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -271,7 +315,14 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
     order = [i for step in range(steps) for i in step_indices(len(store), PAIRS, 0, step)]
     pairs = [store[i] for i in order]
     rows = Dataset.from_list(
-        [{"prompt": text(p.prompt_ids), "chosen": text(p.chosen_ids), "rejected": text(p.rejected_ids)} for p in pairs]
+        [
+            {
+                "prompt": text(p.prompt_ids),
+                "chosen": text(p.chosen_ids),
+                "rejected": text(p.rejected_ids),
+            }
+            for p in pairs
+        ]
     )
     seconds: list[float] = []
 
@@ -294,7 +345,9 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
         lr_scheduler_type="constant", beta=0.1, max_length=None, report_to="none", save_strategy="no", logging_steps=1,
         bf16=ON_GPU, use_cpu=not ON_GPU, disable_tqdm=True, max_grad_norm=10.0, weight_decay=0.0, **settings,
     )  # fmt: skip
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     trainer = InOrder(model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora,
                       callbacks=[Clock()])  # fmt: skip
     trainer.train()
@@ -311,15 +364,25 @@ def markdown(rows: list[dict]) -> str:
         "| of the roofline | of the matrix rate |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ours = {(row["shape"], row["loss"]): row for row in rows if row["way"] == "tbpo" and "failed" not in row}
+    ours = {
+        (row["shape"], row["loss"]): row
+        for row in rows
+        if row["way"] == "tbpo" and "failed" not in row
+    }
     for row in rows:
         if "failed" in row:
-            lines.append(f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} ||||||||")
+            lines.append(
+                f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} ||||||||"
+            )
             continue
         mine = ours.get((row["shape"], row["loss"]))
-        faster = f"{mine['pairs_per_s'] / row['pairs_per_s']:.1f}" if mine and row is not mine else ""
+        faster = (
+            f"{mine['pairs_per_s'] / row['pairs_per_s']:.1f}" if mine and row is not mine else ""
+        )
         smaller = f"{row['peak_gb'] / mine['peak_gb']:.1f}" if mine and row is not mine else ""
-        fractions = " | ".join(f"{row[name]:.2f}" if name in row else "" for name in ("roofline", "of_matrix_rate"))
+        fractions = " | ".join(
+            f"{row[name]:.2f}" if name in row else "" for name in ("roofline", "of_matrix_rate")
+        )
         lines.append(
             f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} | {row['pairs_per_s']:.3f} "
             f"| {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} | {faster} | {smaller} | {fractions} |"

@@ -1,0 +1,44 @@
+"""The recipes that come with the package, for `tbpo init`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tbpo_cli.errors import TbpoError
+
+_PACKAGED = (
+    Path(__file__).parent.parent / "recipes"
+)  # in an installed package; in a checkout they lie beside it
+FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent.parent / "recipes"
+
+
+def descriptions() -> dict[str, str]:
+    """{name: the recipe's first line} of the shipped recipes."""
+    files = sorted(FOLDER.glob("*.toml"))
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].strip("#: ")
+        for path in files
+    }
+
+
+def write(name: str, folder: Path) -> list[Path]:
+    """Copies a recipe into a folder, and the folder of its name if it has one; returns what was written.
+
+    Raises:
+        TbpoError: if there is no such recipe, or something of that name is there already.
+    """
+    if name not in descriptions():
+        names = f"one of {', '.join(descriptions())}"
+        raise TbpoError(f"there is no recipe {name!r}", expected=names, fix="tbpo init lists them")
+    sources = [source for source in (FOLDER / f"{name}.toml", FOLDER / name) if source.exists()]
+    targets = [folder / source.name for source in sources]
+    if there := next((target.name for target in targets if target.exists()), None):
+        fix = "move it away, or go elsewhere"
+        raise TbpoError(f"{there} is there already", str(folder), "a folder without it", fix)
+    for source, target in zip(sources, targets, strict=True):
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    return targets

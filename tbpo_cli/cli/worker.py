@@ -1,0 +1,68 @@
+"""One of several processes of a stage: `python -m tbpo_cli.cli.worker RUN_DIR/STAGE`, started by the launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tbpo_cli import console
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.launch import TOLD
+
+
+def main() -> None:
+    """Runs the stage of the run's resolved recipe in this process. Of several that fail, the first one tells why."""
+    code = _run(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: torch's threads of communication now and then abort a process that tears itself down.
+    os._exit(code)
+
+
+def _run(folder: Path) -> int:
+    """Returns the exit code."""
+    console.quiet_libraries()
+    from tbpo_cli.config.recipe import load_recipe
+    from tbpo_cli.runs.run_dir import RunDir
+    from tbpo_cli.stages import module_of
+    from tbpo_cli.train.group import Group
+
+    try:
+        group = Group.of_environment()
+        console.err.quiet = not group.is_main
+        module_of(folder.name).work(
+            load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent)
+        )
+        group.gather(None)  # nobody closes its connections while others still talk
+    except TbpoError as error:
+        if _is_first(folder):
+            sys.stderr.write(f"{error}\n" if str(error) else "")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # A process that dies closes its connections; what the others then raise is not what went wrong.
+        is_echo = "onnection closed by peer" in str(error) or "onnection reset by peer" in str(
+            error
+        )
+        if not is_echo and _is_first(folder):
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+def _is_first(folder: Path) -> bool:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # what all have met is told by the one that draws the progress
+    try:
+        (folder / TOLD).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

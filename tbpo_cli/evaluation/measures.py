@@ -1,0 +1,149 @@
+"""What `tbpo eval` measures, by name, and the gate on one of these figures that decides the exit code."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tbpo_cli.config.recipe import Eval
+
+# key of [eval]: the file in evaluation/ whose judge_of(value, cache) makes the judge
+JUDGES = {"scorer": "scorer", "reward_model": "reward_model", "judge": "language_judge"}
+
+NUM_GRAMS, PERCENTILES = 4, (5, 50, 95)
+# name: (what a person reads, how it is written)
+COMPARING = {  # a model with the reference, which has none of these itself
+    "accuracy": ("reward accuracy", "{:.1%}"),
+    "margin": ("reward margin, nats", "{:.3f}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
+    "ece": ("calibration error (ECE)", "{:.3f}"),
+    "kl": ("KL(ref ‖ model), nats/token", "{:.4f}"),
+    "reverse_kl": ("KL(model ‖ ref), nats/token", "{:.4f}"),
+}
+OWN = {
+    "entropy": ("entropy, nats/token", "{:.3f}"),
+    "logps_chosen": ("log p of chosen tokens", "{:.3f}"),
+    "logps_rejected": ("log p of rejected tokens", "{:.3f}"),
+}
+PREFERENCE = COMPARING | OWN
+DIVERSITY = {
+    "predictive_entropy": ("predictive entropy, nats", "{:.3f}"),
+    "self_bleu": ("self-BLEU", "{:.1f}"),
+    **{f"distinct_{n}": (f"distinct-{n}", "{:.3f}") for n in range(1, NUM_GRAMS + 1)},
+    "repetition": ("repeated 4-grams", "{:.1%}"),
+    "truncated": ("cut at 128 tokens", "{:.1%}"),
+    "length": ("mean length, tokens", "{:.1f}"),
+    **{f"length_p{q}": (f"length, {q}th percentile", "{:.0f}") for q in PERCENTILES},
+}
+SCORE = {"score": ("score of the completions", "{:.3f}")}
+MEASURES = PREFERENCE | DIVERSITY | SCORE
+WIN_RATES = {"win_rate": "raw", "length_controlled_win_rate": "length_controlled"}
+
+# name: (task of lm-eval, shots) each. Source: arXiv 2605.12288; they are the tasks of the first Open LLM Leaderboard.
+SUITES = {
+    "open-llm-v1": (
+        ("hellaswag", 10), ("arc_challenge", 25), ("mmlu", 5), ("truthfulqa_mc2", 0), ("winogrande", 5), ("gsm8k", 5),
+    )
+}  # fmt: skip
+
+COMPARISONS = {
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+GATE = re.compile(rf"\s*(\S+?)(?:\.(low|high|n))?\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
+
+
+def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
+    """(task, shots) of an entry of `eval.suites`; None for the task's own number of shots."""
+    return SUITES.get(suite, ((suite, None),))
+
+
+def labels(sources: Sequence[str]) -> list[str]:
+    """What models of `eval.against` are called: by their runs' names, or their paths where that would not tell them."""
+    paths = [Path(source) for source in sources]
+    names = [(path.parents[1] if path.parent.name == "align" else path).name for path in paths]
+    return (
+        names if len({*names, "policy", "reference", "chosen"}) == len(names) + 3 else list(sources)
+    )
+
+
+def check_gate(settings: Eval) -> None:
+    """Raises ValueError if `eval.gate` is no condition, or is one on what the recipe does not measure."""
+    if not (found := GATE.fullmatch(settings.gate)):
+        raise ValueError("gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5")
+    tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]
+    own = [
+        *OWN,
+        *(DIVERSITY if settings.diversity_prompts else ()),
+        *(SCORE if settings.judged else ()),
+        *tasks,
+    ]
+    others = labels(settings.against)
+    figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
+    figures["reference"] = dict.fromkeys(own)
+    opponents = (*settings.opponents, *others) if settings.judged else ()
+    name, names = (
+        found[1],
+        _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents}),
+    )
+    if name in names:
+        return
+    if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not settings.judged:
+        raise ValueError(
+            f"gate must name what is measured; {name} needs a scorer, a reward_model or a judge"
+        )
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or ["accuracy"]
+    raise ValueError(f"gate must name what is measured, and {name} is not: did you mean {near[0]}?")
+
+
+def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
+    """{"expression", "value", "passed"} of a checked gate, None for an empty one.
+
+    It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n. What the results do
+    not have has the value None, and does not pass.
+    """
+    if (match := GATE.fullmatch(gate)) is None:
+        return None
+    name, part, comparison, bound = match.groups()
+    figures = {}
+    for model, entry in results["models"].items():
+        tasks = {
+            task: figure for suite in entry["suites"].values() for task, figure in suite.items()
+        }
+        figures[model] = {
+            **entry["preference"]["all"],
+            **entry["diversity"],
+            "score": entry["score"],
+            **tasks,
+        }
+    rates: dict[str, dict[str, Any]] = {}
+    for entry in results["win_rates"]:
+        if entry["model"] == "policy":  # by the first judge
+            rates.setdefault(
+                entry["against"], {name: entry[key] for name, key in WIN_RATES.items()}
+            )
+    value = (_named(figures, rates).get(name) or {}).get(part or "value")
+    passed = value is not None and COMPARISONS[comparison](value, float(bound))
+    return {"expression": gate.strip(), "value": value, "passed": passed}
+
+
+def _named(
+    models: dict[str, dict[str, Any]], win_rates: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against the first one."""
+    named = {
+        f"{model}.{name}": figure
+        for model, figures in models.items()
+        for name, figure in figures.items()
+    }
+    named |= {
+        f"{name}.{other}": figure
+        for other, rates in win_rates.items()
+        for name, figure in rates.items()
+    }
+    return named | models["policy"] | next(iter(win_rates.values()), {})

@@ -1,0 +1,26 @@
+"""Self-contained pages and charts. What is put into one is escaped, and a page's policy lets it fetch nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tbpo_cli.report import charts
+from tbpo_cli.runs.files import write_whole
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Renders `templates/TEMPLATE` with the values, and with the measures and colours of charts, to a file."""
+    loader = PackageLoader("tbpo_cli.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
+    environment.filters["sha256"] = lambda text: base64.b64encode(
+        hashlib.sha256(text.encode()).digest()
+    ).decode()
+    write_whole(path, environment.get_template(template).render(values))

@@ -1,0 +1,236 @@
+"""Starts the processes of a stage, by `accelerate launch`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tbpo_cli import console
+from tbpo_cli.errors import TbpoError, ToldError
+from tbpo_cli.runs.files import HALVED, halved_tokens
+
+if TYPE_CHECKING:
+    from tbpo_cli.config.recipe import Recipe
+    from tbpo_cli.runs.run_dir import RunDir
+
+
+# In a stage's folder, while its workers run: the first machine has launched it; a worker has said why it failed.
+LAUNCHED, TOLD = ".launched", ".told"
+ABSENT = 600.0  # seconds without the first machine that another one waits for it
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes a stage runs in, and where."""
+
+    per_machine: int = 1
+    cpu: bool = False  # also where there is a GPU
+    machines: int = 1  # that run the same command
+    machine_rank: int = 0  # of this one
+    main_address: str = ""  # HOST:PORT of machine 0, if there are several
+    flags: tuple[str, ...] = ()  # for `accelerate launch`, as they are
+
+    @property
+    def total(self) -> int:
+        return self.per_machine * self.machines
+
+    def command(self, target: str) -> list[str]:
+        """The command line of the launcher, whose workers get `target` as their one argument."""
+        host, _, port = self.main_address.rpartition(":")
+        # "multi_gpu" means several processes; ACCELERATE_USE_CPU says that they compute on the CPU.
+        options = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
+        options += [f"--num_processes={self.total}", f"--num_machines={self.machines}"]
+        options += [f"--machine_rank={self.machine_rank}", f"--main_process_port={port or 0}"]
+        options += [f"--main_process_ip={host}"] if host else []
+        return [
+            sys.executable,
+            "-m",
+            "tbpo_cli.runs.launch",
+            *options,
+            *self.flags,
+            "-m",
+            "tbpo_cli.cli.worker",
+            target,
+        ]
+
+
+ALONE = Processes()
+
+
+def processes_of(
+    gpus: int | None,
+    cpu: bool,
+    nodes: int | None,
+    node_rank: int | None,
+    main_address: str | None,
+    flags: list[str],
+) -> Processes:
+    """The processes that the command line asks for; of several machines, what it leaves out is read from SLURM.
+
+    Raises TbpoError if it asks for several machines and does not say where the first one is.
+    """
+    job = os.environ
+    if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
+        nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
+        if not main_address:  # the first host of the job, and a port that the job's number decides
+            command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
+            with suppress(OSError, subprocess.CalledProcessError):  # as in a container
+                hosts = subprocess.run(
+                    command, stdout=subprocess.PIPE, text=True, check=True
+                ).stdout.split()
+                main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
+    is_half_said = nodes is None and (node_rank is not None or main_address is not None)
+    nodes, address = nodes or 1, main_address or ""
+    is_lost = nodes > 1 and (node_rank is None or ":" not in address)
+    if is_half_said or is_lost or (node_rank or 0) >= nodes:
+        where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
+        expected = "the number of this machine, from 0, and HOST:PORT of machine 0"
+        fix = f"on machine K: --nodes {max(nodes, 2)} --node-rank K --main-address HOST:29500"
+        raise TbpoError("the machines do not find each other", where, expected, fix)
+    return Processes(gpus or 1, cpu, nodes, node_rank or 0, address, tuple(flags))
+
+
+def check_gpus(processes: Processes) -> None:
+    """Raises TbpoError if this machine has fewer GPUs than its processes need."""
+    import torch
+
+    available = torch.cuda.device_count()
+    if not processes.cpu and processes.per_machine > available:
+        what = f"{processes.per_machine} GPUs are asked for, and {available} are here"
+        fix = f"--gpus {available}" if available else "--cpu for processes on the CPU"
+        raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
+
+
+def run_or_launch(
+    work: Callable[[Recipe, RunDir], None],
+    name: str,
+    recipe: Recipe,
+    run_dir: RunDir,
+    processes: Processes,
+) -> None:
+    """Calls `work` here, or lets the workers of the stage `name` call it."""
+    if processes.total > 1:
+        _run_workers(run_dir.begin(name, recipe), processes)
+        return
+    if processes.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    work(recipe, run_dir)
+
+
+def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
+    """On another machine than the first: waits until that has launched the stage, and adds the workers of this one.
+
+    Raises TbpoError if nobody has the run for ABSENT seconds: the first machine may still be between two commands.
+    """
+    console.say(f"waiting for {processes.main_address} to begin {name} …")
+    until = time.monotonic() + ABSENT
+    while not (run_dir.stage(name) / LAUNCHED).exists():
+        until = time.monotonic() + ABSENT if run_dir.owner() else until
+        if time.monotonic() > until:
+            what, where = (
+                f"the first machine does not begin {name}",
+                f"--main-address {processes.main_address}",
+            )
+            expected, fix = (
+                f"the same command there, with {run_dir.path}",
+                "look at what it says, and start all again",
+            )
+            raise TbpoError(what, where, expected, fix)
+        time.sleep(0.5)
+    _run_workers(run_dir.stage(name), processes)
+
+
+def _run_workers(folder: Path, processes: Processes) -> None:
+    """Runs the stage of a folder in several processes, and waits for them. They read recipe.toml beside the folder.
+
+    Raises TbpoError if there are fewer GPUs than processes or a worker was killed, ToldError if one has told of it.
+    """
+    check_gpus(processes)
+    if processes.machine_rank == 0:
+        (folder / LAUNCHED).touch()
+    try:
+        before = halved_tokens(folder)
+        while (code := _launch(folder, processes)) and (tokens := halved_tokens(folder)) != before:
+            how = f"from the last checkpoint, with max_tokens_per_device = {tokens:,}"
+            console.say(f"out of memory: all processes begin again, {how}")
+            before = tokens
+    finally:
+        for note in (LAUNCHED, HALVED):
+            (folder / note).unlink(missing_ok=True)
+    if code > 0 and (folder / TOLD).exists():
+        raise ToldError(code)
+    if code:
+        number = -code if code < 0 else code - 128
+        what = f"a worker process {f'was killed by signal {number}' if number > 0 else 'failed'}"
+        fix = "look at the memory of the machine; the same command goes on from the last checkpoint"
+        raise TbpoError(what, str(folder), "processes that end by themselves", fix)
+
+
+def _launch(folder: Path, processes: Processes) -> int:
+    """Runs the workers of the stage's folder to their end; returns the launcher's exit code.
+
+    A first SIGINT or SIGTERM goes to the workers; a second one ends them and the launcher.
+    """
+    import psutil
+
+    environment = dict(os.environ)
+    if processes.cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.per_machine))
+        )
+    if processes.machine_rank == 0:
+        (folder / TOLD).unlink(missing_ok=True)
+    command = processes.command(str(folder))
+    launcher = psutil.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
+        is_second = len(received) > 1
+        for process in [*launcher.children(recursive=True), *([launcher] if is_second else [])]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if is_second else number)
+
+    with ExitStack() as after:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            after.callback(signal.signal, number, signal.signal(number, pass_on))
+        return int(launcher.wait())
+
+
+def main() -> None:
+    """`accelerate launch`, which exits with the code of the worker that failed first.
+
+    It ends, and its workers with it, when the process that started it is gone.
+    """
+    from accelerate.commands.launch import main as launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def end_with_parent() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.disable()  # what the launcher says of a failure, the worker has said better
+    try:
+        launch()
+    except ChildFailedError as error:
+        # One that was killed comes first, if not by the launcher: when its connections close, the others fail as well.
+        codes = [failure.exitcode for failure in error.failures.values()]
+        killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
+        code = killed[0] if killed else error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()
