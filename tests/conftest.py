@@ -29,9 +29,25 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    "red green blue one two three four cat dog bird tree house runs jumps sings loves sees".split()
-)  # noqa: SIM905
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "cat",
+    "dog",
+    "bird",
+    "tree",
+    "house",
+    "runs",
+    "jumps",
+    "sings",
+    "loves",
+    "sees",
+]
 
 
 def sentence(rng, low=2, high=9):
@@ -210,7 +226,7 @@ def run_stage(stage, recipe_file, run_dir, *overrides, restart=False):
     """A stage in this process, as the command runs it; returns the run directory."""
     from tbpo_cli.config.recipe import load_recipe
     from tbpo_cli.runs.run_dir import RunDir
-    from tbpo_cli.stages import run_through
+    from tbpo_cli.stages.chain import run_through
 
     recipe = load_recipe(Path(recipe_file), overrides)
     directory = RunDir.of(recipe, Path(run_dir))

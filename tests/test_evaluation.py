@@ -567,10 +567,11 @@ def test_an_adapter_of_another_shape_is_refused(copied, tmp_path):
 
 def test_another_function_of_the_same_file_is_another_scorer(whole):
     from tbpo_cli.runs.run_dir import RunDir
+    from tbpo_cli.stages.chain import STAGES
 
     recipe, run = whole
     loaded = load_recipe(recipe, (*SAME, f"eval.scorer=python:{recipe.parent / 'scorer.py'}:other"))
-    assert RunDir(run).changes("eval", loaded) == ['eval.scorer.name: "score" → "other"']
+    assert RunDir(run).changes(STAGES["eval"], loaded) == ['eval.scorer.name: "score" → "other"']
 
 
 # Suites

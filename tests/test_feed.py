@@ -10,7 +10,6 @@ from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.feed import Ahead
 from tbpo_cli.train.loop import TrainingRun
 
@@ -35,7 +34,7 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 
     policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
     (run / "align").mkdir()
-    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, run / "align", 0).run()
+    TrainingRun(policy, recipe.align.loss, recipe.align, *stores, run / "align", 0).run()
     return {name: p.detach() for name, p in policy.trained.items()}
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch.nn.functional as F
 from conftest import preference_rows, run_stage, write_jsonl
 
-from tbpo_cli import stages
-from tbpo_cli.evaluation import judges
+from tbpo_cli import console
 from tbpo_cli.batch.layouts import LAYOUTS
 from tbpo_cli.config.recipe import Align, Eval, load_recipe
 from tbpo_cli.config.validate import table
@@ -17,9 +16,13 @@ from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import mean_over_response
 from tbpo_cli.data.pairs import FORMATS, Format, make_pair
+from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation import judges
 from tbpo_cli.evaluation.measures import JUDGES
-from tbpo_cli.runs.run_dir import STAGES, RunDir
+from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
+from tbpo_cli.stages.chain import STAGES, run_through
 from tbpo_cli.train.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -150,7 +153,7 @@ def test_a_judge(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setitem(JUDGES, "longest", "longest")
     recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
     run = tmp_path / "run"
-    stages.run_through("eval", recipe, RunDir(run), restart=False)
+    run_through("eval", recipe, RunDir(run), restart=False)
     (rate,) = json.loads((run / "eval/results.json").read_text())["win_rates"]
     lengths = {"policy": {}, "reference": {}}
     for sample in map(json.loads, (run / "sample/samples.jsonl").read_text().splitlines()):
@@ -165,27 +168,31 @@ def test_a_judge(recipe_file, tmp_path, monkeypatch):
     )
 
 
-STAGE = """
-import json
-from tbpo_cli import console
-from tbpo_cli.data.store import PairStore
-
-def run(recipe, run_dir):
-    path = run_dir.begin("lengths", recipe) / "lengths.json"
-    path.write_text(json.dumps(PairStore(run_dir.stage("prepare") / "train").chosen_lengths.tolist()))
+def write_lengths(recipe, run_dir, processes):
+    path = run_dir.begin(LENGTHS, recipe) / "lengths.json"
+    store = PairStore(run_dir.stage("prepare") / "train")
+    path.write_text(json.dumps(store.chosen_lengths.tolist()))
     run_dir.finish("lengths", [path], {})
-    report(recipe, run_dir)
+    report_lengths(recipe, run_dir)
 
-def report(recipe, run_dir):
+
+def report_lengths(recipe, run_dir):
     console.say(f"the lengths are in {run_dir.stage('lengths')}")
-"""
+
+
+LENGTHS = Stage(
+    name="lengths",
+    needs=lambda recipe: ("prepare",),
+    keys=("data.",),
+    run=write_lengths,
+    report=report_lengths,
+)
 
 
 def test_a_stage(recipe_file, tmp_path, monkeypatch, capsys):
-    """A file beside the others: it runs what it needs first, nothing when up to date, and stops at changed inputs."""
-    (tmp_path / "lengths.py").write_text(STAGE)
-    monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(tmp_path)])
-    monkeypatch.setitem(STAGES, "lengths", replace(STAGES["prepare"], needs=("prepare",)))
+    """An object in the table: it runs what it needs first, nothing when it is up to date, and stops
+    at changed inputs."""
+    monkeypatch.setitem(STAGES, "lengths", LENGTHS)
     run = run_stage("lengths", recipe_file, tmp_path / "run")
     assert len(json.loads((run / "lengths/lengths.json").read_text())) == 40
     assert (

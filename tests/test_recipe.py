@@ -31,7 +31,7 @@ def faults(error):
 def test_only_the_base_and_the_training_rows_have_no_default(load):
     recipe = load(SMALL)
     assert recipe.run.name == "recipe" and recipe.sft is None and recipe.model.lora is None
-    assert recipe.align.epochs == 1.0 and recipe.align.loss["name"] == "tbpo_a"
+    assert recipe.align.epochs == 1.0 and recipe.align.loss_name == "tbpo_a"
     with pytest.raises(TbpoError) as error:
         load("")
     assert [fault.what for fault in faults(error)] == ["model is missing", "data is missing"]
@@ -102,14 +102,16 @@ def test_a_share_to_hold_out_is_not_ignored_beside_rows_to_evaluate(load):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_can_be_named_with_its_defaults_filled_in(load, name):
-    loss = load(SMALL, f"align.loss.name={name}").align.loss
-    assert loss["name"] == name
-    assert ("generator" in loss) == (name in {"bpo", "tbpo_a", "tbpo_q"})
+    align = load(SMALL, f"align.loss.name={name}").align
+    assert (align.loss_name, align.loss) == (name, LOSSES[name]())
+    assert hasattr(align.loss, "generator") == (name in {"bpo", "tbpo_a", "tbpo_q"})
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_generator_can_be_named(load, name):
-    assert load(SMALL, f"align.loss.generator.name={name}").align.loss["generator"]["name"] == name
+    recipe = load(SMALL, f"align.loss.generator.name={name}")
+    assert recipe.align.loss.generator == GENERATORS[name]()
+    assert recipe.settings()["align.loss.generator.name"] == name
 
 
 def test_a_generator_may_be_named_without_a_table_of_its_own(load):
@@ -125,11 +127,7 @@ def test_set_takes_toml_values_and_bare_text(load):
     recipe = load(
         SMALL, "run.seed=7", "align.loss.name=dpo", "align.learning_rate=1e-4", "model.lora={r = 8}"
     )
-    assert (recipe.run.seed, recipe.align.loss["name"], recipe.align.learning_rate) == (
-        7,
-        "dpo",
-        1e-4,
-    )
+    assert (recipe.run.seed, recipe.align.loss_name, recipe.align.learning_rate) == (7, "dpo", 1e-4)
     assert recipe.model.lora.r == 8
     for text in ("", "=", "a b # [c]", "[1", 'a "b" \\'):
         assert load(SMALL, f"push.card=/{text}").push.card == str(Path(f"/{text}").resolve()), (

@@ -12,8 +12,8 @@ from conftest import run_stage
 
 from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.core import LOSSES, build_loss
+from tbpo_cli.core.generators import Sba
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.stages.align import loss_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 QUICKSTART = RECIPES / "quickstart"
@@ -31,9 +31,11 @@ def world():
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path):
     recipe = load_recipe(path)
-    assert recipe.align.loss["name"] in {"tbpo_a", "tbpo_q", "dpo"} and loss_of(
-        recipe.align
-    ).beta in (0.1, 0.01, 0.5)
+    assert recipe.align.loss_name in {"tbpo_a", "tbpo_q", "dpo"} and recipe.align.loss.beta in (
+        0.1,
+        0.01,
+        0.5,
+    )
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and all(len(line) <= 120 for line in lines)
 
@@ -81,7 +83,7 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     )  # this machine is not what it names
     processes, room = ROOM.get(name, (1, 24e9))
     gpu = torch.device("cuda")
-    for stage, loss in (("sft", build_loss("sft")), ("align", loss_of(recipe.align))):
+    for stage, loss in (("sft", build_loss("sft")), ("align", recipe.align.loss)):
         if settings := getattr(recipe, stage):
             policy = policy_on_meta(stage, recipe, loss, gpu)
             settings = replace(settings, max_tokens_per_device=4096)
@@ -97,7 +99,7 @@ def test_the_loss_of_a_shipped_recipe_can_be_changed_by_its_name_alone(name):
             and "beta" in path.read_text(encoding="utf-8").partition("[align.loss]")[2]
         ):
             continue  # the beta that it names is no key of theirs
-        assert load_recipe(path, (f"align.loss.name={name}",)).align.loss["name"] == name
+        assert load_recipe(path, (f"align.loss.name={name}",)).align.loss_name == name
 
 
 def test_the_papers_recipes_have_the_papers_setting():
@@ -117,10 +119,7 @@ def test_the_papers_recipes_have_the_papers_setting():
             10,
             0,
         )
-        assert (
-            align.loss["generator"] == {"name": "sba", "lam": 0.0, "scale": 4.0}
-            and recipe.data.max_length == 2048
-        )
+        assert align.loss.generator == Sba(lam=0.0, scale=4.0) and recipe.data.max_length == 2048
 
 
 def test_the_world_scores_what_it_says(world):

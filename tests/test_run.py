@@ -18,7 +18,7 @@ from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import read_sealed, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.stages import plan
+from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.metrics import read_metrics
 
 NUM_EXAMPLES = int(

@@ -256,7 +256,6 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tbpo_cli.stages.align import loss_of
     from tbpo_cli.train.loop import TrainingRun
 
     lora, with_sft = SETTINGS[setting]
@@ -286,7 +285,7 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     before = reference_logps(policy, pairs)
     folder = tmp_path / "align"
     folder.mkdir()
-    TrainingRun(policy, loss_of(recipe.align), recipe.align, *stores, folder, 0).run()
+    TrainingRun(policy, recipe.align.loss, recipe.align, *stores, folder, 0).run()
     assert torch.equal(reference_logps(policy, pairs), before), (
         "the reference moved during training"
     )

@@ -14,7 +14,6 @@ from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.report.diagnoses import RATES, advice
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.memory import foresee, kept_bytes, tokens_that_fit
 
 
@@ -104,7 +103,7 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
         assert lines["reference"] == reference and head in lines["head"]
     for name, count in (("full.toml", 3), (recipe_file.name, 0)):
         recipe = load_recipe(tmp_path / name, ("align.loss.name=tis_dpo",))
-        policy = policy_on_meta("align", recipe, loss_of(recipe.align), torch.device("cpu"))
+        policy = policy_on_meta("align", recipe, recipe.align.loss, torch.device("cpu"))
         assert len(policy.frozen) == count
         assert len(policy.adapters) == (0 if count else 3), "π⁺ and π⁻ stand beside the policy"
 
@@ -118,7 +117,7 @@ def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, f
     )
     recipe = load_recipe(recipe_file)
     cpu = torch.device("cpu")
-    meta = policy_on_meta("align", recipe, loss_of(recipe.align), cpu)
+    meta = policy_on_meta("align", recipe, recipe.align.loss, cpu)
     loaded = load_policy(recipe, cpu, None, with_reference=True)
     assert {p.device.type for p in meta.model.parameters()} == {"meta"}
     for of in (
@@ -162,7 +161,7 @@ def test_the_first_micro_batch_is_a_power_of_two_in_half_of_what_is_left_of_a_gp
 
 def test_memory_follows_from_processes_and_quantization(recipe_file):
     recipe = load_recipe(recipe_file)
-    policy = policy_on_meta("align", recipe, loss_of(recipe.align), torch.device("cpu"))
+    policy = policy_on_meta("align", recipe, recipe.align.loss, torch.device("cpu"))
     whole, shared = (
         foresee(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
         for n in (1, 4)

@@ -311,7 +311,7 @@ def show(call: Call) -> None:
 
 def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
-    from tbpo_cli.stages import run_through, show_plan
+    from tbpo_cli.stages.chain import run_through, show_plan
 
     (recipe, run_dir), processes = call.load(), call.processes()
     if call.dry_run:

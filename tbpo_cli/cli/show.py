@@ -27,8 +27,7 @@ from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, l
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.report.diagnoses import advice
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.stages import WORDS, plan
-from tbpo_cli.stages.align import loss_of
+from tbpo_cli.stages.chain import STAGES, STATES, plan
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import foresee, matrix_rate, operations, room
 from tbpo_cli.train.metrics import read_metrics
@@ -52,9 +51,9 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
         _ask_hub_once()
     console.out.print()
     for name, (state, changes) in plan("eval", recipe, run_dir).items():
-        _print(f"{WORDS[state]} {'; '.join(changes)}", name)
+        _print(f"{STATES[state]} {'; '.join(changes)}", name)
         if (name, state) == ("prepare", "new"):
-            run_dir.inputs(name, recipe)  # says which files are not there
+            run_dir.inputs(STAGES[name], recipe)  # says which files are not there
     for name in ("sft", "align"):
         if getattr(recipe, name) is not None:
             console.out.print()
@@ -109,12 +108,12 @@ def examine(
         (what, words for a person) a line; and the bytes of each device by what takes them, if the base can be read.
     """
     settings, device = getattr(recipe, name), Group.of_environment().device
-    loss = loss_of(recipe.align) if name == "align" else build_loss("sft")
+    loss = recipe.align.loss if name == "align" else build_loss("sft")
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), 0.0
     known: dict[str, Any] = {"room": room(device)}  # of what `advice` asks
     memory: dict[str, float] = {}
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
-        stores = open_stores(name, recipe, run_dir)
+        stores = open_stores(settings, run_dir)
         longest, whole = (
             longest_sequence(stores),
             np.sort(_lengths(stores[0], "response").sum(axis=1)),

@@ -27,15 +27,15 @@ def _run(folder: Path) -> int:
     console.quiet_libraries()
     from tbpo_cli.config.recipe import load_recipe
     from tbpo_cli.runs.run_dir import RunDir
-    from tbpo_cli.stages import module_of
+    from tbpo_cli.stages.chain import STAGES
     from tbpo_cli.train.group import Group
 
     try:
         group = Group.of_environment()
         console.err.quiet = not group.is_main
-        module_of(folder.name).work(
-            load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent)
-        )
+        work = STAGES[folder.name].work
+        assert work is not None
+        work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
         group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):

@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
 
+from tbpo_cli.config.loss import complete_loss, loss_of_table, loss_table, name_of
 from tbpo_cli.config.toml import apply_overrides, read_toml, resolve_paths
-from tbpo_cli.config.validate import complete_loss, known_format, table, validate
+from tbpo_cli.config.validate import known_format, table, validate
 from tbpo_cli.errors import gather
 from tbpo_cli.evaluation.measures import JUDGES, check_gate
+
+if TYPE_CHECKING:
+    from tbpo_cli.core.losses import Loss
+else:
+    Loss = Any  # for pydantic, which reads the annotations; the class itself would load torch
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -171,12 +177,18 @@ class Sft(Training):
 
 @table
 class Align(Training):
-    """[align] Preference optimisation. `loss` is the checked and completed [align.loss] table."""
+    """[align] Preference optimisation. `loss` may be given as a table or as a loss of `core`."""
 
     batch_pairs: Count = 32
     reverse: bool = False  # chosen and rejected change places: for the negative helper of tis_dpo
-    loss: dict[str, Any] = field(default_factory=lambda: {"name": "tbpo_a"})
+    loss: Annotated[Loss, PlainValidator(loss_of_table), PlainSerializer(loss_table)] = field(
+        default_factory=lambda: loss_of_table({"name": "tbpo_a"})
+    )
     split: ClassVar[str] = "train"
+
+    @property
+    def loss_name(self) -> str:
+        return name_of(self.loss)
 
     @property
     def batch_size(self) -> int:
@@ -299,6 +311,11 @@ class Recipe:
                     f"{name}.sharding cannot be fsdp where model.quantization is given"
                 )
 
+    @property
+    def training_stages(self) -> tuple[str, ...]:
+        """The names of the training stages that the recipe has, in order."""
+        return ("align",) if self.sft is None else ("sft", "align")
+
     def settings(self) -> dict[str, Any]:
         """The recipe as {"table.key": value}, every default included, keys without a value left out."""
         return _flatten(_plain(self))
@@ -324,6 +341,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raw["run"].setdefault("name", path.stem)
     if isinstance(align := raw.setdefault("align", {}), dict):
         align["loss"], loss_faults = complete_loss(align.get("loss", {}), str(path))
+        if loss_faults:
+            del align["loss"]  # the other keys are checked all the same
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), ())
     gather(faults + recipe_faults)

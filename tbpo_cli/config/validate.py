@@ -34,53 +34,6 @@ def known_format(name: str) -> str:
     return name
 
 
-def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:
-    """[align.loss] checked against the fields of the named loss and generator, with their defaults filled in."""
-    from tbpo_cli.core.generators import GENERATORS
-    from tbpo_cli.core.losses import LOSSES
-
-    where = ("align", "loss")
-    if not isinstance(given, dict):
-        return {}, [
-            _error("align.loss is no table", path, where, 'name = "…" and that loss\'s own keys')
-        ]
-    given = {"name": "tbpo_a", **given}
-    owner = LOSSES.get(str(given["name"]))
-    takes_generator = owner is None or "generator" in {f.name for f in fields(owner)}
-    wanted = (
-        given.pop("generator", None) if takes_generator else None
-    )  # where it is no key, it is told as such
-    loss, faults = _named(LOSSES, given, path, where)
-    if wanted is not None:
-        generator, generator_faults = _named(GENERATORS, wanted, path, (*where, "generator"))
-        faults += generator_faults
-    if faults:
-        return {}, faults
-    loss = loss if wanted is None else dataclasses.replace(loss, generator=generator)
-    completed = {"name": given["name"], **dataclasses.asdict(loss)}
-    if "generator" in completed:
-        names = {cls: name for name, cls in GENERATORS.items()}
-        completed["generator"] = {"name": names[type(loss.generator)], **completed["generator"]}
-    return completed, []
-
-
-def _named(
-    classes: dict[str, type], given: Any, path: str, where: tuple[str, ...]
-) -> tuple[Any, list[TbpoError]]:
-    """An instance of the class that given["name"] names in a table, from the other fields; a bare name has none."""
-    options = dict(given) if isinstance(given, dict) else {"name": given}
-    name = options.pop("name", None)
-    if isinstance(name, str) and name in classes:
-        return validate(classes[name], options, path, where)
-    near = difflib.get_close_matches(str(name), classes, n=1)
-    key, fix = (*where, "name"), f'name = "{near[0]}"' if near else ""
-    return None, [
-        _error(
-            f"{'.'.join(key)} = {name!r} is unknown", path, key, f"one of {', '.join(classes)}", fix
-        )
-    ]
-
-
 def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
     """An instance of a dataclass from TOML values, or its faults. `core`'s plain dataclasses are checked alike."""
     checked = (
@@ -98,7 +51,7 @@ def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[An
         faults: dict[tuple[str, ...], TbpoError] = {}
         for entry in error.errors():
             keys = tuple(str(part) for part in entry["loc"] if _is_key(part))
-            faults.setdefault(keys, _fault(entry, (*where, *keys), cls, path))
+            faults.setdefault(keys, _of_entry(entry, (*where, *keys), cls, path))
         return None, list(faults.values())
 
 
@@ -107,7 +60,7 @@ def _is_key(part: Any) -> bool:
     return isinstance(part, str) and part.isidentifier() and part not in {"str", "none"}
 
 
-def _error(what: str, path: str, keys: tuple[str, ...], expected: str, fix: str = "") -> TbpoError:
+def fault(what: str, path: str, keys: tuple[str, ...], expected: str, fix: str = "") -> TbpoError:
     where = (
         f"{path}, [{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"{path}, [{keys[0]}]"
     )
@@ -116,7 +69,7 @@ def _error(what: str, path: str, keys: tuple[str, ...], expected: str, fix: str 
     )
 
 
-def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError:
+def _of_entry(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError:
     """One of pydantic's errors in our words."""
     name, given = ".".join(keys), entry["input"]
     if entry["type"] == "unexpected_keyword_argument":
@@ -124,7 +77,7 @@ def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?" if near else "remove it"
         what = f"{name} is an unknown {'table' if isinstance(given, dict) else 'key'}"
-        return _error(
+        return fault(
             what, path, keys, f"one of {', '.join(names)}" if names else "no further keys", fix
         )
     if entry["type"] == "missing":
@@ -133,20 +86,20 @@ def _fault(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError
             if len(keys) > 1
             else f"add a table [{name}]"
         )
-        return _error(f"{name} is missing", path, keys, "a value: it has no default", fix)
+        return fault(f"{name} is missing", path, keys, "a value: it has no default", fix)
     expected = entry["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if entry["type"] == "value_error" and isinstance(
         given, dict
     ):  # of a __post_init__: it begins with the key
         keys = (*keys, expected.split()[0])
-        return _error(f"{'.'.join(keys)} is not possible", path, keys, expected)
+        return fault(f"{'.'.join(keys)} is not possible", path, keys, expected)
     if entry["type"] in {"dataclass_type", "dataclass_exact_type"}:
         expected = f"a table: [{name}]"
     known = entry["type"] in {"literal_error", "value_error"}
     options = expected.replace("'", "").replace(" or ", ", ").split(", ") if known else []
     near = difflib.get_close_matches(str(given), options, n=1)
     fix = f'{keys[-1]} = "{near[0]}"' if near else ""
-    return _error(
+    return fault(
         f"{name} = {json.dumps(given, default=str)} is not possible", path, keys, expected, fix
     )
 

@@ -27,7 +27,8 @@ class Candidate:
 
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
     """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
-    own, beta = recipe.align.loss["name"], recipe.align.loss.get("beta", 1.0)
+    own = recipe.align.loss_name
+    beta = getattr(recipe.align.loss, "beta", 1.0)
     reference = (
         str(run_dir.weights("sft"))
         if recipe.sft is not None

@@ -212,7 +212,7 @@ def render_card(
 
     Raises TbpoError if the template cannot be rendered.
     """
-    whole, loss, repo = is_whole(recipe), recipe.align.loss["name"], recipe.push.repo or "USER/NAME"
+    whole, loss, repo = is_whole(recipe), recipe.align.loss_name, recipe.push.repo or "USER/NAME"
     data = hf.ModelCardData(
         library_name="transformers" if whole else "peft",
         base_model=base.id,

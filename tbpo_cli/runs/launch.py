@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tbpo_cli.runs.files import HALVED, halved_tokens
 if TYPE_CHECKING:
     from tbpo_cli.config.recipe import Recipe
     from tbpo_cli.runs.run_dir import RunDir
+    from tbpo_cli.runs.stage import Stage
 
 
 # In a stage's folder, while its workers run: the first machine has launched it; a worker has said why it failed.
@@ -111,27 +111,25 @@ def check_gpus(processes: Processes) -> None:
         raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
 
 
-def run_or_launch(
-    work: Callable[[Recipe, RunDir], None],
-    name: str,
-    recipe: Recipe,
-    run_dir: RunDir,
-    processes: Processes,
-) -> None:
-    """Calls `work` here, or lets the workers of the stage `name` call it."""
+def run_or_launch(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Processes) -> None:
+    """Does the work of a stage in this process, or starts workers that do it."""
     if processes.total > 1:
-        _run_workers(run_dir.begin(name, recipe), processes)
+        _run_workers(run_dir.begin(stage, recipe), processes)
         return
     if processes.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    work(recipe, run_dir)
+    assert stage.work is not None
+    stage.work(recipe, run_dir)
 
 
-def join_workers(name: str, run_dir: RunDir, processes: Processes) -> None:
-    """On another machine than the first: waits until that has launched the stage, and adds the workers of this one.
+def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
+    """On a machine that is not the first: waits until that has launched the stage, then adds workers.
 
-    Raises TbpoError if nobody has the run for ABSENT seconds: the first machine may still be between two commands.
+    Raises:
+        TbpoError: if nobody holds the run for ABSENT seconds. (The first machine may be between two
+            commands.)
     """
+    name = stage.name
     console.say(f"waiting for {processes.main_address} to begin {name} …")
     until = time.monotonic() + ABSENT
     while not (run_dir.stage(name) / LAUNCHED).exists():

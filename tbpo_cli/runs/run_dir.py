@@ -19,9 +19,10 @@ from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.config.toml import PATHS, TOKENIZER_FILES, WEIGHT_FILES, is_local
+from tbpo_cli.config.toml import PATHS, is_local
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
+from tbpo_cli.runs.stage import Stage
 
 LIBRARIES = (
     "tbpo",
@@ -34,35 +35,6 @@ LIBRARIES = (
     "safetensors",
 )
 
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage is made from."""
-
-    needs: tuple[str, ...]  # stages whose outputs it reads, if the recipe has them
-    tables: tuple[str, ...]  # prefixes of the recipe's keys that it depends on
-    base: tuple[str, ...] = (
-        WEIGHT_FILES  # patterns of the files in the folder of the base that it depends on
-    )
-    parallel: bool = True  # whether it can run in several processes
-
-
-_PREPARED = (
-    "run.seed",
-    "model.base",
-    "model.revision",
-    "model.chat_template",
-    "data.",
-    "sft.train",
-)
-_MODEL = ("run.seed", "model.")
-STAGES = {  # by the command, which is also the folder in the run directory
-    "prepare": Stage((), _PREPARED, TOKENIZER_FILES, parallel=False),
-    "sft": Stage(("prepare",), (*_MODEL, "sft.")),
-    "align": Stage(("prepare", "sft"), (*_MODEL, "align.")),
-    "sample": Stage(("prepare", "sft", "align"), (*_MODEL, "data.template_date", "sample.")),
-    "eval": Stage(("prepare", "sft", "align", "sample"), (*_MODEL, "data.template_date", "eval.")),
-}
 
 # Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
 FREE_KEYS = {
@@ -135,22 +107,21 @@ class RunDir:
         """The inputs a stage was started with; empty if it was never started."""
         return read_sealed(self.stage(name) / "inputs.json")
 
-    def inputs(self, name: str, recipe: Recipe) -> dict[str, Any]:
+    def inputs(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
         """What a stage would start from now: settings, hashes of files (TbpoError without one), results of others."""
-        stage, given = STAGES[name], recipe.settings()
         settings = {
             key: value
-            for key, value in given.items()
-            if key.startswith(stage.tables) and key not in FREE_KEYS
+            for key, value in recipe.settings().items()
+            if key.startswith(stage.keys) and key not in FREE_KEYS
         }
-        known = self.started_from(name).get("files", {})
+        known = self.started_from(stage.name).get("files", {})
         files: dict[str, dict[str, Any]] = {}
         for setting, value in list(settings.items()):
             key = re.sub(r"\.\d+\.path$", "", setting)  # of one of several sources
             if key not in PATHS or not value:
                 continue
             sources = value if isinstance(value, list) else [value]
-            patterns = stage.base if key == "model.base" else PATHS[key]
+            patterns = stage.base_files if key == "model.base" else PATHS[key]
             local = [_files_of(key, source, patterns) for source in sources]
             for path in itertools.chain(*local):
                 files.setdefault(key, {})[str(path)] = _fingerprint(
@@ -160,20 +131,16 @@ class RunDir:
                 settings.pop(setting, None)
             if sources[0].startswith("python:"):
                 settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
-        outputs = {need: self.outputs_hash(need) for need in self.needed(name, recipe)}
+        outputs = {need: self.outputs_hash(need) for need in stage.needs(recipe)}
         return {"settings": settings, "files": files, "outputs": outputs}
 
-    def needed(self, name: str, recipe: Recipe) -> list[str]:
-        """The stages that come before one, in order; [sft] only if the recipe has that table."""
-        needs = ("prepare",) if name == "sample" and recipe.sample.adapter else STAGES[name].needs
-        return [need for need in needs if need != "sft" or recipe.sft is not None]
-
-    def changes(self, name: str, recipe: Recipe) -> list[str]:
+    def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
         """What differs between the inputs of a started stage and those of now, one line each."""
-        before = self.started_from(name)
+        before = self.started_from(stage.name)
         if not before:
             return []
-        now, lines = self.inputs(name, recipe), []
+        now = self.inputs(stage, recipe)
+        lines = []
         files = sorted(before["files"].keys() | now["files"].keys())
         for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(files)):
             old, new = before["settings"].get(key), now["settings"].get(key)
@@ -191,13 +158,13 @@ class RunDir:
         )
         return lines + [f"the result of {need} changed" for need in changed]
 
-    def begin(self, name: str, recipe: Recipe) -> Path:
+    def begin(self, stage: Stage, recipe: Recipe) -> Path:
         """Makes a stage's folder and notes its inputs, unless it was begun before; returns the folder."""
-        folder = self.stage(name)
+        folder = self.stage(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
-        if not self.started_from(name):
-            write_sealed(folder / "inputs.json", self.inputs(name, recipe))
+        if not self.started_from(stage.name):
+            write_sealed(folder / "inputs.json", self.inputs(stage, recipe))
         return folder
 
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Align, Recipe
-from tbpo_cli.core.generators import build_generator
-from tbpo_cli.core.losses import Loss, build_loss
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.measures import PREFERENCE
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
 
 SHOWN = ("accuracy", "margin", "kl", "entropy", "logps_chosen", "logps_rejected")
 # While policy and reference are still the same, the accuracy means nothing.
@@ -17,7 +16,7 @@ SUMMARY = tuple((name, *PREFERENCE[name], name != "accuracy") for name in SHOWN)
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `align/adapter` (or `align/model`)."""
-    run_or_launch(work, "align", recipe, run_dir, processes)
+    run_or_launch(STAGE, recipe, run_dir, processes)
     report(recipe, run_dir)
 
 
@@ -25,15 +24,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """The training in this process, which may be one of several."""
     from tbpo_cli.train.stage import train_stage
 
-    train_stage("align", recipe, run_dir, loss_of(recipe.align))
-
-
-def loss_of(settings: Align) -> Loss:
-    """The loss that [align.loss] names."""
-    fields = dict(settings.loss)
-    if "generator" in fields:
-        fields["generator"] = build_generator(**fields["generator"])
-    return build_loss(**fields)
+    train_stage(STAGE, recipe.align, recipe, run_dir, recipe.align.loss)
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
@@ -41,7 +32,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.train.metrics import read_metrics
 
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
-    console.show_evaluations(f"{recipe.align.loss['name']} on the held-out pairs", metrics, SUMMARY)
+    console.show_evaluations(f"{recipe.align.loss_name} on the held-out pairs", metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
     console.say(
         f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})"
@@ -53,3 +44,13 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:"
     )
     console.say("      the same command with --set align.loss.name=dpo --run-dir runs/dpo")
+
+
+STAGE = Stage(
+    name="align",
+    needs=lambda recipe: ("prepare", *recipe.training_stages[:-1]),
+    keys=("run.seed", "model.", "align."),
+    run=run,
+    report=report,
+    work=work,
+)

@@ -15,6 +15,7 @@ from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
 
 Rows = list[dict[str, Any]]
 
@@ -55,7 +56,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
             "there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0"
         )
     candidates = candidates_of(recipe, run_dir)
-    run_or_launch(work, "eval", recipe, run_dir, processes)
+    run_or_launch(STAGE, recipe, run_dir, processes)
     samples = _samples(run_dir, candidates)
     win_rates, verdicts, scores = judge_all(
         recipe, run_dir, samples, [each.name for each in candidates[2:]]
@@ -66,7 +67,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     }
     results = {
         "run": recipe.run.name,
-        "loss": recipe.align.loss["name"],
+        "loss": recipe.align.loss_name,
         "date": time.strftime("%Y-%m-%d"),
         "num_pairs": models["policy"]["preference"]["all"]["margin"]["n"],
         "num_prompts": len({sample["prompt_id"] for sample in samples}),
@@ -94,7 +95,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 
     group = Group.of_environment()
-    folder = run_dir.begin("eval", recipe) if group.is_main else run_dir.stage("eval")
+    folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("eval")
     (folder / "parts").mkdir(exist_ok=True)
     candidates, settings = candidates_of(recipe, run_dir), recipe.eval
     wanted = [
@@ -228,3 +229,13 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         )
     if gate:
         console.say(f"the gate is passed: {gate['expression']}, measured {gate['value']:.4g}")
+
+
+STAGE = Stage(
+    name="eval",
+    needs=lambda recipe: ("prepare", *recipe.training_stages, "sample"),
+    keys=("run.seed", "model.", "data.template_date", "eval."),
+    run=run,
+    report=report,
+    work=work,
+)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe, Source
+from tbpo_cli.config.toml import TOKENIZER_FILES
 from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.pairs import RejectedRow, recognise
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
@@ -24,7 +25,9 @@ from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import Result, TokenizedPair, fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
+from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
 
 EXCERPT_CHARACTERS = 200
 KEY = {  # of the parts of a pair: style, meaning
@@ -51,14 +54,14 @@ class Counts:
     noted: Counter[str] = field(default_factory=Counter)
 
 
-def run(recipe: Recipe, run_dir: RunDir) -> None:
+def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Prepares the training, evaluation and SFT pairs of a recipe.
 
     Raises:
         TbpoError: for a source that cannot be read, a template that cannot be cut, or too many unusable rows.
     """
     started = time.monotonic()
-    folder = run_dir.begin("prepare", recipe)
+    folder = run_dir.begin(STAGE, recipe)
     tokenizer = load_tokenizer(
         recipe.model
     )  # before the workers do, whose errors could not be told
@@ -274,3 +277,13 @@ class _Sifter:
         line |= {"reason": reason.reason, "detail": reason.detail}
         line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
         self.rejects.write(json.dumps(line) + "\n")
+
+
+STAGE = Stage(
+    name="prepare",
+    needs=lambda recipe: (),
+    keys=("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
+    run=run,
+    report=report,
+    base_files=TOKENIZER_FILES,
+)

@@ -16,6 +16,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.hub import publish as hub
 from tbpo_cli.runs.files import read_sealed, told_as_unwritable, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.stages.chain import require_complete
 
 SHARD_SIZE = "5GB"  # of a file of merged weights
 
@@ -29,7 +30,8 @@ def run(
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
-    manifests, results = _manifests(recipe, run_dir), _results(run_dir, allow_unevaluated)
+    manifests = require_complete("align", recipe, run_dir)
+    results = _results(run_dir, allow_unevaluated)
     repo = recipe.push.repo or ""
     if not (repo or dry_run):
         raise TbpoError(
@@ -79,28 +81,6 @@ def run(
     )
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
     console.out.print(receipt["url"], markup=False)
-
-
-def _manifests(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
-    """What the stages behind the policy say. Raises TbpoError if one is not complete, or of other inputs."""
-    manifests = {
-        name: run_dir.manifest(name) for name in [*run_dir.needed("align", recipe), "align"]
-    }
-    for name, manifest in manifests.items():
-        changes = run_dir.changes(name, recipe)
-        if changes or not manifest:
-            what = (
-                f"was made from other inputs: {'; '.join(changes)}"
-                if manifest
-                else "is not complete"
-            )
-            raise TbpoError(
-                f"the stage {name} {what}",
-                str(run_dir.path),
-                "a complete run",
-                "tbpo align RECIPE first",
-            )
-    return manifests
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:

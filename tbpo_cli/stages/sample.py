@@ -20,6 +20,7 @@ from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
 
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
@@ -37,7 +38,7 @@ SERVER_TIMEOUT = 600.0  # seconds for a completion
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Writes sample/samples.jsonl: for each prompt, sample and model its completion."""
-    run_or_launch(work, "sample", recipe, run_dir, processes)
+    run_or_launch(STAGE, recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
     write_whole(
@@ -91,7 +92,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.train.group import Group
 
     group, chat = Group.of_environment(), _chat(recipe)
-    folder = run_dir.begin("sample", recipe) if group.is_main else run_dir.stage("sample")
+    folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
     prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
@@ -229,3 +230,18 @@ def _show(samples: list[Json]) -> None:
         console.out.print(Text(f"\n{prompt}", style="dim"))
         for sample in group:
             console.out.print(Text.assemble((f"{sample['model']}: ", "bold"), sample["completion"]))
+
+
+def _needs(recipe: Recipe) -> tuple[str, ...]:
+    trained = () if recipe.sample.adapter else recipe.training_stages
+    return ("prepare", *trained)
+
+
+STAGE = Stage(
+    name="sample",
+    needs=_needs,
+    keys=("run.seed", "model.", "data.template_date", "sample."),
+    run=run,
+    report=report,
+    work=work,
+)

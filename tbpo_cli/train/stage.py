@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Model, Recipe
+from tbpo_cli.config.recipe import Align, Model, Recipe, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
@@ -23,21 +23,22 @@ from tbpo_cli.data.tokens import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.stage import Stage
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.loop import Tell, TrainingRun
 from tbpo_cli.train.memory import room
 
 
-def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
-    """Trains "sft" or "align", and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
+def train_stage(
+    stage: Stage, settings: Sft | Align, recipe: Recipe, run_dir: RunDir, loss: Loss
+) -> None:
+    """Trains a stage, and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
 
     Raises TbpoError if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
     """
-    started, settings, stores = (
-        time.monotonic(),
-        getattr(recipe, name),
-        open_stores(name, recipe, run_dir),
-    )
+    name = stage.name
+    started = time.monotonic()
+    stores = open_stores(settings, run_dir)
     if loss.span != "chosen" and not all(store.has_rejected for store in stores):
         what, where = "the rows have no rejected responses", "data.train or data.eval"
         expected = "preference pairs, with a chosen and a rejected response"
@@ -50,7 +51,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
             what, f"model.base = {recipe.model.base!r}", "the same tokenizer for all stages", fix
         )
     group = Group.of_environment()
-    folder = run_dir.begin(name, recipe) if group.is_main else run_dir.stage(name)
+    folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(name)
     group.gather(None)
     torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{name}: loading {recipe.model.base}")
@@ -72,7 +73,7 @@ def train_stage(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss) -> None:
     reference = (
         run_dir.path
         / "reference"
-        / f"{_reference_key(name, recipe, run_dir, loss, group.device)}.f32"
+        / f"{_reference_key(name, settings.reverse, recipe, run_dir, loss, group.device)}.f32"
     )
     with _trackers(recipe, folder / "logs", group) as tell:
         TrainingRun(
@@ -123,9 +124,9 @@ def _trackers(recipe: Recipe, folder: Path, group: Group) -> Iterator[Tell]:
         accelerator.end_training()
 
 
-def open_stores(name: str, recipe: Recipe, run_dir: RunDir) -> tuple[PairStore, PairStore]:
+def open_stores(settings: Sft | Align, run_dir: RunDir) -> tuple[PairStore, PairStore]:
     """The prepared pairs that a stage trains on, and the held-out ones."""
-    settings, folder = getattr(recipe, name), run_dir.stage("prepare")
+    folder = run_dir.stage("prepare")
     return PairStore(folder / settings.split, settings.reverse), PairStore(
         folder / "eval", settings.reverse
     )
@@ -203,7 +204,7 @@ def choose_sharding(
 
 
 def _reference_key(
-    name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device
+    name: str, reverse: bool, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device
 ) -> str:
     """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
     started = run_dir.started_from(name)
@@ -218,6 +219,6 @@ def _reference_key(
             [file["sha256"] for file in base.values()],
             str(compute_dtype(recipe.model, device)),
         ],
-        "data": [started["outputs"], loss.span, getattr(recipe, name).reverse],
+        "data": [started["outputs"], loss.span, reverse],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

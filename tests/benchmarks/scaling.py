@@ -23,7 +23,6 @@ from common import make_store, write_results
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.stages.align import loss_of
 from tbpo_cli.train.loop import TrainingRun
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
@@ -81,7 +80,7 @@ def train(num_pairs: int, steps: int, tell) -> list[dict]:
         )
         (folder / "align").mkdir()
         policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
-        loss = loss_of(recipe.align)
+        loss = recipe.align.loss
         run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, tell=tell)
         return [
             line for line in run.run().lines if "kl" not in line

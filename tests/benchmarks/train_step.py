@@ -187,7 +187,6 @@ def peak_gb() -> float:
 
 def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     """The product's own loop, as `tbpo align` runs it: its first epoch, or the one after it."""
-    from tbpo_cli.stages.align import loss_of
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.loop import TrainingRun
 
@@ -198,7 +197,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     steps, settings, reference = recipe.align.max_steps, recipe.align, None
     if way == "tbpo-cached":
         settings, reference = replace(settings, max_steps=2 * steps), folder / "reference.f32"
-    loss = loss_of(recipe.align)
+    loss = recipe.align.loss
     log = TrainingRun(
         policy, loss, settings, store, nothing, run, 0, reference, Group(device=DEVICE)
     ).run()
@@ -210,7 +209,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
 
 def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
     """Padded rows of chosen and rejected; the full logits of policy and reference in fp32, by autograd."""
-    loss = build_loss(recipe.align.loss["name"])
+    loss = build_loss(recipe.align.loss_name)
     policy = load_policy(recipe, DEVICE, None, with_reference=True)
     baseline = StateBaseline(policy.model.config.hidden_size, 0).to(DEVICE)
     optimizers = [torch.optim.AdamW(policy.trained.values(), lr=1e-5, weight_decay=0.0)]

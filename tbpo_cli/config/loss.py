@@ -1,0 +1,111 @@
+"""[align.loss]: from a table of the recipe to the loss's dataclass of `core`, and back.
+
+`core` is imported inside the functions: it loads torch, which the other tables do not need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from tbpo_cli.config.validate import fault, validate
+from tbpo_cli.errors import TbpoError
+
+if TYPE_CHECKING:
+    from tbpo_cli.core.losses import Loss
+
+Keys = tuple[str, ...]
+
+
+def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:
+    """Checks [align.loss] against the fields of the named loss and generator.
+
+    Args:
+        given: the value of `align.loss` in the recipe.
+        path: of the recipe, for messages.
+
+    Returns:
+        The table with every default, and its faults. One of the two is empty.
+    """
+    from tbpo_cli.core.generators import GENERATORS
+    from tbpo_cli.core.losses import LOSSES
+
+    keys = ("align", "loss")
+    if not isinstance(given, dict):
+        expected = 'name = "…" and that loss\'s own keys'
+        return {}, [fault("align.loss is no table", path, keys, expected)]
+    given = {"name": "tbpo_a", **given}
+    named = LOSSES.get(str(given["name"]))
+    takes_generator = named is None or "generator" in {f.name for f in dataclasses.fields(named)}
+    # Where the loss has no generator, the key stays in `given` and is reported as unknown.
+    generator_table = given.pop("generator", None) if takes_generator else None
+    loss, faults = _build(LOSSES, given, path, keys)
+    if generator_table is not None:
+        generator, generator_faults = _build(
+            GENERATORS, generator_table, path, (*keys, "generator")
+        )
+        faults += generator_faults
+    if faults:
+        return {}, faults
+    if generator_table is not None:
+        loss = dataclasses.replace(loss, generator=generator)
+    return loss_table(loss), []
+
+
+def _build(
+    classes: dict[str, type], given: Any, path: str, keys: Keys
+) -> tuple[Any, list[TbpoError]]:
+    """An instance of the class that `given` names, with its other keys as fields.
+
+    Args:
+        classes: by name.
+        given: a table with the key `name`, or the name alone.
+    """
+    options = dict(given) if isinstance(given, dict) else {"name": given}
+    name = options.pop("name", None)
+    if isinstance(name, str) and name in classes:
+        return validate(classes[name], options, path, keys)
+    near = difflib.get_close_matches(str(name), classes, n=1)
+    return None, [
+        fault(
+            f"{'.'.join(keys)}.name = {name!r} is unknown",
+            path,
+            (*keys, "name"),
+            f"one of {', '.join(classes)}",
+            f'name = "{near[0]}"' if near else "",
+        )
+    ]
+
+
+def loss_of_table(table: Any) -> Loss:
+    """The loss that a completed [align.loss] table describes; a loss is returned as it is."""
+    from tbpo_cli.core.generators import build_generator
+    from tbpo_cli.core.losses import build_loss
+
+    if not isinstance(table, dict):
+        loss: Loss = table
+        return loss
+    fields = dict(table)
+    if isinstance(fields.get("generator"), dict):
+        fields["generator"] = build_generator(**fields["generator"])
+    return build_loss(**fields)
+
+
+def loss_table(loss: Loss) -> dict[str, Any]:
+    """The [align.loss] table of a loss, with every field."""
+    from tbpo_cli.core.generators import GENERATORS
+
+    table = {"name": name_of(loss), **dataclasses.asdict(loss)}
+    if "generator" in table:
+        generator = vars(loss)["generator"]
+        names = {cls: name for name, cls in GENERATORS.items()}
+        table["generator"] = {"name": names[type(generator)], **table["generator"]}
+    return table
+
+
+def name_of(loss: Loss) -> str:
+    """The name of a loss in the table of losses."""
+    from tbpo_cli.core.losses import LOSSES
+
+    return next(name for name, cls in LOSSES.items() if type(loss) is cls)
