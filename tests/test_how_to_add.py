@@ -15,7 +15,8 @@ from tbpo_cli.config.validate import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import mean_over_response
-from tbpo_cli.data.pairs import FORMATS, Format, make_pair
+from tbpo_cli.data.formats import FORMATS, Format
+from tbpo_cli.data.pairs import make_pair
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation import judges
