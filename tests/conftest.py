@@ -1,4 +1,4 @@
-"""A tiny real model, tokenizer and preference data, made on the spot; the command, in this process or as one."""
+"""A tiny real model, tokenizer and preference data; the command, in this process or as one."""
 
 import io
 import json
@@ -26,7 +26,8 @@ import pytest
 import torch
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = [
@@ -104,10 +105,19 @@ def base(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -157,7 +167,7 @@ def recipe_file(tmp_path, base, rows):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, base, rows):
-    """A folder with tiny.toml and, in run/, its finished alignment, made once: to be read and never changed."""
+    """A folder with tiny.toml and, in run/, its finished alignment: made once, never changed."""
     folder = tmp_path_factory.mktemp("trained")
     run_stage("align", write_recipe(folder / "tiny.toml", base, rows), folder / "run")
     return folder
@@ -170,7 +180,7 @@ def finished(trained, tmp_path):
 
 
 def command(*arguments, cwd, stdin=""):
-    """`tbpo ARGUMENTS` in this process, in the folder `cwd`; returns it as a finished process with its text output."""
+    """`tbpo ARGUMENTS` in this process, in the folder `cwd`; returns a finished process."""
     from tbpo_cli import console
     from tbpo_cli.cli.main import main
 
@@ -195,7 +205,7 @@ def tbpo(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the command as a process of its own, in `tmp_path`, with more in its environment: see `Process`."""
+    """Starts the command as a process of its own, in `tmp_path`: see `Process`."""
     from process import Process
 
     started = []
@@ -211,13 +221,17 @@ def start(tmp_path):
 
 @pytest.fixture
 def executable(tmp_path):
-    """Runs the command as a user does, imports and all, in `tmp_path`, with more in its environment; see subprocess."""
+    """Runs the command as a user does, imports and all, in `tmp_path`; see subprocess.run."""
 
     def run(*arguments, **environment):
         return subprocess.run(
             [sys.executable, "-m", "tbpo_cli.cli.main", *map(str, arguments)],
-            cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     return run
 

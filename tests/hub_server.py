@@ -1,7 +1,7 @@
-"""A Hub on loopback: what huggingface_hub, datasets and transformers ask of the real one, for repositories in a folder.
+"""A Hub on loopback: what the libraries ask of the real one, for repositories in a folder.
 
-It keeps commits, large files (by LFS, or by Xet in hf_xet's own local store), tokens with roles and private
-repositories, and it fails when it is told to.
+It keeps commits, large files (by LFS, or by Xet in hf_xet's own local store), tokens with roles and
+private repositories, and it fails when it is told to.
 """
 
 import hashlib
@@ -21,17 +21,19 @@ import pytest
 import yaml
 from huggingface_hub import close_session, constants
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of every repository that was there before the server
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of repositories that were there first
 KINDS = ("models", "datasets", "spaces")
 LARGE = (".safetensors", ".bin", ".arrow", ".parquet")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves root/models/USER/NAME and root/datasets/USER/NAME; root/commits/SHA is a repository at a commit.
+    """Serves root/models/USER/NAME and root/datasets/USER/NAME; root/commits/SHA is a repository at
+    a commit.
 
     tokens: role of each: "read", "write" (everywhere), or the one namespace that it may write to.
-    faults: [method, pattern of the path, what]; each happens once: a status, "cut" before anything is done, "lost"
-    after it was done, before the answer, or "spoil": a file of a commit gets another content.
+    faults: [method, pattern of the path, what]; each happens once: a status, "cut" before anything
+    is done, "lost" after it was done, before the answer, or "spoil": a file of a commit gets
+    another content.
     """
 
     root: Path
@@ -88,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _role(self, repo=None):
-        """The token's role; in a repository "write" if it may write there, else "read"; None without a token."""
+        """The token's role; in a repository "write" if it may write there, else "read"; or None."""
         role = self.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         return "write" if repo is not None and role == repo.parent.name else role
 
@@ -352,7 +354,7 @@ def hub(root):
 
 @contextmanager
 def connected(address, cache):
-    """This process uses the Hub at the address. One of its own takes HF_ENDPOINT, which is read at the import."""
+    """This process uses the Hub at the address; another takes HF_ENDPOINT, read at the import."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "HF_HUB_OFFLINE": False,

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks OpenAI's chat completions, and misbehaves where a test wants it to."""
+"""A server on loopback that speaks OpenAI's chat completions, and misbehaves on demand."""
 
 import json
 import threading
@@ -23,7 +23,8 @@ class Server:
 
     Args:
         answer: body of a request → text of the completion, or the whole answer as a dict.
-        troubles: what the next requests meet before any is answered: (status, body, headers), "slow", "cut" or "drop".
+        troubles: what the next requests meet before any is answered: (status, body, headers),
+        "slow", "cut" or "drop".
     """
 
     answer: object

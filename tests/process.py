@@ -1,6 +1,7 @@
-"""The command as a process of its own, forked from one that has imported the libraries: each begins at once.
+"""The command as a process of its own, forked from one that has imported the libraries.
 
-It has its own environment, streams, signals and exit code, like any other; only the imports are behind it.
+It has its own environment, streams, signals and exit code, like any other; only the imports are
+behind it.
 """
 
 import multiprocessing
@@ -73,7 +74,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait_until(self, done, seconds=300):
-        """Waits until `done()` is true. Raises TimeoutError, and AssertionError if the process ends first."""
+        """Waits until `done()` is true; raises TimeoutError, or AssertionError if it ends first."""
         deadline = time.monotonic() + seconds
         while not done():
             assert self.poll() is None, self.err

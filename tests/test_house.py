@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check. Each is a function from source text to faults, and has found one."""
+"""The rules of the house that a machine can check: functions from source text to faults."""
 
 import ast
 import re
@@ -51,7 +51,7 @@ def modules(nodes):
 
 
 def at_import(tree):
-    """The nodes that run when a module is imported: nothing inside a function, nothing for the type checker."""
+    """The nodes that run when a module is imported: not those in functions or for type checkers."""
     for node in ast.iter_child_nodes(tree):
         typing = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         if not typing and not isinstance(node, ast.FunctionDef):
@@ -87,7 +87,7 @@ def too_long(name, source):
 
 
 def undocumented(name, source):
-    """Public names without a docstring. A method has one once in a file: its other classes do the same thing.
+    """Public names without a docstring. A method of several classes of a file needs one once.
 
     Outside core, a function of a single short statement is its own description.
     """
@@ -125,7 +125,7 @@ def losses_by_name(name, source):
 
 
 def import_cycle(files):
-    """A way from a module back to itself through what is imported when it is imported; empty if there is none."""
+    """A way from a module back to itself through imports that run when it is imported, or []."""
     sources = {
         f"tbpo_cli.{name}".replace("/", ".").removesuffix(".py").removesuffix(".__init__"): name
         for name in files
@@ -144,7 +144,7 @@ def import_cycle(files):
 
 
 def unread_keys(files):
-    """Keys of the recipe that nothing but their own check reads; those of JUDGES are read by that table."""
+    """Keys of the recipe that only their own check reads; JUDGES, a table, reads its own."""
     recipe = ast.parse(files["config/recipe.py"])
     tables = [node for node in recipe.body if isinstance(node, ast.ClassDef)]
     keys = {

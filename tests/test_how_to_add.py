@@ -1,4 +1,4 @@
-"""A loss, a generator, a data format, a judge and a stage, each added by one line of a table and used as any other."""
+"""A loss, generator, data format, judge and stage: each added by a line of a table, and used."""
 
 import json
 import typing
@@ -44,7 +44,7 @@ class Likely(Loss):
 
 
 def test_a_loss(recipe_file, tmp_path, monkeypatch):
-    """Its fields are keys of the recipe, its `needs` are computed: with half the scale, the first loss is a half."""
+    """Its fields are keys, its `needs` are computed: half the scale, half the first loss."""
     with pytest.raises(TbpoError, match="'likely' is unknown"):
         load_recipe(recipe_file, ("align.loss.name=likely",))
     monkeypatch.setitem(LOSSES, "likely", Likely)
@@ -77,10 +77,16 @@ class Hinge:
 
 
 def test_a_generator(recipe_file, tmp_path, monkeypatch):
-    """Policy = reference at the first step, where log R = 0 at every token: the loss is the margin."""
+    """Policy = reference at the first step: log R = 0 at every token, the loss is the margin."""
     monkeypatch.setitem(GENERATORS, "margin", Hinge)
-    run = run_stage("align", recipe_file, tmp_path / "run", "model.lora.dropout=0.0", "align.max_steps=1",
-                    "align.loss.generator={name = 'margin', margin = 3.0}")  # fmt: skip
+    run = run_stage(
+        "align",
+        recipe_file,
+        tmp_path / "run",
+        "model.lora.dropout=0.0",
+        "align.max_steps=1",
+        "align.loss.generator={name = 'margin', margin = 3.0}",
+    )
     assert train_lines(run)[0]["loss"] == pytest.approx(3.0, abs=1e-6)
     assert 'name = "margin"' in (run / "recipe.toml").read_text()
 
@@ -94,7 +100,7 @@ def read_question(row):
 
 
 def test_a_data_format(recipe_file, tmp_path, monkeypatch):
-    """It is recognised by its columns, and makes the pairs that the same texts in another format are."""
+    """It is recognised by its columns; its pairs are those of the same texts in another format."""
     plain = preference_rows(8, seed=3)
     rows = [
         {"question": row["prompt"], "answers": [row["chosen"], row["rejected"]]} for row in plain
@@ -132,7 +138,7 @@ def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
 
 @table
 class EvalWithLongest(Eval):
-    """[eval] with one key more: a judge's value is given by the recipe, and every key of a recipe is declared."""
+    """[eval] with one key more, that of the judge: every key of a recipe is declared."""
 
     longest: bool | None = None
 

@@ -1,4 +1,4 @@
-"""The wheel: what it brings, what it needs, and that it works in a fresh environment; and the stages as a library."""
+"""The wheel: what it has, what it needs, that it works when installed; the stages as a library."""
 
 import ast
 import os
@@ -58,7 +58,7 @@ def test_every_dependency_is_imported_and_every_import_is_declared():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(the executable, the folder of the package) of the wheel in a fresh environment beside this one's libraries."""
+    """(executable, folder of the package) of the wheel, installed beside this one's libraries."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]

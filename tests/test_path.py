@@ -1,8 +1,8 @@
-"""The one path: a pair is followed from its row to its gradient, through the real stages, as with a debugger.
+"""The one path: a pair is followed from its row to its gradient, through the real stages.
 
-A pair takes the forms below, one after the other. A call on the path is one, from another file, that makes the next
-form; the functions of its own file that it calls count with it. What only repeats such calls, or hands a form on, is
-no call on the path, but its files are pinned as well.
+A pair takes the forms below, one after the other. A call on the path is one, from another file,
+that makes the next form; the functions of its own file that it calls count with it. What only
+repeats such calls, or hands a form on, is no call on the path, but its files are pinned as well.
 """
 
 import sys
@@ -118,8 +118,14 @@ def test_a_pair_is_followed_from_its_row_to_its_gradient_through_eight_files_and
     recipe_file.write_text(
         "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
     )
-    sets = (f"data.train={row}", "data.eval_fraction=0.0", "align.batch_pairs=1", "align.max_steps=1",
-            "align.log_every=2", f"align.layout={layout}")  # fmt: skip
+    sets = (
+        f"data.train={row}",
+        "data.eval_fraction=0.0",
+        "align.batch_pairs=1",
+        "align.max_steps=1",
+        "align.log_every=2",
+        f"align.layout={layout}",
+    )
     follower = Follower()
     threading.setprofile(follower)
     sys.setprofile(follower)

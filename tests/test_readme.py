@@ -40,8 +40,9 @@ COMMANDS = [line.removeprefix("srun ") for line in LINES if "tbpo" in line and l
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory, base):
-    """(A user's folder with rows and mine.toml as it stands there, what runs Python in it); a Hub has its base, a tiny
-    one. Processes of their own, as the libraries read the Hub's address when they are imported."""
+    """(A user's folder with rows and mine.toml as it stands there, what runs Python in it); a Hub
+    has its base, a tiny one. Processes of their own, as the libraries read the Hub's address when
+    they are imported."""
     here = tmp_path_factory.mktemp("user")
     (here / "mine.toml").write_text(RECIPE, encoding="utf-8")
     write_jsonl(here / "pairs.jsonl", preference_rows(40))

@@ -1,4 +1,4 @@
-"""A recipe is checked as a whole, completed with every default, and means the same when it is written out."""
+"""A recipe is checked as a whole, completed with defaults, and means the same written out."""
 
 from pathlib import Path
 
@@ -66,26 +66,66 @@ def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
     ("text", "what", "expected"),
     [
         ("[model.lora]\nr = 0\n", "model.lora.r = 0 is not possible", "greater than or equal to 1"),
-        ("[align]\nbatch_pairs = 2.5\n", "align.batch_pairs = 2.5 is not possible", "a valid integer"),
-        ("[align]\nbatch_pairs = true\n", "align.batch_pairs = true is not possible", "a valid integer"),
-        ("[align]\nlearning_rate = nan\n", "align.learning_rate = NaN is not possible", "a finite number"),
-        ("[align]\nepochs = 1\nmax_steps = 2\n", "align.epochs is not possible", "left out where max_steps is given"),
+        (
+            "[align]\nbatch_pairs = 2.5\n",
+            "align.batch_pairs = 2.5 is not possible",
+            "a valid integer",
+        ),
+        (
+            "[align]\nbatch_pairs = true\n",
+            "align.batch_pairs = true is not possible",
+            "a valid integer",
+        ),
+        (
+            "[align]\nlearning_rate = nan\n",
+            "align.learning_rate = NaN is not possible",
+            "a finite number",
+        ),
+        (
+            "[align]\nepochs = 1\nmax_steps = 2\n",
+            "align.epochs is not possible",
+            "left out where max_steps is given",
+        ),
         ("[align]\nloss = 3\n", "align.loss is no table", "that loss's own keys"),
-        ('[align.loss]\nname = "dpo"\nbeta = -1\n', "align.loss.beta is not possible", "must be positive"),
-        ('[align.loss]\nname = "dpo"\nbeta = "x"\n', 'align.loss.beta = "x" is not possible', "a valid number"),
-        ('[align.loss]\nname = "dpo"\ngama = 1\n', "align.loss.gama is an unknown key", "one of beta"),
+        (
+            '[align.loss]\nname = "dpo"\nbeta = -1\n',
+            "align.loss.beta is not possible",
+            "must be positive",
+        ),
+        (
+            '[align.loss]\nname = "dpo"\nbeta = "x"\n',
+            'align.loss.beta = "x" is not possible',
+            "a valid number",
+        ),
+        (
+            '[align.loss]\nname = "dpo"\ngama = 1\n',
+            "align.loss.gama is an unknown key",
+            "one of beta",
+        ),
         (
             '[align.loss]\nname = "dpo"\n[align.loss.generator]\nname = "sba"\n',
             "align.loss.generator is an unknown table",
             "one of beta, label_smoothing",
         ),
-        ('[align.loss.generator]\nname = "sab"\n', "align.loss.generator.name = 'sab' is unknown", "logistic, kliep"),
-        ('[align.loss.generator]\nname = "sba"\nlam = -2\n', "align.loss.generator.lam is not possible", "above -1"),
-        ('[align.loss.generator]\nname = "kliep"\nlam = 0\n', "align.loss.generator.lam is an unknown key", "no fur"),
+        (
+            '[align.loss.generator]\nname = "sab"\n',
+            "align.loss.generator.name = 'sab' is unknown",
+            "logistic, kliep",
+        ),
+        (
+            '[align.loss.generator]\nname = "sba"\nlam = -2\n',
+            "align.loss.generator.lam is not possible",
+            "above -1",
+        ),
+        (
+            '[align.loss.generator]\nname = "kliep"\nlam = 0\n',
+            "align.loss.generator.lam is an unknown key",
+            "no fur",
+        ),
         ('[run]\nname = "../x"\n', 'run.name = "../x" is not possible', "match pattern"),
         ("sft = 3\n", "sft = 3 is not possible", "a table: [sft]"),
     ],
-)  # fmt: skip
+)
 def test_impossible_values_are_named_with_what_is_expected(load, text, what, expected):
     with pytest.raises(TbpoError) as error:
         load(text + SMALL if text.startswith("sft") else SMALL + text)

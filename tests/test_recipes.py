@@ -61,7 +61,9 @@ ROOM = {
     "name", [path.stem for path in RECIPES.glob("*.toml") if path.stem != "quickstart"]
 )
 def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_path, capsys):
-    """Its base is a config of the same shape; 4,096 tokens at a time, in bf16, by the formula for a GPU."""
+    """Its base is a config of that shape; 4,096 tokens at a time, bf16, by the formula for a
+    GPU.
+    """
     from tbpo_cli.cli.show import policy_on_meta, show
     from tbpo_cli.train.memory import foresee
 
@@ -69,10 +71,16 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     base = load_recipe(path).model.base
     hidden, inner, layers, heads, kv_heads, vocab_size, tied = SHAPES[base]
     config = {
-        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size,
-        "tie_word_embeddings": tied, "max_position_embeddings": 4096,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load_recipe(path, (f"model.base={tmp_path}", "model.dtype=bfloat16"))
     show(recipe, sources(path), RunDir(tmp_path / "run"))
@@ -149,7 +157,7 @@ def test_every_task_of_the_world_is_read_back_from_its_text_and_solved(world):
 
 
 def test_the_committed_pairs_are_a_bradley_terry_draw_of_the_true_score(world):
-    """The mean of [chosen scores higher] over pairs of different scores is that of σ(k·|difference|)."""
+    """Over pairs of different scores, [chosen scores higher] is on average σ(k·|difference|)."""
     rows = {
         split: [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open()]
         for split in ("train", "eval")
@@ -194,7 +202,7 @@ def test_the_base_fits_into_4_mb_and_answers_right_only_some_of_the_time(world):
 
 
 def test_a_short_quickstart_learns(tmp_path):
-    """30 steps of TBPO-A on a quarter of the pairs: the held-out reward accuracy rises above chance."""
+    """30 steps of TBPO-A on a quarter of the pairs: held-out reward accuracy rises above chance."""
     run = run_stage("align", RECIPES / "quickstart.toml", tmp_path / "run", "align.max_steps=30")
     last = json.loads((run / "align/metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "eval" and last["accuracy"] > 0.6 and last["margin"] > 0

@@ -147,7 +147,7 @@ def test_kept_bytes_are_what_autograd_keeps_of_a_real_pass(recipe_file):
     assert kept_bytes(policy.model, True)[0] < 0.8 * kept_bytes(policy.model, False)[0]
 
 
-def test_the_first_micro_batch_is_a_power_of_two_in_half_of_what_is_left_of_a_gpu_and_1024_tokens_elsewhere(
+def test_the_first_micro_batch_is_a_power_of_two_in_half_of_the_free_gpu_or_1024_tokens(
     monkeypatch,
 ):
     """(80 GB − 16 GB) / 2 / 1 MB = 32,000 tokens, so 16,384; never under 64 or over 65,536."""

@@ -1,4 +1,4 @@
-"""What a user sees of the stages: up to date, going on, changed inputs, exit codes, and what is never lost."""
+"""What a user sees of the stages: up to date, resumed, changed inputs, exit codes."""
 
 import json
 import re
@@ -35,16 +35,28 @@ def metrics(run, stage="align"):
 
 def test_align_prepares_first_trains_and_leaves_the_files_of_the_contract(trained):
     run = trained / "run"
-    for name in ("recipe.toml", "prepare/manifest.json", "prepare/rejects.jsonl", "prepare/train", "prepare/eval",
-                 "align/metrics.jsonl", "align/manifest.json", "align/checkpoints/step-6"):  # fmt: skip
+    for name in (
+        "recipe.toml",
+        "prepare/manifest.json",
+        "prepare/rejects.jsonl",
+        "prepare/train",
+        "prepare/eval",
+        "align/metrics.jsonl",
+        "align/manifest.json",
+        "align/checkpoints/step-6",
+    ):
         assert (run / name).exists(), name
     assert sorted(p.name for p in (run / "align/adapter").iterdir() if p.suffix != ".md") == [
         "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
     assert [(line["split"], line["step"]) for line in metrics(run)] == [
-        ("eval", 0), *(("train", s) for s in (1, 2, 3)), ("eval", 3), *(("train", s) for s in (4, 5, 6)), ("eval", 6),
-    ]  # fmt: skip
+        ("eval", 0),
+        *(("train", s) for s in (1, 2, 3)),
+        ("eval", 3),
+        *(("train", s) for s in (4, 5, 6)),
+        ("eval", 6),
+    ]
     assert not [p for p in run.rglob("*") if p.suffix in {".pt", ".pth", ".pkl", ".bin"}]
     kept = {path.name for path in (run / "align/checkpoints").iterdir()}
     assert kept == {"step-4", "step-6"}, "the newest two of three"
@@ -55,8 +67,20 @@ def test_align_prepares_first_trains_and_leaves_the_files_of_the_contract(traine
 
 def test_every_log_step_has_all_metrics_and_the_others_what_they_know(trained):
     lines = metrics(trained / "run")
-    every = {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "token_accuracy", "kl", "reverse_kl",
-             "entropy", "logps_chosen", "logps_rejected", "num_clipped"}  # fmt: skip
+    every = {
+        "loss",
+        "accuracy",
+        "margin",
+        "reward_chosen",
+        "reward_rejected",
+        "token_accuracy",
+        "kl",
+        "reverse_kl",
+        "entropy",
+        "logps_chosen",
+        "logps_rejected",
+        "num_clipped",
+    }
     for line in lines:
         if line["split"] == "eval" or line["step"] % 2 == 0:
             assert every <= line.keys(), line["step"]
@@ -96,7 +120,7 @@ def test_the_baseline_of_tbpo_q_learns_is_kept_to_go_on_with_and_is_never_publis
 
 
 def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp_path):
-    """π⁺ by DPO, π⁻ by DPO on the reversed pairs; then TIS-DPO from both, as run directory and as adapter."""
+    """π⁺ by DPO, π⁻ by DPO on reversed pairs; TIS-DPO from both, as run directory and adapter."""
     dpo = ("align.loss.name=dpo", "align.learning_rate=1e-2")
     positive = run_stage("align", recipe_file, tmp_path / "positive", *dpo)
     negative = run_stage("align", recipe_file, tmp_path / "negative", *dpo, "align.reverse=true")
@@ -180,16 +204,22 @@ def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_re
     weights = {}
     for name, extra in settings.items():
         run = run_stage(
-            "align", recipe_file, tmp_path / name, "model.lora.dropout=0.0", "align.loss.name=tbpo_q",
-            "align.optimizer=rmsprop", "align.learning_rate=1e-4", *extra,
-        )  # fmt: skip
+            "align",
+            recipe_file,
+            tmp_path / name,
+            "model.lora.dropout=0.0",
+            "align.loss.name=tbpo_q",
+            "align.optimizer=rmsprop",
+            "align.learning_rate=1e-4",
+            *extra,
+        )
         weights[name] = adapter(run)
     for name in settings.keys() - {"whole"}:
         for key, value in weights["whole"].items():
             torch.testing.assert_close(weights[name][key], value, rtol=1e-3, atol=2e-6)
 
 
-# ------------------------------------------------------------------------------------------- up to date, or changed
+# --------------------------------------------------------------------------- up to date, or changed
 
 
 def test_a_finished_stage_is_up_to_date_and_is_not_touched(recipe_file, finished, capsys):
@@ -300,12 +330,12 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tbpo, recipe_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------- kill and go on
+# ----------------------------------------------------------------------------------- kill and go on
 
 
 @pytest.fixture
 def started(recipe_file, start):
-    """Starts the real command and waits until a line of metrics.jsonl says that some steps are done."""
+    """Starts the real command and waits until metrics.jsonl says that some steps are done."""
 
     def started(run, steps, *overrides):
         process = start(
@@ -397,8 +427,15 @@ def test_a_damaged_checkpoint_is_named_and_skipped(recipe_file, trained, finishe
 
 def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
     with pytest.raises(DivergenceError) as error:
-        run_stage("align", recipe_file, tmp_path / "run", "align.learning_rate=1e30", "align.max_grad_norm=1e30",
-                  "align.optimizer=rmsprop", "align.max_steps=50")  # fmt: skip
+        run_stage(
+            "align",
+            recipe_file,
+            tmp_path / "run",
+            "align.learning_rate=1e30",
+            "align.max_grad_norm=1e30",
+            "align.optimizer=rmsprop",
+            "align.max_steps=50",
+        )
     assert error.value.exit_code == 3
     named = re.search(
         r"step (\d+), pairs ([0-9a-f, ]+); the losses of the micro-batch are", error.value.where
@@ -412,7 +449,7 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
     assert not (tmp_path / "run/align/manifest.json").exists()
 
 
-# --------------------------------------------------------------------------------------------------- the real command
+# --------------------------------------------------------------------------------- the real command
 
 
 def test_help_never_imports_torch():

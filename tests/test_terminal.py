@@ -1,4 +1,4 @@
-"""At a terminal and without one: progress, tables, colours, interrupts, and nothing that nobody asked for."""
+"""At a terminal and without one: progress, tables, colours, interrupts."""
 
 import os
 import pty
@@ -18,7 +18,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7](;|m)")
 
 
 def at_a_terminal(tmp_path, *arguments, **environment):
-    """(exit code, all that was printed) of the real command whose output is a terminal of 80 columns."""
+    """(exit code, output) of the real command whose output is a terminal of 80 columns."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "tbpo_cli.cli.main", *map(str, arguments)],
@@ -54,7 +54,10 @@ def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_
     )
     done = executable("sample", recipe_file, *settings, COLUMNS="80")
     assert done.returncode == 0, done.stderr
-    ours = r"(align|evaluating|sampling|preparing|rows are|the reference is|more about|all of them|adapter:|every|next"
+    ours = (
+        "(align|evaluating|sampling|preparing|rows are|the reference is|more about|all of them"
+        "|adapter:|every|next"
+    )
     assert not [
         line for line in done.stderr.splitlines() if not re.match(rf"{ours}|\s+the same)", line)
     ]
@@ -99,7 +102,7 @@ def test_every_command_has_an_example(tbpo, command):
 
 @pytest.mark.parametrize("wait_for", ["", "prepare/inputs.json", "align/inputs.json"])
 def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_for):
-    """While libraries are imported, rows are prepared, or the model is loaded. It takes 2 s, and longer under load."""
+    """While libraries are imported, rows are prepared, or the model is loaded."""
     rows = write_jsonl(
         tmp_path / "many.jsonl", preference_rows(3000 if wait_for.startswith("prepare") else 40)
     )
@@ -114,7 +117,8 @@ def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_f
     ]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        # A suite in the background ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     started = time.monotonic()
     while (

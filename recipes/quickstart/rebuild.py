@@ -1,11 +1,12 @@
-"""Makes everything in this folder again from nothing but world.py: about half an hour on two CPU cores.
+"""Makes everything in this folder again from world.py alone: half an hour on two CPU cores.
 
     python recipes/quickstart/rebuild.py
 
-1. Prompts: 440 to evaluate (400 are kept), 4,000 for pairs, 60,000 for demonstrations, no text twice.
+1. Prompts: 440 to evaluate (400 are kept), 4,000 for pairs, 60,000 for demonstrations, no text
+   twice.
 2. A byte-level BPE tokenizer, trained on demonstrations and the ordinary English of english.txt.
-3. `tbpo sft base.toml` in a temporary folder: a Llama of random weights learns the demonstrations, whose quality is
-   mixed, so the base answers right only some of the time.
+3. `tbpo sft base.toml` in a temporary folder: a Llama of random weights learns the demonstrations,
+   whose quality is mixed, so the base answers right only some of the time.
 4. Pairs: two samples of the base at temperature 1 for each prompt, labelled by `world.preference`.
 """
 
@@ -33,7 +34,8 @@ NUM_EVAL, NUM_PAIRS, NUM_DEMONSTRATIONS = 400, 4_000, 60_000
 NUM_SPARE = 40  # further prompts to evaluate, in place of those whose two samples are the same
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -102,25 +104,39 @@ def train_tokenizer(demonstrations: list[tuple[str, str]]) -> PreTrainedTokenize
         [*(text for pair in demonstrations for text in pair), *english * 2, *roles], trainer
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2], chat_template=CHAT_TEMPLATE,
-        extra_special_tokens=[SPECIAL[1]], model_max_length=2048,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=[SPECIAL[1]],
+        model_max_length=2048,
+    )
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """1.9 M parameters; 3.8 MB in bf16."""
     return LlamaConfig(
-        vocab_size=1024, hidden_size=192, intermediate_size=480, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, initializer_range=0.04, max_position_embeddings=2048, tie_word_embeddings=True,
-        dtype="bfloat16", bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=1024,
+        hidden_size=192,
+        intermediate_size=480,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        initializer_range=0.04,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    )
 
 
 def preference_rows(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int
 ) -> Iterator[dict[str, str]]:
-    """One comparison a prompt, of two samples of the base; a prompt whose samples are the same or empty has none."""
+    """One comparison a prompt, of two samples of the base; none if they are the same or empty."""
     settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=200)
     first, second = (
         complete(model, tokenizer, prompts, settings, seed=2 * seed + n) for n in (0, 1)
@@ -139,7 +155,10 @@ def complete(
     settings: Sample,
     seed: int,
 ) -> list[str]:
-    """One completion a prompt, as text without the end of the turn; the seed and a prompt's place decide the draws."""
+    """One completion a prompt, as text without the end of the turn.
+
+    The seed and the place of a prompt decide what is drawn.
+    """
     turns = [[{"role": "user", "content": text}] for text in prompts]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     seeds = [seed * 2**32 + number for number in range(len(ids))]

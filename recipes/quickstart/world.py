@@ -1,12 +1,14 @@
 """A pocket assistant's world: short tasks whose answers a program can check.
 
-A prompt is plain English text ("Sort these letters: k d m b."). A response is ``opening answer. [closing]``, where the
-opening is polite, plain or rude, and so is the closing, if there is one. Everything random is drawn from the caller's
-``random.Random``, so that one seed gives one world.
+A prompt is plain English text ("Sort these letters: k d m b."). A response is ``opening answer.
+[closing]``, where the opening is polite, plain or rude, and so is the closing, if there is one.
+Everything random is drawn from the caller's ``random.Random``, so that one seed gives one world.
 
 * ``make_prompt(rng)`` makes a task, ``parse_prompt(text)`` reads one back from its text alone;
-* ``demonstration(prompt, rng)`` answers it with mixed quality: sometimes lazy, wrong in a typical way, or rude;
-* ``score(prompt, response)`` is the true score of a response, ``parse_response`` says what it rests on;
+* ``demonstration(prompt, rng)`` answers it with mixed quality: sometimes lazy, wrong in a typical
+  way, or rude;
+* ``score(prompt, response)`` is the true score of a response, ``parse_response`` says what it rests
+  on;
 * ``preference(prompt, a, b, rng)`` draws which of two responses a noisy judge prefers.
 """
 
@@ -51,7 +53,9 @@ LEADS = (
 )
 TAILS = ("", " Thanks.", " Keep it short.", " It is for school.")
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul".split()  # noqa: SIM905
-THINGS = "apples books boxes cards coins cups dogs eggs hats keys maps pens plums shoes stars toys".split()  # noqa: SIM905
+THINGS = (
+    "apples books boxes cards coins cups dogs eggs hats keys maps pens plums shoes stars toys"
+).split()  # noqa: SIM905
 WORDS = "apple bird boat cake door fish gate house lamp moon road sun table tree water wind".split()  # noqa: SIM905
 ALPHABET = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -69,7 +73,7 @@ SLOTS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of task: how it is worded, made and solved, and its typical mistakes, the commoner one first."""
+    """One kind of task: how it is worded, made, solved, and done wrong (commonest first)."""
 
     name: str
     phrasings: tuple[str, ...]
@@ -90,7 +94,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a response's score rests on: is the answer right, and how many of its two ends are polite and rude."""
+    """What the score rests on: is the answer right, how many of its ends are polite and rude."""
 
     correct: bool
     polite: int
@@ -98,7 +102,7 @@ class Reading:
 
     @property
     def score(self) -> float:
-        """The true score, from -0.6 (not right and rude at both ends) to 1 (right and polite at both ends)."""
+        """The true score, from -0.6 (wrong, both ends rude) to 1 (right, both ends polite)."""
         return (CORRECT + POLITE * self.polite if self.correct else 0.0) + RUDE * self.rude
 
 
@@ -263,7 +267,7 @@ def demonstration(prompt: Prompt, rng: Random) -> str:
 
 
 def parse_response(prompt: str, response: str) -> Reading:
-    """Read a response strictly: right only if nothing but one opening and one closing stands around the answer."""
+    """Read a response strictly: around the answer only one opening and one closing."""
     body, manners = response, []
     for manner, phrases in OPENINGS.items():
         if opening := next((phrase for phrase in phrases if body.startswith(phrase)), None):
@@ -286,6 +290,6 @@ def score(prompt: str, response: str) -> float:
 
 
 def preference(prompt: str, a: str, b: str, rng: Random) -> tuple[str, str]:
-    """Draw a judge's (chosen, rejected): a Bradley-Terry draw on the true scores of two responses."""
+    """A judge's (chosen, rejected): a Bradley-Terry draw on the true scores of two responses."""
     p_first = 1.0 / (1.0 + math.exp(-K_LABEL * (score(prompt, a) - score(prompt, b))))
     return (a, b) if rng.random() < p_first else (b, a)

@@ -1,13 +1,14 @@
-"""Ways to attend over a row of several sequences, [prompt | chosen | rejected] a pair: forward and backward.
+"""Ways to attend over a row of several sequences, [prompt | chosen | rejected] a pair.
 
     python tests/benchmarks/attention.py                                          # on a CPU
     python tests/benchmarks/attention.py --heads 32 --key-heads 8 --size 64       # on a CUDA device
 
-The row holds UltraFeedback-like pairs, cut to their aligned length, as TBPO reads them. Ways: `one by one`, a call of
-torch's fused attention a sequence; `one kernel`, FlashAttention for sequences of many lengths (CUDA); `flex`, compiled
-FlexAttention with a block mask (CUDA: on a CPU it has no backward pass), the mask made anew for each row but not
-counted; `dense mask`, one call of the fused attention with a mask of row × row; `padded`, a causal row a response.
-Writes results/attention.{json,md}.
+The row holds UltraFeedback-like pairs, cut to their aligned length, as TBPO reads them. Ways: `one
+by one`, a call of torch's fused attention a sequence; `one kernel`, FlashAttention for sequences of
+many lengths (CUDA); `flex`, compiled FlexAttention with a block mask (CUDA: on a CPU it has no
+backward pass), the mask made anew for each row but not counted; `dense mask`, one call of the fused
+attention with a mask of row × row; `padded`, a causal row a response. Writes
+results/attention.{json,md}.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main() -> None:
         )
         print(table[-1], flush=True)
     where = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    about = f"{where}, {str(DTYPE).removeprefix('torch.')}; {of.heads} heads, {of.key_heads} of keys, of {of.size}."
+    dtype = str(DTYPE).removeprefix("torch.")
+    about = f"{where}, {dtype}; {of.heads} heads, {of.key_heads} of keys, of {of.size}."
     about += f" {about_lengths(store)} One row of {states[0].shape[2]:,} tokens, one layer."
     write_results(
         "attention", "Attention over several sequences a row", found, "\n".join([about, "", *table])
@@ -89,7 +91,7 @@ def random_states(of: argparse.Namespace, shape: torch.Size) -> list[Tensor]:
 def ways_for(
     sequences: Sequences, group: int, states: list[Tensor]
 ) -> dict[str, tuple[int, Callable[..., Tensor]]]:
-    """{name: (0 for one row, 1 for padded rows; query, key and value → (rows, L, heads, head size))}."""
+    """{name: (0: one row, 1: padded rows; query, key, value → (rows, L, heads, head size))}."""
     module, visible, gqa = nn.Module(), visible_in(sequences), {"enable_gqa": group > 1}
     module.num_key_value_groups = group
     ways: dict[str, tuple[int, Callable[..., Tensor]]] = {

@@ -43,7 +43,7 @@ LENGTHS = {"prompt": (180, 0.8), "chosen": (300, 0.6), "rejected": (270, 0.7)}
 def make_store(
     folder: Path, num_pairs: int, max_length: int, vocab_size: int, seed: int = 0
 ) -> PairStore:
-    """Random pairs of UltraFeedback-like lengths, cut at `max_length`; a response ends with token 2."""
+    """Random pairs of UltraFeedback-like lengths, at most `max_length`; token 2 ends a response."""
     rng = np.random.default_rng(seed)
     pairs = []
     for number in range(num_pairs):

@@ -1,4 +1,4 @@
-"""One plot of every generator's loss L_h and of its gradient over z = log R: results/generators.svg.
+"""Plots every generator's loss L_h and its gradient over z = log R: results/generators.svg.
 
 pip install matplotlib && python tests/benchmarks/generators.py
 """

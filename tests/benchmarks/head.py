@@ -1,10 +1,11 @@
-"""Peak memory and time of token statistics + loss + backward, chunked (`core/head.py`) against dense logits.
+"""Peak memory and time of token statistics + loss + backward, chunked against dense logits.
 
     python tests/benchmarks/head.py                # about 15 minutes and 20 GB on two CPU cores
 
-N = 4,096 response tokens of 8 pairs, H = 1,024, V = 32,000 and 128,256, fp32, frozen output head (LoRA). Every
-measurement is a process of its own; the two ways alternate, and the ratio of each pair of runs is reported. Memory is
-the growth of the resident set over weights, hidden states and a warm-up. Writes results/head.{json,md}.
+N = 4,096 response tokens of 8 pairs, H = 1,024, V = 32,000 and 128,256, fp32, frozen output head
+(LoRA). Every measurement is a process of its own; the two ways alternate, and the ratio of each
+pair of runs is reported. Memory is the growth of the resident set over weights, hidden states and a
+warm-up. Writes results/head.{json,md}.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def main() -> None:
             ]
             rows.append({"loss": name, "V": vocabulary, "runs": runs})
             print(line(rows[-1]), flush=True)
-    heading = "| loss | V | dense s | chunked s | ratio | dense GB | chunked GB | ratio |\n|---|---|---|---|---|---|---|---|"
+    heading = (
+        "| loss | V | dense s | chunked s | ratio | dense GB | chunked GB | ratio |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
     about = (
         f"N = {2 * PAIRS * LENGTH:,} response tokens, H = {HIDDEN:,}, fp32, frozen head; medians."
     )

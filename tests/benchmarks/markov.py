@@ -1,19 +1,22 @@
-"""A small world in which the truth is known per token: which optimum does each loss reach, as the pairs grow?
+"""A small world whose truth is known per token: which optimum does each loss reach?
 
     python tests/benchmarks/markov.py            # about 25 minutes on one CPU core
 
-A Markov decision process with 5 states, 4 tokens (token 0 ends the answer) and at most 5 tokens an answer: 364 answers
-a prompt, all of which are written out, so that no policy is ever sampled and every distance is exact. A pair is two
-answers of the reference, labelled on the whole answers, P(y ≻ y') = σ(R(y) − R(y')). The policy is a table of logits
-(position, state, token), the losses are those of `tbpo_cli.core`. Two optima of the same rewards, at the losses' own
-β = 1:
+A Markov decision process with 5 states, 4 tokens (token 0 ends the answer) and at most 5 tokens an
+answer: 364 answers a prompt, all of which are written out, so that no policy is ever sampled and
+every distance is exact. A pair is two answers of the reference, labelled on the whole answers, P(y
+≻ y') = σ(R(y) − R(y')). The policy is a table of logits (position, state, token), the losses are
+those of `tbpo_cli.core`. Two optima of the same rewards, at the losses' own β = 1:
 
-    token level      π*(z|s) ∝ π_ref(z|s) exp(Q_ref(s, z) / β),   Q_ref: the expected return if the reference goes on
+    token level      π*(z|s) ∝ π_ref(z|s) exp(Q_ref(s, z) / β)
     sequence level   π*(y|x) ∝ π_ref(y|x) exp(R(y) / β)
 
-A loss is minimised by Adam; the step is kept at which it is lowest on a fifth of the pairs that is held out. "Labels a
-token" draws, instead, each aligned position's label from the token-level model, σ(A(s, y) − A(s', y')), which is what
-TBPO assumes and no one observes. Writes results/markov.{json,md,svg}.
+Q_ref is the expected return if the reference goes on.
+
+A loss is minimised by Adam; the step is kept at which it is lowest on a fifth of the pairs that is
+held out. "Labels a token" draws, instead, each aligned position's label from the token-level model,
+σ(A(s, y) − A(s', y')), which is what TBPO assumes and no one observes. Writes
+results/markov.{json,md,svg}.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ OF_TOKENS = ("tbpo_a", "tbpo_a, logistic")  # also fitted to a label for every t
 class World:
     """Rewards, transitions and a reference, drawn from a seed.
 
-    Tables are (LENGTH, STATES, TOKENS); answers (PROMPTS · 364, LENGTH), the prompt being the first state.
+    Tables are (LENGTH, STATES, TOKENS); answers (PROMPTS · 364, LENGTH), the prompt being the first
+    state.
     """
 
     seed: int
@@ -156,7 +160,7 @@ def sample_pairs(world: World, count: int, random: np.random.Generator) -> tuple
 
 @dataclass(frozen=True)
 class Pairs:
-    """Chosen and rejected answers, (B,) each; with `position`, (B,), the label is of that token alone."""
+    """Chosen and rejected answers, (B,) each; `position`, (B,): only that token is labelled."""
 
     chosen: Tensor
     rejected: Tensor
@@ -185,10 +189,11 @@ class Pairs:
 def fit(
     world: World, loss: Loss, pairs: Pairs, weights: dict[str, Tensor], learn_baseline: bool
 ) -> Tensor:
-    """The table of log-probabilities that the loss reaches, at the step where the held-out loss is lowest.
+    """The log-probabilities that the loss reaches, at the step with the lowest held-out loss.
 
     Args:
-        weights: {"chosen": (answers, LENGTH), "rejected": …} for a loss that needs them, or nothing.
+        weights: {"chosen": (answers, LENGTH), "rejected": …} for a loss that needs them, or
+        nothing.
     """
     reference = world.tables[0]
     logits = reference.clone().requires_grad_()

@@ -1,11 +1,11 @@
 """How near the memory that `tbpo show` foretells is to what `tbpo align` takes.
 
     python tests/benchmarks/memory.py              # about 6 minutes on one CPU core
-    python tests/benchmarks/memory.py --name memory_gpu     # on a CUDA device: the peak of its allocator
+    python tests/benchmarks/memory.py --name memory_gpu  # on a CUDA device: its allocator's peak
 
-Random weights of several sizes (V = 32,000), real rows and the real command, three steps each, one of which reports all
-metrics, an evaluation and a checkpoint. Measured is the peak of the resident set of the process.
-Writes results/memory.{json,md}.
+Random weights of several sizes (V = 32,000), real rows and the real command, three steps each, one
+of which reports all metrics, an evaluation and a checkpoint. Measured is the peak of the resident
+set of the process. Writes results/memory.{json,md}.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
         table = "[model.lora]\nr = 16\n" if lora else ""
         (folder / "recipe.toml").write_text(
             f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n{table}'
-            f'[data]\ntrain = "{folder / "rows.jsonl"}"\nmax_length = 1024\n[align]\nbatch_pairs = 4\nmax_steps = 3\n'
+            f'[data]\ntrain = "{folder / "rows.jsonl"}"\nmax_length = 1024\n'
+            "[align]\nbatch_pairs = 4\nmax_steps = 3\n"
             f"log_every = 2\nmax_tokens_per_device = {tokens}\n"
             f"activation_checkpointing = {str(checkpointing).lower()}\n"
             f'[align.loss]\nname = "{loss}"\n'
@@ -91,11 +92,16 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
             )
     foretold = sum(memory.values()) / 1e9
     return {
-        "shape": f"{hidden}, {layers}", "loss": loss, "trained": "LoRA r 16" if lora else "all weights",
-        "tokens": tokens, "checkpointing": "yes" if checkpointing else "no", "foretold_gb": round(foretold, 2),
-        "measured_gb": round(peak, 2), "ratio": round(foretold / peak, 2),
+        "shape": f"{hidden}, {layers}",
+        "loss": loss,
+        "trained": "LoRA r 16" if lora else "all weights",
+        "tokens": tokens,
+        "checkpointing": "yes" if checkpointing else "no",
+        "foretold_gb": round(foretold, 2),
+        "measured_gb": round(peak, 2),
+        "ratio": round(foretold / peak, 2),
         "parts": {part: round(size / 1e9, 3) for part, size in memory.items()},
-    }  # fmt: skip
+    }
 
 
 def run(stage: str, folder: Path) -> float:
@@ -124,9 +130,16 @@ def write_base(folder: Path, hidden: int, inner: int, layers: int) -> None:
         shutil.copy(path, folder)
     config = json.loads((QUICKSTART / "config.json").read_text())
     heads = hidden // 64
-    config |= {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 64,
-               "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32_000,
-               "tie_word_embeddings": False}  # fmt: skip
+    config |= {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "head_dim": 64,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

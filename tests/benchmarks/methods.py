@@ -1,14 +1,16 @@
 """Every loss on the quickstart's world, through the real commands: which one, and at what cost?
 
     export OMP_NUM_THREADS=1
-    python tests/benchmarks/methods.py --part 0/2 & python tests/benchmarks/methods.py --part 1/2 & wait
-    python tests/benchmarks/methods.py --report          # results/methods.{json,md,svg}; also while parts still run
+    python tests/benchmarks/methods.py --part 0/2 &
+    python tests/benchmarks/methods.py --part 1/2 & wait
+    python tests/benchmarks/methods.py --report    # results/methods.*; also while parts still run
 
-Each method's learning rate, then its β, are those of RATES and MULTIPLES with the highest true score on validation
-prompts (seed 0); then it is run with 5 other seeds and measured on test prompts, which the world makes anew. A run
-that has been measured stands in the folder, or in results/methods.json, and is not made again: a part may be stopped
-at any time, and another machine goes on from what is committed. About an hour on two quiet cores. `--methods`,
-`--seeds` and `--no-tuning` make less of it.
+Each method's learning rate, then its β, are those of RATES and MULTIPLES with the highest true
+score on validation prompts (seed 0); then it is run with 5 other seeds and measured on test
+prompts, which the world makes anew. A run that has been measured stands in the folder, or in
+results/methods.json, and is not made again: a part may be stopped at any time, and another machine
+goes on from what is committed. About an hour on two quiet cores. `--methods`, `--seeds` and
+`--no-tuning` make less of it.
 """
 
 from __future__ import annotations
@@ -70,11 +72,18 @@ SETTINGS = ("align.max_steps=61", "eval.diversity_prompts=50")  # beside the rec
 TUNING_SEED, VALIDATION_PROMPTS, TEST_PROMPTS = 0, 200, 400
 EVALUATED = ("kl", "entropy", "predictive_entropy", "self_bleu", "distinct_1", "length")
 COLUMNS = {  # of the table: figure of a row, what a person reads, how it is written
-    "true_score": ("true score", "{:.3f}"), "win_rate": ("win rate", "{:.3f}"), "right": ("right", "{:.3f}"),
-    "rude": ("rude", "{:.3f}"), "kl": ("KL", "{:.3f}"), "entropy": ("entropy", "{:.3f}"),
-    "self_bleu": ("self-BLEU", "{:.1f}"), "distinct_1": ("distinct-1", "{:.3f}"), "length": ("length", "{:.1f}"),
-    "largest_grad_norm": ("largest gradient", "{:.2g}"), "clipped": ("clipped", "{:.0f}"),
-}  # fmt: skip
+    "true_score": ("true score", "{:.3f}"),
+    "win_rate": ("win rate", "{:.3f}"),
+    "right": ("right", "{:.3f}"),
+    "rude": ("rude", "{:.3f}"),
+    "kl": ("KL", "{:.3f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "self_bleu": ("self-BLEU", "{:.1f}"),
+    "distinct_1": ("distinct-1", "{:.3f}"),
+    "length": ("length", "{:.1f}"),
+    "largest_grad_norm": ("largest gradient", "{:.2g}"),
+    "clipped": ("clipped", "{:.0f}"),
+}
 LARGEST = ("largest_grad_norm", "clipped")  # of all seeds, not their mean
 SPEED_STEPS = 16  # of which the first two are left out
 FAMILIES = {
@@ -158,10 +167,8 @@ def take_over(folder: Path) -> None:
     """What is committed counts as measured."""
     committed = RESULTS / "methods.json"
     for row in json.loads(committed.read_text())["rows"] if committed.exists() else ():
-        path = (
-            folder
-            / f"{label_of(row['method'], (row['rate'], row['multiple']), row['seed'], row['split'])}.json"
-        )
+        choice = (row["rate"], row["multiple"])
+        path = folder / f"{label_of(row['method'], choice, row['seed'], row['split'])}.json"
         if not path.exists():
             path.write_text(json.dumps(row), encoding="utf-8")
 
@@ -227,7 +234,9 @@ def train(folder: Path, directory: Path, seed: int, sets: list[str]) -> None:
 
 
 def measure_speed(folder: Path) -> None:
-    """Pairs a second of each method's steps, one method after the other on a machine that does nothing else."""
+    """Pairs a second of each method's steps, one method after the other on a machine that does
+    nothing else.
+    """
     for method in METHODS:
         directory, loss = folder / "speed", loss_of(folder, method, DEFAULT, TUNING_SEED)
         sets = [f"align.loss={loss}", f"align.max_steps={SPEED_STEPS}"]
@@ -348,8 +357,11 @@ def markdown(
         f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"
     ]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    base = base | {key.removeprefix("base_"): value for key, value in next(iter(tested.values()))[0].items()
-                   if key.startswith("base_")}  # fmt: skip
+    base = base | {
+        key.removeprefix("base_"): value
+        for key, value in next(iter(tested.values()))[0].items()
+        if key.startswith("base_")
+    }
     cells = [form.format(base[name]) if name in base else "" for name, (_, form) in COLUMNS.items()]
     lines.append(f"| the base | | {' | '.join(cells)} | |")
     for method, rows in sorted(
@@ -364,7 +376,8 @@ def markdown(
         speed = f"{speeds[method]:.0f}" if method in speeds else ""
         name = f"{method} ({failed[method]} diverged)" if failed[method] else method
         lines.append(
-            f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} | {' | '.join(cells)} | {speed} |"
+            f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} "
+            f"| {' | '.join(cells)} | {speed} |"
         )
     return "\n".join(lines)
 
@@ -374,11 +387,14 @@ def interval(values: list[float], form: str) -> str:
     if len(values) < 2:
         return form.format(values[0])
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
-    return f"{form.format(np.mean(values))} ± {form.format(t * np.std(values, ddof=1) / len(values) ** 0.5)}"
+    half = t * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{form.format(np.mean(values))} ± {form.format(half)}"
 
 
 def plot(tested: dict[str, list[dict]]) -> None:
-    """The frontier with its spread, and the KL of the training pairs over the training; names where there is room."""
+    """The frontier with its spread, and the KL of the training pairs over the training; names where
+    they fit.
+    """
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "tbpo"})
     figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2))
     points, ends = {}, {}

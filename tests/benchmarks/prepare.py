@@ -1,11 +1,12 @@
-"""`tbpo prepare` against the bare fast tokenizer: pairs per second, and peak memory over the number of rows.
+"""`tbpo prepare` against the bare fast tokenizer: pairs a second, and peak memory over rows.
 
     python tests/benchmarks/prepare.py             # about 8 minutes on two CPU cores
 
-Pairs of UltraFeedback's lengths (prompt mean 180 tokens, σ of log 0.8; chosen 300, 0.6; rejected 270, 0.7) of words of
-Zipf frequencies; a byte-level BPE of 16,000 tokens trained on them. "Bare" is `tokenizer(texts)` on the same texts,
-1,000 rows at a time, without reading, templates, checks or writing. Every measurement is a process of its own, and the
-two alternate. Writes results/prepare.{json,md}.
+Pairs of UltraFeedback's lengths (prompt mean 180 tokens, σ of log 0.8; chosen 300, 0.6; rejected
+270, 0.7) of words of Zipf frequencies; a byte-level BPE of 16,000 tokens trained on them. "Bare" is
+`tokenizer(texts)` on the same texts, 1,000 rows at a time, without reading, templates, checks or
+writing. Every measurement is a process of its own, and the two alternate. Writes
+results/prepare.{json,md}.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def main() -> None:
             }
         )
         print(line(rows[-1]), flush=True)
-    heading = "| rows | workers | bare pairs/s | prepare pairs/s | ratio | prepare's peak MB |\n|---|---|---|---|---|---|"
+    heading = (
+        "| rows | workers | bare pairs/s | prepare pairs/s | ratio | prepare's peak MB |\n"
+        "|---|---|---|---|---|---|"
+    )
     write_results(
         "prepare",
         "tbpo prepare against the bare tokenizer",
@@ -125,7 +129,7 @@ def child(way: str, folder: str, num_rows: int, workers: int) -> dict[str, float
 
 
 def measure(way: str, folder: str, num_rows: str, workers: str) -> dict[str, float]:
-    """Seconds after start-up, and the peak resident MB of this process, and of its largest worker."""
+    """Seconds after start-up; the peak resident MB of this process and of its largest worker."""
     import resource
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

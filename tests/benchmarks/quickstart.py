@@ -1,9 +1,10 @@
-"""What each loss reaches on the quickstart: the true score of sampled answers, before and after, over several seeds.
+"""What each loss reaches on the quickstart: the true score of sampled answers, over seeds.
 
     python tests/benchmarks/quickstart.py            # about 25 minutes on two CPU cores
 
-Every run is the real command, `tbpo align recipes/quickstart.toml --set …`; then one answer to each of the held-out
-prompts is sampled at temperature 1 and scored by the world. Writes results/quickstart.{json,md}.
+Every run is the real command, `tbpo align recipes/quickstart.toml --set …`; then one answer to each
+of the held-out prompts is sampled at temperature 1 and scored by the world. Writes
+results/quickstart.{json,md}.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def main() -> None:
     table = markdown(rows)
     print(table)
     if not arguments.no_write:
-        about = f"Means ± standard deviations, {arguments.seeds} seeds; an answer to each held-out prompt, temperature 1."
+        about = (
+            f"Means ± standard deviations, {arguments.seeds} seeds; "
+            "an answer to each held-out prompt, temperature 1."
+        )
         write_results("quickstart", "Quickstart: true score by loss", rows, f"{about}\n\n{table}")
 
 
@@ -91,7 +95,7 @@ def align(run: Path, sets: list[str]) -> None:
 
 
 def true_scores(adapter: Path | None, seed: int) -> dict[str, float]:
-    """Mean true score, share of right and of rude answers, over one sampled answer a held-out prompt."""
+    """Mean true score, share of right and of rude answers, of one answer a held-out prompt."""
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype="float32")
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
@@ -117,8 +121,15 @@ def true_scores(adapter: Path | None, seed: int) -> dict[str, float]:
     }
 
 
-COLUMNS = {"score": "true score", "right": "right", "rude": "rude", "accuracy": "reward accuracy",
-           "kl": "KL (nats a token)", "entropy": "entropy (nats a token)", "seconds": "seconds"}  # fmt: skip
+COLUMNS = {
+    "score": "true score",
+    "right": "right",
+    "rude": "rude",
+    "accuracy": "reward accuracy",
+    "kl": "KL (nats a token)",
+    "entropy": "entropy (nats a token)",
+    "seconds": "seconds",
+}
 
 
 def markdown(rows: list[dict]) -> str:

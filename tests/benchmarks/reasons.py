@@ -1,16 +1,19 @@
-"""Why a loss does as it does on the quickstart's world: shifted positions, shared prefixes, a floor under R.
+"""Why a loss does as it does on the quickstart: shifted positions, shared prefixes, a floor of R.
 
     export OMP_NUM_THREADS=1
-    python tests/benchmarks/reasons.py --part 0/2 & python tests/benchmarks/reasons.py --part 1/2 & wait
-    python tests/benchmarks/reasons.py --report        # results/reasons.{json,md}; about 15 minutes on two CPU cores
+    python tests/benchmarks/reasons.py --part 0/2 &
+    python tests/benchmarks/reasons.py --part 1/2 & wait
+    python tests/benchmarks/reasons.py --report    # results/reasons.*; 15 minutes on two cores
 
-Three questions, each over SEEDS, by the true score of answers to the test prompts of methods.py; steps, rates and β are
-those of results/methods.json if nothing else is said.
+Three questions, each over SEEDS, by the true score of answers to the test prompts of methods.py;
+steps, rates and β are those of results/methods.json if nothing else is said.
 
-- Positions. "Okay! " is put before answers: in `straight` pairs before both or neither, so that position t of one still
-  means position t of the other; in `shifted` pairs before one of the two, a random one. Either way half of the answers
-  have it, chosen and rejected ones alike; the scorer takes it away again.
-- Prefixes. How much of the aligned length the two responses have in common before they part: log R_t = 0 there.
+- Positions. "Okay! " is put before answers: in `straight` pairs before both or neither, so that
+  position t of one still means position t of the other; in `shifted` pairs before one of the two, a
+  random one. Either way half of the answers have it, chosen and rejected ones alike; the scorer
+  takes it away again.
+- Prefixes. How much of the aligned length the two responses have in common before they part: log
+  R_t = 0 there.
 - A floor. TBPO-A at the learning rates where it begins to break, with and without `min_ratio`.
 """
 
@@ -139,7 +142,8 @@ def report(folder: Path) -> None:
     for loss in dict.fromkeys(loss for loss, _ in POSITIONS):
         both = [(loss, kind) for kind in PAIRS]
         lines.append(
-            f"| {loss} | {' | '.join(map(cells.get, both))} | {means[both[0]] - means[both[1]]:.3f} |"
+            f"| {loss} | {' | '.join(map(cells.get, both))} "
+            f"| {means[both[0]] - means[both[1]]:.3f} |"
         )
     lines += ["", "| tbpo_a, learning rate | no floor | min_ratio 0.6 |", "|---|---|---|"]
     for rate in dict.fromkeys(rate for rate, _ in FLOORS):
@@ -151,7 +155,7 @@ def report(folder: Path) -> None:
 
 
 def in_common(folder: Path) -> str:
-    """How much of the aligned length lies before the first position at which the two responses differ."""
+    """The share of the aligned length before the first position at which the responses differ."""
     methods.tbpo("prepare", folder / "as-they-are", 0)
     store, shares, same_length = PairStore(folder / "as-they-are/prepare/train"), [], []
     for pair in map(store.__getitem__, range(len(store))):
@@ -162,7 +166,8 @@ def in_common(folder: Path) -> str:
         shares.append((differs[0] if len(differs) else length) / length)
         same_length.append(len(pair.chosen_ids) == len(pair.rejected_ids))
     return (
-        f"Of the pairs as they are, the responses share the first {np.mean(shares):.0%} of the aligned length, and "
+        f"Of the pairs as they are, the responses share the first {np.mean(shares):.0%} of the "
+        "aligned length, and "
         f"{np.mean(same_length):.0%} of the pairs have responses of the same number of tokens."
     )
 

@@ -20,10 +20,11 @@ from tbpo_cli.data.tokens import TokenizedPair
 def roofline(
     shape: tuple, rank: int, loss: str, pairs: Sequence[TokenizedPair], device: torch.device
 ) -> tuple[float, float]:
-    """(seconds, floating-point operations) of the products that a LoRA step needs: frozen head, reference live.
+    """(seconds, FLOPs) of the products that a LoRA step needs: frozen head, reference computed.
 
-    Each prompt once, each response cut to what the loss reads, nothing computed twice. Attention counts what is
-    visible. The reference goes forward, the policy forward and, to its inputs and its adapter, backward.
+    Each prompt once, each response cut to what the loss reads, nothing computed twice. Attention
+    counts what is visible. The reference goes forward, the policy forward and, to its inputs and
+    its adapter, backward.
     """
     hidden, inner, layers, heads, kv_heads, vocab_size, _ = shape
     needs, span = build_loss(loss).needs, build_loss(loss).span
@@ -57,7 +58,8 @@ def roofline(
                 (8 * layers * visible / square**2, (heads, square, hidden // heads, square))
             )
     chunks = responses / (chunk := min(CHUNK_TOKENS, responses))
-    # The reference's logits and its expected output embedding; or both models' logits and the policy's gradient.
+    # The reference's logits and its expected output embedding; or both models' logits and the
+    # policy's gradient.
     num_logits = 1 if needs == {"advantage"} else 2
     products += [
         (num_logits * chunks, (1, chunk, hidden, vocab_size)),

@@ -1,10 +1,11 @@
-"""`tbpo sample`'s batches against transformers' own `generate`, on the quickstart's base: tokens a second.
+"""`tbpo sample`'s batches against transformers' own `generate` on the quickstart: tokens a second.
 
     python tests/benchmarks/sample.py            # about 3 minutes on two CPU cores
 
-Both complete the same held-out prompts at temperature 0.7, top_p 0.9, at most 64 tokens. `generate` takes them as they
-come, `tbpo` in the order of their lengths, as its stage does; both stop a batch when all of its rows have ended. The
-two take turns, three times; a row is the median. Writes results/sample.{json,md}.
+Both complete the same held-out prompts at temperature 0.7, top_p 0.9, at most 64 tokens. `generate`
+takes them as they come, `tbpo` in the order of their lengths, as its stage does; both stop a batch
+when all of its rows have ended. The two take turns, three times; a row is the median. Writes
+results/sample.{json,md}.
 """
 
 from __future__ import annotations
@@ -69,9 +70,13 @@ def theirs(model, tokenizer, prompts: list[list[int]], size: int) -> int:
     for start in range(0, len(prompts), size):
         batch = tokenizer.pad({"input_ids": prompts[start : start + size]}, return_tensors="pt")
         generated = model.generate(
-            **batch, do_sample=True, temperature=SETTINGS.temperature, top_p=SETTINGS.top_p, top_k=0,
+            **batch,
+            do_sample=True,
+            temperature=SETTINGS.temperature,
+            top_p=SETTINGS.top_p,
+            top_k=0,
             max_new_tokens=SETTINGS.max_new_tokens,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        )[:, batch["input_ids"].shape[1] :]
         ends = (generated == tokenizer.eos_token_id).int()
         tokens += int((ends.cumsum(dim=1) - ends < 1).sum())  # up to the first end of turn, with it
     return tokens

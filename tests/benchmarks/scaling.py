@@ -2,9 +2,9 @@
 
     python tests/benchmarks/scaling.py             # about 8 minutes on two CPU cores
 
-Time per token with 1,000, 10,000 and 100,000 pairs; resident memory over 500 steps; and the time from the command
-`tbpo align` to its first step, on 20,000 prepared pairs. The model is tiny, so that what does not belong to it shows.
-Writes results/scaling.{json,md}.
+Time per token with 1,000, 10,000 and 100,000 pairs; resident memory over 500 steps; and the time
+from the command `tbpo align` to its first step, on 20,000 prepared pairs. The model is tiny, so
+that what does not belong to it shows. Writes results/scaling.{json,md}.
 """
 
 from __future__ import annotations
@@ -28,10 +28,19 @@ from tbpo_cli.train.loop import TrainingRun
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
 SIZES, STEPS, LONG = (1_000, 10_000, 100_000), 60, 500
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 2000,
-    "tie_word_embeddings": True, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def main() -> None:
@@ -39,7 +48,7 @@ def main() -> None:
 
 
 def time_per_token() -> list[dict]:
-    """The sizes take turns; the fastest of three rounds is the one that others on the machine disturbed least."""
+    """The sizes take turns; the fastest of three rounds is the one that was least disturbed."""
     rounds = [[seconds_per_token(size) for size in SIZES] for _ in range(3)]
     return [
         {"pairs": size, "ms_per_1000_tokens": 1e6 * min(seen)}
@@ -55,8 +64,9 @@ def report(rows: list[dict]) -> None:
     ]
     lines += [
         "",
-        f"Largest over smallest: {max(times) / min(times):.3f}. Resident memory: {rows[-2]['early_gb']:.3f} GB over "
-        f"steps 50–100, {rows[-2]['late_gb']:.3f} GB over steps {LONG - 50}–{LONG}. From the command to the end of the "
+        f"Largest over smallest: {max(times) / min(times):.3f}. Resident memory: "
+        f"{rows[-2]['early_gb']:.3f} GB over steps 50–100, {rows[-2]['late_gb']:.3f} GB over steps {LONG - 50}–{LONG}. "
+        "From the command to the end of the "
         f"first step: {rows[-1]['seconds']:.1f} s.",
     ]
     print("\n".join(lines))
@@ -70,8 +80,9 @@ def train(num_pairs: int, steps: int, tell) -> list[dict]:
         (folder / "base").mkdir()
         (folder / "base/config.json").write_text(json.dumps(CONFIG))
         (folder / "recipe.toml").write_text(
-            f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n[model.lora]\nr = 4\n'
-            f'[data]\ntrain = "unused"\n[align]\nbatch_pairs = 4\nmax_steps = {steps}\ncheckpoint_every = 1000000\n'
+            f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n'
+            '[model.lora]\nr = 4\n[data]\ntrain = "unused"\n'
+            f"[align]\nbatch_pairs = 4\nmax_steps = {steps}\ncheckpoint_every = 1000000\n"
         )
         recipe = load_recipe(folder / "recipe.toml")
         stores = (
@@ -113,7 +124,8 @@ def start_up(num_rows: int = 20_000) -> dict:
                 row = rng.choice(rows)
                 file.write(json.dumps({**row, "prompt": f"{row['prompt']} {number}"}) + "\n")
         (folder / "recipe.toml").write_text(
-            f'[model]\nbase = "{QUICKSTART}"\n[model.lora]\n[data]\ntrain = "{folder / "rows.jsonl"}"\n'
+            f'[model]\nbase = "{QUICKSTART}"\n[model.lora]\n'
+            f'[data]\ntrain = "{folder / "rows.jsonl"}"\n'
             "eval_fraction = 0.0\n[align]\nbatch_pairs = 4\nmax_steps = 400\n"
         )
         command = [

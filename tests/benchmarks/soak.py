@@ -1,12 +1,12 @@
-"""Kills real trainings at random moments until each has ended, and compares with trainings that were left alone.
+"""Kills trainings at random moments until each has ended; compares with ones left alone.
 
     python tests/benchmarks/soak.py                # about 15 minutes on two CPU cores
-    python tests/benchmarks/soak.py --fuzz 5000    # then thousands of damaged recipes, rows, manifests and checkpoints
+    python tests/benchmarks/soak.py --fuzz 5000  # then damaged recipes, rows, checkpoints
 
-Four kinds of training on the quickstart's base: tbpo_q with AdamW and dpo with RMSprop, LoRA with dropout, several
-micro-batches a step and several epochs; sft; two processes. Each is killed (SIGKILL, all its processes) at random
-moments, KILLS in all; then it may end. Weights must be the same to the bit, and the metrics too,
-but for timings. Writes results/soak.{json,md}.
+Four kinds of training on the quickstart's base: tbpo_q with AdamW and dpo with RMSprop, LoRA with
+dropout, several micro-batches a step and several epochs; sft; two processes. Each is killed
+(SIGKILL, all its processes) at random moments, KILLS in all; then it may end. Weights must be the
+same to the bit, and the metrics too, but for timings. Writes results/soak.{json,md}.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         rows = [run_kind(name, Path(folder), rng) for name in KINDS]
-    heading = "| training | kills | moments (steps done) | same weights | same metrics |\n|---|---|---|---|---|"
+    heading = (
+        "| training | kills | moments (steps done) | same weights | same metrics |\n"
+        "|---|---|---|---|---|"
+    )
     write_results(
         "soak", "Trainings killed at random moments", rows, "\n".join([heading, *map(line, rows)])
     )
@@ -124,8 +127,13 @@ def run_kind(name: str, folder: Path, rng: random.Random) -> dict:
         (run / stage / "adapter/adapter_model.safetensors").read_bytes() for run in runs.values()
     ]
     logs = [metrics(run / stage) for run in runs.values()]
-    row = {"training": name, "kills": len(moments), "moments": moments,
-           "same_weights": weights[0] == weights[1], "same_metrics": logs[0] == logs[1]}  # fmt: skip
+    row = {
+        "training": name,
+        "kills": len(moments),
+        "moments": moments,
+        "same_weights": weights[0] == weights[1],
+        "same_metrics": logs[0] == logs[1],
+    }
     print(line(row), flush=True)
     return row
 

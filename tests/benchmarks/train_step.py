@@ -1,13 +1,14 @@
-"""Optimizer steps on UltraFeedback-like pairs: this project, the dense way of research code, and TRL's DPOTrainer.
+"""Optimizer steps on UltraFeedback-like pairs: this project, dense research code, TRL's trainer.
 
-    pip install trl && python tests/benchmarks/train_step.py      # about 40 minutes on two CPU cores
-    python tests/benchmarks/train_step.py --shapes qwen2.5-0.5b llama-3.2-1b mistral-7b     # on a CUDA device
+    pip install trl && python tests/benchmarks/train_step.py    # 40 minutes on two CPU cores
+    python tests/benchmarks/train_step.py --shapes qwen2.5-0.5b llama-3.2-1b mistral-7b  # on a GPU
 
-Every measurement is a process of its own; the ways take turns. All read the same pairs, in the same steps, with the
-same weights and the same LoRA (r 16, all linear layers). Memory is the peak of the process (on a GPU, of the device's
-allocator). The roofline is the time that the floating-point operations of this project's step take as bare matrix
-products of the same shapes in the same process; the matrix rate is that of one large product. The dense way takes as
-many pairs at once as memory allows. Writes results/train_step.{json,md}.
+Every measurement is a process of its own; the ways take turns. All read the same pairs, in the same
+steps, with the same weights and the same LoRA (r 16, all linear layers). Memory is the peak of the
+process (on a GPU, of the device's allocator). The roofline is the time that the floating-point
+operations of this project's step take as bare matrix products of the same shapes in the same
+process; the matrix rate is that of one large product. The dense way takes as many pairs at once as
+memory allows. Writes results/train_step.{json,md}.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def child(way: str, loss: str, shape: str, steps: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------------------ what all ways share
+# ------------------------------------------------------------------------------ what all ways share
 
 
 def the_store(steps: int) -> PairStore:
@@ -136,7 +137,8 @@ def the_recipe(shape: str, loss: str, steps: int, folder: Path):
         f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n'
         f"[model.lora]\nr = {RANK}\nalpha = {2.0 * RANK}\ndropout = 0.0\n"
         f'[data]\ntrain = "unused"\n'
-        f"[align]\nbatch_pairs = {PAIRS}\nmax_steps = {steps + WARM_UP}\nlearning_rate = 1e-5\nwarmup = 0.0\n"
+        f"[align]\nbatch_pairs = {PAIRS}\nmax_steps = {steps + WARM_UP}\n"
+        "learning_rate = 1e-5\nwarmup = 0.0\n"
         f'schedule = "constant"\nlog_every = 1000000\ncheckpoint_every = 1000000\n'
         f'[align.loss]\nname = "{loss}"\n'
     )
@@ -144,7 +146,7 @@ def the_recipe(shape: str, loss: str, steps: int, folder: Path):
 
 
 def measure(way: str, loss: str, shape: str, steps: int) -> dict:
-    """Seconds a step, pairs/s, tokens/s, peak GB, and the losses of the steps (so that the ways are seen to agree)."""
+    """Seconds a step, pairs/s, tokens/s, peak GB, and the losses, to compare the ways."""
     store = the_store(steps)
     with tempfile.TemporaryDirectory() as folder:
         recipe = the_recipe(shape, loss, steps, Path(folder))
@@ -182,7 +184,7 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# ------------------------------------------------------------------------------------------------------- the three ways
+# ----------------------------------------------------------------------------------- the three ways
 
 
 def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
@@ -208,7 +210,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
 
 
 def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
-    """Padded rows of chosen and rejected; the full logits of policy and reference in fp32, by autograd."""
+    """Padded rows of chosen and rejected; full fp32 logits of policy and reference, by autograd."""
     loss = build_loss(recipe.align.loss_name)
     policy = load_policy(recipe, DEVICE, None, with_reference=True)
     baseline = StateBaseline(policy.model.config.hidden_size, 0).to(DEVICE)
@@ -241,7 +243,7 @@ def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
 
 
 def pairs_at_once(vocab_size: int) -> int:
-    """All pairs of a step, or as many as dense logits leave room for: some 14 tensors of (rows × length × V)."""
+    """All pairs of a step, or as many as fit: dense logits take about 14 (rows × length × V)."""
     if ON_GPU:
         room = torch.cuda.get_device_properties(0).total_memory
     else:
@@ -276,15 +278,18 @@ def dense_scores(policy, baseline, loss, pairs) -> PairScores:
     for side in (batch.chosen, batch.rejected):
         part = slice(start, start := start + len(side.slots))
         shaped = {
-            name: values.new_zeros(side.mask.numel()).scatter(0, side.slots, values[part]).view_as(side.mask)
-            for name, values in columns.items() if name in loss.needs
-        }  # fmt: skip
+            name: values.new_zeros(side.mask.numel())
+            .scatter(0, side.slots, values[part])
+            .view_as(side.mask)
+            for name, values in columns.items()
+            if name in loss.needs
+        }
         sides.append(SideScores(side.mask, **shaped))
     return PairScores(*sides)
 
 
 def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
-    """TRL's DPOTrainer, with the settings of the others or with its own activation checkpointing."""
+    """TRL's DPOTrainer, with the others' settings or its own activation checkpointing."""
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -340,26 +345,46 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
 
     settings = {} if way == "trl-defaults" else {"gradient_checkpointing": False}
     arguments = DPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=PAIRS, max_steps=steps, learning_rate=1e-5,
-        lr_scheduler_type="constant", beta=0.1, max_length=None, report_to="none", save_strategy="no", logging_steps=1,
-        bf16=ON_GPU, use_cpu=not ON_GPU, disable_tqdm=True, max_grad_norm=10.0, weight_decay=0.0, **settings,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=PAIRS,
+        max_steps=steps,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        beta=0.1,
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        bf16=ON_GPU,
+        use_cpu=not ON_GPU,
+        disable_tqdm=True,
+        max_grad_norm=10.0,
+        weight_decay=0.0,
+        **settings,
+    )
     lora = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    trainer = InOrder(model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora,
-                      callbacks=[Clock()])  # fmt: skip
+    trainer = InOrder(
+        model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[Clock()],
+    )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {"seconds": seconds, "losses": losses}
 
 
-# ------------------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| shape | loss | way | s a step | pairs/s | tokens/s | peak GB | tbpo is faster by | and smaller by "
+        "| shape | loss | way | s a step | pairs/s | tokens/s | peak GB | tbpo is faster by "
+        "| and smaller by "
         "| of the roofline | of the matrix rate |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -371,7 +396,8 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         if "failed" in row:
             lines.append(
-                f"| {row['shape']} | {row['loss']} | {row['way']} | failed: {row['failed']} ||||||||"
+                f"| {row['shape']} | {row['loss']} | {row['way']} "
+                f"| failed: {row['failed']} ||||||||"
             )
             continue
         mine = ours.get((row["shape"], row["loss"]))
@@ -383,8 +409,9 @@ def markdown(rows: list[dict]) -> str:
             f"{row[name]:.2f}" if name in row else "" for name in ("roofline", "of_matrix_rate")
         )
         lines.append(
-            f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} | {row['pairs_per_s']:.3f} "
-            f"| {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} | {faster} | {smaller} | {fractions} |"
+            f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} "
+            f"| {row['pairs_per_s']:.3f} | {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} "
+            f"| {faster} | {smaller} | {fractions} |"
         )
     return "\n".join(lines)
 
