@@ -19,6 +19,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import launch
 from tbpo_cli.runs.launch import Processes, processes_of
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.stages.chain import STAGES
 
 EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
@@ -162,7 +163,7 @@ def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_
 
     def wait():
         with pytest.raises(TbpoError, match="the first machine does not begin align"):
-            launch.join_workers("align", run_dir, other)
+            launch.join_workers(STAGES["align"], run_dir, other)
         waited.append(True)
 
     with run_dir.lock():
