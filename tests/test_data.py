@@ -14,11 +14,13 @@ from hub_server import COMMIT, hub
 from tbpo_cli.batch.batches import cut_to_span, num_steps, step_indices
 from tbpo_cli.config.recipe import Data, Model, Source, load_recipe
 from tbpo_cli.data.chunks import prepare_rows, workers
-from tbpo_cli.data.pairs import FORMATS, RejectedRow, recognise, to_pair
+from tbpo_cli.data.formats import FORMATS, recognise, to_pair
+from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
-from tbpo_cli.data.tokens import Chat, TokenizedPair, tokenize_pairs
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokens import TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.prepare import show_pairs

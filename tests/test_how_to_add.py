@@ -15,7 +15,8 @@ from tbpo_cli.config.validate import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.core.types import mean_over_response
-from tbpo_cli.data.pairs import FORMATS, Format, make_pair
+from tbpo_cli.data.formats import FORMATS, Format, format_faults
+from tbpo_cli.data.pairs import make_pair
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation import judges
@@ -107,11 +108,13 @@ def test_a_data_format(recipe_file, tmp_path, monkeypatch):
     train = write_jsonl(tmp_path / "questions.jsonl", rows)
     with pytest.raises(TbpoError, match="none of the known formats"):
         run_stage("prepare", recipe_file, tmp_path / "before", f"data.train={train}")
-    with pytest.raises(TbpoError, match=r'data\.format = "question" is not possible') as error:
-        load_recipe(recipe_file, ("data.format=question",))
-    assert "'hh', 'prompt', 'messages', 'sft_prompt' or 'sft_messages'" in error.value.expected
+    data = load_recipe(recipe_file, ("data.format=question",)).data
+    (fault,) = format_faults(data, "my.toml")
+    assert fault.what == 'data.format = "question" is not possible'
+    assert fault.where == "my.toml, [data] format"
+    assert "'hh', 'prompt', 'messages', 'sft_prompt'" in fault.expected
     monkeypatch.setitem(FORMATS, "question", Format(("question", "answers"), read_question))
-    assert load_recipe(recipe_file, ("data.format=question",)).data.format == "question"
+    assert format_faults(data, "my.toml") == []
     run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}")
     same = run_stage(
         "prepare",

@@ -23,18 +23,18 @@ from tbpo_cli.data.tokens import TokenizedPair
 PACKAGE = str(Path(tbpo_cli.__file__).parent)
 HIDDEN_SIZE = 32
 CALLS = [
-    ("data/pairs.py", "to_pair"),
+    ("data/formats/__init__.py", "to_pair"),
     ("data/tokens.py", "tokenize_pairs"),
     ("data/store.py", "record_batch"),
     ("data/store.py", "PairStore.__getitem__"),
-    ("data/layouts.py", "collate"),
+    ("batch/layouts.py", "collate"),
     ("model/scoring.py", "Scorer.score"),
     ("core/head.py", "token_statistics"),
     ("core/losses.py", "TbpoA.__call__"),
     ("train/step.py", "Stepper._backward"),
 ]
 # Loops over chunks of rows and over micro-batches, and the thread that makes the next step's.
-HAND_ON = {"data/chunks.py", "data/batches.py", "train/feed.py"}
+HAND_ON = {"data/chunks.py", "batch/batches.py", "train/feed.py"}
 FORMS = (  # what a form is known by, also within a list, a tuple or a dict
     lambda value, _: isinstance(value, PreferencePair),
     lambda value, _: (

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tbpo_cli.config.recipe import Sample, load_recipe
 from tbpo_cli.data.prompts import prompt_of
 from tbpo_cli.data.sources import Row
-from tbpo_cli.data.tokens import Chat, end_of_turn
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokens import end_of_turn
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.generate import generate
 from tbpo_cli.runs.run_dir import RunDir

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.data.pairs import RejectedRow, make_pair
-from tbpo_cli.data.tokens import Chat, tokenize_pairs
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokens import tokenize_pairs
 from tbpo_cli.errors import TbpoError
 
 DATA = Data(train=(Source("unused"),), max_length=1_000_000)

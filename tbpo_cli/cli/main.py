@@ -18,7 +18,7 @@ import typer
 from typer import Argument, Option
 
 from tbpo_cli import console
-from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.errors import Interrupted, TbpoError, gather
 from tbpo_cli.runs.launch import Processes, check_gpus, processes_of
 
 if TYPE_CHECKING:
@@ -121,9 +121,11 @@ class Call:
     def load(self) -> tuple[Recipe, RunDir]:
         """The recipe, checked, and its run directory."""
         from tbpo_cli.config.recipe import load_recipe
+        from tbpo_cli.data.formats import format_faults
         from tbpo_cli.runs.run_dir import RunDir
 
         recipe = load_recipe(self.recipe, self.overrides)
+        gather(format_faults(recipe.data, str(self.recipe)))
         return recipe, RunDir.of(recipe, self.run_dir)
 
     def processes(self) -> Processes:

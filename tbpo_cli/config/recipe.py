@@ -7,11 +7,11 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, TypeAdapter
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter
 
 from tbpo_cli.config.loss import complete_loss, loss_of_table, loss_table, name_of
 from tbpo_cli.config.toml import apply_overrides, read_toml, resolve_paths
-from tbpo_cli.config.validate import known_format, table, validate
+from tbpo_cli.config.validate import table, validate
 from tbpo_cli.errors import gather
 from tbpo_cli.evaluation.measures import JUDGES, check_gate
 
@@ -98,9 +98,7 @@ class Data:
     eval: Sources | None = None  # absent: `eval_fraction` of the prompts of `train`
     train_split: str = "train"
     eval_split: str = "test"
-    format: Annotated[str, AfterValidator(known_format)] = (
-        "auto"  # of train and eval; rows of sft.train tell theirs
-    )
+    format: str = "auto"  # of the rows of train and eval; those of sft.train are recognised
     columns: dict[str, str] = field(default_factory=dict)  # our name = the row's name
     max_length: Count = 2048  # tokens of prompt + the longer response
     overlong: Literal["drop", "truncate"] = "drop"

@@ -24,16 +24,6 @@ def table(cls: type[Table]) -> type[Table]:
     return cast(type[Table], validated(cls, frozen=True, config=STRICT))
 
 
-def known_format(name: str) -> str:
-    """`data.format` if it is in the table of formats; told like a `Literal` of their names."""
-    from tbpo_cli.data.pairs import FORMATS
-
-    if name not in (names := ["auto", *FORMATS]):
-        *most, last = map(repr, names)
-        raise ValueError(f"{', '.join(most)} or {last}")
-    return name
-
-
 def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
     """An instance of a dataclass from TOML values, or its faults. `core`'s plain dataclasses are checked alike."""
     checked = (

@@ -22,9 +22,12 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 
 from tbpo_cli.config.recipe import Data, Model
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow, to_pair
+from tbpo_cli.data.formats import to_pair
+from tbpo_cli.data.pairs import PreferencePair, RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
-from tbpo_cli.data.tokens import Chat, Result, load_tokenizer, tokenize_pairs
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokenizer import load_tokenizer
+from tbpo_cli.data.tokens import Result, tokenize_pairs
 from tbpo_cli.errors import TbpoError
 
 _worker = threading.local()

@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbpo_cli.config.recipe import Data, Recipe, Source
-from tbpo_cli.data.pairs import (
-    Messages,
-    PreferencePair,
-    RejectedRow,
-    read_prompt,
-    recognise,
-    to_pair,
-)
+from tbpo_cli.data.formats import read_prompt, recognise, to_pair
+from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import Chat, tokenize_prompt
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokens import tokenize_prompt
 from tbpo_cli.errors import TbpoError
 
 

@@ -1,39 +1,17 @@
-"""TokenizedPair: exactly the tokens that inference will see, cut into prompt and responses.
-
-The prompt is rendered with the generation prompt (the assistant's header belongs to it); a response is what the full
-rendering adds, tokenized on its own, up to and including the end-of-turn token. Control tokens come from the chat
-template only: those written in a user's text are masked while the template is rendered, so that whatever a template
-does with the text, they stay text.
-"""
+"""Messages → token ids that training and inference both see: prompt and responses, each tokenized on its own."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
-
-from tbpo_cli.config.recipe import Data, Model
+from tbpo_cli.config.recipe import Data
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
-from tbpo_cli.errors import TbpoError
+from tbpo_cli.data.templates import CLOSE, OPEN, Chat, render_pair, unmask
 
-if TYPE_CHECKING:
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
-
-OPEN, CLOSE = (
-    "\ue0fa",
-    "\ue0fb",
-)  # private-use characters, around the hexadecimal form of a masked control token
 TAIL_CHARACTERS = 32
-OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 
 
 @dataclass(frozen=True)
@@ -71,148 +49,6 @@ class TokenizedPair:
 Result = TokenizedPair | RejectedRow
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerFast:
-    """The base's fast tokenizer, with the recipe's chat template if it names one.
-
-    Raises:
-        TbpoError: if there is none, if it is not a fast one, or if it has no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    where = f"model.base = {model.base!r}"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.base, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        what = f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        expected = "a folder with tokenizer.json, or the id of a Hub repository"
-        raise TbpoError(what, where, expected, "check model.base and the network") from error
-    if not tokenizer.is_fast:
-        expected, fix = (
-            "a tokenizer.json beside the model",
-            "convert it with transformers and save it in the folder",
-        )
-        raise TbpoError("the model has no fast tokenizer", where, expected, fix)
-    if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TbpoError(
-                f"the chat template cannot be read: {error}", model.chat_template, "a Jinja file"
-            ) from None
-    if tokenizer.chat_template is None:
-        expected, fix = (
-            "a template that renders the chat",
-            "write it to a file and name it as model.chat_template",
-        )
-        raise TbpoError("the tokenizer has no chat template", where, expected, fix)
-    return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of all that decides which tokens a text becomes: of a tokenizer as it was loaded."""
-    content = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.chat_template)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that print a date."""
-
-    tokenizer: PreTrainedTokenizerFast
-    template_date: str
-
-    @cached_property
-    def control_tokens(self) -> dict[str, AddedToken]:
-        """The tokenizer's control tokens by their text, the longest first."""
-        tokens = {
-            token.content: token
-            for token in self.tokenizer.added_tokens_decoder.values()
-            if token.special
-        }
-        return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
-
-    @cached_property
-    def controls(self) -> re.Pattern[str]:
-        """Matches any control token."""
-        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-
-    def mask(self, content: Any) -> Any:
-        """Messages, or anything in them, with every control token in a text written as private-use characters."""
-        if isinstance(content, str):
-            if OPEN in content or CLOSE in content:
-                content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
-            return self.controls.sub(_masked, content)
-        if isinstance(content, dict):
-            return {key: self.mask(value) for key, value in content.items()}
-        return (
-            [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
-        )
-
-    def encode(self, texts: Sequence[str], controls_as_text: bool = False) -> list[list[int]]:
-        """Ids of texts as they stand: nothing is added, cut or padded."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = controls_as_text
-        return [
-            encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-
-    def render(
-        self,
-        messages: tuple[dict[str, Any], ...],
-        tools: tuple[dict[str, Any], ...],
-        **options: Any,
-    ) -> str:
-        """The messages, masked, as text.
-
-        Raises:
-            RejectedRow: template_error, if the template refuses the messages.
-            TbpoError: if it is no template.
-        """
-        masked: Any = self.mask(tools) or None
-        try:
-            template = _with_date(
-                self.tokenizer.get_chat_template(tools=masked), self.template_date
-            )
-            options |= {"chat_template": template, "tokenize": False}
-            return cast(
-                str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options)
-            )
-        except TemplateSyntaxError as error:
-            what, where = (
-                f"the chat template is no Jinja template: {error.message}",
-                f"line {error.lineno} of the template",
-            )
-            fix = "mend the file that model.chat_template names, or the tokenizer's own template"
-            raise TbpoError(what, where, "a template that renders the chat", fix) from None
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
-
-
-@lru_cache
-def _with_date(template: str, day: str) -> str:
-    """The template with the calls that print today's date replaced by the text for that day."""
-    on = date.fromisoformat(day)
-    return re.sub(
-        r"""strftime_now\(\s*(['"])(.+?)\1\s*\)""",
-        lambda call: repr(on.strftime(call.group(2))),
-        template,
-    )
-
-
-def _masked(match: re.Match[str]) -> str:
-    return OPEN + match.group().encode().hex() + CLOSE
-
-
-def _unmask(text: str) -> str:
-    return re.sub(
-        f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text
-    )
-
-
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
@@ -233,51 +69,6 @@ def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> l
     for place, prompt in zip(texts, prompts, strict=True):
         results[place] = _fit(pairs[place], prompt, next(responses), next(responses), data)
     return [results[place] for place in range(len(pairs))]
-
-
-def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
-    """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
-
-    Raises:
-        RejectedRow: see `Chat.render`.
-        TbpoError: likewise, or if the template does not allow the cut between prompt and response.
-    """
-    prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
-    chosen, rejected = (
-        _response(pair, prompt, chat.render((*pair.prompt, response), pair.tools), chat)
-        if response
-        else ""
-        for response in (pair.chosen, pair.rejected)
-    )
-    return prompt, chosen, rejected
-
-
-def _response(pair: PreferencePair, prompt: str, full: str, chat: Chat) -> str:
-    """What the full rendering adds to the prompt, up to the first control token after its text.
-
-    What a template adds behind that is never generated.
-    """
-    if not full.startswith(prompt):
-        split = next(
-            (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full)
-        )
-        alone, followed = (text[max(0, split - 80) : split + 80] for text in (prompt, full))
-        raise TbpoError(
-            "the chat template renders the prompt differently once an answer follows",
-            f"pair {pair.pair_id}\n    prompt alone: …{alone!r}\n    with answer:  …{followed!r}",
-            "the full rendering begins with the rendering of the prompt and its generation prompt",
-            OTHER_TEMPLATE,
-        )
-    response, control = full[len(prompt) :], chat.controls.pattern
-    end = re.search(rf"({control})(?:\s|{control})*\Z", response)
-    if end is None:
-        raise TbpoError(
-            "the chat template ends an answer without an end-of-turn token",
-            f"the answer renders as …{response[-80:]!r}",
-            "a control token after the answer, so that the model learns to stop",
-            OTHER_TEMPLATE,
-        )
-    return response[: end.end(1)]
 
 
 def tokenize_prompt(messages: Messages, chat: Chat) -> list[int]:
@@ -307,14 +98,14 @@ def _encode_masked(text: str, chat: Chat) -> list[int]:
     before, *rest = re.split(
         f"({chat.controls.pattern})", text
     )  # text, control token, text, control token, text, …
-    ids = chat.encode([_unmask(before)], controls_as_text=True)[0]
+    ids = chat.encode([unmask(before)], controls_as_text=True)[0]
     for control, after in zip(rest[::2], rest[1::2], strict=True):
         token = chat.control_tokens[control]
         after = (
             after.lstrip() if token.rstrip else after
         )  # some control tokens swallow the white space around them
         ids += [cast(int, chat.tokenizer.convert_tokens_to_ids(control))]
-        ids += chat.encode([_unmask(after)], controls_as_text=True)[0]
+        ids += chat.encode([unmask(after)], controls_as_text=True)[0]
     return ids
 
 

@@ -13,7 +13,7 @@ from tbpo_cli.batch.batches import collate_all
 from tbpo_cli.config.recipe import Recipe, Sample
 from tbpo_cli.data.prompts import Prompt, prompts_of, prompts_of_pairs
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import Chat
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.measures import tasks_of

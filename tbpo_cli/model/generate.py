@@ -19,7 +19,8 @@ from transformers import (
 
 from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
-from tbpo_cli.data.tokens import Chat, end_of_turn
+from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.tokens import end_of_turn
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import TokenizedPair, load_tokenizer
+from tbpo_cli.data.tokenizer import load_tokenizer
+from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.report.charts import histogram
 from tbpo_cli.report.pages import write_page
 

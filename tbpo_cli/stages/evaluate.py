@@ -87,7 +87,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
-    from tbpo_cli.data.tokens import Chat, load_tokenizer
+    from tbpo_cli.data.templates import Chat
+    from tbpo_cli.data.tokenizer import load_tokenizer
     from tbpo_cli.evaluation.bench import Bench
     from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget

@@ -19,10 +19,12 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe, Source
 from tbpo_cli.config.toml import TOKENIZER_FILES
 from tbpo_cli.data.chunks import prepare_rows, workers
-from tbpo_cli.data.pairs import RejectedRow, recognise
+from tbpo_cli.data.formats import recognise
+from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
-from tbpo_cli.data.tokens import Result, TokenizedPair, fingerprint, load_tokenizer
+from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
+from tbpo_cli.data.tokens import Result, TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
 from tbpo_cli.runs.launch import ALONE, Processes

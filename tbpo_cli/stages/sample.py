@@ -24,7 +24,7 @@ from tbpo_cli.runs.stage import Stage
 
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
-    from tbpo_cli.data.tokens import Chat
+    from tbpo_cli.data.templates import Chat
     from tbpo_cli.model.load import Policy
 
 Json = dict[str, Any]
@@ -116,7 +116,8 @@ def _content(text: str) -> Any:
 
 
 def _chat(recipe: Recipe) -> Chat:
-    from tbpo_cli.data.tokens import Chat, load_tokenizer
+    from tbpo_cli.data.templates import Chat
+    from tbpo_cli.data.tokenizer import load_tokenizer
 
     return Chat(load_tokenizer(recipe.model), recipe.data.template_date)
 

@@ -19,7 +19,7 @@ from tbpo_cli.config.recipe import Align, Model, Recipe, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokens import fingerprint, load_tokenizer
+from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
 from tbpo_cli.runs.run_dir import RunDir

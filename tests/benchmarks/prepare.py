@@ -166,7 +166,7 @@ def batches(path: Path, num_rows: int) -> Iterator[list[dict[str, str]]]:
 
 def prepare(folder: Path, num_rows: int, workers: int) -> float:
     from tbpo_cli.config.recipe import load_recipe
-    from tbpo_cli.data.tokens import load_tokenizer
+    from tbpo_cli.data.tokenizer import load_tokenizer
     from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.stages import prepare
 
