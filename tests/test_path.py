@@ -30,7 +30,7 @@ CALLS = [
     ("batch/layouts.py", "collate"),
     ("model/scoring.py", "Scorer.score"),
     ("core/head.py", "token_statistics"),
-    ("core/losses.py", "TbpoA.__call__"),
+    ("core/losses/token_level.py", "TbpoA.__call__"),
     ("train/step.py", "Stepper._backward"),
 ]
 # Loops over chunks of rows and over micro-batches, and the thread that makes the next step's.
