@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -41,6 +42,11 @@ LAYERS = {  # room: the rooms it may import, beside ANYWHERE
 }
 
 
+def room_of(name):
+    """The folder of the package that a file is in, or the name of a file that is in none."""
+    return name.split("/")[0].removesuffix(".py")
+
+
 def modules(nodes):
     """The modules that some statements import; `from a import b` is a.b."""
     for node in nodes:
@@ -61,7 +67,8 @@ def at_import(tree):
 
 def wrong_imports(name, source):
     """Imports against the layers, of one stage by another, and of more than torch by core."""
-    own, stage = name.split("/")[0].removesuffix(".py"), Path(name).stem
+    own = room_of(name)
+    stage = Path(name).stem
     for module in modules(ast.walk(ast.parse(source))):
         top, room, *inside = [*module.split("."), "__init__"]
         if top != "tbpo_cli":
@@ -72,6 +79,14 @@ def wrong_imports(name, source):
             wrong = room not in {own} | LAYERS[own] | (ANYWHERE if own != "core" else set())
         if wrong:
             yield module
+
+
+def imports_by_name(name, source):
+    """Modules that are loaded by a string: neither the type checker nor a reader follows it."""
+    for node in ast.walk(ast.parse(source)):
+        words = (getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "name", ""))
+        if {"import_module", "__import__"} & {*words}:
+            yield ast.unparse(node)
 
 
 def too_long(name, source):
@@ -143,6 +158,21 @@ def import_cycle(files):
     return []
 
 
+def room_cycle(files):
+    """A way from a room back to itself, or []: by any import, also in functions and for types."""
+    graph = {}
+    for name, source in files.items():
+        own = room_of(name)
+        imported = (module.split(".") for module in modules(ast.walk(ast.parse(source))))
+        rooms = {parts[1] for parts in imported if parts[0] == "tbpo_cli" and len(parts) > 1}
+        graph.setdefault(own, set()).update(rooms - {own})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def unread_keys(files):
     """Keys of the recipe that only their own check reads; JUDGES, a table, reads its own."""
     recipe = ast.parse(files["config/recipe.py"])
@@ -179,13 +209,16 @@ def without_source(table):
     ]
 
 
-RULES = (wrong_imports, too_long, undocumented, losses_by_name)
+RULES = (wrong_imports, imports_by_name, too_long, undocumented, losses_by_name)
 BAD = [
     (wrong_imports, "core/head.py", "import numpy"),
     (wrong_imports, "core/head.py", "from tbpo_cli.errors import TbpoError"),
     (wrong_imports, "data/pairs.py", "def late():\n    import tbpo_cli.train.loop"),
     (wrong_imports, "stages/align.py", "from tbpo_cli.stages.sft import run"),
     (wrong_imports, "stages/align.py", "from tbpo_cli.stages import sft"),
+    (imports_by_name, "cli/main.py", "import importlib\nimportlib.import_module(name)"),
+    (imports_by_name, "cli/main.py", "from importlib import import_module"),
+    (imports_by_name, "cli/main.py", "__import__(name)"),
     (too_long, "runs/run_dir.py", "\n" * 351),
     (too_long, "runs/run_dir.py", "class A:\n    def f(self):\n" + "        self\n" * 60),
     (undocumented, "runs/run_dir.py", "import os"),
@@ -226,6 +259,26 @@ def test_no_module_imports_itself_through_others():
     assert {*import_cycle(circle)} == {"tbpo_cli.a", "tbpo_cli.b.c"}
     for late in ("def f():\n    import tbpo_cli.a", "if TYPE_CHECKING:\n    import tbpo_cli.a"):
         assert not import_cycle({**circle, "b/c.py": late})
+
+
+def test_no_room_imports_itself_through_others():
+    assert not room_cycle(FILES)
+    late = {
+        "hub/card.py": "if TYPE_CHECKING:\n    from tbpo_cli.report.pages import page",
+        "report/pages.py": "def page():\n    from tbpo_cli import console, hub",
+        "console.py": "",
+    }
+    assert {*room_cycle(late)} == {"hub", "report"}
+    assert not room_cycle({**late, "hub/card.py": "import tbpo_cli.hub.upload"})
+
+
+def test_no_line_is_longer_than_100_columns():
+    """By ruff, which leaves out what cannot be broken, such as a link; in all our Python."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--select", "E501", "--line-length", "100"]
+    done = subprocess.run(
+        [*ruff, "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_key_of_a_recipe_is_read():

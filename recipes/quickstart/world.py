@@ -53,9 +53,9 @@ LEADS = (
 )
 TAILS = ("", " Thanks.", " Keep it short.", " It is for school.")
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul".split()  # noqa: SIM905
-THINGS = (
+THINGS = (  # noqa: SIM905
     "apples books boxes cards coins cups dogs eggs hats keys maps pens plums shoes stars toys"
-).split()  # noqa: SIM905
+).split()
 WORDS = "apple bird boat cake door fish gate house lamp moon road sun table tree water wind".split()  # noqa: SIM905
 ALPHABET = tuple("abcdefghijklmnopqrstuvwxyz")
 

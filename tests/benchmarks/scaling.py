@@ -65,8 +65,8 @@ def report(rows: list[dict]) -> None:
     lines += [
         "",
         f"Largest over smallest: {max(times) / min(times):.3f}. Resident memory: "
-        f"{rows[-2]['early_gb']:.3f} GB over steps 50–100, {rows[-2]['late_gb']:.3f} GB over steps {LONG - 50}–{LONG}. "
-        "From the command to the end of the "
+        f"{rows[-2]['early_gb']:.3f} GB over steps 50–100, {rows[-2]['late_gb']:.3f} GB over steps "
+        f"{LONG - 50}–{LONG}. From the command to the end of the "
         f"first step: {rows[-1]['seconds']:.1f} s.",
     ]
     print("\n".join(lines))
