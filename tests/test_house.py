@@ -175,19 +175,24 @@ def room_cycle(files):
 
 def unread_keys(files):
     """Keys of the recipe that only their own check reads; JUDGES, a table, reads its own."""
-    recipe = ast.parse(files["config/recipe.py"])
-    tables = [node for node in recipe.body if isinstance(node, ast.ClassDef)]
+    tables = []
+    trees = {name: ast.parse(source) for name, source in files.items()}
+    for name, tree in trees.items():
+        if name.startswith("config/"):
+            tables += [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    tables = [
+        node for node in tables if any(ast.unparse(d) == "table" for d in node.decorator_list)
+    ]
     keys = {
         item.target.id for table in tables for item in table.body if isinstance(item, ast.AnnAssign)
     }
     for table in tables:
         table.body = [item for item in table.body if getattr(item, "name", "") != "__post_init__"]
-    trees = [
-        recipe,
-        *(ast.parse(source) for name, source in files.items() if name != "config/recipe.py"),
-    ]
     read = {
-        node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        node.attr
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
     }
     return keys - read - JUDGES.keys()
 
@@ -283,9 +288,7 @@ def test_no_line_is_longer_than_100_columns():
 
 def test_every_key_of_a_recipe_is_read():
     assert not unread_keys(FILES)
-    checked = (
-        "class Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
-    )
+    checked = "@table\nclass Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
     assert unread_keys({"config/recipe.py": checked, "runs/run_dir.py": "recipe.run.name"}) == {
         "seed"
     }
