@@ -178,12 +178,12 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     expected, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
     segments, outputs = segments_of(SEQUENCES[kind]), []
     for (start, end), (first, last) in zip(
-        segments.query_ends.unfold(0, 2, 1).tolist(),
-        segments.key_ends.unfold(0, 2, 1).tolist(),
+        segments.cu_seqlens_q.unfold(0, 2, 1).tolist(),
+        segments.cu_seqlens_k.unfold(0, 2, 1).tolist(),
         strict=True,
     ):
-        seen = segments.keys[first:last]
-        assert end - start <= segments.most_queries and last - first <= segments.most_keys
+        seen = segments.key_index[first:last]
+        assert end - start <= segments.max_seqlen_q and last - first <= segments.max_seqlen_k
         scores = query[0, :, start:end] @ key[0].repeat_interleave(2, 0)[:, seen].mT / 8**0.5
         hidden = torch.ones(scores.shape[1:]).triu(last - first - (end - start) + 1).bool()
         outputs.append(

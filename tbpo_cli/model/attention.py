@@ -97,7 +97,7 @@ def _in_one_kernel(
         {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
     )  # which torch 2.11 does not know
     attended = varlen_attn(
-        query.contiguous(), key[of.keys], value[of.keys], of.query_ends, of.key_ends, of.most_queries, of.most_keys,
+        query.contiguous(), key[of.key_index], value[of.key_index], of.cu_seqlens_q, of.cu_seqlens_k, of.max_seqlen_q, of.max_seqlen_k,
         scale=scale, window_size=(-1, 0), **grouped,
     )  # fmt: skip
     return cast(Tensor, attended)[None]
@@ -211,7 +211,7 @@ def _reads_sequences_apart(causal: LanguageModel) -> bool:
         states = []
         for layout in ("shared_prompt", "padded"):
             batch = collate(pairs, layout).to(device)
-            hidden = causal.base_model(**batch.rows).last_hidden_state
+            hidden = causal.base_model(**batch.model_inputs).last_hidden_state
             states.append(hidden.flatten(0, 1)[batch.predictor].float())
     except (TypeError, ValueError):  # it takes no further arguments, or its scores are capped
         return False

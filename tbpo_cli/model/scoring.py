@@ -132,7 +132,9 @@ class Scorer:
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
             states = (
-                model(**batch.rows).logits if head is None else _hidden_states(model, batch.rows)
+                model(**batch.model_inputs).logits
+                if head is None
+                else _hidden_states(model, batch.model_inputs)
             )
         return states.flatten(0, 1)[batch.predictor]
 
