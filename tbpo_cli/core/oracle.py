@@ -22,7 +22,8 @@ def side_scores(
         tokens: (B, T) response token ids; any valid id where the mask is False.
         mask: (B, T) bool.
 
-    Returns all but `state_baseline` and `weights`, which the caller adds with `dataclasses.replace`.
+    Returns:
+        All but `state_baseline` and `weights`, which the caller adds with `dataclasses.replace`.
     """
     policy = policy_logits.log_softmax(dim=-1)  # log π_θ(·|s_t), (B, T, V)
     reference = reference_logits.detach().log_softmax(dim=-1)  # log π_ref(·|s_t)
