@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 
 import tbpo_cli
 from tbpo_cli.batch.layouts import PairBatch
@@ -115,9 +115,7 @@ def test_a_pair_is_followed_from_its_row_to_its_gradient_through_eight_files_and
     recipe_file, tmp_path, layout
 ):
     row = write_jsonl(tmp_path / "one.jsonl", preference_rows(1))
-    recipe_file.write_text(
-        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
-    )
+    change_recipe(recipe_file, data={"eval": None})
     sets = (
         f"data.train={row}",
         "data.eval_fraction=0.0",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_stage
+from conftest import change_recipe, run_stage
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
@@ -259,12 +259,11 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     from tbpo_cli.train.loop import TrainingRun
 
     lora, with_sft = SETTINGS[setting]
-    text = recipe_file.read_text()
     if not lora:
-        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
+        change_recipe(recipe_file, model={"lora": None})
     if with_sft:
-        text += "\n[sft]\nbatch_examples = 8\nmax_steps = 3\nlearning_rate = 1e-2\n"
-    recipe_file.write_text(text)
+        sft = {"batch_examples": 8, "max_steps": 3, "learning_rate": 1e-2}
+        change_recipe(recipe_file, sft=sft)
     recipe, run = load_recipe(recipe_file), tmp_path / "run"
     run_stage("sft" if with_sft else "prepare", recipe_file, run)
     sft_output = run / "sft" / ("adapter" if lora else "model") if with_sft else None

@@ -29,6 +29,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -125,8 +126,12 @@ def preload() -> None:
 def copy_of_the_repository(number: int) -> Path:
     copy = KEPT / f"copy-{number}"
     shutil.rmtree(copy, ignore_errors=True)
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "runs", "results")
-    shutil.copytree(ROOT, copy / "repository", ignore=ignored)
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in files.splitlines():
+        if (ROOT / file).is_file():
+            (copy / "repository" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / "repository" / file)
     return copy
 
 
@@ -264,8 +269,10 @@ def collect(copy: Path, test_file: str, target: Path) -> int:
         for name, test in plugin.tests.items()
         if test["passed"]
     }
-    target.write_text(json.dumps({"code": int(code), "tests": tests, "lines": lines}), "utf-8")
-    return 0
+    failed = [name for name in plugin.tests if name not in tests]
+    found = {"tests": tests, "failed": failed, "lines": lines}
+    target.write_text(json.dumps(found), encoding="utf-8")
+    return 0 if code < 2 else code  # 2 and more: pytest itself came to no end
 
 
 def reached(files: list[str], copies: list[Path]) -> dict[str, Any]:
@@ -289,9 +296,11 @@ def reached(files: list[str], copies: list[Path]) -> dict[str, Any]:
                 return collect(copy, f"tests/{name}", target)
 
             def done(code: int | None, seconds: float, name: str = name) -> None:
-                print(f"    {name}: {seconds:.0f} s" + (" failed" if code else ""), flush=True)
-                if code == 0:
-                    stamp(kept[name], name)
+                print(f"    {name}: {seconds:.0f} s", flush=True)
+                if code != 0:
+                    sys.exit(f"pytest tests/{name} could not be run: see {KEPT}/copy-*/output.txt")
+                if failed := stamp(kept[name], name):
+                    print(f"    left out, since they fail as it is: {failed}", flush=True)
 
             yield Job(work, done, 1800, {})
 
@@ -318,12 +327,13 @@ def digest(file: str) -> str:
     return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
 
 
-def stamp(path: Path, test_file: str) -> None:
-    """Notes of which files the lines are."""
+def stamp(path: Path, test_file: str) -> list[str]:
+    """Notes of which files the lines are; returns the tests that failed."""
     found = json.loads(path.read_text("utf-8"))
     touched = {file for files in found["lines"].values() for file in files}
     found["digests"] = {file: digest(file) for file in {*touched, f"tests/{test_file}"}}
-    path.write_text(json.dumps(found), "utf-8")
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found["failed"]
 
 
 def is_fresh(path: Path, test_file: str, files: list[str]) -> bool:
