@@ -24,7 +24,8 @@ from tbpo_cli.config.validate import validate
 from tbpo_cli.core.losses import LOSSES, Dpo
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.hub import publish as hub
-from tbpo_cli.model.load import load_policy, load_trained, local_adapter
+from tbpo_cli.model.adapters import local_adapter
+from tbpo_cli.model.load import load_policy, load_trained
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.runs.run_dir import RunDir

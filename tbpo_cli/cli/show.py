@@ -22,8 +22,9 @@ from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import choose_layout
-from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, load_policy
+from tbpo_cli.model.layout import choose_layout
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.policy import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.report.diagnoses import advice
 from tbpo_cli.runs.run_dir import RunDir
@@ -227,7 +228,7 @@ def _choices(policy: Policy, loss: Loss, wanted: str, longest: int) -> list[tupl
     metrics = (
         " (for the metrics only)" if policy.has_reference and loss.needs <= REFERENCE_FREE else ""
     )
-    layout, why = choose_layout([policy.model, *policy.frozen.values()], wanted, longest)
+    layout, why = choose_layout(policy.models, wanted, longest)
     return [
         ("reference", reference + metrics),
         ("head", Scorer.of(policy).describe(loss.needs)),

@@ -18,8 +18,8 @@ from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.model.attention import choose_layout
-from tbpo_cli.model.load import Policy
+from tbpo_cli.model.layout import apply_layout, choose_layout
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
@@ -57,7 +57,7 @@ class TrainingRun:
     group: Group = ONE  # of processes that all run this, with the same arguments
     tell: Tell = lambda split, step, values: None
     mesh: DeviceMesh | None = (
-        None  # over which the weights are shared out; None: every process has all of them
+        None  # over which the weights are sharded; None: every process has all of them
     )
 
     @property
@@ -119,13 +119,12 @@ class TrainingRun:
             keep_freed_memory()
         # Some models fail when the layout is tried: not in the middle of a pass of many processes.
         longest = longest_sequence((self.train, self.evaluation))
-        layout, reason = choose_layout(
-            [model, *self.policy.frozen.values()], settings.layout, longest
-        )
+        layout, reason = choose_layout(self.policy.models, settings.layout, longest)
+        apply_layout(self.policy.models, layout)
         console.say(f"rows are {layout}: {reason}")
         kept, _ = kept_bytes(model, settings.activation_checkpointing)
         if self.mesh is not None:
-            self.policy.share_out(self.mesh)
+            self.policy.shard(self.mesh)
         trainees = {
             "policy": Trainee(
                 self.policy.trained, build_optimizer(settings, self.policy.trained.values())

@@ -11,8 +11,8 @@ from torch.utils.benchmark import Timer
 from tbpo_cli.config.recipe import Model, Training
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
-from tbpo_cli.model.load import Policy
-from tbpo_cli.model.sharding import LanguageModel, causal_model
+from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
 LEAST_TOKENS, MOST_TOKENS, PROBE_TOKENS = 64, 65536, 8
@@ -25,40 +25,53 @@ PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
 
 
 def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
-    """Bytes that all layers, and that one layer, keep of a token for the backward pass; before weights are shared out.
+    """Bytes that all layers, and that one layer, keep of a token for the backward pass; before weights are sharded.
 
     They are counted in a pass without numbers ("meta"); a quantized model makes it on its device.
     """
     causal = causal_model(model)
     kept: dict[int, torch.UntypedStorage] = {}
+    core = backbone(causal)
     config = causal.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size * causal.dtype.itemsize
     device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
-    own = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
+    own = (*core.named_parameters(), *core.named_buffers())
     twins = {name: each.to(device) for name, each in own}
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    before, was_training = causal.config._attn_implementation, causal.training
+    before = causal.config._attn_implementation
     rows = {
         "input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
         "use_cache": False,
     }
+    # Some layers note numbers of the pass (rotary positions do): all are put back as they were.
+    attributes = [(module, dict(vars(module))) for module in causal.modules()]
     causal.train()
     try:
         causal.set_attn_implementation(BY_SEQUENCE)  # the others look at the numbers of their masks
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            functional_call(causal.base_model, twins, (), rows)
+            functional_call(core, twins, (), rows)
         for twin in twins.values():
             kept.pop(twin.untyped_storage()._cdata, None)
         whole = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its code asks for numbers
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+        IndexError,
+        KeyError,
+    ):  # its code asks for numbers
         whole = float(TYPICAL * layers * width)
     finally:
         causal.set_attn_implementation(before)
-        causal.train(was_training)
+        for module, kept_attributes in attributes:
+            vars(module).clear()
+            vars(module).update(kept_attributes)
     return (whole / layers + layers * width if activation_checkpointing else whole), whole / layers
 
 

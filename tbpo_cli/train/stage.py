@@ -21,7 +21,9 @@ from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
+from tbpo_cli.model.base import compute_dtype
+from tbpo_cli.model.load import add_helper, load_policy
+from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.train.group import Group
@@ -135,13 +137,12 @@ def open_stores(settings: Sft | Align, run_dir: RunDir) -> tuple[PairStore, Pair
 def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) -> Policy:
     """The policy in its starting state, with the frozen models that the loss compares it with."""
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    # Where several processes may share the weights out, one of them alone need not have room for all.
-    home = (
-        group.device
-        if group.size == 1 or recipe.model.quantization is not None
-        else torch.device("cpu")
+    # Where weights may be sharded over several processes, they need not fit one device.
+    is_placed = group.size == 1 or recipe.model.quantization is not None
+    load_device = group.device if is_placed else torch.device("cpu")
+    policy = load_policy(
+        recipe, group.device, sft_output, not loss.needs <= REFERENCE_FREE, load_device
     )
-    policy = load_policy(recipe, group.device, sft_output, not loss.needs <= REFERENCE_FREE, home)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
             add_helper(
@@ -150,7 +151,7 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) 
                 getattr(loss, view),
                 recipe.model,
                 group.device,
-                home,
+                load_device,
                 f"align.loss.{view}",
             )
     return policy
@@ -170,10 +171,10 @@ def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model
 
 
 def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:
-    """The mesh over which several processes will share the weights out; None if they do not: the models are moved."""
+    """The mesh over which the weights will be sharded; None if they are not: the models are moved."""
     is_sharded, reason = choose_sharding(policy, wanted, model, group.device)
     kept = (
-        "the processes share the weights out (fsdp)"
+        "weights are sharded over the processes (fsdp)"
         if is_sharded
         else "each process has all weights (ddp)"
     )
@@ -187,7 +188,7 @@ def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMes
 def choose_sharding(
     policy: Policy, wanted: str, model: Model, device: torch.device
 ) -> tuple[bool, str]:
-    """Whether several processes share the weights out, and why."""
+    """Whether weights are sharded over the processes, and why."""
     if wanted != "auto":
         return wanted == "fsdp", "as the recipe says"
     if not policy.adapters:

@@ -20,7 +20,7 @@ from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.types import LossOutput, PairScores
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
-from tbpo_cli.model.load import REFERENCE
+from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
@@ -105,9 +105,8 @@ class Stepper:
                 for batch in self._matched(
                     collate_all(run.evaluation, pairs, tokens, span, self.layout)
                 ):
-                    scores = self.scorer.score(
-                        batch.to(run.group.device), run.loss.needs, diagnostics=True
-                    )
+                    batch = batch.to(run.group.device)
+                    scores = self.scorer.score_and_measure(batch, run.loss.needs)
                     totals.append(measure(scores, run.loss(scores), run.loss))
                     done += len(batch.pair_ids)
                     update(done, "")
@@ -159,12 +158,15 @@ class Stepper:
     def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:
         """Adds the gradients of one micro-batch to those that are there."""
         run, full = self.run, self._is_full(number)
-        run.policy.model.train()
+        run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch = batch.to(run.group.device)
         reference = None if self.cache is None or full else self._reference_logps(self.cache, batch)
-        scores = self.scorer.score(batch, run.loss.needs, full, reference)
+        if full:
+            scores = self.scorer.score_and_measure(batch, run.loss.needs)
+        else:
+            scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         total = run.settings.batch_size
         if run.loss.mean_over == "chosen_tokens":
