@@ -66,8 +66,8 @@ def advice(
         # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
         (
             length_ratio > 1.3,
-            f"chosen responses are {length_ratio:.1f} times as long as rejected ones: the policy may "
-            "learn to be long",
+            f"chosen responses are {length_ratio:.1f} times as long as rejected ones: the policy "
+            "may learn to be long",
         ),
         (
             cut > 0.1,
