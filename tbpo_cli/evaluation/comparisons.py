@@ -101,16 +101,15 @@ def _reader(recipe: Recipe) -> Read:
 
     @cache
     def chat() -> Any:
-        from tbpo_cli.data.templates import Chat
-        from tbpo_cli.data.tokenizer import load_tokenizer
+        from tbpo_cli.data.tokenizer import load_chat
 
-        return Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+        return load_chat(recipe.model, recipe.data.template_date)
 
     def read(message: Message, num_tokens: int) -> Completion:
         text = without_thinking(message["content"], recipe.eval.thinking)
         is_shorter = text != message["content"]
         if is_shorter or message.get("reasoning_content") or message.get("thinking"):
-            num_tokens = len(chat().encode([text], controls_as_text=True)[0]) + 1
+            num_tokens = len(chat().encoder.encode_plain([text])[0]) + 1
         return Completion(text, num_tokens)
 
     return read

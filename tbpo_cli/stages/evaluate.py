@@ -89,18 +89,11 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
-<<<<<<< HEAD
     """Measures every model in this process, which may be one of several; what an earlier start has
     measured is kept.
     """
-    from tbpo_cli.data.templates import Chat
-    from tbpo_cli.data.tokenizer import load_tokenizer
-    from tbpo_cli.evaluation.measurer import Measurer
-=======
-    """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
     from tbpo_cli.data.tokenizer import load_chat
-    from tbpo_cli.evaluation.bench import Bench
->>>>>>> main
+    from tbpo_cli.evaluation.measurer import Measurer
     from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
@@ -130,13 +123,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         add_helper(policy, each.view, each.source, recipe.model, device, key="eval.against")
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
-<<<<<<< HEAD
-    chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
-    measurer = Measurer(
-=======
     chat = load_chat(recipe.model, recipe.data.template_date)
-    bench = Bench(
->>>>>>> main
+    measurer = Measurer(
         recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
     )
     for each, what in wanted:
@@ -198,7 +186,8 @@ def verdict(results: dict[str, Any]) -> str:
     before, after = (
         models[name]["preference"]["all"]["entropy"]["value"] for name in ("reference", "policy")
     )
-    return f"{said}; KL from the reference {own['kl']['value']:.3f} nats a token, entropy {before:.3f} → {after:.3f}"
+    moved = f"KL from the reference {own['kl']['value']:.3f} nats a token"
+    return f"{said}; {moved}, entropy {before:.3f} → {after:.3f}"
 
 
 def _share(figure: dict[str, Any], of: str) -> str:
