@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ os.environ.update(
 )
 
 import pytest
+import tomli_w
 import torch
 
 CHATML = (
@@ -132,31 +134,42 @@ def rows(tmp_path_factory):
     )
 
 
-RECIPE = """
-[model]
-base = "{base}"
-
-[model.lora]
-r = 4
-alpha = 8.0
-dropout = 0.1
-
-[data]
-train = "{train}"
-eval = "{eval}"
-
-[align]
-batch_pairs = 8
-max_steps = 6
-learning_rate = 1e-3
-checkpoint_every = 2
-eval_every = 3
-log_every = 2
-"""
+def recipe_of(base, rows):
+    """The tables of a small recipe for LoRA, with 6 steps of 8 pairs."""
+    return {
+        "model": {"base": str(base), "lora": {"r": 4, "alpha": 8.0, "dropout": 0.1}},
+        "data": {"train": str(rows[0]), "eval": str(rows[1])},
+        "align": {
+            "batch_pairs": 8,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 2,
+            "eval_every": 3,
+            "log_every": 2,
+        },
+    }
 
 
-def write_recipe(path, base, rows):
-    path.write_text(RECIPE.format(base=base, train=rows[0], eval=rows[1]), encoding="utf-8")
+def merged(recipe, changes):
+    """The tables with other values in them; None takes away a key or a table."""
+    both = {**recipe, **changes}
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            both[key] = merged(recipe.get(key, {}), value)
+    return {key: value for key, value in both.items() if value is not None}
+
+
+def write_recipe(path, base, rows, **changes):
+    """A file of `recipe_of` with some tables changed: see `merged`."""
+    tables = merged(recipe_of(base, rows), changes)
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return path
+
+
+def change_recipe(path, **changes):
+    """Changes some tables of a recipe's file: see `merged`."""
+    tables = merged(tomllib.loads(path.read_text(encoding="utf-8")), changes)
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
     return path
 
 

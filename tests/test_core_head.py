@@ -11,7 +11,7 @@ from tbpo_cli.core import oracle
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS, Head, token_statistics, uses_identity
 
 DIFFERENTIABLE = ("logps", "log_ratio", "kl", "advantage")
-DIAGNOSTICS = ("reverse_kl", "entropy")
+UNDIFFERENTIATED = ("reverse_kl", "entropy", "collision_entropy")
 N, H, V = 23, 12, 50
 HEADS = {
     "linear": {},
@@ -135,15 +135,24 @@ def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trai
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for scores in (fast, dense):
-        assert not scores.reverse_kl.requires_grad and not scores.entropy.requires_grad, (
-            "they are diagnostics"
-        )
+        for name in UNDIFFERENTIATED:
+            assert not getattr(scores, name).requires_grad
 
 
 @pytest.mark.parametrize(
-    "needs", [{"reverse_kl"}, {"entropy"}, {"entropy", "kl"}, set(DIAGNOSTICS)]
+    "needs",
+    [
+        {"reverse_kl"},
+        {"entropy"},
+        {"collision_entropy"},
+        {"entropy", "kl"},
+        {"collision_entropy", "log_ratio"},
+        set(UNDIFFERENTIATED),
+    ],
 )
-def test_diagnostics_equal_the_dense_oracle_and_only_what_is_needed_is_returned(needs):
+def test_what_no_loss_differentiates_equals_the_dense_oracle_and_only_what_is_needed_is_returned(
+    needs,
+):
     generator = torch.Generator().manual_seed(1)
     head = make_head(generator)
     policy, reference = (
@@ -176,7 +185,10 @@ class Widths(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("needs", [{"advantage"}, {"logps"}, {"log_ratio"}, {"logps", "log_ratio"}])
+@pytest.mark.parametrize(
+    "needs",
+    [{"advantage"}, {"logps"}, {"log_ratio"}, {"logps", "log_ratio"}, {"advantage", "logps"}],
+)
 def test_no_tensor_of_a_frozen_linear_head_is_as_wide_as_the_vocabulary(needs):
     generator = torch.Generator().manual_seed(8)
     head = make_head(generator, bias=True, scale=0.5)
@@ -187,6 +199,35 @@ def test_no_tensor_of_a_frozen_linear_head_is_as_wide_as_the_vocabulary(needs):
     with Widths() as widths:
         token_statistics(frozenset(needs), tokens, policy.requires_grad_(), head, reference, head)
     assert 16 in widths.seen and V not in widths.seen
+
+
+def test_the_advantage_by_the_identity_beside_logps_has_the_values_and_gradients_of_the_oracle():
+    generator = torch.Generator().manual_seed(9)
+    head = make_head(generator, bias=True, scale=0.5)
+    policy, reference = (
+        torch.randn(N, H, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    policy.requires_grad_()
+    tokens = torch.randint(V, (N,), generator=generator)
+    needs = frozenset({"advantage", "logps"})
+    fast = token_statistics(needs, tokens, policy, head, reference, head)
+    dense = oracle.side_scores(
+        dense_logits(head, policy)[None],
+        dense_logits(head, reference)[None],
+        tokens[None],
+        torch.ones(1, N, dtype=torch.bool),
+    )
+    for name, factor in (("advantage", 2.0), ("logps", -3.0)):
+        got, want = getattr(fast, name), getattr(dense, name)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(factor * each.sum(), policy, retain_graph=True)[0]
+                for each in (got, want)
+            ),
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
 def test_the_identity_is_taken_for_one_frozen_linear_head_only():
@@ -227,7 +268,10 @@ def test_without_a_reference_only_the_policy_is_read():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("need", DIFFERENTIABLE)
 def test_half_precision_stays_within_its_rounding_error(need, dtype):
-    """Inputs rounded to `dtype` once; then 12 products of unit size, whose logits round to ±2^-8 of up to ~10."""
+    """Inputs rounded to `dtype` once; then 12 products of unit size.
+
+    Their logits round to ±2^-8 of up to ~10.
+    """
     generator = torch.Generator().manual_seed(4)
     head = make_head(generator, dtype=dtype)
     policy, reference = (

@@ -7,7 +7,7 @@ import signal
 from datetime import date
 
 import pytest
-from conftest import CHATML, preference_rows, run_stage, train_tokenizer, write_jsonl
+from conftest import CHATML, change_recipe, preference_rows, run_stage, train_tokenizer, write_jsonl
 from datasets import Dataset
 from hub_server import COMMIT, hub
 
@@ -456,9 +456,7 @@ def test_too_many_unusable_rows_stop_the_stage_before_it_is_complete(recipe_file
 
 def test_without_an_evaluation_source_a_share_of_the_prompts_is_held_out(recipe_file, tmp_path):
     train = write_jsonl(tmp_path / "all.jsonl", preference_rows(400, seed=9))
-    recipe_file.write_text(
-        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
-    )
+    change_recipe(recipe_file, data={"eval": None})
     run = run_stage(
         "prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.eval_fraction=0.2"
     )
@@ -475,9 +473,7 @@ def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_
     sft = write_jsonl(
         tmp_path / "sft.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
     )
-    recipe_file.write_text(
-        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
-    )
+    change_recipe(recipe_file, data={"eval": None})
     sets = (
         f"data.train={train}",
         f"sft.train={sft}",
@@ -496,9 +492,7 @@ def test_a_prompt_that_is_held_out_is_not_fine_tuned_on_either(recipe_file, tmp_
 
 
 def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
-    recipe_file.write_text(
-        "\n".join(x for x in recipe_file.read_text().splitlines() if not x.startswith("eval ="))
-    )
+    change_recipe(recipe_file, data={"eval": None})
     run = run_stage(
         "align", recipe_file, tmp_path / "run", "data.eval_fraction=0.0", "align.max_steps=1"
     )

@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from conftest import command, preference_rows, write_jsonl, write_recipe
+from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
 
 FULL = ("error:", "where:", "expected:", "fix:")
@@ -22,19 +22,11 @@ class Scene:
         held_out = write_jsonl(folder / "held-out.jsonl", preference_rows(4, seed=1))
         self.recipe = write_recipe(folder / "mine.toml", base, (self.rows, held_out))
 
-    def text(self, more="", **replaced):
-        """Changes the recipe: adds tables, replaces parts."""
-        text = self.recipe.read_text(encoding="utf-8")
-        for old, new in replaced.items():
-            assert old in text
-            text = text.replace(old, new)
-        self.recipe.write_text(text + more, encoding="utf-8")
-
     def base(self):
         """A copy of the base, named by the recipe."""
         copy = self.folder / "base"
         shutil.copytree(self._base, copy)
-        self.text(**{str(self._base): str(copy)})
+        change_recipe(self.recipe, model={"base": str(copy)})
         return copy
 
 
@@ -47,9 +39,9 @@ def sets(command, *overrides):
     ]
 
 
-def recipe_says(more, command="prepare", **replaced):
+def recipe_says(command="prepare", **changes):
     def provoke(scene):
-        scene.text(more, **replaced)
+        change_recipe(scene.recipe, **changes)
         return [command, scene.recipe]
 
     return provoke
@@ -227,19 +219,19 @@ MISTAKES = {
         (*FULL, "data.train is missing", "add train = …"),
     ),
     "an unknown table": (
-        recipe_says("[algn]\n"),
+        recipe_says(algn={}),
         (*FULL, "algn is an unknown table", "did you mean align?"),
     ),
     "an unknown key": (
-        recipe_says("lr = 1\n"),
+        recipe_says(align={"lr": 1}),
         (*FULL, "align.lr is an unknown key", "[align] lr", "one of max_tokens"),
     ),
     "a typo in a key": (
-        recipe_says("warmpu = 0.1\n"),
+        recipe_says(align={"warmpu": 0.1}),
         (*FULL, "align.warmpu", "did you mean align.warmup?"),
     ),
     "another program's key": (
-        recipe_says("[sft]\nbatch_pairs = 8\n"),
+        recipe_says(sft={"batch_pairs": 8}),
         (*FULL, "sft.batch_pairs is an unknown key", "batch_examples?"),
     ),
     "text for a number": (
@@ -289,9 +281,7 @@ MISTAKES = {
         (*FULL, "data.template_date", "YYYY-MM-DD"),
     ),
     "4 bits without LoRA": (
-        recipe_says(
-            "", **{"[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n": 'quantization = "nf4"\n'}
-        ),
+        recipe_says(model={"lora": None, "quantization": "nf4"}),
         (*FULL, "model.quantization is not possible", "under [model.lora]"),
     ),
     "4 bits shared out": (

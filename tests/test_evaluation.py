@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, preference_rows, run_stage, write_jsonl, write_recipe
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl, write_recipe
 from hub_server import hub
 from judge_server import chat_server
 from peft import PeftModel
@@ -40,8 +40,8 @@ def whole(tmp_path_factory, base, rows):
     """(recipe, run directory) of an evaluation with a scorer."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "scorer.py").write_text(SCORER)
-    recipe = write_recipe(folder / "tiny.toml", base, rows)
-    recipe.write_text(recipe.read_text() + '[eval]\nscorer = "python:./scorer.py:score"\n')
+    scorer = {"scorer": "python:./scorer.py:score"}
+    recipe = write_recipe(folder / "tiny.toml", base, rows, eval=scorer)
     return recipe, run_stage(
         "eval", recipe, folder / "run", *SHORT, 'eval.opponents=["reference","chosen"]'
     )
@@ -413,16 +413,17 @@ def test_processes_share_pairs_and_prompts(copied, tbpo):
 
 
 @pytest.mark.parametrize(
-    "table", ["[sft]\nbatch_examples = 8\nmax_steps = 2\nlearning_rate = 1e-2\n", ""]
+    "changes",
+    [
+        {"sft": {"batch_examples": 8, "max_steps": 2, "learning_rate": 1e-2}},
+        {"model": {"lora": None}},
+    ],
+    ids=["sft", "full"],
 )
-def test_the_reference_is_the_one_of_alignment(base, rows, tmp_path, table):
+def test_the_reference_is_the_one_of_alignment(base, rows, tmp_path, changes):
     """The SFT adapter after [sft]; without LoRA, a model of its own. Before it learns anything, KL = 0 and all tie."""
-    text = RECIPE.format(base=base, train=rows[0], eval=rows[1]).replace(
-        "max_steps = 6", "max_steps = 1"
-    )
-    if not table:
-        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
-    (tmp_path / "r.toml").write_text(text.replace("1e-3", "1e-9") + table)
+    align = {"max_steps": 1, "learning_rate": 1e-9}
+    write_recipe(tmp_path / "r.toml", base, rows, align=align, **changes)
     against = f"eval.against=['{tmp_path / 'run'}']"
     run_stage("align", tmp_path / "r.toml", tmp_path / "run")
     (tmp_path / "scorer.py").write_text(SCORER)
@@ -649,5 +650,5 @@ def test_a_missing_harness_or_an_unknown_task_is_a_message(monkeypatch):
 
 def test_the_held_out_prompts_are_meant_also_where_a_folder_is_called_eval(recipe_file, tmp_path):
     (tmp_path / "eval").mkdir()
-    recipe_file.write_text(recipe_file.read_text() + '[sample]\nprompts = "eval"\n')
+    change_recipe(recipe_file, sample={"prompts": "eval"})
     assert load_recipe(recipe_file).sample.prompts == "eval"

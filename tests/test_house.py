@@ -173,21 +173,40 @@ def room_cycle(files):
     return []
 
 
+def private_names(source):
+    """Names of the package that begin with an underscore, imported or replaced by a test."""
+    tree = ast.parse(source)
+    yield from (
+        module
+        for module in modules(ast.walk(tree))
+        if module.startswith("tbpo_cli.") and "._" in module
+    )
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else ""
+        if isinstance(text, str) and re.fullmatch(r"tbpo_cli(\.\w+)*\._\w+", text):
+            yield text
+
+
 def unread_keys(files):
     """Keys of the recipe that only their own check reads; JUDGES, a table, reads its own."""
-    recipe = ast.parse(files["config/recipe.py"])
-    tables = [node for node in recipe.body if isinstance(node, ast.ClassDef)]
+    tables = []
+    trees = {name: ast.parse(source) for name, source in files.items()}
+    for name, tree in trees.items():
+        if name.startswith("config/"):
+            tables += [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    tables = [
+        node for node in tables if any(ast.unparse(d) == "table" for d in node.decorator_list)
+    ]
     keys = {
         item.target.id for table in tables for item in table.body if isinstance(item, ast.AnnAssign)
     }
     for table in tables:
         table.body = [item for item in table.body if getattr(item, "name", "") != "__post_init__"]
-    trees = [
-        recipe,
-        *(ast.parse(source) for name, source in files.items() if name != "config/recipe.py"),
-    ]
     read = {
-        node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        node.attr
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
     }
     return keys - read - JUDGES.keys()
 
@@ -272,6 +291,18 @@ def test_no_room_imports_itself_through_others():
     assert not room_cycle({**late, "hub/card.py": "import tbpo_cli.hub.upload"})
 
 
+def test_no_test_or_benchmark_names_what_is_private():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert not [*private_names(path.read_text(encoding="utf-8"))], path.name
+    bad = [
+        "from tbpo_cli.data.store import _schema",
+        "import tbpo_cli.data._store",
+        'patch("tbpo_cli.train.loop._signals")',
+    ]
+    for source in bad:
+        assert len([*private_names(source)]) == 1, source
+
+
 def test_no_line_is_longer_than_100_columns():
     """By ruff, which leaves out what cannot be broken, such as a link; in all our Python."""
     ruff = [sys.executable, "-m", "ruff", "check", "--select", "E501", "--line-length", "100"]
@@ -283,9 +314,7 @@ def test_no_line_is_longer_than_100_columns():
 
 def test_every_key_of_a_recipe_is_read():
     assert not unread_keys(FILES)
-    checked = (
-        "class Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
-    )
+    checked = "@table\nclass Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
     assert unread_keys({"config/recipe.py": checked, "runs/run_dir.py": "recipe.run.name"}) == {
         "seed"
     }

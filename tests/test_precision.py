@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_stage
+from conftest import change_recipe, run_stage
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,10 +75,8 @@ def test_a_frozen_input_and_frozen_weights_get_no_gradient():
     ids=["lora", "full"],
 )
 def test_bf16_computes_in_bf16_and_trains_fp32(recipe_file, tmp_path, lora, weights, autocast):
-    text = recipe_file.read_text().replace("[model]", '[model]\ndtype = "bfloat16"')
-    if not lora:
-        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
-    recipe_file.write_text(text)
+    without = {} if lora else {"lora": None}
+    change_recipe(recipe_file, model={"dtype": "bfloat16", **without})
     policy = load_policy(load_recipe(recipe_file), CPU, None, with_reference=True)
     assert {p.dtype for p in policy.trained.values()} == {torch.float32}
     assert (
@@ -87,7 +85,7 @@ def test_bf16_computes_in_bf16_and_trains_fp32(recipe_file, tmp_path, lora, weig
     run = run_stage(
         "align", recipe_file, tmp_path / "bf16", "model.lora.dropout=0.0" if lora else "run.seed=0"
     )
-    recipe_file.write_text(text.replace('dtype = "bfloat16"', 'dtype = "float32"'))
+    change_recipe(recipe_file, model={"dtype": "float32"})
     exact = run_stage(
         "align", recipe_file, tmp_path / "fp32", "model.lora.dropout=0.0" if lora else "run.seed=0"
     )
@@ -126,11 +124,8 @@ def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
 
 def test_quantization_is_for_lora_on_a_pretrained_base(recipe_file):
     for overrides in (("model.initial_weights=random",), ()):
-        text = recipe_file.read_text()
         if not overrides:
-            recipe_file.write_text(
-                text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
-            )
+            change_recipe(recipe_file, model={"lora": None})
         with pytest.raises(TbpoError, match="quantization"):
             load_recipe(recipe_file, ("model.quantization=nf4", *overrides))
 

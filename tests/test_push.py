@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import preference_rows, run_stage, write_jsonl, write_recipe
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl, write_recipe
 from hub_server import COMMIT, connected, serve
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
@@ -226,9 +226,8 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(
 
 def test_a_model_whose_weights_were_all_trained_is_published_whole(made, server, tmp_path):
     recipe_file = tmp_path / "whole.toml"
-    recipe_file.write_text(
-        re.sub(r"\[model.lora\].*?\n\n", "", made[0].read_text(), flags=re.DOTALL)
-    )
+    shutil.copy(made[0], recipe_file)
+    change_recipe(recipe_file, model={"lora": None})
     run = run_stage("align", recipe_file, tmp_path / "run", *PUSH)
     push.run(load_recipe(recipe_file, PUSH), RunDir(run), allow_unevaluated=True)
     names = {path.name for path in (server.root / "models/me/tuned").iterdir()}

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_stage
+from conftest import change_recipe, run_stage
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
 from tbpo_cli.config.recipe import Lora, load_recipe
 from tbpo_cli.core import StateBaseline, build_loss, oracle
-from tbpo_cli.core.head import STATISTICS
+from tbpo_cli.core.head import DIAGNOSTICS, STATISTICS
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import POLICY, load_policy
@@ -89,7 +89,7 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(
     batch = collate(pairs, "padded")
     scores = Scorer.of(policy).score(batch, frozenset(needs), diagnostics=True)
     dense = dense_scores(policy, pairs)
-    assert_same_scores(scores, dense, STATISTICS, rtol=1e-4, atol=2e-5)
+    assert_same_scores(scores, dense, DIAGNOSTICS, rtol=1e-4, atol=2e-5)
 
     parameters = list(policy.trained.values())
     gradients = []
@@ -132,7 +132,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(
         Scorer.of(policy, StateBaseline(32))
     batch = collate(pairs, "padded")
     scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
-    assert_same_scores(scores, dense_scores(policy, pairs), STATISTICS, rtol=1e-4, atol=2e-5)
+    assert_same_scores(scores, dense_scores(policy, pairs), DIAGNOSTICS, rtol=1e-4, atol=2e-5)
 
 
 def test_a_linear_head_with_a_constant_factor_is_recognised(tmp_path, tokenizer):
@@ -198,7 +198,7 @@ def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
     policy = load_policy(recipe, CPU, None, with_reference=True)
     policy.model.eval()
     scores = Scorer.of(policy).score(
-        collate(pairs, "padded"), STATISTICS - {"reverse_kl", "entropy"}
+        collate(pairs, "padded"), DIAGNOSTICS - {"reverse_kl", "entropy"}
     )
     assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
 
@@ -259,12 +259,11 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     from tbpo_cli.train.loop import TrainingRun
 
     lora, with_sft = SETTINGS[setting]
-    text = recipe_file.read_text()
     if not lora:
-        text = text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
+        change_recipe(recipe_file, model={"lora": None})
     if with_sft:
-        text += "\n[sft]\nbatch_examples = 8\nmax_steps = 3\nlearning_rate = 1e-2\n"
-    recipe_file.write_text(text)
+        sft = {"batch_examples": 8, "max_steps": 3, "learning_rate": 1e-2}
+        change_recipe(recipe_file, sft=sft)
     recipe, run = load_recipe(recipe_file), tmp_path / "run"
     run_stage("sft" if with_sft else "prepare", recipe_file, run)
     sft_output = run / "sft" / ("adapter" if lora else "model") if with_sft else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 from test_processes import finish, metrics, start, wait_for_step
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,9 +47,7 @@ def untied(base, tmp_path):
 @pytest.fixture
 def full_recipe(recipe_file):
     """Without the adapter: all weights are trained."""
-    text = recipe_file.read_text()
-    recipe_file.write_text(text[: text.index("[model.lora]")] + text[text.index("[data]") :])
-    return recipe_file
+    return change_recipe(recipe_file, model={"lora": None})
 
 
 def assert_same_training(run, other, weights="model/model.safetensors", within=1e-6):

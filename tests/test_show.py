@@ -1,13 +1,14 @@
 """`tbpo show`: what it foretells is what the training then does, and it loads no weights."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 
 from tbpo_cli.cli.show import examine, policy_on_meta, show
 from tbpo_cli.config.recipe import load_recipe, sources
@@ -91,9 +92,8 @@ def test_the_way_through_the_head_is_named(recipe_file, tmp_path, overrides):
 
 
 def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path):
-    full = recipe_file.read_text().replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "")
-    (tmp_path / "full.toml").write_text(full)
-    (tmp_path / "sft.toml").write_text(recipe_file.read_text() + "\n[sft]\n")
+    for name, changes in (("full", {"model": {"lora": None}}), ("sft", {"sft": {}})):
+        change_recipe(Path(shutil.copy(recipe_file, tmp_path / f"{name}.toml")), **changes)
     cases = {
         "full.toml": ("a frozen copy of the model", "the head is trained"),
         "sft.toml": ("a frozen copy of the SFT adapter", "no policy logits"),
@@ -111,11 +111,7 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
 @pytest.mark.parametrize("full", [False, True])
 def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, full):
     """The same weights, and the same bytes a token, as on the model with its weights."""
-    text = recipe_file.read_text()
-    recipe_file.write_text(
-        text.replace("[model.lora]\nr = 4\nalpha = 8.0\ndropout = 0.1\n", "") if full else text
-    )
-    recipe = load_recipe(recipe_file)
+    recipe = load_recipe(change_recipe(recipe_file, model={"lora": None} if full else {}))
     cpu = torch.device("cpu")
     meta = policy_on_meta("align", recipe, recipe.align.loss, cpu)
     loaded = load_policy(recipe, cpu, None, with_reference=True)
@@ -265,7 +261,7 @@ def test_warnings_come_from_the_prepared_pairs(recipe_file, tmp_path, capsys):
         "align.epochs=9",
         "data.max_reject_fraction=0.9",
     )
-    recipe_file.write_text(recipe_file.read_text().replace("max_steps = 6\n", ""))
+    change_recipe(recipe_file, align={"max_steps": None})
     run = run_stage("prepare", recipe_file, tmp_path / "run", *overrides)
     text = flat(
         shown(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 
 from tbpo_cli.data.store import PairStore
@@ -145,11 +145,7 @@ def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp
 
 
 def test_sft_comes_before_align_if_the_recipe_has_it(recipe_file, tmp_path):
-    text = (
-        recipe_file.read_text()
-        + "\n[sft]\nbatch_examples = 8\nmax_steps = 4\nlearning_rate = 1e-2\n"
-    )
-    recipe_file.write_text(text)
+    change_recipe(recipe_file, sft={"batch_examples": 8, "max_steps": 4, "learning_rate": 1e-2})
     run = run_stage("align", recipe_file, tmp_path / "run")
     losses = [line["loss"] for line in metrics(run, "sft") if line["split"] == "eval"]
     assert losses[-1] < losses[0]
@@ -166,7 +162,7 @@ def test_sft_can_train_on_demonstrations_of_its_own(recipe_file, tmp_path):
         for row in preference_rows(20, seed=3)
     ]
     demonstrations = write_jsonl(tmp_path / "demonstrations.jsonl", rows)
-    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 2\n")
+    change_recipe(recipe_file, sft={"batch_examples": 8, "max_steps": 2})
     run = run_stage("sft", recipe_file, tmp_path / "run", f"sft.train={demonstrations}")
     assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {
         "sft": 20
@@ -175,7 +171,7 @@ def test_sft_can_train_on_demonstrations_of_its_own(recipe_file, tmp_path):
 
 
 def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_file, tmp_path):
-    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 3\n")
+    change_recipe(recipe_file, sft={"batch_examples": 8, "max_steps": 3})
     runs = [
         run_stage(
             "sft",

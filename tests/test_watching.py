@@ -6,7 +6,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import run_stage
+from conftest import change_recipe, run_stage
 
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.report.charts import curves
@@ -79,7 +79,7 @@ def test_the_line_of_a_step_says_what_was_done_and_what_it_cost(trained):
 
 
 def test_sft_draws_its_curves_too(recipe_file, tmp_path):
-    recipe_file.write_text(recipe_file.read_text() + "\n[sft]\nbatch_examples = 8\nmax_steps = 2\n")
+    change_recipe(recipe_file, sft={"batch_examples": 8, "max_steps": 2})
     run = run_stage("sft", recipe_file, tmp_path / "run")
     assert "loss (nats)" in texts((run / "sft/curves.svg").read_text())
 

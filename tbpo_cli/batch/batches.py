@@ -1,4 +1,4 @@
-"""Which pairs a step holds, how they are cut, and in which micro-batches: pure functions."""
+"""The pairs of an optimiser step, cut to what the loss reads, in micro-batches: pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tbpo_cli.data.tokens import TokenizedPair
 
 
 def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
-    """Only what a loss with that span reads: with causal attention, a dropped tail cannot matter."""
+    """The pair with only the tokens that a loss of that span reads.
+
+    With causal attention, what stands behind them cannot change their scores.
+    """
     if span == "aligned":
         length = pair.aligned_length
         return TokenizedPair(
@@ -43,10 +46,12 @@ def longest_sequence(stores: Iterable[PairStore]) -> int:
 def collate_all(
     store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
 ) -> Iterator[PairBatch]:
-    """The micro-batches of some pairs, cut to the span; see `micro_batches`."""
+    """The pairs of the store at these indices, cut to the span, in micro-batches: see
+    `micro_batches`.
+    """
     for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
-        places = tuple(indices[number] for number in group)
-        yield collate([cut_to_span(store[place], span) for place in places], layout, places)
+        of_group = tuple(indices[number] for number in group)
+        yield collate([cut_to_span(store[index], span) for index in of_group], layout, of_group)
 
 
 @functools.lru_cache(maxsize=2)
@@ -56,7 +61,9 @@ def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The pairs of an optimiser step (from 0). Epochs follow one another without a gap, so every step is full."""
+    """The pairs of an optimiser step (from 0). Epochs follow one another without a gap, so every
+    step is full.
+    """
     visits = (
         divmod(position, num_pairs)
         for position in range(step * batch_size, (step + 1) * batch_size)
@@ -73,15 +80,16 @@ def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: 
 
 
 def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.ndarray]:
-    """A step's pairs, sorted by length and cut so that no batch has more tokens than allowed, padding included.
+    """Groups of pairs of like length, none with more than `max_tokens` tokens, padding included.
 
-    A pair that is longer on its own stays alone.
+    A pair that has more tokens than that is a group of its own.
 
     Args:
         lengths: (n, 3) tokens of prompt, chosen and rejected, from `span_lengths`.
 
     Returns:
-        The numbers of the pairs of each micro-batch, within 0 … n − 1; no micro-batch without pairs.
+        For each micro-batch the numbers of its pairs, 0 to n − 1; there is no micro-batch without
+        pairs.
     """
     order = np.argsort(lengths.sum(axis=1), kind="stable")
     cuts, first = [], 0

@@ -1,7 +1,12 @@
-"""PairBatch: pairs as tensors, in rows for a model; and the LAYOUTS table of such rows.
+"""PairBatch: some pairs as tensors for a model; and LAYOUTS, the ways to arrange them.
 
-A layout is nothing but input ids, position ids, attention, and for every response token the flat index of the position
-that predicts it. All layouts give the same scores; a new one is a function and a line in the table.
+A layout is nothing but input ids, position ids, attention, and for every response token the flat
+index of the position that predicts it. All layouts give the same scores; a new one is a function
+and an entry in the table.
+
+Words: a *sequence* is a run of tokens with positions of its own; a *line* is one index of the first
+dimension of the model's input, (lines, L). A padded line holds one sequence; a packed line holds
+many, one after the other.
 """
 
 from __future__ import annotations
@@ -20,13 +25,15 @@ from tbpo_cli.data.tokens import TokenizedPair
 
 @dataclass(frozen=True)
 class Sequences:
-    """Attention within one row of several sequences, written one after the other without padding.
+    """Causal attention within one packed line: which earlier tokens each token sees.
 
-    Each token sees its own sequence up to itself, and the whole sequence that its own one continues; nothing else.
+    A token sees its own sequence up to itself, and the whole of the sequence that its own one
+    continues.
 
     Args:
-        lengths: tokens of each sequence; their sum is the length of the row.
-        continues: for each sequence the number of the one it continues, or its own number.
+        lengths: tokens of each sequence; their sum is L, the length of the line.
+        continues: for each sequence the number of the one it continues (a prompt), or its own
+            number.
     """
 
     lengths: tuple[int, ...]
@@ -34,47 +41,73 @@ class Sequences:
 
 
 class Segments(NamedTuple):
-    """Sequences as queries that each see some keys: their last query the last key, the one before it all but that.
+    """The same attention for a varlen kernel: causal, bottom-right aligned, one segment after the
+    other.
+
+    In a segment with q queries and k ≥ q keys, query i sees the first k − q + i + 1 keys.
 
     Args:
-        keys: (K,) int64 places in the row of the keys, those of one segment after the other; a prefix stands in each
-            segment that continues it.
-        query_ends, key_ends: (segments + 1,) int32, the cumulated numbers of queries and of keys, from 0.
-        most_queries, most_keys: of a segment.
+        key_index: (K,) int64, the position in the line of each key. A prompt that several responses
+            continue stands once in the segment of each.
+        cu_seqlens_q, cu_seqlens_k: (segments + 1,) int32, cumulative numbers of queries and of
+            keys, from 0.
+        max_seqlen_q, max_seqlen_k: the largest number of queries and of keys of a segment.
     """
 
-    keys: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
-    most_queries: int
-    most_keys: int
+    key_index: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     def to(self, device: torch.device | str) -> Segments:
-        keys, query_ends, key_ends = (part.to(device) for part in self[:3])
-        return self._replace(keys=keys, query_ends=query_ends, key_ends=key_ends)
+        """The same on a device."""
+        key_index, cu_seqlens_q, cu_seqlens_k = (part.to(device) for part in self[:3])
+        return self._replace(
+            key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+        )
 
 
 def segments_of(sequences: Sequences) -> Segments:
-    """The segments of a row: a sequence right behind the one that it continues shares its segment."""
+    """The segments of a packed line.
+
+    1. Find the positions of each sequence in the line.
+    2. A sequence that continues nothing opens a segment whose queries and keys are its own
+       positions.
+    3. A sequence that stands directly behind the one it continues joins that segment: both together
+       are plain causal attention, so the prompt's keys are not repeated.
+    4. Any other continuing sequence opens a segment: its queries are its own positions, its keys
+       are those of the prompt followed by its own.
+    5. Queries stay in the order of the line, so only their numbers are kept; keys are kept as an
+       index.
+
+    Returns:
+        Tensors on the CPU.
+    """
     ends = itertools.accumulate(sequences.lengths)
-    places = [
+    positions = [
         np.arange(end - length, end) for end, length in zip(ends, sequences.lengths, strict=True)
     ]
-    queries: list[int] = []
+    num_queries: list[int] = []
     keys: list[np.ndarray] = []
     for number, prefix in enumerate(sequences.continues):
-        own = places[number]
-        if number != prefix and number - 1 == prefix:
-            queries[-1] += len(own)
+        own = positions[number]
+        if number == prefix:
+            num_queries.append(len(own))
+            keys.append(own)
+        elif number - 1 == prefix:
+            num_queries[-1] += len(own)
             keys[-1] = np.concatenate([keys[-1], own])
         else:
-            queries.append(len(own))
-            keys.append(own if number == prefix else np.concatenate([places[prefix], own]))
-    counts = (queries, [len(seen) for seen in keys])
-    query_ends, key_ends = (
-        torch.from_numpy(np.cumsum([0, *count], dtype=np.int32)) for count in counts
+            num_queries.append(len(own))
+            keys.append(np.concatenate([positions[prefix], own]))
+    num_keys = [len(seen) for seen in keys]
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
+        for counts in (num_queries, num_keys)
     )
-    return Segments(torch.from_numpy(np.concatenate(keys)), query_ends, key_ends, *map(max, counts))
+    key_index = torch.from_numpy(np.concatenate(keys))
+    return Segments(key_index, cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys))
 
 
 @dataclass(frozen=True)
@@ -92,19 +125,20 @@ class SideBatch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Rows for the model, and where in them each response token is predicted.
+    """The model's input for some pairs, and where in it each response token is predicted.
 
     Args:
         pair_ids: B ids.
-        input_ids, position_ids: (R, L) int64.
-        sequences: what sees what in the one row (R = 1); None for plain causal attention in rows of one sequence each,
-            padded on the right, where causal attention never looks.
-        segments: of the sequences, for a kernel that takes all of them at once.
-        tokens: (N,) int64 response tokens: those of all chosen responses, then those of the rejected ones.
-        predictor: (N,) int64, the flat index (row · L + column) of the position that predicts each token.
+        input_ids, position_ids: (lines, L) int64.
+        sequences: the attention of a packed line (then there is one line); None where each line is
+            one sequence, padded on the right, which causal attention never sees.
+        segments: the same as `sequences`, for a varlen kernel.
+        tokens: (N,) int64, the response tokens: of all chosen responses, then of all rejected ones.
+        predictor: (N,) int64, the flat index (line · L + column) of the position that predicts each
+            token.
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
         num_tokens: of the pairs, each prompt once, without padding.
-        indices: the B places of the pairs in their store, if they are from one.
+        indices: the B indices of the pairs in their store; empty if they come from none.
     """
 
     pair_ids: tuple[str, ...]
@@ -120,21 +154,24 @@ class PairBatch:
     indices: tuple[int, ...] = ()
 
     @property
-    def rows(self) -> dict[str, Any]:
-        """What a model reads of it; `sequences` and `segments` are on their way to `attend_by_sequence`."""
-        inputs = {
+    def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments of the model, which gives some of them to its attention."""
+        inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "use_cache": False,
         }
-        return (
-            inputs
-            if self.sequences is None
-            else inputs | {"sequences": self.sequences, "segments": self.segments}
-        )
+        if self.sequences is not None:
+            inputs |= {"sequences": self.sequences, "segments": self.segments}
+        return inputs
 
     def to(self, device: torch.device) -> PairBatch:
-        """The batch on a device, by one transfer that the host does not wait for."""
+        """The batch on a device, by one transfer that the host does not wait for.
+
+        1. Lay all tensors end to end in one int64 tensor.
+        2. Copy it, from pinned memory if the device is a GPU.
+        3. Cut it into views, and cast each back to its own type.
+        """
         if device.type == "cpu":
             return self
         sides = (self.chosen, self.rejected)
@@ -142,9 +179,9 @@ class PairBatch:
         parts += [part for side in sides for part in (side.mask, side.slots)]
         parts += [] if self.segments is None else self.segments[:3]
         whole = torch.cat([part.flatten().long() for part in parts])
-        whole = (whole.pin_memory() if device.type == "cuda" else whole).to(
-            device, non_blocking=True
-        )
+        if device.type == "cuda":
+            whole = whole.pin_memory()
+        whole = whole.to(device, non_blocking=True)
         moved = [
             flat.view(part.shape).to(part.dtype)
             for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
@@ -153,13 +190,21 @@ class PairBatch:
         chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
         segments = self.segments
         if segments is not None:
-            keys, query_ends, key_ends = moved[8:]
-            segments = segments._replace(keys=keys, query_ends=query_ends, key_ends=key_ends)
-        moved_rows = dict(zip(names, moved, strict=False))
-        return replace(self, **moved_rows, chosen=chosen, rejected=rejected, segments=segments)
+            key_index, cu_seqlens_q, cu_seqlens_k = moved[8:]
+            segments = segments._replace(
+                key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+            )
+        named = dict(zip(names, moved, strict=False))
+        return replace(self, **named, chosen=chosen, rejected=rejected, segments=segments)
 
 
-Rows = tuple[np.ndarray, np.ndarray, Sequences | None, np.ndarray]
+class Arranged(NamedTuple):
+    """What a layout makes of pairs: see the fields of the same names of PairBatch."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    sequences: Sequences | None
+    predictor: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -167,68 +212,73 @@ class Layout:
     """A layout, and what it costs.
 
     Args:
-        build: pairs → `input_ids`, `position_ids`, `sequences` and `predictor` of a PairBatch.
-        num_tokens: (n, 3) lengths of prompt, chosen and rejected of n pairs → tokens of their rows, padding included.
+        build: pairs → their arrangement.
+        num_tokens: (n, 3) lengths of prompt, chosen and rejected of n pairs → tokens that the model
+            reads, padding included.
     """
 
-    build: Callable[[Sequence[TokenizedPair]], Rows]
+    build: Callable[[Sequence[TokenizedPair]], Arranged]
     num_tokens: Callable[[np.ndarray], int]
 
 
-def packed(pairs: Sequence[TokenizedPair]) -> Rows:
-    """One row for everything: each response behind a copy of its prompt."""
-    texts = [(pair.prompt_ids, ids) for side in ("chosen_ids", "rejected_ids") for pair in pairs
-             if len(ids := getattr(pair, side))]  # fmt: skip
-    rows = [
-        np.concatenate([prompt, response[:-1]]) for prompt, response in texts
-    ]  # the last token predicts nothing
-    starts = np.cumsum([0, *map(len, rows)])
+def packed(pairs: Sequence[TokenizedPair]) -> Arranged:
+    """One packed line, in which each response, behind a copy of its prompt, is a sequence."""
+    responses = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    responses += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs if len(pair.rejected_ids)]
+    # The last token of a response predicts nothing.
+    texts = [np.concatenate([prompt, response[:-1]]) for prompt, response in responses]
+    starts = np.cumsum([0, *map(len, texts)])
     predictor = [
         np.arange(len(response)) + start + len(prompt) - 1  # the token before y_t predicts y_t
-        for (prompt, response), start in zip(texts, starts, strict=False)
+        for (prompt, response), start in zip(responses, starts, strict=False)
     ]
-    positions = np.concatenate([np.arange(len(row)) for row in rows])
-    sequences = Sequences(tuple(map(len, rows)), tuple(range(len(rows))))
-    return np.concatenate(rows)[None], positions[None], sequences, np.concatenate(predictor)
+    positions = np.concatenate([np.arange(len(text)) for text in texts])
+    sequences = Sequences(tuple(map(len, texts)), tuple(range(len(texts))))
+    ids = np.concatenate(texts)
+    return Arranged(ids[None], positions[None], sequences, np.concatenate(predictor))
 
 
-def padded(pairs: Sequence[TokenizedPair]) -> Rows:
-    """One row a response, padded on the right."""
+def padded(pairs: Sequence[TokenizedPair]) -> Arranged:
+    """One line a response, behind a copy of its prompt, padded on the right."""
     ids, _, sequences, predictor = packed(pairs)
     assert sequences is not None
     lengths = np.array(sequences.lengths)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids = np.zeros(mask.shape, dtype=np.int64)
     input_ids[mask] = ids[0]
-    return (
-        input_ids,
-        np.broadcast_to(np.arange(mask.shape[1]), mask.shape),
-        None,
-        np.flatnonzero(mask)[predictor],
-    )
+    positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    return Arranged(input_ids, positions, None, np.flatnonzero(mask)[predictor])
 
 
-def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
-    """One row for everything: [prompt | chosen | rejected] of each pair, positions restarting after the prompt.
+def shared_prompt(pairs: Sequence[TokenizedPair]) -> Arranged:
+    """One packed line: [prompt | chosen | rejected] of each pair, positions going on from the
+    prompt in both.
 
     The rejected response continues the prompt and does not see the chosen one.
+
+    1. Append the prompt as a sequence; remember its number and where it ends.
+    2. For each response that is there: its first token is predicted by the last token of the
+       prompt, the others by the ones before them; all but its last token are appended as a sequence
+       that continues the prompt.
+    3. Predictors are collected apart for the two sides, and put together as chosen, then rejected.
     """
-    ids, positions = [], []
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     lengths: list[int] = []
     continues: list[int] = []
     predictors: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     end = 0
     for pair in pairs:
-        prompt, prompt_length = len(lengths), len(pair.prompt_ids)
+        prompt_number = len(lengths)
+        prompt_length = len(pair.prompt_ids)
         ids.append(np.asarray(pair.prompt_ids))
         positions.append(np.arange(prompt_length))
         lengths.append(prompt_length)
-        continues.append(prompt)
+        continues.append(prompt_number)
         end += prompt_length
         last_of_prompt = end - 1
-        for response, predictor in zip(
-            (pair.chosen_ids, pair.rejected_ids), predictors, strict=True
-        ):
+        responses = (pair.chosen_ids, pair.rejected_ids)
+        for response, predictor in zip(responses, predictors, strict=True):
             if not len(response):
                 continue
             rest = len(response) - 1
@@ -237,11 +287,14 @@ def shared_prompt(pairs: Sequence[TokenizedPair]) -> Rows:
                 ids.append(np.asarray(response[:-1]))
                 positions.append(np.arange(prompt_length, prompt_length + rest))
                 lengths.append(rest)
-                continues.append(prompt)
+                continues.append(prompt_number)
                 end += rest
-    sequences = Sequences(tuple(lengths), tuple(continues))
-    predictor = np.concatenate([*predictors[0], *predictors[1]])
-    return np.concatenate(ids)[None], np.concatenate(positions)[None], sequences, predictor
+    return Arranged(
+        np.concatenate(ids)[None],
+        np.concatenate(positions)[None],
+        Sequences(tuple(lengths), tuple(continues)),
+        np.concatenate([*predictors[0], *predictors[1]]),
+    )
 
 
 def _padded_tokens(lengths: np.ndarray) -> int:
@@ -258,7 +311,9 @@ LAYOUTS = {  # the first that a model can take is the fastest
 def collate(
     pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...] = ()
 ) -> PairBatch:
-    """The tensors of some pairs, in rows of the named layout; `indices` are the pairs' places in their store."""
+    """The tensors of some pairs in the named layout; `indices` are those of the pairs in their
+    store.
+    """
     input_ids, position_ids, sequences, predictor = LAYOUTS[layout].build(pairs)
     responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
     tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for side in responses for ids in side])
@@ -284,7 +339,21 @@ def _side(lengths: np.ndarray) -> SideBatch:
 
 
 def blank_batch() -> PairBatch:
-    """No pair, in a row of one token: a pass through the model, forward and backward, that adds nothing to a sum."""
-    none, row = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), none)
-    return PairBatch((), row, row, None, None, none, none, side, side, num_tokens=0)
+    """No pair, and one token for the model: a forward and backward pass that adds nothing to a
+    sum.
+    """
+    no_tokens = torch.zeros(0, dtype=torch.int64)
+    one_token = torch.zeros(1, 1, dtype=torch.int64)
+    side = SideBatch(torch.zeros(0, 0, dtype=torch.bool), no_tokens)
+    return PairBatch(
+        pair_ids=(),
+        input_ids=one_token,
+        position_ids=one_token,
+        sequences=None,
+        segments=None,
+        tokens=no_tokens,
+        predictor=no_tokens,
+        chosen=side,
+        rejected=side,
+        num_tokens=0,
+    )

@@ -6,24 +6,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tbpo_cli.config.validate import fault, validate
+from tbpo_cli.config.validate import fault, no_hint, unknown_key, validate
 from tbpo_cli.errors import TbpoError
 
 if TYPE_CHECKING:
     from tbpo_cli.core.losses import Loss
 
 Keys = tuple[str, ...]
+Hint = Callable[[Keys], str]
 
 
-def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError]]:
+def complete_loss(
+    given: Any, path: str, hint: Hint = no_hint
+) -> tuple[dict[str, Any], list[TbpoError]]:
     """Checks [align.loss] against the fields of the named loss and generator.
 
     Args:
-        given: the value of `align.loss` in the recipe.
+        given: the value of `align.loss` in the recipe: a table, or the loss's name alone.
         path: of the recipe, for messages.
+        hint: what to write in place of an unknown key; "" if that is not known.
 
     Returns:
         The table with every default, and its faults. One of the two is empty.
@@ -32,18 +36,19 @@ def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError
     from tbpo_cli.core.losses import LOSSES
 
     keys = ("align", "loss")
-    if not isinstance(given, dict):
+    if not isinstance(given, dict | str):
         expected = 'name = "…" and that loss\'s own keys'
-        return {}, [fault("align.loss is no table", path, keys, expected)]
-    given = {"name": "tbpo_a", **given}
+        return {}, [fault("align.loss is not a table", path, keys, expected)]
+    given = {"name": "tbpo_a", **given} if isinstance(given, dict) else {"name": given}
     named = LOSSES.get(str(given["name"]))
     takes_generator = named is None or "generator" in {f.name for f in dataclasses.fields(named)}
     # Where the loss has no generator, the key stays in `given` and is reported as unknown.
     generator_table = given.pop("generator", None) if takes_generator else None
-    loss, faults = _build(LOSSES, given, path, keys)
+    loss, faults = _build(LOSSES, given, path, keys, hint)
     if generator_table is not None:
+        generator_keys = (*keys, "generator")
         generator, generator_faults = _build(
-            GENERATORS, generator_table, path, (*keys, "generator")
+            GENERATORS, generator_table, path, generator_keys, hint
         )
         faults += generator_faults
     if faults:
@@ -54,7 +59,7 @@ def complete_loss(given: Any, path: str) -> tuple[dict[str, Any], list[TbpoError
 
 
 def _build(
-    classes: dict[str, type], given: Any, path: str, keys: Keys
+    classes: dict[str, type], given: Any, path: str, keys: Keys, hint: Hint
 ) -> tuple[Any, list[TbpoError]]:
     """An instance of the class that `given` names, with its other keys as fields.
 
@@ -62,20 +67,24 @@ def _build(
         classes: by name.
         given: a table with the key `name`, or the name alone.
     """
+    from tbpo_cli.config.keys import nearest
+    from tbpo_cli.config.other_tools import LOSS_NAMES
+
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
-    if isinstance(name, str) and name in classes:
-        return validate(classes[name], options, path, keys)
-    near = difflib.get_close_matches(str(name), classes, n=1)
-    return None, [
-        fault(
-            f"{'.'.join(keys)}.name = {name!r} is unknown",
-            path,
-            (*keys, "name"),
-            f"one of {', '.join(classes)}",
-            f'name = "{near[0]}"' if near else "",
-        )
+    if not (isinstance(name, str) and name in classes):
+        near = LOSS_NAMES.get(str(name), "") or nearest(str(name), list(classes))
+        what = f"{'.'.join(keys)}.name = {name!r} is unknown"
+        fix = f'name = "{near}"' if near in classes else ""
+        return None, [fault(what, path, (*keys, "name"), f"one of {', '.join(classes)}", fix)]
+    names = ["name", *(each.name for each in dataclasses.fields(classes[name]))]
+    unknown = [key for key in options if key not in names]
+    faults = [
+        unknown_key((*keys, key), names, path, isinstance(options.pop(key), dict), hint)
+        for key in unknown
     ]
+    loss, other_faults = validate(classes[name], options, path, keys)
+    return loss, faults + other_faults
 
 
 def loss_of_table(table: Any) -> Loss:

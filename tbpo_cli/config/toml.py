@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tbpo_cli.config.not_toml import explain
 from tbpo_cli.errors import TbpoError
 
 FILE_SUFFIXES = {
@@ -17,6 +18,7 @@ FILE_SUFFIXES = {
     ".gz",
     ".parquet",
     ".csv",
+    ".tsv",
     ".arrow",
     ".jinja",
     ".txt",
@@ -39,13 +41,12 @@ WEIGHT_FILES = (
     "*.safetensors.index.json",
 )
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_TRAINED = (
-    "*.safetensors",
-    "align/[am]*/*.safetensors",
-)  # in the folder of an adapter or model, or in a run directory
-_ROWS, _FILE = ("**/*",), ("*",)
+# In the folder of an adapter or model, or in a run directory.
+_TRAINED = ("*.safetensors", "align/[am]*/*.safetensors")
+_ROWS = ("**/*",)
+_FILE = ("*",)
 
-# The keys whose values may be paths; and where one is a folder, the patterns of the files in it that count.
+# The keys whose values may be paths; where one is a folder, the patterns of its files that count.
 PATHS = {
     "model.base": WEIGHT_FILES,
     "model.chat_template": _FILE,
@@ -65,66 +66,88 @@ PATHS = {
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a recipe's file. Raises TbpoError if there is none, or if it is not TOML."""
-    where, expected = str(path), "a TOML file"
+    """The tables of a recipe's file. Raises TbpoError if it is not there or not TOML."""
+    expected = "a TOML file"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark says nothing
     except FileNotFoundError:
-        there = sorted(map(str, path.parent.glob("*.toml")))
-        near = difflib.get_close_matches(str(path), there, n=1)
-        fix = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"recipes in that folder: {', '.join(there) or 'none'}"
-        )
-        what = "there is no such recipe"
+        raise TbpoError(
+            "there is no such recipe", str(path), expected, _recipes_beside(path)
+        ) from None
+    except IsADirectoryError:
+        what = "the recipe is a folder"
+        raise TbpoError(what, str(path), expected, _recipes_beside(path / "x.toml")) from None
     except OSError as error:
-        reason = (
-            "is a folder"
-            if isinstance(error, IsADirectoryError)
-            else f"cannot be read: {error.strerror}"
-        )
-        what, fix = f"the recipe {reason}", "give one that can be read"
+        what = f"the recipe cannot be read: {error.strerror}"
+        raise TbpoError(what, str(path), expected, "give one that can be read") from None
     except UnicodeDecodeError as error:
-        what, where, fix = (
-            "the recipe is not UTF-8 text",
-            f"{path}, byte {error.start}",
-            "save it as UTF-8",
-        )
+        what, where = "the recipe is not UTF-8 text", f"{path}, byte {error.start}"
+        raise TbpoError(what, where, expected, "save it as UTF-8") from None
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        what, where = "the recipe is not valid TOML", f"{path}: {error}"
-        expected, fix = (
-            "key = value lines under [table] headings",
-            'mend that line; text needs quotes: key = "text"',
-        )
-    raise TbpoError(what, where, expected, fix)
+        what, expected, fix = explain(text, str(error), path)
+        raise TbpoError(what, f"{path}: {error}", expected, fix) from None
 
 
-def apply_overrides(raw: dict[str, Any], overrides: tuple[str, ...]) -> list[TbpoError]:
-    """Puts the "table.key=value" of the command line into `raw`; returns the faults of those that are none."""
+def _recipes_beside(path: Path) -> str:
+    """What to type instead of a recipe that is not there."""
+    from tbpo_cli.config.keys import nearest
+
+    there = sorted(map(str, path.parent.glob("*.toml")))
+    if near := nearest(str(path), there, cutoff=0.6):
+        return f"did you mean {near}?"
+    if there:
+        return f"recipes in that folder: {', '.join(there)}"
+    return "tbpo init lists the shipped recipes and writes one"
+
+
+def apply_overrides(
+    raw: dict[str, Any],
+    overrides: tuple[str, ...],
+    may_be_absent: Callable[[str], bool] = lambda key: False,
+) -> list[TbpoError]:
+    """Puts the "table.key=value" of the command line into `raw`.
+
+    Args:
+        raw: the recipe's tables, which are changed.
+        overrides: a value is TOML or else text; "none" leaves a key or a table out.
+        may_be_absent: whether a recipe can do without a key or a table.
+
+    Returns:
+        The faults of those that have no such form.
+    """
     faults = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        one: dict[str, Any] = {}
-        for value in (
-            text,
-            json.dumps(text, ensure_ascii=False),
-        ):  # TOML or, if it is none, bare text
+        tables: dict[str, Any] = {}
+        if text.strip() == "none" and may_be_absent(key):
+            _merge(raw, _nested(key, None))
+            continue
+        for value in (text, json.dumps(text, ensure_ascii=False)):
             with suppress(tomllib.TOMLDecodeError):
-                one = one or tomllib.loads(f"{key} = {value}")
-        if one and equals and "." in key:
-            resolve_paths(one, Path.cwd())
-            _merge(raw, one)
+                tables = tables or tomllib.loads(f"{key} = {value}")
+        if tables and equals and "." in key:
+            resolve_paths(tables, Path.cwd())
+            _merge(raw, tables)
         else:
             where, fix = f"--set {override}", "e.g. --set run.seed=1"
             faults.append(TbpoError("--set is not understood", where, "table.key=value", fix))
     return faults
 
 
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of "a.b"."""
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
+        elif isinstance(value, dict) and key == "loss" and isinstance(into.get(key), str):
+            into[key] = {"name": into[key], **value}  # [align] loss = "dpo" names a loss
         else:
             into[key] = value
 
@@ -139,7 +162,11 @@ def is_local(source: str) -> bool:
 
 
 def resolve_paths(table: dict[str, Any], folder: Path, prefix: str = "") -> None:
-    """Makes the local paths among PATHS absolute, seen from `folder`, and each of SOURCE_KEYS a list of tables."""
+    """Makes the local paths among PATHS absolute, and each of SOURCE_KEYS a list of tables.
+
+    Args:
+        folder: what relative paths are relative to.
+    """
     for name, value in table.items():
         key = prefix + name
         if (key, value) == ("sample.prompts", "eval"):
@@ -154,7 +181,7 @@ def resolve_paths(table: dict[str, Any], folder: Path, prefix: str = "") -> None
 
 
 def _resolve(value: Any, folder: Path) -> Any:
-    """A path, several, or tables with a "path"; anything else, also the name of a Hub repository, stays as it is."""
+    """A path, several, or tables with a "path"; the name of a Hub repository stays as it is."""
     if isinstance(value, list):
         return [_resolve(one, folder) for one in value]
     if isinstance(value, dict):

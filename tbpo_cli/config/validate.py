@@ -1,4 +1,8 @@
-"""TOML tables → checked dataclasses, with pydantic's findings told in the words of a recipe."""
+"""TOML tables → checked dataclasses, with every fault in the words of a recipe.
+
+pydantic finds the faults, all of them at once and for nested unions; it words them for programmers.
+Each of its kinds of fault has one function here that words it for a person.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -16,6 +21,20 @@ from tbpo_cli.errors import TbpoError
 
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 Table = TypeVar("Table")
+Keys = tuple[str, ...]
+
+# What a text must be, by the patterns in config/values.py.
+PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', a letter or digit first",
+    r"^[\w.-]+/[\w.-]+$": 'a repository\'s id, "user/name"',
+    r"^[\w.-]+/[\w.-]+(@.+)?$": 'a repository\'s id, "user/name" or "user/name@revision"',
+    r"^https?://\S+$": 'an address, "http://…" or "https://…"',
+}
+
+
+def no_hint(keys: Keys) -> str:
+    """For tables whose keys are known nowhere else."""
+    return ""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -24,78 +43,115 @@ def table(cls: type[Table]) -> type[Table]:
     return cast(type[Table], validated(cls, frozen=True, config=STRICT))
 
 
-def validate(cls: type, raw: Any, path: str, where: tuple[str, ...]) -> tuple[Any, list[TbpoError]]:
-    """An instance of a dataclass from TOML values, or its faults. `core`'s plain dataclasses are checked alike."""
-    checked = (
-        cls if hasattr(cls, "__pydantic_config__") else validated(cls, frozen=True, config=STRICT)
-    )
+def validate(
+    cls: type, raw: Any, path: str, where: Keys, hint: Callable[[Keys], str] = no_hint
+) -> tuple[Any, list[TbpoError]]:
+    """An instance of a dataclass from TOML values, or its faults.
+
+    Args:
+        cls: one of our tables, or a plain dataclass of `core`, which is checked alike.
+        raw: the value in the recipe.
+        path: of the recipe, for messages.
+        where: the keys that lead to `raw`.
+        hint: what to write in place of an unknown key; "" if that is not known.
+    """
+    is_table = hasattr(cls, "__pydantic_config__")
+    checked = cls if is_table else validated(cls, frozen=True, config=STRICT)
+    # By way of JSON, where "strict" takes an array for a tuple and a table for a dataclass.
+    text = json.dumps(raw, default=str)
     try:
-        # By way of JSON, where "strict" takes an array for a tuple and a table for a dataclass, and nothing else.
-        value: Any = TypeAdapter(checked).validate_json(json.dumps(raw, default=str))
-        return (
-            value
-            if checked is cls
-            else cls(**{f.name: getattr(value, f.name) for f in fields(value)})
-        ), []
+        value: Any = TypeAdapter(checked).validate_json(text)
     except ValidationError as error:
-        faults: dict[tuple[str, ...], TbpoError] = {}
+        faults: dict[Keys, TbpoError] = {}
         for entry in error.errors():
             keys = tuple(str(part) for part in entry["loc"] if _is_key(part))
-            faults.setdefault(keys, _of_entry(entry, (*where, *keys), cls, path))
+            if keys not in faults:
+                faults[keys] = _in_words(entry, (*where, *keys), cls, path, hint)
         return None, list(faults.values())
+    if not is_table:
+        value = cls(**{each.name: getattr(value, each.name) for each in fields(value)})
+    return value, []
 
 
 def _is_key(part: Any) -> bool:
-    """Whether a part of pydantic's location is a key of ours, not the name of one member of a union."""
+    """Whether a part of pydantic's location is a key of ours, and not one member of a union."""
     return isinstance(part, str) and part.isidentifier() and part not in {"str", "none"}
 
 
-def fault(what: str, path: str, keys: tuple[str, ...], expected: str, fix: str = "") -> TbpoError:
-    where = (
-        f"{path}, [{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"{path}, [{keys[0]}]"
-    )
-    return TbpoError(
-        what, where, expected, fix or f"change it there, or give --set {'.'.join(keys)}=…"
-    )
+def fault(what: str, path: str, keys: Keys, expected: str, fix: str = "") -> TbpoError:
+    """A fault at a key of the recipe; without a `fix`, the key is to be changed."""
+    where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"[{keys[0]}]"
+    fix = fix or f"change it there, or give --set {'.'.join(keys)}=…"
+    return TbpoError(what, f"{path}, {where}", expected, fix)
 
 
-def _of_entry(entry: Any, keys: tuple[str, ...], cls: type, path: str) -> TbpoError:
+def _in_words(
+    entry: Any, keys: Keys, cls: type, path: str, hint: Callable[[Keys], str]
+) -> TbpoError:
     """One of pydantic's errors in our words."""
-    name, given = ".".join(keys), entry["input"]
-    if entry["type"] == "unexpected_keyword_argument":
-        names = [f.name for f in fields(_owner(cls, entry["loc"]))]
-        near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-        fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?" if near else "remove it"
-        what = f"{name} is an unknown {'table' if isinstance(given, dict) else 'key'}"
-        return fault(
-            what, path, keys, f"one of {', '.join(names)}" if names else "no further keys", fix
-        )
-    if entry["type"] == "missing":
-        fix = (
-            f"add {keys[-1]} = … under [{'.'.join(keys[:-1])}]"
-            if len(keys) > 1
-            else f"add a table [{name}]"
-        )
-        return fault(f"{name} is missing", path, keys, "a value: it has no default", fix)
+    kind, given = entry["type"], entry["input"]
+    if kind == "unexpected_keyword_argument":
+        names = [each.name for each in fields(_owner(cls, entry["loc"]))]
+        return unknown_key(keys, names, path, isinstance(given, dict), hint)
+    if kind == "missing":
+        return _missing(keys, path)
+    if kind == "value_error" and isinstance(given, dict):  # of a __post_init__
+        return _refused_together(entry, keys, path)
+    return _impossible(entry, keys, path)
+
+
+def unknown_key(
+    keys: Keys, names: list[str], path: str, is_table: bool, hint: Callable[[Keys], str]
+) -> TbpoError:
+    """A key that its table does not have.
+
+    Args:
+        names: the keys that the table has.
+        hint: see `validate`.
+    """
+    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+    fix = hint(keys)
+    if near and (not fix or difflib.SequenceMatcher(None, keys[-1], near[0]).ratio() > 0.85):
+        fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?"
+    what = f"{'.'.join(keys)} is an unknown {'table' if is_table else 'key'}"
+    expected = f"one of {', '.join(names)}" if names else "no further keys"
+    return fault(what, path, keys, expected, fix or "remove it")
+
+
+def _missing(keys: Keys, path: str) -> TbpoError:
+    name = ".".join(keys)
+    fix = f"add a table [{name}]"
+    if len(keys) > 1:
+        fix = f"add {keys[-1]} = … under [{'.'.join(keys[:-1])}]"
+    return fault(f"{name} is missing", path, keys, "a value: it has no default", fix)
+
+
+def _refused_together(entry: Any, keys: Keys, path: str) -> TbpoError:
+    """Keys of a table that cannot stand together; the message begins with the one to change."""
+    expected = entry["msg"].removeprefix("Value error, ")
+    keys = (*keys, expected.split()[0])
+    return fault(f"{'.'.join(keys)} is not possible", path, keys, expected)
+
+
+def _impossible(entry: Any, keys: Keys, path: str) -> TbpoError:
+    """A value of the wrong type or out of its range."""
+    kind, given, name = entry["type"], entry["input"], ".".join(keys)
     expected = entry["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if entry["type"] == "value_error" and isinstance(
-        given, dict
-    ):  # of a __post_init__: it begins with the key
-        keys = (*keys, expected.split()[0])
-        return fault(f"{'.'.join(keys)} is not possible", path, keys, expected)
-    if entry["type"] in {"dataclass_type", "dataclass_exact_type"}:
+    options: list[str] = []
+    if kind in {"dataclass_type", "dataclass_exact_type"}:
         expected = f"a table: [{name}]"
-    known = entry["type"] in {"literal_error", "value_error"}
-    options = expected.replace("'", "").replace(" or ", ", ").split(", ") if known else []
+    elif kind == "string_pattern_mismatch":
+        expected = PATTERNS[entry["ctx"]["pattern"]]
+    elif kind in {"literal_error", "value_error"}:
+        options = expected.replace("'", "").replace(" or ", ", ").split(", ")
     near = difflib.get_close_matches(str(given), options, n=1)
     fix = f'{keys[-1]} = "{near[0]}"' if near else ""
-    return fault(
-        f"{name} = {json.dumps(given, default=str)} is not possible", path, keys, expected, fix
-    )
+    what = f"{name} = {json.dumps(given, default=str)} is not possible"
+    return fault(what, path, keys, expected, fix)
 
 
 def _owner(table: Any, loc: tuple[Any, ...]) -> Any:
-    """The dataclass of the table that a key is in, by way of tables that may be optional, or one of several."""
+    """The dataclass of the table that a key is in, by way of unions and lists of tables."""
     for key in filter(_is_key, loc[:-1]):
         hints: list[Any] = [typing.get_type_hints(table)[key]]
         while not dataclasses.is_dataclass(hints[0]):

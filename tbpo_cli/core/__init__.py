@@ -1,4 +1,7 @@
-"""The method: losses, generators and exact token statistics. Imports torch and the standard library, nothing else."""
+"""The method: losses, generators and exact token statistics.
+
+Imports torch and the standard library, nothing else.
+"""
 
 from tbpo_cli.core import oracle as oracle
 from tbpo_cli.core.baseline import StateBaseline as StateBaseline

@@ -7,12 +7,17 @@ from torch import Tensor, nn
 
 
 class StateBaseline(nn.Module):
-    """b_φ(s): Linear(H, 1024) – GELU – Linear(1024, 1), in fp32, on the detached hidden state that predicts a token.
+    """b_φ(s): Linear(H, 1024) – GELU – Linear(1024, 1), in fp32.
 
-    It has no target of its own: the TBPO-Q loss trains it, through its own optimizer. Its last layer starts at zero,
-    so that training starts with log w = 0 and with the policy equal to the reference.
+    It reads the detached hidden state that predicts a token. It has no target of its own: the
+    TBPO-Q loss trains it, through its own optimizer. Its last layer starts at zero, so that
+    training starts with log w = 0 and with the policy equal to the reference.
 
-    Source: arXiv 2605.12288, section 3.1. `seed` decides the first layer's start, whatever the global random state.
+    Source: arXiv 2605.12288, section 3.1.
+
+    Args:
+        hidden_size: H, of the model.
+        seed: decides the first layer's start, whatever the global random state.
     """
 
     WIDTH = 1024
@@ -27,7 +32,7 @@ class StateBaseline(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(…, H) hidden states of any float type → (…) baselines in fp32. No gradient reaches `hidden`."""
+        """(…, H) hidden states of any float type → (…) in fp32; no gradient reaches `hidden`."""
         with torch.autocast(hidden.device.type, enabled=False):
             activated = nn.functional.gelu(self.hidden(hidden.detach().float()))
             baseline: Tensor = self.out(activated)

@@ -1,11 +1,12 @@
-"""Bregman generators: a convex h gives a loss L_h that is minimal where the model's ratio equals the data's.
+"""Bregman generators: a convex h gives a loss L_h, minimal where the model's ratio is the data's.
 
-Source: arXiv 2605.12288, section 3.3, and arXiv 2505.19601 (BPO) for `sba`. For R = exp(z), up to a constant,
+Source: arXiv 2605.12288, section 3.3, and arXiv 2505.19601 (BPO) for `sba`. For R = exp(z), up to a
+constant,
 
     L_h(z) = h'(R) R − h(R) − h'(1/R)
 
-`lsif` follows this definition: the form R² − 2R that is printed in the literature does not come from its h and does
-not recover the optimal policy.
+`lsif` follows this definition: the form R² − 2R that is printed in the literature does not come
+from its h and does not recover the optimal policy.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def _check_lam(lam: float) -> None:
 
 @dataclass(frozen=True)
 class Logistic:
-    """L_h(z) = softplus(z): DPO's loss. Its gradient vanishes as R → 0: a pair that is learned stops pulling."""
+    """L_h(z) = softplus(z): DPO's loss.
+
+    Its gradient vanishes as R → 0: a pair that is learned stops pulling.
+    """
 
     def h(self, ratio: Tensor) -> Tensor:
         return (ratio * ratio.log() - (1 + ratio) * (1 + ratio).log()) / 2
@@ -49,7 +53,10 @@ class Logistic:
 
 @dataclass(frozen=True)
 class Kliep:
-    """L_h(z) = R + z. The gradient tends to 1 as R → 0: it never saturates, and the loss is unbounded below."""
+    """L_h(z) = R + z.
+
+    The gradient tends to 1 as R → 0: it never saturates, and the loss is unbounded below.
+    """
 
     def h(self, ratio: Tensor) -> Tensor:
         return ratio * ratio.log() - ratio
@@ -73,9 +80,9 @@ class Lsif:
 
 @dataclass(frozen=True)
 class Ba:
-    """Basu's power divergence, L_h(z) = R^{1+λ} − ((1+λ)/λ) R^{−λ}; λ = 0 is kliep. Requires λ > −1.
+    """Basu's power divergence, L_h(z) = R^{1+λ} − ((1+λ)/λ) R^{−λ}; λ = 0 is kliep.
 
-    The gradient saturates as `Sba` describes.
+    Requires λ > −1. The gradient saturates as `Sba` describes.
     """
 
     lam: float = 0.5
@@ -97,11 +104,11 @@ class Ba:
 
 @dataclass(frozen=True)
 class Sba:
-    """Scaled Basu, L_h(z) = R^{1+λ}/(s(1+λ)) − R^{−λ}/(sλ); λ = 0: (R + z)/s. Requires λ > −1 and s > 0.
+    """Scaled Basu, L_h(z) = R^{1+λ}/(s(1+λ)) − R^{−λ}/(sλ); λ = 0: (R + z)/s.
 
-    dL/dz = (R^{1+λ} + R^{−λ})/s. At R = 1 it is 2/s, so s = 4 has DPO's gradient there. As R → 0 it tends to 1/s for
-    λ = 0 (the paper's setting: it never saturates, and a negative loss is normal), diverges for λ > 0, and vanishes
-    for −1 < λ < 0.
+    Requires λ > −1 and s > 0. dL/dz = (R^{1+λ} + R^{−λ})/s. At R = 1 it is 2/s, so s = 4 has DPO's
+    gradient there. As R → 0 it tends to 1/s for λ = 0 (the paper's setting: it never saturates, and
+    a negative loss is normal), diverges for λ > 0, and vanishes for −1 < λ < 0.
     """
 
     lam: float = 0.0
@@ -129,5 +136,8 @@ GENERATORS: dict[str, type[Generator]] = {
 
 
 def build_generator(name: str, **fields: float) -> Generator:
-    """The generator of that name. Raises KeyError, TypeError or ValueError for an unknown name, field or bad value."""
+    """The generator of that name.
+
+    Raises KeyError, TypeError or ValueError for an unknown name, an unknown field or a bad value.
+    """
     return GENERATORS[name](**fields)

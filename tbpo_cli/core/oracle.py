@@ -1,6 +1,7 @@
-"""Every statistic from dense logits: slow, and easy to check by eye. The tests compare everything else with it.
+"""Every statistic from dense logits: slow, and easy to check by eye.
 
-It is also what the scorer falls back to for an output head that `core/head.py` does not know.
+The tests compare everything else with it. It is also what the scorer falls back to for an output
+head that `core/head.py` does not know.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ def side_scores(
     """All statistics of one side.
 
     Args:
-        policy_logits, reference_logits: (B, T, V); row t is the distribution that response token t is drawn from
-            (already shifted). Gradients flow to the policy's only.
+        policy_logits, reference_logits: (B, T, V); row t is the distribution that response token t
+            is drawn from (already shifted). Gradients flow to the policy's only.
         tokens: (B, T) response token ids; any valid id where the mask is False.
         mask: (B, T) bool.
 
-    Returns all but `state_baseline` and `weights`, which the caller adds with `dataclasses.replace`.
+    Returns:
+        All but `state_baseline` and `weights`, which the caller adds with `dataclasses.replace`.
     """
     policy = policy_logits.log_softmax(dim=-1)  # log π_θ(·|s_t), (B, T, V)
     reference = reference_logits.detach().log_softmax(dim=-1)  # log π_ref(·|s_t)
@@ -36,12 +38,15 @@ def side_scores(
         advantage=log_ratio + kl,  # A_t = r_t + K_t
         reverse_kl=(policy.exp() * (policy - reference)).sum(dim=-1).detach(),
         entropy=-(policy.exp() * policy).sum(dim=-1).detach(),
+        collision_entropy=-(policy.exp() ** 2).sum(dim=-1).log().detach(),  # −log Σ_v π_θ(v)²
     )
 
 
 def pair_scores(
-    chosen_policy_logits: Tensor, chosen_reference_logits: Tensor, chosen_tokens: Tensor, chosen_mask: Tensor,
-    rejected_policy_logits: Tensor, rejected_reference_logits: Tensor, rejected_tokens: Tensor, rejected_mask: Tensor,
+    chosen_policy_logits: Tensor, chosen_reference_logits: Tensor,
+    chosen_tokens: Tensor, chosen_mask: Tensor,
+    rejected_policy_logits: Tensor, rejected_reference_logits: Tensor,
+    rejected_tokens: Tensor, rejected_mask: Tensor,
 ) -> PairScores:  # fmt: skip
     """`side_scores` of both sides; T may differ between them."""
     return PairScores(

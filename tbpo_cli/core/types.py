@@ -6,7 +6,8 @@ Shape legend, used by every docstring of the project:
     N  selected response tokens    V  vocabulary
     H  hidden size                 s_t  the state [prompt, response tokens before t]
 
-Column t of every (B, T) tensor belongs to the t-th response token, on both sides: aligning two responses is a slice.
+Column t of every (B, T) tensor belongs to the t-th response token, on both sides: aligning two
+responses is a slice.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ class SideScores:
     Source: arXiv 2605.12288, section 3, for `log_ratio`, `kl` and `advantage`.
 
     Args:
-        mask: (B, T) bool, True where column t holds a response token. Response tokens are left-aligned: a row is
-            some True values followed by False values. All other fields are read only where the mask is True.
+        mask: (B, T) bool, True where column t holds a response token. Response tokens are
+            left-aligned: a row is some True values followed by False values. All other fields are
+            read only where the mask is True.
         logps: (B, T) nats, log π_θ(y_t | s_t).
         log_ratio: (B, T) nats, r_t = log π_θ(y_t | s_t) − log π_ref(y_t | s_t).
         kl: (B, T) nats, K_t = KL(π_ref(·|s_t) ‖ π_θ(·|s_t)), exact over the vocabulary.
         advantage: (B, T) nats, A_t = r_t + K_t.
         state_baseline: (B, T), the learned b_φ(s_t) of TBPO-Q.
         weights: (B, T), the token weights ω_t of TIS-DPO.
-        reverse_kl: (B, T) nats, KL(π_θ(·|s_t) ‖ π_ref(·|s_t)). A diagnostic: no loss differentiates it.
+        reverse_kl: (B, T) nats, KL(π_θ(·|s_t) ‖ π_ref(·|s_t)). A diagnostic: no loss differentiates
+            it.
         entropy: (B, T) nats, the policy's entropy at s_t. A diagnostic.
+        collision_entropy: (B, T) nats, −log Σ_v π_θ(v|s_t)². It carries no gradient.
 
-    Raises ValueError if the mask is not a (B, T) bool tensor, or a field has another shape than the mask.
+    Raises:
+        ValueError: if the mask is not a (B, T) bool tensor, or a field has another shape than it.
     """
 
     mask: Tensor
@@ -47,6 +52,7 @@ class SideScores:
     weights: Tensor | None = None
     reverse_kl: Tensor | None = None
     entropy: Tensor | None = None
+    collision_entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.ndim != 2:
@@ -56,9 +62,8 @@ class SideScores:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value.shape != self.mask.shape:
-                raise ValueError(
-                    f"{field.name} {tuple(value.shape)} differs from the mask {tuple(self.mask.shape)}"
-                )
+                found = f"{field.name} {tuple(value.shape)}"
+                raise ValueError(f"{found} differs from the mask {tuple(self.mask.shape)}")
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,10 @@ class LossOutput:
 
     Args:
         per_pair: (B,) loss of each pair, differentiable. The loop, and nobody else, reduces it.
-        log_ratio_aligned: (B, T) log R_t, detached and not clipped; 0 outside `PairScores.aligned_mask`. None for
-            losses that compare whole responses.
-        num_clipped: number of values of log R outside the generator's clip (±30); None without a generator.
+        log_ratio_aligned: (B, T) log R_t, detached and not clipped; 0 outside
+            `PairScores.aligned_mask`. None for losses that compare whole responses.
+        num_clipped: number of values of log R outside the generator's clip (±30); None without a
+            generator.
     """
 
     per_pair: Tensor
@@ -98,12 +104,18 @@ class LossOutput:
 
 
 def sum_over_response(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of (B, T) values over the response tokens, (B,). Masked entries may hold anything, NaN included."""
+    """Sum of (B, T) values over the response tokens, (B,).
+
+    Masked entries may hold anything, NaN included.
+    """
     return values.masked_fill(~mask, 0.0).sum(dim=1)
 
 
 def sums_over_response(side: SideScores) -> dict[str, Tensor]:
-    """Detached sums over the response tokens, (B,), of all statistics that a side has, by name; `tokens`: how many."""
+    """Detached sums over the response tokens, (B,), by the name of each statistic that a side has.
+
+    `tokens` is their number.
+    """
     statistics = {
         field.name: getattr(side, field.name) for field in fields(side) if field.name != "mask"
     }

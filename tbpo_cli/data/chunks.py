@@ -1,6 +1,7 @@
-"""Rows → tokenized pairs, a chunk of rows at a time, in this process or in several. The result is the same.
+"""Rows → tokenized pairs, a chunk of rows at a time, with the same result in any number of workers.
 
-Not by `datasets.map`: the rows of a source may differ in columns and types, and one that is left out keeps its number.
+Not by `datasets.map`: the rows of a source may differ in columns and types, and one that is left
+out keeps its number.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Chunk = tuple[list[Row], list[Result]]
 def prepare_rows(
     rows: Iterator[Row], format_name: str, data: Data, pool: Executor
 ) -> Iterator[Chunk]:
-    """Chunks of rows, and for each row its pair or why it cannot be used; in order, whatever the pool of `workers` is.
+    """Chunks of rows in their order, and for each row its pair or why it cannot be used.
 
     Raises:
         TbpoError: if the chat template cannot be cut, or if a worker died.
@@ -60,7 +61,7 @@ def prepare_rows(
 
 @contextmanager
 def workers(model: Model, data: Data) -> Iterator[Executor]:
-    """`data.workers` processes; one worker is a thread, while the tokenizer's own threads use the other cores."""
+    """`data.workers` processes. One worker is a thread: the tokenizer has threads of its own."""
     if data.workers == 1:
         pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=(model, data))
     else:

@@ -44,7 +44,8 @@ class PreferencePair:
     """One comparison as chat messages.
 
     Args:
-        pair_id: 16 hex digits of the hash of the texts: the same comparison has the same id everywhere.
+        pair_id: 16 hex digits of the hash of the texts: the same comparison has the same id
+            everywhere.
         reversed_id: the id it would have with chosen and rejected exchanged.
         prompt_hash: 16 hex digits of the hash of prompt and tools.
         prompt: the messages before the response.
@@ -70,7 +71,8 @@ def make_pair(
     """A checked pair, with the row's `tools`, `score_chosen` and `score_rejected` if it has them.
 
     Raises:
-        RejectedRow: roles, empty_prompt, empty_response, identical, invalid_text, or wrong_type (of the tools).
+        RejectedRow: roles, empty_prompt, empty_response, identical, invalid_text, or wrong_type (of
+            the tools).
     """
     _check_roles((*prompt, chosen))
     if not any(message["content"].strip() for message in prompt):

@@ -34,7 +34,11 @@ class Prompt:
 
 
 def prompts_of(recipe: Recipe, held_out: Path, chat: Chat) -> list[Prompt]:
-    """The prompts that `sample.prompts` names, up to `sample.max_prompts`; `held_out` is the folder of a store."""
+    """The first `sample.max_prompts` of the prompts that `sample.prompts` names.
+
+    Args:
+        held_out: the folder of the store of held-out pairs.
+    """
     settings = recipe.sample
     if settings.prompts == "eval":
         prompts = prompts_of_pairs(PairStore(held_out), recipe.data, settings.max_prompts)
@@ -64,7 +68,7 @@ def prompts_of_pairs(store: PairStore, data: Data, max_prompts: int | None = Non
 
 
 def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
-    """Held-out pairs as text, by their ids: read from their rows again, since a store has tokens only.
+    """Held-out pairs as text, by their ids, from their rows: a store has only tokens.
 
     Raises:
         TbpoError: if a pair is not there any more.

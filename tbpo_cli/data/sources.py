@@ -32,8 +32,8 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     """The rows of a source, in order, never all in memory.
 
     Args:
-        source: its path is a file with an ending of TEXT or COLUMNS, a folder that `datasets` saved, or the id of a Hub
-            data set.
+        source: its path is a file with an ending of TEXT or COLUMNS, a folder that `datasets`
+            saved, or the id of a Hub data set.
         split: of a Hub data set or a saved folder, if the source names none.
         key: the recipe key that names the source, for messages.
 
@@ -87,12 +87,16 @@ def _read_text(path: Path) -> Numbered:
 
 
 def _parse_jsonl(lines: Iterator[bytes]) -> Iterator[Any]:
-    """Not by `datasets`, which wants the same columns of the same types in all rows, and names no line."""
+    """A JSON value a line.
+
+    Not by `datasets`, which wants the same columns of the same types in all rows, and does not
+    say in which line a fault is.
+    """
     return (json.loads(line) for line in lines if line.strip())
 
 
 def _parse_csv(lines: Iterator[bytes]) -> Iterator[dict[str, str]]:
-    """Every field is text, as it stands; `datasets` would make a number of 007, and nothing of NA."""
+    """Every field is text, as it stands: `datasets` would read 007 as a number and NA as null."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
     names = next(reader, [])
@@ -118,7 +122,7 @@ TEXT: dict[
 
 
 def _read_dataset(source: Source, split: str) -> Numbered:
-    """A file of one of COLUMNS, a folder that `datasets` saved, or a Hub data set, downloaded once."""
+    """A file of one of COLUMNS, a folder that `datasets` saved, or a Hub data set."""
     import datasets
 
     path = Path(source.path)

@@ -1,6 +1,7 @@
 """Tokenized pairs on disk: one Arrow file a split, written once, then read by memory map.
 
-Not a `datasets.Dataset`: the lengths of all pairs are read from the columns' offsets, without their ids.
+Not a `datasets.Dataset`: the lengths of all pairs are read from the columns' offsets, without their
+ids.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def record_batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
 
 @contextmanager
 def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
-    """Writes the record batches of a split. Its file appears when it is whole, and not at all after an exception."""
+    """Writes the record batches of a split. After an exception there is no file, not a part of one."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "pairs.arrow.partial"
     try:
@@ -42,7 +43,10 @@ def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
 
 
 class PairStore:
-    """The pairs of a split: `len(store)`, `store[i]`, and `lengths`, (n, 3) tokens of prompt, chosen and rejected."""
+    """The pairs of a split: `len(store)` and `store[i]`.
+
+    `lengths` is (n, 3): the tokens of prompt, chosen and rejected of each pair.
+    """
 
     def __init__(self, folder: Path, reverse: bool = False) -> None:
         """Opens a split; with `reverse`, chosen and rejected change places."""

@@ -1,8 +1,9 @@
 """Messages → text, by the chat template of the model, cut into prompt and responses.
 
-The prompt is rendered with the generation prompt (the assistant's header belongs to it); a response is what the full
-rendering adds, up to and including the end-of-turn token. Control tokens come from the chat template only: those
-written in a user's text are masked while the template is rendered, so that they stay text whatever a template does
+The prompt is rendered with the generation prompt (the assistant's header belongs to it); a response
+is what the full rendering adds, up to and including the end-of-turn token. Control tokens come from
+the chat template only: those written in a user's text are masked while the template is rendered, so
+    that they stay text whatever a template does
 with them.
 """
 
@@ -32,7 +33,9 @@ OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that print a date."""
+    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that
+    print a date.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     template_date: str
@@ -53,7 +56,9 @@ class Chat:
         return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
 
     def mask(self, content: Any) -> Any:
-        """Messages, or anything in them, with every control token in a text written as private-use characters."""
+        """Messages, or anything in them, with every control token in a text written as private-use
+        characters.
+        """
         if isinstance(content, str):
             if OPEN in content or CLOSE in content:
                 content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)

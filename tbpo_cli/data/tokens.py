@@ -1,4 +1,6 @@
-"""Messages → token ids that training and inference both see: prompt and responses, each tokenized on its own."""
+"""Messages → token ids that training and inference both see: prompt and responses, each tokenized
+on its own.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ class TokenizedPair:
     Args:
         pair_id: that of the PreferencePair.
         prompt_ids: at least one id.
-        chosen_ids: at least one id, the last is the end of the turn (unless the response was truncated).
+        chosen_ids: at least one id, the last is the end of the turn (unless the response was
+            truncated).
         rejected_ids: likewise; empty for a demonstration.
         score_margin, reversed_id, prompt_hash: those of the PreferencePair, and
-        is_cut: whether a response was truncated; all four for the making of a store, which does not give them back.
+        is_cut: whether a response was truncated; all four for the making of a store, which does not
+            give them back.
     """
 
     pair_id: str
@@ -86,7 +90,9 @@ def end_of_turn(chat: Chat) -> int:
 
 
 def _encode(texts: Sequence[str], chat: Chat) -> list[list[int]]:
-    """Ids of rendered texts. One with masked control tokens is encoded piece by piece, between the real ones."""
+    """Ids of rendered texts. One with masked control tokens is encoded piece by piece, between the
+    real ones.
+    """
     together = chat.encode(texts)
     return [
         _encode_masked(text, chat) if OPEN in text else ids
@@ -112,7 +118,8 @@ def _encode_masked(text: str, chat: Chat) -> list[int]:
 def _encode_after(responses: Sequence[tuple[str, str]], chat: Chat) -> list[list[int]]:
     """Ids of responses, each tokenized on its own, given as (prompt, response).
 
-    A tokenizer that puts a space before whatever it is given (SentencePiece) is shown the end of the prompt as well,
+    A tokenizer that puts a space before whatever it is given (SentencePiece) is shown the end of
+    the prompt as well,
     whose tokens are then taken away: the space is not in the text, and inference will not see it.
     """
     alone = [response for _, response in responses]
@@ -137,7 +144,9 @@ def _tail(prompt: str, chat: Chat) -> str:
 def _fit(
     pair: PreferencePair, prompt: list[int], chosen: list[int], rejected: list[int], data: Data
 ) -> Result:
-    """The pair within `data.max_length` tokens, dropped or with its responses cut, as `data.overlong` says."""
+    """The pair within `data.max_length` tokens, dropped or with its responses cut, as
+    `data.overlong` says.
+    """
     longest, room = len(prompt) + max(len(chosen), len(rejected)), data.max_length - len(prompt)
     is_cut = longest > data.max_length
     if is_cut and (data.overlong == "drop" or room < 1):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tbpo_cli.batch.layouts import PairBatch
-from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
+from tbpo_cli.core.head import DIAGNOSTICS, REFERENCE_FREE
 from tbpo_cli.core.types import sums_over_response
 from tbpo_cli.evaluation.measures import MEASURES
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
@@ -35,7 +35,8 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
         view: of the scorer's policy, whose scores these are; those of the reference compare it with nothing.
         batch: whole responses of pairs of one store.
     """
-    scores = scorer.score(batch, REFERENCE_FREE if view == REFERENCE else STATISTICS, view=view)
+    needs = DIAGNOSTICS & REFERENCE_FREE if view == REFERENCE else DIAGNOSTICS
+    scores = scorer.score(batch, needs, view=view)
     sides, aligned = (scores.chosen, scores.rejected), scores.aligned_mask
     chosen, rejected = map(sums_over_response, sides)
     columns = {"chosen_tokens": chosen["tokens"], "rejected_tokens": rejected["tokens"]}

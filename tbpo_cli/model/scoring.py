@@ -14,6 +14,7 @@ from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import (
     CHUNK_TOKENS,
+    DIAGNOSTICS,
     REFERENCE_FREE,
     STATISTICS,
     Head,
@@ -87,7 +88,7 @@ class Scorer:
         Args:
             needs: fields of SideScores, computed with gradients (those in STATISTICS and `state_baseline`) or
                 without (`weights`).
-            diagnostics: compute all the other statistics as well, exactly and without gradients; without a reference,
+            diagnostics: compute the other DIAGNOSTICS as well, exactly and without gradients; without a reference,
                 those that need none.
             reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is then not run. Only
                 without diagnostics, and for `needs` within `from_reference_logps`.
@@ -96,7 +97,9 @@ class Scorer:
         statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
         extra: frozenset[str] = frozenset()
         if diagnostics:
-            extra = (STATISTICS if self.policy.has_reference else REFERENCE_FREE) - statistics
+            extra = DIAGNOSTICS - statistics
+            if not self.policy.has_reference:
+                extra &= REFERENCE_FREE
         reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
         columns = {}
         if "weights" in needs:
@@ -132,7 +135,9 @@ class Scorer:
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
             states = (
-                model(**batch.rows).logits if head is None else _hidden_states(model, batch.rows)
+                model(**batch.model_inputs).logits
+                if head is None
+                else _hidden_states(model, batch.model_inputs)
             )
         return states.flatten(0, 1)[batch.predictor]
 

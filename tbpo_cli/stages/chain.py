@@ -67,7 +67,11 @@ def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def run_through(
-    target: str, recipe: Recipe, run_dir: RunDir, restart: bool, processes: Processes = ALONE
+    target: str,
+    recipe: Recipe,
+    run_dir: RunDir,
+    restart: bool = False,
+    processes: Processes = ALONE,
 ) -> None:
     """Runs the stages that `target` needs and that are not up to date, then `target`.
 

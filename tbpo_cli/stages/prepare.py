@@ -41,10 +41,14 @@ KEY = {  # of the parts of a pair: style, meaning
 
 @dataclass
 class Counts:
-    """What became of the rows of one source. `kept` is by split, `rejected` by reason.
+    """What became of the rows of one source.
 
-    `noted` counts pairs that are kept, or left out on the recipe's own word: reversed (the same comparison is there the
-    other way round as well), cut (to data.max_length), unsampled (a weight below 1).
+    Args:
+        kept: number of pairs written, by split.
+        rejected: number of rows that cannot be used, by reason.
+        noted: number of pairs, by what a reader should know of them: reversed (the same comparison
+            also occurs with chosen and rejected exchanged), cut (to data.max_length), unsampled
+            (left out by the weight of the source).
     """
 
     key: str
@@ -60,13 +64,13 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Prepares the training, evaluation and SFT pairs of a recipe.
 
     Raises:
-        TbpoError: for a source that cannot be read, a template that cannot be cut, or too many unusable rows.
+        TbpoError: for a source that cannot be read, a template that cannot be cut, or too many
+            unusable rows.
     """
     started = time.monotonic()
     folder = run_dir.begin(STAGE, recipe)
-    tokenizer = load_tokenizer(
-        recipe.model
-    )  # before the workers do, whose errors could not be told
+    # Before the workers load it, whose exceptions would break the pool.
+    tokenizer = load_tokenizer(recipe.model)
     data, sft = recipe.data, recipe.sft
     work = [
         ("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))
@@ -84,8 +88,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         for key, sources, split, into in work:
             with ExitStack() as stack:
                 writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
-                sifter = _Sifter(recipe, key, writers, eval_prompts, rejects)
-                counts += [sifter.sift(source, split, pool) for source in sources]
+                pair_filter = PairFilter(recipe, key, writers, eval_prompts, rejects)
+                counts += [pair_filter.keep(source, split, pool) for source in sources]
     for key, *_ in work:
         _check(
             key, [count for count in counts if count.key == key], data.max_reject_fraction, folder
@@ -130,7 +134,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first training pairs of the complete stage to stdout as the model sees them, token by token."""
+    """Prints the first training pairs of the complete stage to stdout as the model sees them, token
+    by token.
+    """
     store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
     console.out.print(
         "│ ends a token, ‖ the aligned part.",
@@ -198,11 +204,12 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
 
 
 @dataclass(frozen=True)
-class _Sifter:
+class PairFilter:
     """Decides, row after row, which pairs of a recipe key are kept, and in which split.
 
     Args:
-        writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to the second.
+        writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to
+            the second.
         eval_prompts: hashes of the evaluation prompts, filled by the key that they come from.
         seen: ids of the pairs that were kept.
     """
@@ -214,7 +221,7 @@ class _Sifter:
     rejects: TextIO
     seen: set[str] = field(default_factory=set)
 
-    def sift(self, source: Source, split: str, pool: Executor) -> Counts:
+    def keep(self, source: Source, split: str, pool: Executor) -> Counts:
         """Writes the pairs of one source."""
         data = self.recipe.data
         data = replace(data, format="auto") if self.key == "sft.train" else data

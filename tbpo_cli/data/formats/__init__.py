@@ -1,4 +1,4 @@
-"""Rows as users have them → PreferencePair: a table of formats, one file for each family of them."""
+"""Rows as users have them → PreferencePair: a table of formats, one file a family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Format:
     Args:
         columns: the columns that a row must have, not null.
         parse: a row with these columns → its pair, or RejectedRow.
-        recognise: whether a row with these columns is of this format, where another one has the same.
+        recognise: whether a row with these columns is of this format, where another one has the
+            same.
     """
 
     columns: tuple[str, ...]

@@ -53,7 +53,7 @@ def _message(given: Columns, column: str) -> Message:
 
 
 def prompt(row: Columns) -> Messages:
-    """The `prompt` column, text or messages, after a message with the text of the `system` column."""
+    """The `system` column as a message, then the `prompt` column, text or messages."""
     asked = messages(row, "prompt", role_of_text="user")
     if not row.get("system"):
         return asked

@@ -1,0 +1,119 @@
+"""The tables of a recipe that use a policy: [sample], [eval] and [push].
+
+The text under a field says what its key means; docs/recipe.md is made of these texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tbpo_cli.config.validate import table
+from tbpo_cli.config.values import Address, Count, HubId, NotNegative, Positive, Repository
+from tbpo_cli.evaluation.measures import JUDGES, check_gate
+
+
+@table
+class Sample:
+    """[sample] Completions. temperature and top_p are those of the paper's win rates."""
+
+    prompts: str = "eval"
+    """A .jsonl file (prompt: text or messages), a .txt file, or "eval": the held-out prompts."""
+    max_prompts: Count | None = None
+    """How many prompts are answered, from the first one on. Default: all."""
+    num_samples: Count = 1
+    """Completions of each prompt by each model."""
+    adapter: str | None = None
+    """An adapter in place of the run's policy: a folder or "user/repo@revision"."""
+    models: Annotated[tuple[Literal["policy", "reference"], ...], Field(min_length=1)] = (
+        "policy",
+        "reference",
+    )
+    """The models that answer."""
+    batch_size: Count = 32
+    """Completions at a time. It changes the speed, never the result."""
+    temperature: NotNegative = 0.7
+    """The temperature of sampling; 0 always takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Only the likeliest tokens that together have this probability are drawn."""
+    max_new_tokens: Count = 512
+    """The most tokens of a completion."""
+    endpoint: Address | None = None
+    """A server with OpenAI's API that answers for the policy; the reference is run here."""
+    endpoint_model: str | None = None
+    """The policy's name on that server."""
+
+    def __post_init__(self) -> None:
+        if (self.endpoint is None) != (self.endpoint_model is None):
+            raise ValueError("endpoint and endpoint_model must be given together")
+
+
+@table
+class Judge:
+    """[eval.judge] A language model that compares completions, on a server with OpenAI's API."""
+
+    endpoint: Address
+    """The server's address, up to and including /v1; its key is read from OPENAI_API_KEY."""
+    model: str
+    """The judge's name on the server."""
+    template: str | None = None
+    """A text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]."""
+    body: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 1024})
+    """Further keys of each request."""
+    concurrency: Count = 8
+    """Requests at a time."""
+    timeout: Positive = 120.0
+    """Seconds to wait for an answer."""
+    price_per_million: tuple[NotNegative, NotNegative] | None = None
+    """The price of a million tokens of prompts and of completions, for the report."""
+
+
+@table
+class Eval:
+    """[eval] What `tbpo eval` measures beside the metrics of the held-out pairs."""
+
+    against: tuple[str, ...] = ()
+    """Run directories, adapters or models that the same report compares."""
+    opponents: tuple[Literal["reference", "chosen"], ...] = ("reference",)
+    """Whom the win rate is measured against, beside the models of `against`."""
+    diversity_prompts: Annotated[int, Field(ge=0)] = 100
+    """Prompts of the diversity metrics, 5 samples each; 0 leaves them out."""
+    scorer: str | None = None
+    """"python:FILE:NAME", a function of the prompt's and the completion's text."""
+    reward_model: str | None = None
+    """A sequence classification model that scores: a folder or a Hub repository."""
+    judge: Judge | None = None
+    """A language model that compares two completions."""
+    suites: tuple[str, ...] = ()
+    """"open-llm-v1", names of lm-eval tasks, or paths of their YAML files."""
+    gate: str = ""
+    """A condition such as "win_rate > 0.5"; the exit code says whether it holds."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether something says which of two completions is better."""
+        return any(getattr(self, key) is not None for key in JUDGES)
+
+    def __post_init__(self) -> None:
+        if self.gate:
+            check_gate(self)
+
+
+@table
+class Push:
+    """[push] Where the adapter (or the merged model) is published."""
+
+    repo: Repository | None = None
+    """The repository, "user/name"."""
+    private: bool = False
+    """Whether a new repository is private."""
+    merge: bool = False
+    """Whether the base with the adapter's weights added is published, instead of the adapter."""
+    base_model: HubId | None = None
+    """Where a base that is a folder here is published."""
+    license: str | None = None
+    """The licence on the model card. Default: that of the base's card."""
+    card: str | None = None
+    """A Jinja file that replaces the text of the model card."""

@@ -1,0 +1,64 @@
+"""The keys of a recipe, found by name: where a misplaced key belongs, what may be left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from tbpo_cli.config.other_tools import counterpart
+
+
+def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a table and of the tables in it, as ("align.batch_pairs", its type)."""
+    hints = typing.get_type_hints(table)
+    for each in dataclasses.fields(table):
+        key, kind = prefix + each.name, hints[each.name]
+        yield key, kind
+        for part in _members(kind):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                yield from all_keys(part, f"{key}.")
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types that a value may have: those of a union, else the one."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def may_be_absent(recipe: type, key: str) -> bool:
+    """Whether a recipe may leave a table or a key out, as with "model.lora"."""
+    return any(key == name and type(None) in _members(kind) for name, kind in all_keys(recipe))
+
+
+def hint_for_unknown(recipe: type, keys: tuple[str, ...]) -> str:
+    """What to write in place of a key that its table does not have; "" if nothing is like it.
+
+    A key of another tool is answered with ours, a key of another table with its place.
+    """
+    name = keys[-1]
+    if answer := counterpart(name):
+        return answer
+    places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]
+    places += [f"align.loss.{name}"] if name in loss_keys() else []
+    if not places:
+        return ""
+    own = [place for place in places if place.startswith("align.")] or places
+    return f"it belongs to another table: {' or '.join(own)}"
+
+
+def loss_keys() -> set[str]:
+    """The fields of all losses and generators."""
+    from tbpo_cli.core.generators import GENERATORS
+    from tbpo_cli.core.losses import LOSSES
+
+    classes: list[Any] = [*LOSSES.values(), *GENERATORS.values()]
+    return {each.name for cls in classes for each in dataclasses.fields(cls)}
+
+
+def nearest(name: str, names: list[str], cutoff: float = 0.5) -> str:
+    """The most similar of some names, or ""."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), "")

@@ -1,0 +1,61 @@
+"""What is wrong with a file that is not TOML, in the words of who wrote it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+
+def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
+    """What a faulty recipe is, what is expected, and how it is mended.
+
+    Args:
+        text: of the file.
+        error: tomllib's message, which ends with the line.
+        path: of the file.
+    """
+    line = _line_of(text, error)
+    value = line.partition("=")[2].strip()
+    convert = f"a config of another tool becomes a recipe by: tbpo init --from {path}"
+    table = 'a line [model], then base = "…"'
+    if _is_json(text):
+        return "the recipe is JSON, not TOML", table, convert
+    if re.match(r"\s*(- )?[\w.-]+\s*:(\s|$)", line) and "=" not in line.partition(":")[0]:
+        return "the recipe is YAML, not TOML", table, convert
+    if "twice" in error or "overwrite" in error:
+        what = f"{line.strip()} is there twice" if line else "a table or a key is there twice"
+        return (
+            what,
+            "every table and every key once",
+            "put the keys of both into one, or remove one",
+        )
+    if value.split("#")[0].strip() in {"True", "False"}:
+        what = f"{value} is Python's word, not TOML's"
+        return what, "true or false", f"write {value.lower()}"
+    if value.split("#")[0].strip().lower() in {"none", "null", "nil", "~"}:
+        return "TOML has no word for nothing", "a value", "leave the line out"
+    if "\\" in value and value.startswith('"'):
+        expected = "single quotes around a text with backslashes"
+        fix = f"write {line.partition('=')[0].strip()} = '{value.strip(chr(34))}'"
+        return "a backslash in double quotes has a meaning of its own", expected, fix
+    if value and re.match(r"[A-Za-z/.~“‘]", value):
+        return "a text without quotes", 'key = "text"', f'write "{value.strip("“”‘’")}"'
+    expected = "key = value lines under [table] headings"
+    return "the recipe is not valid TOML", expected, "mend that line"
+
+
+def _line_of(text: str, error: str) -> str:
+    """The line that the message of an error names."""
+    number = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    if number is None or int(number[1]) > len(lines):
+        return ""
+    return lines[int(number[1]) - 1]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,192 @@
+"""The keys of TRL, axolotl and LLaMA-Factory, and what stands for them in a recipe.
+
+Source: TRL 1.x (DPOConfig, SFTConfig, ModelConfig, ScriptArguments and the transformers arguments
+that they extend), axolotl's config reference, LLaMA-Factory's hyper-parameter classes and examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TRL, AXOLOTL, FACTORY, ALL = "TRL", "axolotl", "LLaMA-Factory", "TRL, axolotl, LLaMA-Factory"
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A key of another tool.
+
+    Args:
+        tool: whose key it is.
+        ours: our key; "" if a recipe needs none.
+        note: what to know about it, after "here"; it is a whole sentence where `ours` is "".
+        values: their values that have another name here; None: the key is left out.
+        scale: a number is multiplied by it.
+    """
+
+    tool: str
+    ours: str = ""
+    note: str = ""
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+# their name: our name
+LOSS_NAMES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "dpo": "dpo",
+    "ipo": "ipo",
+    "hinge": "hinge",
+    "robust": "robust",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+    "simpo": "simpo",
+    "orpo": "orpo",
+    "cpo": "cpo",
+}
+SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"}
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw",
+    "adamw_8bit": "adamw",
+    "paged_adamw_32bit": "adamw",
+    "paged_adamw_8bit": "adamw",
+}
+DTYPES = {"torch.bfloat16": "bfloat16", "torch.float16": "float16", "torch.float32": "float32"}
+ATTENTION = {"flash_attention_2": "auto", "fa2": "auto", "flash_attention_3": "auto"}
+TARGETS = {"all": "all-linear"}
+NOTHING = "there is nothing to set: "
+PACKED = NOTHING + "rows are packed where the model allows it"
+NO_LOGITS = NOTHING + "no step holds all its logits"
+FSDP = 'align.sharding = "fsdp" shards weights; --gpus N starts processes'
+RESPONSES = "data.max_length counts prompt and response; no prompt is cut"
+LONG = "data.overlong says whether long pairs are left out or cut"
+NO_8_BIT = 'there is no 8-bit base; model.quantization = "nf4" has 4 bits'
+NO_REFERENCE = NOTHING + "the reference follows from the recipe; tbpo show names it"
+CACHED = NOTHING + "log π_ref is read from disk after the first epoch"
+BATCH = "pairs of a whole step; their batch size × accumulation steps × GPUs"
+
+THEIRS: dict[str, Theirs] = {
+    # the model
+    "model_name_or_path": Theirs("TRL, LLaMA-Factory", "model.base"),
+    "base_model": Theirs(AXOLOTL, "model.base"),
+    "model_revision": Theirs(TRL, "model.revision"),
+    "revision_of_model": Theirs(AXOLOTL, "model.revision"),
+    "torch_dtype": Theirs(ALL, "model.dtype", values=DTYPES),
+    "bf16": Theirs(ALL, note=NOTHING + "a GPU that has bfloat16 computes in it (model.dtype)"),
+    "fp16": Theirs(ALL, note=NOTHING + "model.dtype = \"auto\" chooses"),
+    "tf32": Theirs(ALL, note=NOTHING + "TF32 is on"),
+    "attn_implementation": Theirs(ALL, "model.attention", values=ATTENTION),
+    "flash_attention": Theirs(AXOLOTL, note=NOTHING + "model.attention = \"auto\" chooses"),
+    "flash_attn": Theirs(FACTORY, note=NOTHING + "model.attention = \"auto\" chooses"),
+    "load_in_4bit": Theirs("TRL, axolotl", "model.quantization", values={True: "nf4", False: None}),
+    "quantization_bit": Theirs(FACTORY, "model.quantization", values={4: "nf4"}),
+    "load_in_8bit": Theirs("TRL, axolotl", note=NO_8_BIT),
+    "ref_model": Theirs(TRL, note=NO_REFERENCE),
+    "chat_template": Theirs("axolotl", "model.chat_template", "a Jinja file"),
+    "template": Theirs(FACTORY, note=NOTHING + "the tokenizer's chat template is used"),
+    "sequence_len": Theirs(AXOLOTL, "data.max_length"),
+    "cutoff_len": Theirs(FACTORY, "data.max_length"),
+    # the adapter
+    "use_peft": Theirs(TRL, note="a table [model.lora] trains an adapter"),
+    "adapter": Theirs(AXOLOTL, note="a table [model.lora] trains an adapter"),
+    "finetuning_type": Theirs(FACTORY, note="a table [model.lora] trains an adapter"),
+    "peft_config": Theirs(TRL, note="it is the table [model.lora]"),
+    "lora_r": Theirs("TRL, axolotl", "model.lora.r"),
+    "lora_rank": Theirs(FACTORY, "model.lora.r"),
+    "lora_alpha": Theirs(ALL, "model.lora.alpha"),
+    "lora_dropout": Theirs(ALL, "model.lora.dropout"),
+    "lora_target_modules": Theirs("TRL, axolotl", "model.lora.target_modules"),
+    "lora_target": Theirs(FACTORY, "model.lora.target_modules", values=TARGETS),
+    "lora_target_linear": Theirs(
+        AXOLOTL, "model.lora.target_modules", values={True: "all-linear", False: None}
+    ),
+    "lora_model_dir": Theirs(AXOLOTL, "model.adapter"),
+    "adapter_name_or_path": Theirs(FACTORY, "model.adapter"),
+    # the rows
+    "dataset_name": Theirs(TRL, "data.train"),
+    "dataset_config": Theirs(TRL, "data.train.config"),
+    "dataset_train_split": Theirs(TRL, "data.train_split"),
+    "dataset_test_split": Theirs(TRL, "data.eval_split"),
+    "datasets": Theirs(AXOLOTL, "data.train"),
+    "test_datasets": Theirs(AXOLOTL, "data.eval"),
+    "dataset": Theirs(FACTORY, "data.train"),
+    "eval_dataset": Theirs(FACTORY, "data.eval"),
+    "val_set_size": Theirs(AXOLOTL, "data.eval_fraction"),
+    "val_size": Theirs(FACTORY, "data.eval_fraction"),
+    "max_prompt_length": Theirs(TRL, note=RESPONSES),
+    "max_completion_length": Theirs(TRL, note=RESPONSES),
+    "truncation_mode": Theirs(TRL, note=LONG),
+    "dataset_num_proc": Theirs(TRL, "data.workers"),
+    "dataset_processes": Theirs(AXOLOTL, "data.workers"),
+    "preprocessing_num_workers": Theirs(FACTORY, "data.workers"),
+    # the loss
+    "loss_type": Theirs(TRL, "align.loss.name", "with other names", LOSS_NAMES),
+    "pref_loss": Theirs(FACTORY, "align.loss.name", "with other names", LOSS_NAMES),
+    "rl": Theirs(AXOLOTL, "align.loss.name", "with other names", LOSS_NAMES),
+    "rl_beta": Theirs(AXOLOTL, "align.loss.beta"),
+    "dpo_beta": Theirs(AXOLOTL, "align.loss.beta"),
+    "pref_beta": Theirs(FACTORY, "align.loss.beta"),
+    "beta": Theirs("TRL", "align.loss.beta"),
+    "label_smoothing": Theirs("TRL", "align.loss.label_smoothing"),
+    "simpo_gamma": Theirs("TRL, LLaMA-Factory", "align.loss.gamma"),
+    "rpo_alpha": Theirs("TRL, axolotl", "align.loss.sft_weight"),
+    "pref_ftx": Theirs(FACTORY, "align.loss.sft_weight"),
+    "precompute_ref_log_probs": Theirs(TRL, note=CACHED),
+    "reference_free": Theirs(TRL, note="simpo, orpo and cpo are the losses without a reference"),
+    # the training
+    "per_device_train_batch_size": Theirs("TRL, LLaMA-Factory", "align.batch_pairs", BATCH),
+    "micro_batch_size": Theirs(AXOLOTL, "align.batch_pairs", BATCH),
+    "gradient_accumulation_steps": Theirs(ALL, "align.batch_pairs", BATCH),
+    "per_device_eval_batch_size": Theirs("TRL", note=NOTHING + "how rows are cut is found out"),
+    "auto_find_batch_size": Theirs(TRL, note=NOTHING + "how a step is cut is found out"),
+    "learning_rate": Theirs(ALL, "align.learning_rate"),
+    "num_train_epochs": Theirs("TRL, LLaMA-Factory", "align.epochs"),
+    "num_epochs": Theirs(AXOLOTL, "align.epochs"),
+    "max_steps": Theirs(ALL, "align.max_steps", values={-1: None}),
+    "lr_scheduler_type": Theirs("TRL, LLaMA-Factory", "align.schedule", values=SCHEDULES),
+    "lr_scheduler": Theirs(AXOLOTL, "align.schedule", values=SCHEDULES),
+    "warmup_ratio": Theirs(ALL, "align.warmup", "a share of the steps"),
+    "warmup_steps": Theirs(ALL, note="align.warmup is the share of the steps, from 0 to 1"),
+    "optim": Theirs("TRL, LLaMA-Factory", "align.optimizer", values=OPTIMIZERS),
+    "optimizer": Theirs(AXOLOTL, "align.optimizer", values=OPTIMIZERS),
+    "weight_decay": Theirs(ALL, "align.weight_decay"),
+    "max_grad_norm": Theirs(ALL, "align.max_grad_norm"),
+    "gradient_checkpointing": Theirs(ALL, "align.activation_checkpointing"),
+    "logging_steps": Theirs(ALL, "align.log_every"),
+    "eval_steps": Theirs(ALL, "align.eval_every"),
+    "save_steps": Theirs(ALL, "align.checkpoint_every"),
+    "save_total_limit": Theirs(ALL, note=NOTHING + "the two newest checkpoints are kept"),
+    "resume_from_checkpoint": Theirs(ALL, note=NOTHING + "the same command goes on"),
+    "padding_free": Theirs(TRL, note=NOTHING + "no row is padded where the model allows it"),
+    "packing": Theirs("TRL, LLaMA-Factory", note=PACKED),
+    "sample_packing": Theirs(AXOLOTL, note=PACKED),
+    "use_liger_kernel": Theirs(TRL, note=NO_LOGITS),
+    "enable_liger_kernel": Theirs(FACTORY, note=NO_LOGITS),
+    "deepspeed": Theirs(ALL, note=FSDP),
+    "fsdp": Theirs(ALL, note=FSDP),
+    # the run
+    "output_dir": Theirs(ALL, "run.dir", "the folder of all runs"),
+    "run_name": Theirs("TRL, LLaMA-Factory", "run.name"),
+    "seed": Theirs(ALL, "run.seed"),
+    "report_to": Theirs("TRL, LLaMA-Factory", "run.trackers", values={"none": None, "all": None}),
+    "wandb_project": Theirs(AXOLOTL, note="run.trackers = [\"wandb\"]"),
+    "hub_model_id": Theirs("TRL", "push.repo"),
+    "push_to_hub": Theirs(TRL, note="tbpo push is a command of its own"),
+    "hub_private_repo": Theirs(TRL, "push.private"),
+}  # fmt: skip
+
+
+def counterpart(name: str) -> str:
+    """What another tool's key is called here, in words; "" for a key that none of them has."""
+    theirs = THEIRS.get(name)
+    if theirs is None:
+        return ""
+    if not theirs.ours:
+        return f"a key of {theirs.tool}; {theirs.note}"
+    note = f" ({theirs.note})" if theirs.note else ""
+    return f"here it is {theirs.ours}{note}"

@@ -1,0 +1,46 @@
+"""The preference losses: one small frozen dataclass each, in one file a family, and their table.
+
+A new loss is one class and one line in `LOSSES`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbpo_cli.core.losses.base import Loss as Loss
+from tbpo_cli.core.losses.reference_free import Orpo, Sft, SimPo
+from tbpo_cli.core.losses.token_level import TbpoA, TbpoQ
+from tbpo_cli.core.losses.token_weighted import TisDpo
+from tbpo_cli.core.losses.token_weighted import importance_weights as importance_weights
+from tbpo_cli.core.losses.whole_response import Bpo, Dpo, Hinge, Ipo, Tdpo
+
+LOSSES: dict[str, type[Loss]] = {
+    "sft": Sft,
+    "dpo": Dpo,
+    "ipo": Ipo,
+    "hinge": Hinge,
+    "simpo": SimPo,
+    "orpo": Orpo,
+    "bpo": Bpo,
+    "tdpo": Tdpo,
+    "tis_dpo": TisDpo,
+    "tbpo_q": TbpoQ,
+    "tbpo_a": TbpoA,
+}
+
+
+def build_loss(name: str, **fields: Any) -> Loss:
+    """The loss of that name.
+
+    Raises KeyError, TypeError or ValueError for an unknown name, an unknown field or a bad value.
+    """
+    return LOSSES[name](**fields)
+
+
+def name_of(loss: Loss) -> str:
+    """The name under which the loss's class stands in `LOSSES`.
+
+    Raises KeyError if it stands there under none.
+    """
+    names = {cls: name for name, cls in LOSSES.items()}
+    return names[type(loss)]

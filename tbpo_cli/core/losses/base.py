@@ -1,0 +1,124 @@
+"""What every preference loss is made of.
+
+A loss's fields are the keys of `[align.loss]`, its `__call__` is the mathematics, `needs` names the
+statistics of `SideScores` that the scorer must compute (it computes no others), and `span` says
+which response tokens are read.
+
+In every loss, w is the chosen and l the rejected side, Σ the sum over all tokens of a response,
+mean the mean over them, and z the log of the ratio "rejected over chosen": a small z means that the
+policy prefers the chosen response.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
+
+from torch import Tensor
+
+from tbpo_cli.core.generators import MAX_LOG_RATIO, Generator, Sba
+from tbpo_cli.core.types import (
+    LossOutput,
+    PairScores,
+    SideScores,
+    mean_over_response,
+    sum_over_response,
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Maps the token statistics of a batch of pairs to one number a pair.
+
+    `span` is "aligned" if only the first min(|y^w|, |y^l|) tokens of both sides are read, "chosen"
+    if the rejected side is not read, "response" otherwise. `mean_over` is what a step's loss is a
+    mean over: its pairs, or its chosen tokens (each pair then weighs by its number of them).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
+    span: ClassVar[Literal["aligned", "response", "chosen"]] = "response"
+    mean_over: ClassVar[Literal["pairs", "chosen_tokens"]] = "pairs"
+
+    def __call__(self, scores: PairScores) -> LossOutput:
+        """The loss of each pair, from the statistics in `needs`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BetaLoss(Loss):
+    """A loss with an inverse temperature β."""
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}"
+        )
+
+    def z(self, scores: PairScores) -> Tensor:
+        """z = β (Σr^l − Σr^w), (B,)."""
+        return self.beta * (
+            sum_of(scores.rejected, "log_ratio") - sum_of(scores.chosen, "log_ratio")
+        )
+
+
+@dataclass(frozen=True)
+class RatioMatching(BetaLoss):
+    """Losses that fit z = log R under a Bregman generator.
+
+    `label_smoothing` ε is the assumed share of flipped labels; `min_ratio` clips R from below, with
+    zero gradient under the floor (0: no floor), which bounds losses whose generator does not
+    saturate.
+    """
+
+    generator: Generator = field(default_factory=Sba)
+    label_smoothing: float = 0.0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_smoothing(self.label_smoothing)
+        require(0 <= self.min_ratio < 1, f"min_ratio must be in [0, 1), got {self.min_ratio}")
+
+    def match(self, z: Tensor) -> Tensor:
+        """(1−ε) L_h(z) + ε L_h(−z), elementwise."""
+        floor = math.log(self.min_ratio) if self.min_ratio else -math.inf
+        loss = self.generator.loss(z.clamp(min=floor))
+        if self.label_smoothing:
+            flipped = self.generator.loss((-z).clamp(min=floor))
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * flipped
+        return loss
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises ValueError if at least half of the labels would be flipped."""
+    require(
+        0 <= label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {label_smoothing}"
+    )
+
+
+def statistic_of(side: SideScores, name: str) -> Tensor:
+    """A statistic in the loss's `needs`, which the scorer has computed."""
+    return cast(Tensor, getattr(side, name))
+
+
+def sum_of(side: SideScores, name: str) -> Tensor:
+    """The sum of a statistic over all tokens of the response, (B,)."""
+    return sum_over_response(statistic_of(side, name), side.mask)
+
+
+def mean_of(side: SideScores, name: str) -> Tensor:
+    """The mean of a statistic over all tokens of the response, (B,)."""
+    return mean_over_response(statistic_of(side, name), side.mask)
+
+
+def num_clipped(z: Tensor) -> Tensor:
+    """How many values of z = log R lie outside the generator's clip."""
+    return (z.detach().abs() > MAX_LOG_RATIO).sum()
