@@ -107,6 +107,8 @@ class TrainingRun:
                     if number is not None
                 ]
                 if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stops:
+                    if stepper.cache is not None:
+                        stepper.cache.sync()
                     save_checkpoint(checkpoints, step, stepper.trainees, self.group.is_main)
                 if stops:
                     what = f"a checkpoint of step {step} is kept"
