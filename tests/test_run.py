@@ -98,9 +98,11 @@ def test_the_lock_of_another_machine_that_still_works_is_left_alone(tmp_path, im
 
     threading.Thread(target=work).start()
     try:
-        with pytest.raises(TbpoError, match="in use by process 7 on elsewhere"):
-            with RunDir(tmp_path).lock():
-                pass
+        with (
+            pytest.raises(TbpoError, match="in use by process 7 on elsewhere"),
+            RunDir(tmp_path).lock(),
+        ):
+            pass
     finally:
         stop.set()
 
@@ -112,9 +114,8 @@ def test_the_lock_of_a_machine_that_is_gone_or_a_damaged_one_is_taken_over(
     (tmp_path / "lock").write_bytes(text)
     with RunDir(tmp_path).lock():
         assert "taking over the run from process" in capsys.readouterr().err
-        with pytest.raises(TbpoError, match="the run is in use by process"):
-            with RunDir(tmp_path).lock():
-                pass
+        with pytest.raises(TbpoError, match="is in use by process"), RunDir(tmp_path).lock():
+            pass
 
 
 def test_a_lock_that_a_crash_left_empty_or_zeroed_is_free(tmp_path, capsys):
@@ -131,10 +132,10 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    with RunDir(tmp_path).lock():
-        with pytest.raises(TbpoError, match=f"the run is in use by process {os.getpid()}"):
-            with RunDir(tmp_path).lock():
-                pass
+    in_use = f"the run is in use by process {os.getpid()}"
+    with RunDir(tmp_path).lock(), pytest.raises(TbpoError, match=in_use):
+        with RunDir(tmp_path).lock():
+            pass
     (tmp_path / "lock").write_text(f"process 1 on elsewhere\n{lock.BOOT_ID.read_text()}")
     with RunDir(tmp_path).lock():
         pass
