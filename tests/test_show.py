@@ -121,7 +121,9 @@ def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, f
         lambda p: kept_bytes(p.model, False),
     ):
         assert of(meta) == of(loaded)
-    both = [estimate_memory(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)]
+    both = [
+        estimate_memory(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)
+    ]
     assert both[0] == both[1] and both[0][1] == 1024
 
 
