@@ -133,9 +133,8 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
     in_use = f"the run is in use by process {os.getpid()}"
-    with RunDir(tmp_path).lock(), pytest.raises(TbpoError, match=in_use):
-        with RunDir(tmp_path).lock():
-            pass
+    with RunDir(tmp_path).lock(), pytest.raises(TbpoError, match=in_use), RunDir(tmp_path).lock():
+        pass
     (tmp_path / "lock").write_text(f"process 1 on elsewhere\n{lock.BOOT_ID.read_text()}")
     with RunDir(tmp_path).lock():
         pass
