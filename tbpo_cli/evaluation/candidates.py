@@ -81,6 +81,7 @@ def check_source(source: str) -> None:
         raise TbpoError(
             "there is nothing to compare with", f"eval.against: {source}", expected, fix
         )
+    RunDir(folder).check("align")
 
 
 def _base_of(run: RunDir) -> list[str | None] | None:

@@ -219,7 +219,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if manifest and gate != results["gate"]:  # the recipe has another one since
-        _finish(recipe, run_dir, results, manifest["seconds"])
+        with run_dir.lock():
+            run_dir.reopen("eval")
+            _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
