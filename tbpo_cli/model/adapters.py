@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -174,7 +175,9 @@ def add_adapter(model: LanguageModel, folder: Path, name: str, base: str) -> Non
 
 
 @contextmanager
-def _exactly(model: nn.Module, folder: Path, name: str, base: str) -> Iterator[list[LanguageModel]]:
+def _exactly(
+    model: LanguageModel, folder: Path, name: str, base: str
+) -> Iterator[list[LanguageModel]]:
     """Checks that an adapter is loaded whole, and leaves the base as it was.
 
     1. Refuse an adapter whose config says that the base is changed as it is loaded.
@@ -197,8 +200,10 @@ def _exactly(model: nn.Module, folder: Path, name: str, base: str) -> Iterator[l
             "conversion=...), as peft's page on PiSSA says; or merge it, and name the model"
         )
         raise refusal
-    before = {id(p): (p.data_ptr(), p._version) for p in model.parameters()}
-    parameters = list(model.parameters())  # kept, so that no id is given to another one
+    written = [(p, p.data_ptr(), p._version) for p in model.parameters()]
+    # An adapter on embeddings may bring a copy of theirs, which must be that of the base.
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    copies = {id(end.weight): end.weight.detach().clone() for end in ends if end is not None}
     loaded: list[LanguageModel] = []
     try:
         yield loaded
@@ -225,9 +230,12 @@ def _exactly(model: nn.Module, folder: Path, name: str, base: str) -> Iterator[l
             refusal.what += f": {what} {', '.join(keys[:SHOWN_KEYS])}"
             refusal.what += f" and {len(keys) - SHOWN_KEYS} more" * (len(keys) > SHOWN_KEYS)
             raise refusal
-    if any(before[id(p)] != (p.data_ptr(), p._version) for p in parameters):
-        refusal.what = "the adapter changes its base as it is loaded"
-        raise refusal
+    for weight, pointer, version in written:
+        is_untouched = (weight.data_ptr(), weight._version) == (pointer, version)
+        copy = copies.get(id(weight))
+        if not is_untouched and (copy is None or not torch.equal(weight, copy)):
+            refusal.what = "the adapter changes its base as it is loaded"
+            raise refusal
 
 
 def _start_of(folder: Path) -> str:

@@ -45,11 +45,11 @@ def attend_by_sequence(
     if segments is not None and plain and query.is_cuda and _varlen_agrees(
         query.dtype, query.shape[1], key.shape[1], query.shape[3]
     ):  # fmt: skip
-        return attend_in_varlen_kernel(query, key, value, segments, options.get("scaling")), None
-    return _attend_one_by_one(module, query, key, value, sequences, **options), None
+        return in_one_kernel(query, key, value, segments, options.get("scaling")), None
+    return one_by_one(module, query, key, value, sequences, **options), None
 
 
-def _attend_one_by_one(
+def one_by_one(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -87,7 +87,7 @@ def _attend_one_by_one(
     return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1)
 
 
-def attend_in_varlen_kernel(
+def in_one_kernel(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
 ) -> Tensor:
     """All sequences of a line in one call: see `Segments` for the queries and keys of each."""
@@ -135,10 +135,10 @@ def _varlen_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int) ->
     try:
         with torch.enable_grad():
             wanted = with_gradients(
-                lambda query, key, value: _attend_one_by_one(module, query, key, value, sequences)
+                lambda query, key, value: one_by_one(module, query, key, value, sequences)
             )
             found = with_gradients(
-                lambda query, key, value: attend_in_varlen_kernel(query, key, value, segments, None)
+                lambda query, key, value: in_one_kernel(query, key, value, segments, None)
             )
     except (RuntimeError, TypeError, ValueError):  # this device, torch or head size has none
         return False

@@ -113,6 +113,35 @@ def check_layout(scorer: Scorer, layout: str, pairs: Sequence[TokenizedPair]) ->
     return None
 
 
+def confirm_layout(
+    scorer: Scorer, layout: str, wanted: str, reason: str, pairs: Sequence[TokenizedPair]
+) -> tuple[str, str]:
+    """A layout that was chosen, after a check on real pairs: see `check_layout`.
+
+    Args:
+        layout, reason: from `choose_layout`.
+        wanted: what the recipe asks for; with "auto", the rows are padded where the check fails.
+
+    Returns:
+        The layout, and why it is that one.
+
+    Raises:
+        TbpoError: if the check fails, and padding is no way out.
+    """
+    difference = check_layout(scorer, layout, pairs)
+    if difference is None:
+        return layout, reason
+    if wanted == "auto" and layout != PADDED:
+        take_back_layout(scorer.policy.models)
+        return confirm_layout(scorer, PADDED, PADDED, f"in {layout} rows, {difference}", pairs)
+    raise TbpoError(
+        f"a row's values depend on its neighbours: in {layout} rows, {difference}",
+        f"pairs {', '.join(pair.pair_id for pair in pairs)}",
+        "the log-probabilities of each sequence alone",
+        'layout = "padded"' if layout != PADDED else "train another base: this one reads padding",
+    )
+
+
 def _obstacle(model: LanguageModel, longest: int) -> str | None:
     """Why a model cannot attend by sequence; None if it can.
 
