@@ -228,11 +228,15 @@ def _choices(policy: Policy, loss: Loss, wanted: str, longest: int) -> list[tupl
     metrics = (
         " (for the metrics only)" if policy.has_reference and loss.needs <= REFERENCE_FREE else ""
     )
-    layout, why = choose_layout(policy.models, wanted, longest)
+    try:
+        layout, why = choose_layout(policy.models, wanted, longest)
+        chosen = f"{layout}: {why}; real pairs will tell whether the weights agree"
+    except TbpoError as error:
+        chosen = f"a training would stop: {error.what} ({error.where}); {error.fix}"
     return [
         ("reference", reference + metrics),
         ("head", Scorer.of(policy).describe(loss.needs)),
-        ("layout", f"{layout}: {why}; two small pairs will tell whether the weights agree"),
+        ("layout", chosen),
     ]
 
 

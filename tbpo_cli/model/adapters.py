@@ -30,6 +30,15 @@ EXPERT_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", 
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 # Ways to start an adapter that take its product away from the base as they are loaded.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
 NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "multi_modal", "vqmodel")
 
 
@@ -185,21 +194,7 @@ def _exactly(
     3. Let the caller load it, and give the model with the adapter.
     4. Compare the names in the file with those of the adapter, and the base with step 2.
     """
-    refusal = TbpoError(
-        "the adapter does not fit the base",
-        str(folder),
-        f"an adapter for {base}, all of whose weights find their place",
-        "check model.base, and that the adapter was trained on it",
-    )
-    start = _start_of(folder)
-    if start.startswith(CHANGES_THE_BASE):
-        refusal.what = f"the adapter changes its base as it is loaded (init_lora_weights = {start})"
-        refusal.expected = "a plain LoRA adapter: policy and reference share one base"
-        refusal.fix = (
-            "convert it: peft_model.save_pretrained(folder, path_initial_model_for_weight_"
-            "conversion=...), as peft's page on PiSSA says; or merge it, and name the model"
-        )
-        raise refusal
+    _check_start(folder)
     written = [(p, p.data_ptr(), p._version) for p in model.parameters()]
     # An adapter on embeddings may bring a copy of theirs, which must be that of the base.
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -207,38 +202,64 @@ def _exactly(
     loaded: list[LanguageModel] = []
     try:
         yield loaded
-        expected = set(get_peft_model_state_dict(loaded[0], adapter_name=name))
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            found = set(file.keys())
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+        fault = _wrong_names(loaded[0], folder, name)
+    except LOADING_ERRORS as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        refusal.what += f": {lines[-1] if lines else type(error).__name__}"
-        raise refusal from error
-    embeddings = {key for key in found | expected if "lora_" not in key}
-    missing = sorted(expected - found - embeddings)
-    unused = sorted(found - expected - embeddings)
-    for what, keys in (("its file lacks", missing), ("the model has no place for", unused)):
-        if keys:
-            refusal.what += f": {what} {', '.join(keys[:SHOWN_KEYS])}"
-            refusal.what += f" and {len(keys) - SHOWN_KEYS} more" * (len(keys) > SHOWN_KEYS)
-            raise refusal
+        raise _misfit(lines[-1] if lines else type(error).__name__, folder, base) from error
     for weight, pointer, version in written:
         is_untouched = (weight.data_ptr(), weight._version) == (pointer, version)
         copy = copies.get(id(weight))
         if not is_untouched and (copy is None or not torch.equal(weight, copy)):
-            refusal.what = "the adapter changes its base as it is loaded"
-            raise refusal
+            fault = fault or "it changes its base as it is loaded"
+    if fault:
+        raise _misfit(fault, folder, base)
 
 
-def _start_of(folder: Path) -> str:
-    """How an adapter was started, as its config says: "true", "pissa", …."""
-    config = PeftConfig.from_pretrained(str(folder))
-    return str(getattr(config, "init_lora_weights", True)).lower()
+def _misfit(fault: str, folder: Path, base: str) -> TbpoError:
+    return TbpoError(
+        f"the adapter does not fit the base: {fault}",
+        str(folder),
+        f"an adapter for {base}, all of whose weights find their place",
+        "check model.base, and that the adapter was trained on it",
+    )
+
+
+def _check_start(folder: Path) -> None:
+    """Raises TbpoError if the adapter's config says that loading it changes the base."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TbpoError(
+            f"the adapter's config cannot be read: {str(error).splitlines()[0]}",
+            str(folder / CONFIG_FILE),
+            "the config of a LoRA adapter, as peft writes it",
+            "copy or download the adapter again",
+        ) from error
+    start = str(getattr(config, "init_lora_weights", True)).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        convert = "peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
+        raise TbpoError(
+            f"the adapter changes its base as it is loaded: it was started by {start}",
+            str(folder / CONFIG_FILE),
+            "a plain LoRA adapter: policy and reference share one base",
+            f"convert it with {convert}, as peft's page on LoRA says; or merge it into its base",
+        )
+
+
+def _wrong_names(model: LanguageModel, folder: Path, name: str) -> str:
+    """Which weights the file lacks, or has and the adapter does not, in words; "" if none."""
+    expected = set(get_peft_model_state_dict(model, adapter_name=name))
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        found = set(file.keys())
+    faults = []
+    for what, keys in (
+        ("its file lacks", expected - found),
+        ("the model has no place for", found - expected),
+    ):
+        # Copies of embeddings are written or not, as peft decides.
+        names = sorted(key for key in keys if "lora_" in key)
+        if names:
+            more = len(names) - SHOWN_KEYS
+            shown = ", ".join(names[:SHOWN_KEYS])
+            faults.append(f"{what} {shown}" + (f" and {more} more" if more > 0 else ""))
+    return "; ".join(faults)

@@ -35,8 +35,8 @@ class Completion:
         token_ids: with the end of the turn, if it came to that.
         logp: log-probability of the tokens under the model, at temperature 1, nats.
         finish_reason: "stop" at the end of the turn, "length" after max_new_tokens.
-        entropy: mean over the tokens of the entropy of the whole distribution they were drawn from, at temperature 1
-            and before top_p, nats.
+        entropy: nats, mean over the tokens of the entropy of the whole distribution that they were
+            drawn from, at temperature 1 and before top_p.
     """
 
     token_ids: tuple[int, ...]
@@ -194,7 +194,7 @@ def seed_of(seed: int, prompt_id: str, number: int) -> int:
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token with the row's own random numbers, and leaves only that one possible."""
+    """Draws each row's next token by the row's own random numbers; no other stays possible."""
 
     def __init__(self, settings: Sample, seeds: Sequence[int]) -> None:
         self.logps: list[Tensor] = []  # (B,) a step

@@ -71,7 +71,7 @@ class Policy:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights: all then run the same passes at once."""
+        """Whether a process holds a part of the weights: all then run the same passes at once."""
         return isinstance(next(self.model.parameters()), DTensor)
 
     def shard(self, mesh: DeviceMesh) -> None:

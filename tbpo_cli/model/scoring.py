@@ -1,4 +1,4 @@
-"""PairBatch → PairScores: two passes through the model, and one gather of the positions that predict a response."""
+"""PairBatch → PairScores: a pass of each model, and a gather of what predicts the responses."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Scorer:
 
     Args:
         policy: the model and the frozen ones beside it.
-        heads: the output head by view (the policy's own under POLICY); None for a head that `core/head.py` does not
-            know: the oracle then works from the model's own logits.
+        heads: the output head by view (the policy's own under POLICY); None for a head that
+            `core/head.py` does not know: the oracle then works from the model's own logits.
         baseline: b_φ, for losses that need `state_baseline`.
     """
 
@@ -44,7 +44,11 @@ class Scorer:
 
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
-        """Reads the heads. Raises TbpoError if a baseline is given, but the policy's head is unknown."""
+        """Reads the heads.
+
+        Raises:
+            TbpoError: if a baseline is given, but the policy's head is unknown.
+        """
         compute = (
             policy.autocast if policy.is_sharded else None
         )  # weights are cast as they are gathered
@@ -155,7 +159,7 @@ class Scorer:
             return self._states(model, batch, self.heads[name])
 
     def _states(self, model: LanguageModel, batch: PairBatch, head: Head | None) -> Tensor:
-        """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
+        """What predicts each response token: hidden states (N, H), or logits without a head."""
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
             states = (
@@ -198,7 +202,10 @@ def from_reference_logps(needs: frozenset[str]) -> bool:
 
 
 def _with_importance(scores: PairScores) -> PairScores:
-    """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights: they count against a rejected token."""
+    """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights.
+
+    They count against a rejected token.
+    """
 
     def weighted(side: SideScores, sign: int) -> SideScores:
         assert side.weights is not None

@@ -93,7 +93,7 @@ def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, on the device and with the sharding of another one."""
+    """A whole tensor, which every process has, on another one's device and sharded like it."""
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value
