@@ -137,7 +137,7 @@ def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
         return get_peft_model(base, config)
     except (ValueError, NotImplementedError, TypeError) as error:
         found = ", ".join(text_layers(base)) or "none"
-        fix = "leave model.lora.target_modules out, which takes those layers"
+        fix = 'target_modules = "all-linear", which takes those layers'
         if targets == ALL_LINEAR:
             fix = "leave [model.lora] out: all weights are then trained"
         raise TbpoError(

@@ -79,7 +79,8 @@ def _forward(module: Linear, x: Tensor) -> Tensor:
         module.lora_B[name].weight,
         module.scaling[name],
     )
-    return result.unflatten(0, x.shape[:-1])
+    unflattened: Tensor = result.unflatten(0, x.shape[:-1])
+    return unflattened
 
 
 class _LoraLinear(torch.autograd.Function):
