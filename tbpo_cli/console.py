@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -28,6 +31,12 @@ QUIET_LIBRARIES = {
 # Each (metric, what a person reads, how it is written, whether it means something before the first
 # step).
 Summary = tuple[tuple[str, str, str, bool], ...]
+
+# C0 but newline and tab, DEL, C1, the marks of direction (U+061C, U+200E to U+202E, U+2066 to
+# U+2069), line separators, and surrogates, of which a text that is whole has none.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
@@ -47,15 +56,34 @@ def quiet_libraries() -> None:
     )  # about the insides of libraries, nothing a user can act on
 
 
+def plain(text: str) -> str:
+    """A text without what a terminal, or a reader's eye, would obey.
+
+    Control characters but newline and tab, marks that turn the direction of writing, and halves of
+    surrogate pairs are written as their codes, such as \\x1b.
+    """
+    return CONTROLS.sub(_code, text.replace("\r\n", "\n"))
+
+
+def _code(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
 def say(text: str) -> None:
     """A line for the person who waits."""
-    err.print(text, markup=False)
+    err.print(plain(text), markup=False)
+
+
+def show(text: str, style: str = "") -> None:
+    """A text on stdout, of whatever origin."""
+    out.print(Text(plain(text), style))
 
 
 def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are figures."""
     table = Table(
-        title=title,
+        title=Text(plain(title)),
         title_justify="left",
         title_style="bold",
         box=None,
@@ -63,9 +91,10 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
         padding=(0, 2, 0, 0),
     )
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        justify: Any = "left" if number == 0 else "right"
+        table.add_column(Text(plain(heading)), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(plain(cell)) for cell in row))
     out.print(table, soft_wrap=False)
 
 
@@ -112,10 +141,13 @@ def progress(
             TimeRemainingColumn(),
         )
         with Progress(*columns, "{task.fields[note]}", console=err, transient=True) as bar:
-            task = bar.add_task(label, total=total, completed=done, note="")
-            yield lambda done, note: bar.update(
-                task, completed=done, note=f"{note}  {rate(done)[1]}".strip()
-            )
+            task = bar.add_task(escape(plain(label)), total=total, completed=done, note="")
+
+            def move(done: int, note: str) -> None:
+                words = escape(plain(f"{note}  {rate(done)[1]}".strip()))
+                bar.update(task, completed=done, note=words)
+
+            yield move
         return
 
     def update(done: int, note: str) -> None:

@@ -101,7 +101,7 @@ def show(results: Json) -> None:
         console.show_table(
             title, headings[:NUM_SHOWN], [[_text(cell) for cell in row[:NUM_SHOWN]] for row in rows]
         )
-    console.out.print(f"\n{results['verdict']}.", markup=False)
+    console.show(f"\n{results['verdict']}.")
 
 
 def _text(cell: Json | str, with_interval: bool = True) -> str:
