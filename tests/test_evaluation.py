@@ -25,7 +25,13 @@ from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
 from tbpo_cli.evaluation.measures import decide, gate_faults
 from tbpo_cli.evaluation.preference import calibration_error, reliability
-from tbpo_cli.evaluation.stats import figure, figure_of, jackknife_figure, ratio_figure
+from tbpo_cli.evaluation.stats import (
+    figure,
+    figure_of,
+    jackknife_figure,
+    normal_figure,
+    ratio_figure,
+)
 from tbpo_cli.model.generate import generate
 
 SCORER = "def score(prompt, completion):\n    return len(completion) + prompt.count('red')\n"
@@ -68,6 +74,19 @@ def values(figures):
 
 
 # Figures
+
+
+def test_a_figure_whose_error_is_not_known_has_no_interval():
+    assert normal_figure(3.0, None, 12) == {"value": 3.0, "low": None, "high": None, "n": 12}
+    assert normal_figure(3.0, 0.0, 12)["low"] == 3.0
+
+
+def test_a_model_that_says_nothing_is_not_the_most_diverse():
+    """Texts that are the same have self-BLEU 100, empty ones as well; those without a common word
+    have 0."""
+    assert self_bleu(["", "", ""]) == 100 == self_bleu(["one cat", "one cat"])
+    assert self_bleu(["", "one red cat sings"]) == 0
+    assert self_bleu(["", "", "one red cat sings"]) == pytest.approx(100 / 3)
 
 
 def test_a_figure_is_a_mean_with_the_interval_that_theory_gives():
@@ -611,6 +630,21 @@ metric_list:
 """
 
 
+PERPLEXITY = """
+task: perplexity
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: word_perplexity
+"""
+
+
 def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     """Whose log-probability is higher, " cat" or " dog": by the harness, and by the merged model's
     own logits.
@@ -623,7 +657,10 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     ]
     task = tmp_path / "letters.yaml"
     task.write_text(TASK.format(data=write_jsonl(tmp_path / "letters.jsonl", questions)))
-    run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}']", restart=True)
+    texts = [{"text": f"one {word} and two"} for word in ("cat", "dog", "red")]
+    other = tmp_path / "perplexity.yaml"
+    other.write_text(PERPLEXITY.format(data=write_jsonl(tmp_path / "texts.jsonl", texts)))
+    run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}', '{other}']", restart=True)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run / "align/adapter")
@@ -649,6 +686,11 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
         and found["metric"] == "acc,none"
     )
     assert found["low"] <= found["value"] <= found["high"]
+    unknown = read(run)["models"]["policy"]["suites"][str(other)]["perplexity"]
+    assert unknown["value"] > 1 and unknown["metric"] == "word_perplexity,none"
+    assert unknown["low"] is None and unknown["high"] is None, "the harness knows no error of it"
+    assert decide("perplexity > 0", read(run))["passed"]
+    assert not decide("perplexity.low > 0", read(run))["passed"]
 
 
 def test_a_missing_harness_or_an_unknown_task_is_a_message(monkeypatch):

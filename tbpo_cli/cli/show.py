@@ -79,10 +79,10 @@ def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
         value = json.dumps(value, ensure_ascii=False).replace(here, '"./')
         tables[table].append((f"{name} = {value}", given.get(key, "")))
     for table, lines in tables.items():
-        console.out.print(f"[{table}]", markup=False)
+        console.show(f"[{table}]")
         for line, source in lines:
             if source:
-                console.out.print(f"  {line:<66} ({source})", markup=False)
+                console.show(f"  {line:<66} ({source})")
         if defaults := [line for line, source in lines if not source]:
             _print(", ".join(defaults), "  default:", indent=4)
 
@@ -94,9 +94,7 @@ def _print(text: str, label: str = "", indent: int = 12) -> None:
         "break_long_words": False,
         "subsequent_indent": " " * indent,
     }
-    console.out.print(
-        "\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)), markup=False
-    )
+    console.show("\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)))
 
 
 def examine(
