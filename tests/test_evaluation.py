@@ -138,7 +138,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_success():
 
 
 def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
-    """distinct-1 of "a b a" and "a c": 3 of 5; seq-rep-4 of 1 2 3 4 1 2 3 4: 4 of 5 are different."""
+    """distinct-1 of "a b a" and "a c": 3 of 5; seq-rep-4 of 1 2 3 4 1 2 3 4: 4 of 5 differ."""
     assert self_bleu(["red cat dog bird tree"] * 3) == pytest.approx(100)
     assert self_bleu(["red cat", "blue dog"]) < self_bleu(["red cat runs", "red cat sings"])
     found = distinct([["a", "b", "a"], ["a", "c"]], 1)
@@ -152,10 +152,12 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
 
 def test_diversity_is_a_mean_over_samples_and_then_over_prompts():
     samples = [
-        {"prompt_id": prompt, "sample": number, "completion": "Red cat." * length, "token_ids": [7] * length,
+        {"prompt_id": prompt, "sample": number, "completion": "Red cat." * length,
+        "token_ids": [7] * length,
          "finish_reason": reason, "entropy": entropy}
         for prompt, number, length, reason, entropy in (
-            ("a", 0, 1, "stop", 1.0), ("a", 1, 3, "length", 2.0), ("b", 0, 8, "stop", 0.0), ("b", 1, 8, "stop", 0.0),
+            ("a", 0, 1, "stop", 1.0), ("a", 1, 3, "length", 2.0), ("b", 0, 8, "stop", 0.0),
+            ("b", 1, 8, "stop", 0.0),
         )
     ]  # fmt: skip
     found = values(figures := summarise(samples))
@@ -350,8 +352,10 @@ def test_diversity_follows_the_protocol(whole):
     assert found["predictive_entropy"]["n"] == 4 and 0 < found["predictive_entropy"][
         "value"
     ] < math.log(400)
-    assert set(found) == {"predictive_entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_3", "distinct_4",
-                          "repetition", "truncated", "length", "length_p5", "length_p50", "length_p95"}  # fmt: skip
+    assert set(found) == {"predictive_entropy", "self_bleu", "distinct_1", "distinct_2",
+    "distinct_3", "distinct_4",
+                          "repetition", "truncated", "length", "length_p5", "length_p50",
+                          "length_p95"}  # fmt: skip
 
 
 def test_what_was_measured_is_not_measured_again_after_an_interruption(copied):
@@ -526,7 +530,8 @@ def test_gates_may_name_tasks_labels_and_parts_of_an_interval(recipe_file):
         "eval.suites=['open-llm-v1', 'x/letters.yaml']",
         "eval.against=['runs/dpo', 'b/align/adapter']",
     )
-    for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3", "reference.mmlu<=1",
+    for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3",
+     "reference.mmlu<=1",
                  "length < -.5"):  # fmt: skip
         settings = load_recipe(recipe_file, (*sets, f"eval.gate={gate}")).eval
         assert gate_faults(settings, "my.toml") == []

@@ -79,8 +79,7 @@ def prefers_two(body):
     return f"I looked at both. [[{'C' if ('2' in a) == ('2' in b) else 'A' if '2' in a else 'B'}]]"
 
 
-# ------------------------------------------------------------------------------------------------
-# the language model
+# The language model
 
 
 def test_a_good_judge_gives_the_right_rate_and_its_reasons(language_judge):
@@ -133,7 +132,8 @@ def test_completions_that_are_the_same_are_not_asked_about(language_judge):
         ("[[A]]", 1.0), ("so [[ b ]].", 0.0), ("[[C]]", 0.5), ("[[Tie]]", 0.5),
         ("If A were right I would say [[A]], but it is not.\n[[B]]", 0.0),
         ("A is good.\n\nFinal verdict: **A**", 1.0), ("B", 0.0), ("Verdict: tie.", 0.5),
-        ("A is better than B", None), ("", None), ("I cannot say.", None), ("[[D]]", None), ("Best\nAnd", None),
+        ("A is better than B", None), ("", None), ("I cannot say.", None), ("[[D]]", None),
+        ("Best\nAnd", None),
     ],
 )  # fmt: skip
 def test_a_verdict_is_read_from_what_judges_write(language_judge, answer, value):
@@ -250,8 +250,7 @@ def test_the_default_template_names_its_places():
     )
 
 
-# -------------------------------------------------------------------------------------------------------
-# the server
+# The server
 
 NO_JSON = (200, "<html>Welcome</html>", {})
 CUT_JSON = (200, '{"choices": [{"mess', {})
@@ -447,9 +446,12 @@ def ask_one(url):
 @pytest.mark.parametrize(
     ("trouble", "what", "expected"),
     [
-        ((401, f'{{"error": "{KEY} is wrong"}}', {}), "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
-        ((404, "no such model", {}), "the server answers 404 no such model", "the model 'judge-7'; its"),
-        (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, it is not JSON: 200 <html>", "ends in /v1"),
+        ((401, f'{{"error": "{KEY} is wrong"}}', {}),
+         "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
+        ((404, "no such model", {}), "the server answers 404 no such model",
+         "the model 'judge-7'; its"),
+        (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, "
+         "it is not JSON: 200 <html>", "ends in /v1"),
         (NO_CHOICES, "no chat completion after 4 attempts", "OpenAI-compatible"),
         ((405, "not here", {}), "the server answers 405 not here", "usually ends in /v1"),
     ],
@@ -520,8 +522,7 @@ def test_the_key_is_in_no_file_and_no_message(language_judge, tmp_path, capfd):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-# -------------------------------------------------------------------------------------------------
-# scorer and rewards
+# Scorers and reward models
 
 
 def test_a_scorer_compares_by_the_last_user_message_and_equal_scores_tie(judges, tmp_path):
@@ -553,9 +554,12 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
     ("code", "name", "what", "where"),
     [
         (SCORERS, "length", "the scorer's file has no function length", "mine.py"),
-        ("def f(prompt, completion):\n    return 1 / 0\n", "f", "the prompt 'What is 1 + 1? (0)': Zero", ", line 2"),
-        ("def f(prompt, completion):\n    return float('nan')\n", "f", "ValueError: it returned nan", "mine.py"),
-        ("def f(prompt, completion):\n    return 'good'\n", "f", "ValueError: it returned 'good'", "mine.py"),
+        ("def f(prompt, completion):\n    return 1 / 0\n", "f",
+         "the prompt 'What is 1 + 1? (0)': Zero", ", line 2"),
+        ("def f(prompt, completion):\n    return float('nan')\n", "f",
+         "ValueError: it returned nan", "mine.py"),
+        ("def f(prompt, completion):\n    return 'good'\n", "f",
+         "ValueError: it returned 'good'", "mine.py"),
         ("def f(prompt):\n    return 1\n", "f", "takes 1 positional argument", "mine.py"),
         ("import no_such_module\n", "f", "cannot be imported: ModuleNotFoundError", ", line 1"),
         ("def f(:\n", "f", "cannot be imported: SyntaxError", "mine.py"),
@@ -590,8 +594,10 @@ def reward_model(tokenizer, folder, num_labels=1, template=True, max_length=256)
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, num_labels=num_labels, pad_token_id=None, initializer_range=0.2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256, num_labels=num_labels, pad_token_id=None,
+        initializer_range=0.2,
     )  # fmt: skip
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(folder)
@@ -693,8 +699,7 @@ def test_the_resolved_recipe_of_a_judge_loads_to_itself(recipe_file, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# win rates
+# Win rates
 
 
 def simulated(count, theta, phi, seed=0, shift=0.7):
@@ -722,7 +727,7 @@ def test_the_length_controlled_rate_recovers_the_truth(theta, phi):
 
 
 def test_a_judge_that_likes_length_only_is_seen_through():
-    """It always takes the longer one: the raw rate is far above a half, the controlled one is not."""
+    """It always takes the longer one: the raw rate is far above a half, the other is not."""
     _, lengths, _ = simulated(400, 0, 0)
     values = (lengths > 0) + (lengths == 0) / 2
     comparisons = [
