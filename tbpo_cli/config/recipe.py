@@ -64,10 +64,6 @@ class Recipe:
     push: Push = field(default_factory=Push)
 
     def __post_init__(self) -> None:
-        if self.eval.judged and "chosen" in self.eval.opponents and self.sample.prompts != "eval":
-            raise ValueError(
-                'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
-            )
         for name, stage in (("sft", self.sft), ("align", self.align)):
             if stage is None:
                 continue

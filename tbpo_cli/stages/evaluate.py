@@ -35,6 +35,12 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(
             what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
         )
+    is_of_data = recipe.sample.prompts == "eval"
+    if recipe.eval.judged and "chosen" in recipe.eval.opponents and not is_of_data:
+        what = 'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
+        expected = "prompts of the held-out pairs, which have a chosen response"
+        fix = "--set eval.opponents='[\"reference\"]'"
+        raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
     check_suites(recipe.eval.suites)
