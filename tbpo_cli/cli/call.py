@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,15 @@ class Call:
         }
         named = [f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in keys.items() if v]
         return (*(self.sets or ()), *named)
+
+    def again(self, command: str) -> str:
+        """What to type for another command on the same recipe and run."""
+        words = ["tbpo", command, str(self.recipe)]
+        for text in self.sets or ():
+            words += ["--set", text]
+        if self.run_dir is not None:
+            words += ["--run-dir", str(self.run_dir)]
+        return shlex.join(words)
 
     def load(self) -> tuple[Recipe, RunDir]:
         """The recipe, checked, and its run directory."""

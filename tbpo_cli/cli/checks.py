@@ -80,12 +80,12 @@ def _quantization(recipe: Recipe) -> None:
     import torch
 
     where = 'model.quantization = "nf4"'
-    if importlib.util.find_spec("bitsandbytes") is None:
-        fix = "pip install 'tbpo[quantization]'"
-        raise TbpoError("bitsandbytes is not installed", where, "its package", fix)
     if not torch.cuda.is_available():
         fix = "--set model.quantization=none"
         raise TbpoError("4-bit weights need a GPU, and there is none", where, "a GPU", fix)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install 'tbpo[quantization]'"
+        raise TbpoError("bitsandbytes is not installed", where, "its package", fix)
 
 
 def _helpers(recipe: Recipe) -> None:
@@ -94,7 +94,8 @@ def _helpers(recipe: Recipe) -> None:
         source, where = getattr(recipe.align.loss, key), f"align.loss.{key}"
         if not source:
             fix = f"--set {where}=RUN, of tbpo align RECIPE --set align.loss.name=dpo"
-            raise TbpoError(f"{where} is missing", where, "a run or an adapter", fix)
+            what = f"the {key} helper is not named"
+            raise TbpoError(what, where, "a run or an adapter", fix)
         path = Path(source)
         if not path.is_absolute():
             continue  # a Hub repository

@@ -42,6 +42,8 @@ def say_version(
         raise typer.Exit
 
 
+NEXT = {"prepare": "align", "sft": "align", "align": "eval", "sample": "eval", "eval": "push"}
+
 RUN = ("recipe", "sets", "run_dir")
 STAGE = (*RUN, "restart", "dry_run", "quiet")
 PARALLEL = (*STAGE, "flags", "gpus", "cpu")
@@ -212,6 +214,7 @@ def run_stage(name: str, call: Call) -> None:
             require(stage, recipe)
         require(name, recipe)
     run_through(name, recipe, run_dir, call.restart, processes)
+    console.say(f"next: {call.again(NEXT[name])}")
 
 
 def main() -> None:

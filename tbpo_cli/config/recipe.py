@@ -123,6 +123,10 @@ def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:
     overriding: dict[str, Any] = {}
     resolve_paths(raw, path.parent)
     apply_overrides(overriding, overrides, partial(may_be_absent, Recipe))
+    for tables in (raw, overriding):
+        align = tables.get("align")
+        if isinstance(align, dict) and isinstance(align.get("loss"), str):
+            align["loss"] = {"name": align["loss"]}
     return dict.fromkeys(_flatten(raw), "file") | dict.fromkeys(_flatten(overriding), "--set")
 
 

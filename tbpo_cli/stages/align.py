@@ -41,15 +41,16 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     title = f"{recipe.align.loss_name} on the held-out pairs"
     console.show_evaluations(title, metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
+    held_out = sum(each["kept"].get("eval", 0) for each in run_dir.manifest("prepare")["counts"])
     is_lora, rate = recipe.model.lora is not None, recipe.align.learning_rate
-    for sentence in diagnose(after_training(metrics, "align", is_lora, rate), AFTER):
+    facts = after_training(metrics, "align", is_lora, rate, held_out)
+    for sentence in diagnose(facts, AFTER):
         console.say(f"WARNING: {sentence}")
     took = console.duration(manifest["seconds"])
     console.say(f"{weights.name}: {weights} (trained in {took} on {manifest['device']})")
     console.say(f"every step: {folder / 'metrics.jsonl'}")
     console.say(f"settings: {run_dir.path / 'recipe.toml'}")
     console.say(f"load it: AutoModelForCausalLM.from_pretrained({str(weights)!r})")
-    console.next_command("eval", run_dir.path)
 
 
 STAGE = Stage(

@@ -1,4 +1,4 @@
-"""The chain of stages: which of them a command needs, which of these are up to date, and running the others."""
+"""The chain of stages: which ones a command needs and which are up to date; running the others."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
 
 
 def _refuse_changed(states: Plan, run_dir: RunDir) -> None:
-    """Raises TbpoError if a stage with results was made from other inputs: which, and what follows."""
+    """Raises TbpoError if a stage with results was made from other inputs, with what changed."""
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
     if not changed:
         return
