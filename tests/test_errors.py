@@ -434,7 +434,7 @@ MISTAKES = {
     ),
     "helpers that are not named": (
         sets("align", "align.loss.name=tis_dpo"),
-        (*FULL, "the positive helper is not named", "[align.loss] positive"),
+        (*FULL, "the positive helper is not named", "align.loss.positive"),
     ),
     "a helper that is not there": (
         sets(

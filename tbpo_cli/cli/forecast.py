@@ -26,7 +26,7 @@ from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.memory import MOMENTS, foresee, matrix_rate, operations, room
+from tbpo_cli.train.memory import MOMENTS, device_memory, estimate_memory, matrix_rate, operations
 from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.stage import choose_sharding, open_stores
 
@@ -101,7 +101,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         "stage": training.name,
         "lora": recipe.model.lora is not None,
         "rate": settings.learning_rate,
-        "device_memory": room(device),
+        "device_memory": device_memory(device),
         **counts.facts,
     }
     default = getattr(type(training.loss)(), "beta", None)
@@ -120,7 +120,9 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
             lines.append(("processes", f"{processes}, {'fsdp' if sharded else 'ddp'}: {why}"))
         lines += choices(policy, training, counts.longest)
         parts = processes if sharded else 1
-        memory, tokens = foresee(policy, recipe.model, settings, device, parts, counts.bounds)
+        memory, tokens = estimate_memory(
+            policy, recipe.model, settings, device, parts, counts.bounds
+        )
         facts["memory"] = sum(memory.values())
         facts["weights"] = sum(weight.numel() for weight in policy.model.parameters())
         lines.append(("memory", _memory_line(memory, tokens, device)))
@@ -213,7 +215,7 @@ def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
 
 def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
-    needed, there = sum(memory.values()) / 1e9, room(device) / 1e9
+    needed, there = sum(memory.values()) / 1e9, device_memory(device) / 1e9
     begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 
