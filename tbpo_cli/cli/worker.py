@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.launch import TOLD
 
 # The messages of a process whose connection another one has closed.
@@ -21,6 +22,8 @@ ECHOES = ("onnection closed by peer", "onnection reset by peer")
 
 def main() -> None:
     """Runs the stage of the run's resolved recipe. Of several that fail, the first one says why."""
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
     code = _run(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
