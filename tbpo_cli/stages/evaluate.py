@@ -87,8 +87,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
-    from tbpo_cli.data.templates import Chat
-    from tbpo_cli.data.tokenizer import load_tokenizer
+    from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.bench import Bench
     from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget
@@ -119,7 +118,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         add_helper(policy, each.view, each.source, recipe.model, device, key="eval.against")
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
-    chat = Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+    chat = load_chat(recipe.model, recipe.data.template_date)
     bench = Bench(
         recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
     )

@@ -1,6 +1,6 @@
 """Architectures through the stages: the figures are those of plain transformers, or it is refused.
 
-Here a part of them; all of them: python tests/benchmarks/zoo.py
+Here a part of them; all of them: python tests/benchmarks/architectures.py
 """
 
 import pytest

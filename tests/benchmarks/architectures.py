@@ -1,9 +1,9 @@
 """Every causal architecture of the installed transformers through the product, beside transformers.
 
-    python tests/benchmarks/zoo.py [KIND …]      about 30 minutes on two cores; of some, seconds each
+    python tests/benchmarks/architectures.py [KIND …]    half an hour on two cores; of some, seconds each
 
 A small random checkpoint of each is trained, sampled, merged and shown by the product's commands;
-the figures are compared with those of tests/plain.py, a pass for each sequence. The table says which
+the figures are compared with those of tests/plain.py, a pass a sequence. The table says which
 ones agree, which ones are refused and how, and which ones have no small checkpoint here.
 """
 
@@ -24,7 +24,7 @@ from zoo import compare, families  # noqa: E402
 
 SECONDS = 120  # for one architecture
 PROCESSES = 2
-RESULTS = TESTS / "benchmarks/results/zoo.md"
+RESULTS = TESTS / "benchmarks/results/architectures.md"
 
 
 def examine(kind):
