@@ -64,7 +64,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", help="files or folders of tbpo_cli")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each file")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of tests for a mutant")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of tests for a mutant")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="also those noticed before")
     parser.add_argument("--report", action="store_true", help="write the table, run nothing")
