@@ -10,6 +10,7 @@ from tbpo_cli.batch.batches import (
     num_steps,
     span_lengths,
 )
+from tbpo_cli.batch.layouts import Sequences, segments_of
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair
 
@@ -78,6 +79,22 @@ def test_pairs_of_one_length_stay_in_their_order():
     lengths = np.array([(1, 1, 1)] * 40)
     (group,) = micro_batches(lengths, 1000, "packed")
     assert group.tolist() == list(range(40))
+
+
+def test_a_response_right_behind_its_prompt_shares_the_segment_of_the_prompt():
+    """[prompt 3 | chosen 2 | rejected 2]: 5 queries on 5 keys, then 2 queries on 3 + 2 keys."""
+    segments = segments_of(Sequences((3, 2, 2), (0, 0, 0)))
+    assert segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6]
+    assert segments.cu_seqlens_q.tolist() == [0, 5, 7]
+    assert segments.cu_seqlens_k.tolist() == [0, 5, 10]
+    assert (segments.max_seqlen_q, segments.max_seqlen_k) == (5, 5)
+
+
+def test_sequences_that_continue_nothing_are_segments_of_their_own():
+    segments = segments_of(Sequences((3, 2), (0, 1)))
+    assert segments.key_index.tolist() == [0, 1, 2, 3, 4]
+    assert segments.cu_seqlens_q.tolist() == segments.cu_seqlens_k.tolist() == [0, 3, 5]
+    assert (segments.max_seqlen_q, segments.max_seqlen_k) == (3, 3)
 
 
 @pytest.mark.parametrize(
