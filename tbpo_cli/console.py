@@ -25,7 +25,8 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-# Each (metric, what a person reads, how it is written, whether it means something before the first step).
+# Each (metric, what a person reads, how it is written, whether it means something before the first
+# step).
 Summary = tuple[tuple[str, str, str, bool], ...]
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,7 +34,9 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    """Before they are imported: no advice or telemetry of the libraries, only their errors; bars only at a terminal."""
+    """Before they are imported: no advice or telemetry of the libraries, only their errors; bars
+    only at a terminal.
+    """
     for name, value in QUIET_LIBRARIES.items():
         if not (
             name.endswith("PROGRESS_BARS") and sys.stderr.isatty() and "--quiet" not in sys.argv
@@ -67,7 +70,9 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 
 def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary) -> None:
-    """The held-out figures of a training (its metrics.jsonl), before and after; nothing if no pair was held out."""
+    """The held-out figures of a training (its metrics.jsonl), before and after; nothing if no pair
+    was held out.
+    """
     if evaluations := [line for line in metrics if line["split"] == "eval"]:
         before, after = evaluations[0], evaluations[-1]
         rows = [
@@ -82,7 +87,8 @@ def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary
 def progress(
     label: str, total: int | None, done: int = 0, every: int = 1
 ) -> Iterator[Callable[[int, str], None]]:
-    """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
+    """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps
+    and at the end.
 
     Args:
         total: None if it is not known.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tbpo_cli.core import GENERATORS, LOSSES
-from tbpo_cli.evaluation.measures import JUDGES
+from tbpo_cli.evaluation.judges import JUDGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tbpo_cli"

@@ -65,7 +65,7 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     GPU.
     """
     from tbpo_cli.cli.show import policy_on_meta, show
-    from tbpo_cli.train.memory import foresee
+    from tbpo_cli.train.memory import estimate_memory
 
     path = RECIPES / f"{name}.toml"
     base = load_recipe(path).model.base
@@ -95,7 +95,7 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
         if settings := getattr(recipe, stage):
             policy = policy_on_meta(stage, recipe, loss, gpu)
             settings = replace(settings, max_tokens_per_device=4096)
-            parts, _ = foresee(policy, recipe.model, settings, gpu, processes, (0, 10**6))
+            parts, _ = estimate_memory(policy, recipe.model, settings, gpu, processes, (0, 10**6))
             assert sum(parts.values()) < room, (stage, parts)
 
 

@@ -15,7 +15,7 @@ from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.report.diagnoses import RATES, advice
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.train.memory import foresee, kept_bytes, tokens_that_fit
+from tbpo_cli.train.memory import estimate_memory, kept_bytes, tokens_that_fit
 
 
 def shown(recipe_file, run, capsys, *overrides):
@@ -121,7 +121,9 @@ def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, f
         lambda p: kept_bytes(p.model, False),
     ):
         assert of(meta) == of(loaded)
-    both = [foresee(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)]
+    both = [
+        estimate_memory(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)
+    ]
     assert both[0] == both[1] and both[0][1] == 1024
 
 
@@ -159,13 +161,13 @@ def test_memory_follows_from_processes_and_quantization(recipe_file):
     recipe = load_recipe(recipe_file)
     policy = policy_on_meta("align", recipe, recipe.align.loss, torch.device("cpu"))
     whole, shared = (
-        foresee(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
+        estimate_memory(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
         for n in (1, 4)
     )
     assert (
         shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
     )
-    nf4 = foresee(
+    nf4 = estimate_memory(
         policy,
         replace(recipe.model, quantization="nf4"),
         recipe.align,

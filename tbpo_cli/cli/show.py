@@ -29,7 +29,7 @@ from tbpo_cli.report.diagnoses import advice
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES, STATES, plan
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.memory import foresee, matrix_rate, operations, room
+from tbpo_cli.train.memory import device_memory, estimate_memory, matrix_rate, operations
 from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.stage import choose_sharding, open_stores
 
@@ -110,7 +110,7 @@ def examine(
     settings, device = getattr(recipe, name), Group.of_environment().device
     loss = recipe.align.loss if name == "align" else build_loss("sft")
     longest, bounds, passed = recipe.data.max_length, (0, 2**31), 0.0
-    known: dict[str, Any] = {"room": room(device)}  # of what `advice` asks
+    known: dict[str, Any] = {"room": device_memory(device)}  # of what `advice` asks
     memory: dict[str, float] = {}
     if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
         stores = open_stores(settings, run_dir)
@@ -140,7 +140,7 @@ def examine(
         if processes > 1:
             lines.append(("processes", f"{processes}, {'fsdp' if is_sharded else 'ddp'}: {why}"))
         lines += _choices(policy, loss, settings.layout, longest)
-        memory, tokens = foresee(
+        memory, tokens = estimate_memory(
             policy, recipe.model, settings, device, processes if is_sharded else 1, bounds
         )
         known |= {

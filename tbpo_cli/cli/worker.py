@@ -10,11 +10,14 @@ from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.launch import TOLD
 
 
 def main() -> None:
     """Runs the stage of the run's resolved recipe in this process. Of several that fail, the first one tells why."""
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
     code = _run(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
