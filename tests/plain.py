@@ -37,6 +37,7 @@ class Result:
     """Of every step, before it: the loss and other figures; the weights after the last one."""
 
     losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)  # before they are clipped
     figures: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -230,7 +231,8 @@ def train(base, rows, settings, adapter=None, helpers=()):
                 of_pairs.append(figures_of(settings.beta, own, other))
             (one / count).backward()
             loss += one.item() / count
-        torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        result.grad_norms.append(norm.item())
         for group in optimizers[0].param_groups:
             group["lr"] = rate_of(settings, step)
         for optimizer in optimizers:

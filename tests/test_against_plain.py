@@ -85,6 +85,8 @@ def assert_same(lines, weights, want, share=0.0):
     losses = [line["loss"] for line in lines]
     assert losses == pytest.approx(want.losses, abs=1e-5)
     assert abs(losses[-1] - losses[0]) > 1e-3, "nothing was learned: the test would see nothing"
+    grad_norms = [line["grad_norm"] for line in lines]
+    assert grad_norms == pytest.approx(want.grad_norms, rel=2e-3)
     for line, figures in zip(lines, want.figures, strict=True):
         if line["step"] % LOG_EVERY == 0:
             assert {name: line[name] for name in figures} == pytest.approx(figures, abs=1e-4)
