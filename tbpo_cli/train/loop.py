@@ -66,6 +66,8 @@ def train(run: TrainingRun) -> MetricsLog:
             stops = [number for number in signals if number is not None]
             is_last = step == run.num_steps
             if step % run.settings.checkpoint_every == 0 or is_last or stops:
+                if stepper.cache is not None:
+                    stepper.cache.sync()
                 save_checkpoint(checkpoints, step, stepper.states, run.group.is_main)
             if stops:
                 what = f"a checkpoint of step {step} is kept"
