@@ -211,7 +211,12 @@ def test_a_row_that_is_there_twice_is_trained_on_once(tmp_path, base):
     path = tmp_path / "recipe.toml"
     train = write_jsonl(tmp_path / "rows.jsonl", [*rows, *rows[:4]])
     for dedup, expected in ((True, 8), (False, 12)):
-        data = {"train": str(train), "eval_fraction": 0.0, "dedup": dedup, "max_reject_fraction": 0.5}
+        data = {
+            "train": str(train),
+            "eval_fraction": 0.0,
+            "dedup": dedup,
+            "max_reject_fraction": 0.5,
+        }
         path.write_text(tomli_w.dumps({"model": {"base": str(base)}, "data": data}))
         run = run_stage("prepare", path, tmp_path / str(dedup))
         assert len(PairStore(run / "prepare/train")) == expected
