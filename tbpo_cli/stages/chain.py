@@ -1,4 +1,4 @@
-"""The chain of stages: which of them a command needs, which of these are up to date, and running the others."""
+"""The chain of stages: which ones a command needs and which are up to date; running the others."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[s
 def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
     """Prints what `run_through` would do."""
     for name, (state, changes) in plan(target, recipe, run_dir).items():
-        console.out.print("\n    ".join([f"{name}: {STATES[state]}", *changes]), markup=False)
+        console.show("\n    ".join([f"{name}: {STATES[state]}", *changes]))
 
 
 def run_through(
@@ -133,7 +133,7 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
 
 
 def _refuse_changed(states: Plan, run_dir: RunDir) -> None:
-    """Raises TbpoError if a complete stage is damaged, or one with results was made from other inputs."""
+    """Raises TbpoError if a complete stage is damaged, or was made from other inputs."""
     for name, (state, _) in states.items():
         if state == "damaged":
             run_dir.check(name)

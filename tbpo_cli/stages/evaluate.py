@@ -12,6 +12,8 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
+from tbpo_cli.report.diagnoses import AFTER, diagnose
+from tbpo_cli.report.facts import after_evaluation
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
@@ -37,6 +39,12 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(
             what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
         )
+    is_of_data = recipe.sample.prompts == "eval"
+    if recipe.eval.judged and "chosen" in recipe.eval.opponents and not is_of_data:
+        what = 'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
+        expected = "prompts of the held-out pairs, which have a chosen response"
+        fix = "--set eval.opponents='[\"reference\"]'"
+        raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
     check_suites(recipe.eval.suites)
@@ -77,12 +85,13 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
     }
+    warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
     _finish(
         recipe,
         run_dir,
-        results | {"verdict": verdict(results)},
+        results | {"verdict": verdict(results), "warnings": warnings},
         round(time.monotonic() - started, 1),
     )
     report(recipe, run_dir)
@@ -223,6 +232,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
             run_dir.reopen("eval")
             _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
+    for sentence in results["warnings"]:
+        console.say(f"WARNING: {sentence}")
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
         measured = (
