@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tbpo_cli.batch.layouts import Segments, Sequences, segments_of
+from tbpo_cli.batch.packing import Segments, Sequences, segments_of
 
 BY_SEQUENCE = "tbpo_by_sequence"
 # Options of an attention that the varlen kernel does not have.

@@ -14,6 +14,7 @@ from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.layout import apply_layout, choose_layout, confirm_layout
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
@@ -109,10 +110,12 @@ def build_stepper(run: TrainingRun) -> Stepper:
         run.folder if policy.is_sharded else None,
     )
     scorer = Scorer.of(policy, baseline)
-    wanted = settings.layout
-    layout, reason = confirm_layout(scorer, layout, wanted, reason, sample_pairs(run.train))
+    pairs = sample_pairs(run.train)
+    layout, reason = confirm_layout(scorer, layout, settings.layout, reason, pairs)
     console.say(f"rows are {layout}: {reason}")
-    return Stepper(run, scorer, states, layout, budget, open_reference_cache(run))
+    cache = open_reference_cache(run)
+    token_keys = use_token_dropout(policy.model)
+    return Stepper(run, scorer, states, layout, budget, cache, token_keys)
 
 
 def sample_pairs(store: PairStore) -> list[TokenizedPair]:
