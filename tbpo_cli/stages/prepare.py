@@ -130,7 +130,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
             else [split, "", "", ""]
         )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
-    console.say(f"more about them: {folder / 'report.html'}")
+    console.say(f"more about them: {console.short(folder / 'report.html')}")
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
