@@ -238,7 +238,7 @@ def main() -> None:
     try:
         app()
     except TbpoError as error:
-        sys.stderr.write(f"{error}\n" if str(error) else "")
+        sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
         sys.exit(error.exit_code)
 
 

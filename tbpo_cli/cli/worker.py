@@ -48,7 +48,7 @@ def _run(folder: Path) -> int:
         group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):
-            sys.stderr.write(f"{error}\n" if str(error) else "")
+            sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
