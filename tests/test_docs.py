@@ -1,4 +1,4 @@
-"""What docs/ says can be typed, and does what it says; the generated pages are those of the code."""
+"""What docs/ says can be typed, and does it; the generated pages are those of the code."""
 
 import importlib.util
 import re

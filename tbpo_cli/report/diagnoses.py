@@ -208,7 +208,7 @@ DIAGNOSES = BEFORE + AFTER
 
 
 def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:
-    """What applies, one sentence each with the key to change; of what is not known, nothing is said."""
+    """What applies, a sentence each with the key to change; nothing about what is not known."""
     names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "wanted_rate"}
     said = []
     for each in table:
