@@ -100,12 +100,12 @@ def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
         (
             '[align.loss]\nname = "dpo"\ngama = 1\n',
             "align.loss.gama is an unknown key",
-            "one of name, beta",
+            "one of name, sft_weight, beta",
         ),
         (
             '[align.loss]\nname = "dpo"\n[align.loss.generator]\nname = "sba"\n',
             "align.loss.generator is an unknown table",
-            "one of name, beta, label_smoothing",
+            "one of name, sft_weight, beta, label_smoothing",
         ),
         (
             '[align.loss.generator]\nname = "sab"\n',

@@ -129,7 +129,9 @@ class Stepper:
         """This process's micro-batches of a step, a function of the arguments and the seed."""
         run = self.run
         indices = run.group.share(self._pairs(number))
-        span = "response" if self._is_full(number) and run.loss.span == "aligned" else run.loss.span
+        span = run.loss.span
+        if self._is_full(number) and span != "chosen":
+            span = "response"
         return list(collate_all(run.train, indices, tokens, span, self.layout))
 
     def _matched(self, batches: Iterable[PairBatch]) -> Iterable[PairBatch]:
