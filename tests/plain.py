@@ -34,9 +34,10 @@ class Settings:
 
 @dataclass
 class Result:
-    """The loss of every step, before it, and the weights after the last one."""
+    """Of every step, before it: the loss and other figures; the weights after the last one."""
 
     losses: list[float] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -106,6 +107,20 @@ def loss_of_pair(settings, policy, reference, baseline):
     return scaled_basu(log_ratio).mean()
 
 
+def figures_of(own, other):
+    """Sums over the tokens of a pair, and their numbers, by the names that metrics.jsonl has."""
+    log_refs = {side: other[side].log_probs for side in other}
+    kl = [
+        (log_refs[side].exp() * (log_refs[side] - own[side].log_probs)).sum() for side in log_refs
+    ]
+    counts = [len(own[side].tokens) for side in log_refs]
+    return {
+        "logps_chosen": (own["chosen"].logps.sum().item(), counts[0]),
+        "logps_rejected": (own["rejected"].logps.sum().item(), counts[1]),
+        "kl": (sum(kl).item(), sum(counts)),
+    }
+
+
 def make_baseline(hidden_size, seed):
     """b_φ: its first layer drawn from the seed, its last one zero."""
     with torch.random.fork_rng(devices=[]):
@@ -125,6 +140,18 @@ def rate_of(settings, step):
     share = (step - warmup) / (settings.num_steps - warmup)
     fall = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
     return settings.learning_rate * fall[settings.schedule]
+
+
+def greedy(model, prompt, stop_ids, num_tokens):
+    """The likeliest tokens, one after the other, each from a pass over all before it."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + num_tokens:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            if ids[-1] in stop_ids:
+                break
+    return ids[len(prompt) :]
 
 
 def train(base, rows, settings, adapter=None):
@@ -156,6 +183,7 @@ def train(base, rows, settings, adapter=None):
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss = 0.0
+        of_pairs = []
         count = sum(len(r["chosen"]) for _, r in pairs) if settings.loss == "sft" else len(pairs)
         for prompt, responses in pairs:
             if settings.loss == "sft":
@@ -165,6 +193,7 @@ def train(base, rows, settings, adapter=None):
                 with torch.no_grad():
                     other = {side: read(reference, prompt, ids) for side, ids in responses.items()}
                 one = loss_of_pair(settings, own, other, baseline)
+                of_pairs.append(figures_of(own, other))
             (one / count).backward()
             loss += one.item() / count
         torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
@@ -173,5 +202,10 @@ def train(base, rows, settings, adapter=None):
         for optimizer in optimizers:
             optimizer.step()
         result.losses.append(loss)
+        means = {}
+        for name in of_pairs[0] if of_pairs else ():
+            sums, counts = zip(*(figures[name] for figures in of_pairs), strict=True)
+            means[name] = sum(sums) / sum(counts)
+        result.figures.append(means)
     result.weights = {name: p.detach() for name, p in trained.items()}
     return result

@@ -173,6 +173,20 @@ def room_cycle(files):
     return []
 
 
+def private_names(source):
+    """Names of the package that begin with an underscore, imported or replaced by a test."""
+    tree = ast.parse(source)
+    yield from (
+        module
+        for module in modules(ast.walk(tree))
+        if module.startswith("tbpo_cli.") and "._" in module
+    )
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else ""
+        if isinstance(text, str) and re.fullmatch(r"tbpo_cli(\.\w+)*\._\w+", text):
+            yield text
+
+
 def unread_keys(files):
     """Keys of the recipe that only their own check reads; JUDGES, a table, reads its own."""
     tables = []
@@ -275,6 +289,18 @@ def test_no_room_imports_itself_through_others():
     }
     assert {*room_cycle(late)} == {"hub", "report"}
     assert not room_cycle({**late, "hub/card.py": "import tbpo_cli.hub.upload"})
+
+
+def test_no_test_or_benchmark_names_what_is_private():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert not [*private_names(path.read_text(encoding="utf-8"))], path.name
+    bad = [
+        "from tbpo_cli.data.store import _schema",
+        "import tbpo_cli.data._store",
+        'patch("tbpo_cli.train.loop._signals")',
+    ]
+    for source in bad:
+        assert len([*private_names(source)]) == 1, source
 
 
 def test_no_line_is_longer_than_100_columns():

@@ -12,7 +12,7 @@ from tbpo_cli.batch.layouts import LAYOUTS, Sequences, collate, segments_of
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import BY_SEQUENCE, _in_one_kernel, attend_by_sequence, choose_layout
+from tbpo_cli.model.attention import BY_SEQUENCE, attend_by_sequence, choose_layout, in_one_kernel
 from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.train.metrics import measure, pair_weights
@@ -200,7 +200,7 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
 def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
     """Of shapes alone ("meta"), where the kernel's own checks of its arguments run."""
     states = random_states(SEQUENCES[kind], "meta", torch.bfloat16)
-    result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
+    result = in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
     expected, _ = attend_by_sequence(
         llama_attention(), *random_states(SEQUENCES[kind]), None, SEQUENCES[kind]
     )
@@ -250,7 +250,7 @@ def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
         random_states(SEQUENCES[kind], "cuda", torch.bfloat16),
     ):
         if states[0].is_cuda:
-            result = _in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("cuda"), None)
+            result = in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("cuda"), None)
         else:
             result, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
         gradients = torch.autograd.grad(result.float().square().sum(), states)

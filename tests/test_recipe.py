@@ -1,8 +1,11 @@
 """A recipe is checked as a whole, completed with defaults, and means the same written out."""
 
+import math
 from pathlib import Path
 
 import pytest
+import tomli_w
+from conftest import merged
 
 from tbpo_cli.cli.main import Call
 from tbpo_cli.config.recipe import Source, load_recipe
@@ -12,15 +15,15 @@ from tbpo_cli.errors import TbpoError
 
 @pytest.fixture
 def load(tmp_path):
-    def load(text, *overrides):
+    def load(tables, *overrides):
         path = tmp_path / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(tomli_w.dumps(tables), encoding="utf-8")
         return load_recipe(path, overrides)
 
     return load
 
 
-SMALL = '[model]\nbase = "org/model"\n[data]\ntrain = "org/pairs"\n'
+SMALL = {"model": {"base": "org/model"}, "data": {"train": "org/pairs"}}
 
 
 def faults(error):
@@ -33,12 +36,12 @@ def test_only_the_base_and_the_training_rows_have_no_default(load):
     assert recipe.run.name == "recipe" and recipe.sft is None and recipe.model.lora is None
     assert recipe.align.epochs == 1.0 and recipe.align.loss_name == "tbpo_a"
     with pytest.raises(TbpoError) as error:
-        load("")
+        load({})
     assert [fault.what for fault in faults(error)] == ["model is missing", "data is missing"]
 
 
 def test_the_resolved_recipe_writes_out_every_default_and_loads_to_itself(load, tmp_path):
-    recipe = load(SMALL + "[model.lora]\n[sft]\n")
+    recipe = load(merged(SMALL, {"model": {"lora": {}}, "sft": {}}))
     written = tmp_path / "resolved.toml"
     written.write_text(recipe.to_toml(), encoding="utf-8")
     assert load_recipe(written, ("run.name=recipe",)) == recipe
@@ -48,9 +51,12 @@ def test_the_resolved_recipe_writes_out_every_default_and_loads_to_itself(load, 
 def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
     with pytest.raises(TbpoError) as error:
         load(
-            '[model]\nbase = "a/b"\ndtyp = "auto"\n[data]\ntrain = 4\noverlong = "dorp"\n'
-            '[align]\nlearning_rate = "1e-3"\n'
-            '[align.loss]\nname = "tbpo_b"\n[pusj]\nrepo = "x"\n'
+            {
+                "model": {"base": "a/b", "dtyp": "auto"},
+                "data": {"train": 4, "overlong": "dorp"},
+                "align": {"learning_rate": "1e-3", "loss": {"name": "tbpo_b"}},
+                "pusj": {"repo": "x"},
+            }
         )
     message = str(error.value)
     assert "model.dtyp is an unknown key" in message and "did you mean model.dtype?" in message
@@ -62,73 +68,80 @@ def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
     assert message.count("error:") == message.count("  where:") == message.count("  fix:") == 6
 
 
+DPO = {"name": "dpo"}
+
+
 @pytest.mark.parametrize(
-    ("text", "what", "expected"),
+    ("tables", "what", "expected"),
     [
-        ("[model.lora]\nr = 0\n", "model.lora.r = 0 is not possible", "greater than or equal to 1"),
         (
-            "[align]\nbatch_pairs = 2.5\n",
+            {"model": {"lora": {"r": 0}}},
+            "model.lora.r = 0 is not possible",
+            "greater than or equal to 1",
+        ),
+        (
+            {"align": {"batch_pairs": 2.5}},
             "align.batch_pairs = 2.5 is not possible",
             "a valid integer",
         ),
         (
-            "[align]\nbatch_pairs = true\n",
+            {"align": {"batch_pairs": True}},
             "align.batch_pairs = true is not possible",
             "a valid integer",
         ),
         (
-            "[align]\nlearning_rate = nan\n",
+            {"align": {"learning_rate": math.nan}},
             "align.learning_rate = NaN is not possible",
             "a finite number",
         ),
         (
-            "[align]\nepochs = 1\nmax_steps = 2\n",
+            {"align": {"epochs": 1, "max_steps": 2}},
             "align.epochs is not possible",
             "left out where max_steps is given",
         ),
-        ("[align]\nloss = 3\n", "align.loss is not a table", "that loss's own keys"),
+        ({"align": {"loss": 3}}, "align.loss is not a table", "that loss's own keys"),
         (
-            '[align.loss]\nname = "dpo"\nbeta = -1\n',
+            {"align": {"loss": DPO | {"beta": -1}}},
             "align.loss.beta is not possible",
             "must be positive",
         ),
         (
-            '[align.loss]\nname = "dpo"\nbeta = "x"\n',
+            {"align": {"loss": DPO | {"beta": "x"}}},
             'align.loss.beta = "x" is not possible',
             "a valid number",
         ),
         (
-            '[align.loss]\nname = "dpo"\ngama = 1\n',
+            {"align": {"loss": DPO | {"gama": 1}}},
             "align.loss.gama is an unknown key",
             "one of name, sft_weight, beta",
         ),
         (
-            '[align.loss]\nname = "dpo"\n[align.loss.generator]\nname = "sba"\n',
+            {"align": {"loss": DPO | {"generator": {"name": "sba"}}}},
             "align.loss.generator is an unknown table",
             "one of name, sft_weight, beta, label_smoothing",
         ),
         (
-            '[align.loss.generator]\nname = "sab"\n',
+            {"align": {"loss": {"generator": {"name": "sab"}}}},
             "align.loss.generator.name = 'sab' is unknown",
             "logistic, kliep",
         ),
         (
-            '[align.loss.generator]\nname = "sba"\nlam = -2\n',
+            {"align": {"loss": {"generator": {"name": "sba", "lam": -2}}}},
             "align.loss.generator.lam is not possible",
             "above -1",
         ),
         (
-            '[align.loss.generator]\nname = "kliep"\nlam = 0\n',
+            {"align": {"loss": {"generator": {"name": "kliep", "lam": 0}}}},
             "align.loss.generator.lam is an unknown key",
             "one of name",
         ),
-        ('[run]\nname = "../x"\n', 'run.name = "../x" is not possible', "letters, digits"),
-        ("sft = 3\n", "sft = 3 is not possible", "a table: [sft]"),
+        ({"run": {"name": "../x"}}, 'run.name = "../x" is not possible', "letters, digits"),
+        ({"sft": 3}, "sft = 3 is not possible", "a table: [sft]"),
     ],
 )
-def test_impossible_values_are_named_with_what_is_expected(load, text, what, expected):
+def test_impossible_values_are_named_with_what_is_expected(load, tables, what, expected):
     with pytest.raises(TbpoError) as error:
-        load(text + SMALL if text.startswith("sft") else SMALL + text)
+        load(merged(SMALL, tables))
     (fault,) = faults(error)
     assert fault.what == what and expected in fault.expected and fault.exit_code == 2
 
@@ -191,15 +204,14 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_fo
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     (tmp_path / "model").mkdir()
-    text = '[model]\nbase = "model"\n[data]\ntrain = ["rows.jsonl", "org/pairs"]\n'
-    recipe = load(text, "data.eval=more.jsonl")
+    tables = {"model": {"base": "model"}, "data": {"train": ["rows.jsonl", "org/pairs"]}}
+    recipe = load(tables, "data.eval=more.jsonl")
     assert recipe.model.base == str(tmp_path / "model")
     assert recipe.data.train == (Source(str(tmp_path / "rows.jsonl")), Source("org/pairs"))
     assert recipe.data.eval == (Source(str(elsewhere / "more.jsonl")),)
     assert load(SMALL).model.base == "org/model", "a Hub id stays a Hub id"
-    assert load(
-        '[model]\nbase = "mistralai/Mistral-7B-v0.1"\n[data]\ntrain = "a/b"'
-    ).model.base.startswith("mistralai/")
+    hub = load(merged(SMALL, {"model": {"base": "mistralai/Mistral-7B-v0.1"}}))
+    assert hub.model.base == "mistralai/Mistral-7B-v0.1"
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ def attend_by_sequence(
     if segments is not None and plain and query.is_cuda and _one_kernel_agrees(
         query.dtype, query.shape[1], key.shape[1], query.shape[3]
     ):  # fmt: skip
-        return _in_one_kernel(query, key, value, segments, options.get("scaling")), None
-    return _one_by_one(module, query, key, value, sequences, **options), None
+        return in_one_kernel(query, key, value, segments, options.get("scaling")), None
+    return one_by_one(module, query, key, value, sequences, **options), None
 
 
-def _one_by_one(
+def one_by_one(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -89,9 +89,10 @@ def _one_by_one(
     return torch.cat([attended[number] for number in range(len(sequences.lengths))], dim=1)
 
 
-def _in_one_kernel(
+def in_one_kernel(
     query: Tensor, key: Tensor, value: Tensor, of: Segments, scale: float | None
 ) -> Tensor:
+    """All sequences of a row in one call of torch's varlen attention, which needs a GPU."""
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     grouped: Any = (
         {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
@@ -126,10 +127,10 @@ def _one_kernel_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int
     try:
         with torch.enable_grad():
             wanted = with_gradients(
-                lambda query, key, value: _one_by_one(module, query, key, value, sequences)
+                lambda query, key, value: one_by_one(module, query, key, value, sequences)
             )
             found = with_gradients(
-                lambda query, key, value: _in_one_kernel(query, key, value, segments, None)
+                lambda query, key, value: in_one_kernel(query, key, value, segments, None)
             )
     except (
         RuntimeError,

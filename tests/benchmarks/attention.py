@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import Sequences, collate, segments_of
-from tbpo_cli.model.attention import _in_one_kernel, _one_by_one
+from tbpo_cli.model.attention import in_one_kernel, one_by_one
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (
@@ -95,7 +95,7 @@ def ways_for(
     module, visible, gqa = nn.Module(), visible_in(sequences), {"enable_gqa": group > 1}
     module.num_key_value_groups = group
     ways: dict[str, tuple[int, Callable[..., Tensor]]] = {
-        "one by one": (0, lambda *qkv: _one_by_one(module, *qkv, sequences)),
+        "one by one": (0, lambda *qkv: one_by_one(module, *qkv, sequences)),
         "dense mask": (0, lambda *qkv: sdpa(*qkv, attn_mask=visible, **gqa)),
         "padded": (1, lambda *qkv: sdpa(*qkv, is_causal=True, **gqa)),
     }
@@ -108,7 +108,7 @@ def ways_for(
         )
         flex = torch.compile(flex_attention, dynamic=False)
         segments = segments_of(sequences).to("cuda")
-        ways["one kernel"] = (0, lambda *qkv: _in_one_kernel(*qkv, segments, None))
+        ways["one kernel"] = (0, lambda *qkv: in_one_kernel(*qkv, segments, None))
         ways["flex"] = (0, lambda *qkv: flex(*qkv, block_mask=mask, **gqa).transpose(1, 2))
     return ways
 
