@@ -107,7 +107,9 @@ def test_the_format_is_that_of_the_first_row_that_has_one_or_the_recipes():
 def test_an_answer_may_be_a_call_of_a_tool_without_text():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     pair = pair_of({"prompt": [USER], "chosen": [call], "rejected": [OTHER]})
-    assert (pair.chosen, pair.rejected) == (call | {"content": ""}, OTHER)
+    made = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    assert pair.chosen == call | {"content": "", "tool_calls": [made]}
+    assert pair.rejected == OTHER
 
 
 def test_a_demonstration_ends_with_the_assistant():
@@ -598,7 +600,7 @@ def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(
         changed = executable("align", *arguments, **second)
     assert (
         changed.returncode == 2
-        and "another one than the pairs were prepared with" in changed.stderr
+        and "is not the one that the pairs were prepared with" in changed.stderr
     )
 
 

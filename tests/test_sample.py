@@ -13,7 +13,6 @@ from tbpo_cli.config.recipe import Sample, load_recipe
 from tbpo_cli.data.prompts import prompt_of
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.data.tokens import end_of_turn
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.generate import generate
 from tbpo_cli.runs.run_dir import RunDir
@@ -96,9 +95,7 @@ def test_top_p_leaves_out_what_is_unlikely(model):
 
 
 def test_the_end_of_the_turn_is_that_of_the_pairs(tokenizer):
-    assert end_of_turn(Chat(tokenizer, "2026-01-01")) == tokenizer.convert_tokens_to_ids(
-        "<|im_end|>"
-    )
+    assert Chat(tokenizer, "2026-01-01").end_ids[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,9 @@ from typing import Any
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
 
-# What a template may render of a message; any other key is left out.
-MESSAGE_KEYS = (
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "reasoning_content",
-    "thinking",
-)
+# What a template may render of a message beside its role and its content.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING_KEYS)
 # The roles that may come before each role; "" is the start of the conversation.
 ROLES_BEFORE = {
     "system": {""},
@@ -108,7 +101,7 @@ def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         raise RejectedRow("wrong_type", f"tools is not JSON: {error}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RejectedRow("wrong_type", "tools is no list of JSON schemas")
-    return tuple(without_nulls(tools))
+    return tuple(tools)
 
 
 def _score_margin(row: dict[str, Any]) -> float | None:
@@ -125,10 +118,3 @@ def _hash(content: Any) -> str:
         raise RejectedRow("invalid_text", error.reason) from None
     except TypeError as error:
         raise RejectedRow("wrong_type", f"not JSON: {error}") from None
-
-
-def without_nulls(content: Any) -> Any:
-    """JSON without null members: columnar files fill the keys that other rows have with them."""
-    if isinstance(content, dict):
-        return {key: without_nulls(value) for key, value in content.items() if value is not None}
-    return [without_nulls(item) for item in content] if isinstance(content, list) else content

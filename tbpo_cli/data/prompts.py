@@ -13,7 +13,7 @@ from tbpo_cli.data.formats import read_prompt, recognise, to_pair
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.templates import Chat
+from tbpo_cli.data.templates import Chat, Tools
 from tbpo_cli.data.tokens import tokenize_prompt
 from tbpo_cli.errors import TbpoError
 
@@ -25,12 +25,14 @@ class Prompt:
     Args:
         prompt_id: tells it from the others: the pair's id, or where it stands in its file.
         token_ids: with the generation prompt.
-        messages: what they render.
+        messages: what they render, with
+        tools: the JSON schemas of the functions that the answer may call.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     messages: Messages
+    tools: Tools = ()
 
 
 def prompts_of(recipe: Recipe, held_out: Path, chat: Chat) -> list[Prompt]:
@@ -64,7 +66,10 @@ def prompts_of_pairs(store: PairStore, data: Data, max_prompts: int | None = Non
         pair = store[index]
         first.setdefault(tuple(map(int, pair.prompt_ids)), pair.pair_id)
     texts = held_out_texts(data, set(first.values()))
-    return [Prompt(pair_id, ids, texts[pair_id].prompt) for ids, pair_id in first.items()]
+    return [
+        Prompt(pair_id, ids, texts[pair_id].prompt, texts[pair_id].tools)
+        for ids, pair_id in first.items()
+    ]
 
 
 def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
@@ -96,11 +101,11 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
     """One prompt: text, or a row with `prompt` or `messages`. Raises TbpoError if it is none."""
     content = {"prompt": row.content} if isinstance(row.content, str) else row.content
     try:
-        messages: Messages = read_prompt(content)
-        ids = tokenize_prompt(messages, chat)
+        messages, tools = read_prompt(content)
+        ids = tokenize_prompt(messages, tools, chat)
     except RejectedRow as reason:
         what = f"a prompt cannot be used: {reason.reason} {reason.detail}"
         where = f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}"
         expected = 'text, or {"prompt": text or messages}, or {"messages": [...]}'
         raise TbpoError(what, where, expected, "mend that line") from None
-    return Prompt(f"{Path(row.source).name}:{row.number}", tuple(ids), messages)
+    return Prompt(f"{Path(row.source).name}:{row.number}", tuple(ids), messages, tools)

@@ -137,4 +137,18 @@ def _read_dataset(source: Source, split: str) -> Numbered:
         rows = datasets.load_dataset(
             source.path, source.config, split=split, revision=source.revision
         )
-    return enumerate(rows, 1)
+    return enumerate(map(_without_nested_nulls, rows), 1)
+
+
+def _without_nested_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of columns, where messages have no members that are null.
+
+    A columnar file gives every message all the keys that another one has.
+    """
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nulls(value) for key, value in content.items() if value is not None}
+    return [_without_nulls(item) for item in content] if isinstance(content, list) else content

@@ -1,16 +1,15 @@
 """Messages → text, by the chat template of the model, cut into prompt and responses.
 
 The prompt is rendered with the generation prompt (the assistant's header belongs to it); a response
-is what the full rendering adds, up to and including the end-of-turn token. Control tokens come from
-the chat template only: those written in a user's text are masked while the template is rendered, so
-    that they stay text whatever a template does
-with them.
+is what the full rendering adds, up to and including the token at which generation stops. Control
+tokens come from the chat template only: those written in a user's text are masked while the
+template is rendered, so that they stay text whatever a template does with them.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
@@ -18,97 +17,265 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.data.encoder import Encoder, unmask
+from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow
+from tbpo_cli.data.rendering import left_out_of_answer, left_out_of_prompt
 from tbpo_cli.errors import TbpoError
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-# Private-use characters, around the hexadecimal form of a masked control token.
-OPEN = "\ue0fa"
-CLOSE = "\ue0fb"
+Tools = tuple[dict[str, Any], ...]  # JSON schemas
+
 OTHER_TEMPLATE = "give a template of your own as model.chat_template"
+# Plain conversations, one of which most templates render.
+QUESTION = {"role": "user", "content": "question"}
+ANSWER = {"role": "assistant", "content": "reply"}
+PROBES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "help"}, QUESTION))
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cat"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CALLED = (
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "finds a word",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"type": "string", "description": "any"}},
+                "required": ["word"],
+            },
+        },
+    },
+)
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its chat template; `template_date`, YYYY-MM-DD, is printed by templates that
-    print a date.
+    """A tokenizer with its chat template.
+
+    Args:
+        template_date: YYYY-MM-DD, printed by templates that print today's date.
+        base_end_ids: the tokens at which the base, as it was published, stops to generate.
     """
 
     tokenizer: PreTrainedTokenizerFast
     template_date: str
+    base_end_ids: tuple[int, ...] = ()
 
     @cached_property
-    def control_tokens(self) -> dict[str, AddedToken]:
-        """The tokenizer's control tokens by their text, the longest first."""
-        tokens = {
-            token.content: token
-            for token in self.tokenizer.added_tokens_decoder.values()
-            if token.special
-        }
-        return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+    def encoder(self) -> Encoder:
+        """Rendered text → token ids."""
+        return Encoder(self.tokenizer)
 
-    @cached_property
-    def controls(self) -> re.Pattern[str]:
-        """Matches any control token."""
-        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+    def render(self, messages: Messages, tools: Tools, **options: Any) -> str:
+        """The messages as text, with masked control tokens.
 
-    def mask(self, content: Any) -> Any:
-        """Messages, or anything in them, with every control token in a text written as private-use
-        characters.
-        """
-        if isinstance(content, str):
-            if OPEN in content or CLOSE in content:
-                content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
-            return self.controls.sub(_masked, content)
-        if isinstance(content, dict):
-            return {key: self.mask(value) for key, value in content.items()}
-        return (
-            [self.mask(item) for item in content] if isinstance(content, list | tuple) else content
-        )
-
-    def encode(self, texts: Sequence[str], controls_as_text: bool = False) -> list[list[int]]:
-        """Ids of texts as they stand: nothing is added, cut or padded."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = controls_as_text
-        return [
-            encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-
-    def render(
-        self,
-        messages: tuple[dict[str, Any], ...],
-        tools: tuple[dict[str, Any], ...],
-        **options: Any,
-    ) -> str:
-        """The messages, masked, as text.
+        Arguments of tool calls are given to the template as objects; to one that fails on them, or
+        prints them in Python's notation, as JSON text.
 
         Raises:
             RejectedRow: template_error, if the template refuses the messages.
-            TbpoError: if it is no template.
+            TbpoError: if it is not a template.
         """
-        masked: Any = self.mask(tools) or None
+        arguments = [
+            call["function"]["arguments"]
+            for message in messages
+            for call in message.get("tool_calls", ())
+            if isinstance(call.get("function", {}).get("arguments"), dict)
+        ]
         try:
-            template = _with_date(
-                self.tokenizer.get_chat_template(tools=masked), self.template_date
-            )
-            options |= {"chat_template": template, "tokenize": False}
-            return cast(
-                str, self.tokenizer.apply_chat_template(self.mask(messages), masked, **options)
+            text = self._render(messages, tools, options)
+            if not any(argument and str(argument) in unmask(text) for argument in arguments):
+                return text
+        except RejectedRow:
+            if not arguments:
+                raise
+        return self._render(tuple(map(_with_arguments_as_text, messages)), tools, options)
+
+    def _render(self, messages: Messages, tools: Tools, options: dict[str, Any]) -> str:
+        masked_tools: Any = self.encoder.mask(tools) or None
+        masked: Any = self.encoder.mask(messages)
+        try:
+            template = self.tokenizer.get_chat_template(tools=masked_tools)
+            options |= {"chat_template": _with_date(template, self.template_date)}
+            text = self.tokenizer.apply_chat_template(
+                masked, masked_tools, tokenize=False, **options
             )
         except TemplateSyntaxError as error:
-            what, where = (
+            raise TbpoError(
                 f"the chat template is no Jinja template: {error.message}",
                 f"line {error.lineno} of the template",
-            )
-            fix = "mend the file that model.chat_template names, or the tokenizer's own template"
-            raise TbpoError(what, where, "a template that renders the chat", fix) from None
+                "a template that renders the chat",
+                "mend the file that model.chat_template names, or the tokenizer's own template",
+            ) from None
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
+        return cast(str, text)
+
+    def prompt(self, messages: Messages, tools: Tools) -> str:
+        """A prompt with the generation prompt, as text with masked control tokens.
+
+        Raises:
+            RejectedRow: as `render`; not_rendered, if the template leaves out a message or a tool.
+            TbpoError: as `render`.
+        """
+        text = self.render(messages, tools, add_generation_prompt=True)
+        masked_messages, masked_tools = self.encoder.mask(messages), self.encoder.mask(tools)
+        if what := left_out_of_prompt(masked_messages, masked_tools, text):
+            raise RejectedRow("not_rendered", f"the chat template leaves out {unmask(what)}")
+        return text
+
+    def response(self, messages: Messages, answer: Message, tools: Tools, prompt: str) -> str:
+        """What an answer adds to the rendered prompt, up to the token that ends it.
+
+        Raises:
+            RejectedRow: as `render`; not_rendered, if the template leaves out a part of the answer;
+                template_error, if it cannot be cut behind this prompt, but behind others.
+            TbpoError: as `render`; if the template does not allow the cut at all.
+        """
+        full = self.render((*messages, answer), tools)
+        try:
+            response = self._cut(prompt, full)
+        except TbpoError as error:
+            if messages not in PROBES and self._cuts_a_plain_chat:
+                raise RejectedRow("template_error", f"{error.what}: {error.where}") from None
+            raise
+        if what := left_out_of_answer(self.encoder.mask(answer), response):
+            raise RejectedRow("not_rendered", f"the chat template leaves out {unmask(what)}")
+        return response
+
+    def _cut(self, prompt: str, full: str) -> str:
+        """What the full rendering adds to the prompt, up to the token that ends the answer.
+
+        Behind the answer's text stand one or more control tokens. The answer ends with the first of
+        them at which generation stops. If it stops at none of them, it ends with the last.
+        """
+        if not full.startswith(prompt):
+            same = len(_same_start(prompt, full))
+            alone, followed = (text[max(0, same - 80) : same + 80] for text in (prompt, full))
+            raise TbpoError(
+                "the chat template renders the prompt differently once an answer follows",
+                f"\n    prompt alone: …{alone!r}\n    with answer:  …{followed!r}",
+                "a full rendering that begins with the prompt and its generation prompt",
+                OTHER_TEMPLATE,
+            )
+        response, control = full[len(prompt) :], self.encoder.controls.pattern
+        closing = re.search(rf"(?:{control})(?:\s|{control})*\Z", response)
+        if closing is None:
+            raise TbpoError(
+                "the chat template ends an answer without an end-of-turn token",
+                f"the answer renders as …{response[-80:]!r}",
+                "a control token after the answer, so that the model learns to stop",
+                OTHER_TEMPLATE,
+            )
+        found = list(self.encoder.controls.finditer(response, closing.start()))
+        end = next((token for token in found if token.group() in self._ends), found[-1])
+        return response[: end.end()]
+
+    @cached_property
+    def turn_end(self) -> str:
+        """The control token that ends an answer in a conversation; "" if the template has none.
+
+        What the template puts behind an answer whether or not a user's message follows belongs to
+        the answer; its last control token is the end. What it puts behind the last message alone is
+        never seen within a conversation.
+        """
+        for probe in PROBES:
+            try:
+                last = self.render((*probe, ANSWER), ())
+                within = self.render((*probe, ANSWER, QUESTION), ())
+            except RejectedRow:
+                continue
+            behind = [text.rpartition(str(ANSWER["content"]))[2] for text in (last, within)]
+            found = self.encoder.controls.findall(_same_start(*behind))
+            return found[-1] if found else ""
+        return ""
+
+    @property
+    def _known_end_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        return self.base_end_ids if eos is None else (*self.base_end_ids, cast(int, eos))
+
+    @cached_property
+    def _ends(self) -> set[str]:
+        known = self.tokenizer.convert_ids_to_tokens(list(self._known_end_ids))
+        return {self.turn_end, *known}
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens at which generation stops; the first is the one that ends a plain answer.
+
+        They are what ends an answer, and a call of a tool, by the chat template, and the end tokens
+        of the base and of its tokenizer.
+
+        Raises:
+            TbpoError: if there is none.
+        """
+        ends: dict[int, None] = {}
+        for answer, tools in ((ANSWER, ()), (CALLING, CALLED)):
+            for probe in PROBES:
+                try:
+                    prompt = self.prompt(probe, tools)
+                    response = self.response(probe, answer, tools, prompt)
+                except (RejectedRow, TbpoError):
+                    continue
+                ends[self.encoder.encode([response])[0][-1]] = None
+                break
+        ends |= dict.fromkeys(self._known_end_ids)
+        if not ends:
+            raise TbpoError(
+                "neither the chat template nor the tokenizer says where an answer ends",
+                "the tokenizer of model.base",
+                "a template that closes an answer with a control token, or an end-of-text token",
+                OTHER_TEMPLATE,
+            )
+        return tuple(ends)
+
+    @cached_property
+    def _cuts_a_plain_chat(self) -> bool:
+        for probe in PROBES:
+            try:
+                self._cut(
+                    self.render(probe, (), add_generation_prompt=True),
+                    self.render((*probe, ANSWER), ()),
+                )
+                return True
+            except (RejectedRow, TbpoError):
+                continue
+        return False
+
+
+def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
+    """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
+
+    Raises:
+        RejectedRow, TbpoError: see `Chat.prompt` and `Chat.response`.
+    """
+    prompt = chat.prompt(pair.prompt, pair.tools)
+    chosen, rejected = (
+        chat.response(pair.prompt, response, pair.tools, prompt) if response else ""
+        for response in (pair.chosen, pair.rejected)
+    )
+    return prompt, chosen, rejected
+
+
+def _same_start(first: str, second: str) -> str:
+    """What two texts both begin with."""
+    pairs = zip(first, second, strict=False)
+    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    return first[:length]
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = {**call, "function": {**function, "arguments": text}}
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 @lru_cache
@@ -120,58 +287,3 @@ def _with_date(template: str, day: str) -> str:
         lambda call: repr(on.strftime(call.group(2))),
         template,
     )
-
-
-def _masked(match: re.Match[str]) -> str:
-    return OPEN + match.group().encode().hex() + CLOSE
-
-
-def unmask(text: str) -> str:
-    return re.sub(
-        f"{OPEN}([0-9a-f]+){CLOSE}", lambda match: bytes.fromhex(match.group(1)).decode(), text
-    )
-
-
-def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
-    """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
-
-    Raises:
-        RejectedRow: see `Chat.render`.
-        TbpoError: likewise, or if the template does not allow the cut between prompt and response.
-    """
-    prompt = chat.render(pair.prompt, pair.tools, add_generation_prompt=True)
-    chosen, rejected = (
-        _response(pair, prompt, chat.render((*pair.prompt, response), pair.tools), chat)
-        if response
-        else ""
-        for response in (pair.chosen, pair.rejected)
-    )
-    return prompt, chosen, rejected
-
-
-def _response(pair: PreferencePair, prompt: str, full: str, chat: Chat) -> str:
-    """What the full rendering adds to the prompt, up to the first control token after its text.
-
-    What a template adds behind that is never generated.
-    """
-    if not full.startswith(prompt):
-        split = next(
-            (i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full)
-        )
-        alone, followed = (text[max(0, split - 80) : split + 80] for text in (prompt, full))
-        raise TbpoError(
-            "the chat template renders the prompt differently once an answer follows",
-            f"pair {pair.pair_id}\n    prompt alone: …{alone!r}\n    with answer:  …{followed!r}",
-            "the full rendering begins with the rendering of the prompt and its generation prompt",
-            OTHER_TEMPLATE,
-        )
-    response, control = full[len(prompt) :], chat.controls.pattern
-    end = re.search(rf"({control})(?:\s|{control})*\Z", response)
-    if end is None:
-        raise TbpoError(
-            "the chat template ends an answer without an end-of-turn token",
-            f"the answer renders as …{response[-80:]!r}",
-            "a control token after the answer, so that the model learns to stop",
-            OTHER_TEMPLATE,
-        )
-    return response[: end.end(1)]

@@ -20,7 +20,6 @@ from transformers import (
 from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.data.tokens import end_of_turn
 from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel
 
@@ -111,7 +110,7 @@ def samples_of(
     prompts = [prompt.token_ids for prompt, _ in keys]
     seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in keys]
     with policy.view(view) as model:
-        for batch in completions(model, prompts, seeds, settings, [end_of_turn(chat)]):
+        for batch in completions(model, prompts, seeds, settings, chat.end_ids):
             yield [
                 {
                     "prompt_id": keys[place][0].prompt_id,

@@ -67,7 +67,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
-    """Prints the completions of some prompts by the aligned policy and its reference; keeps nothing.
+    """Prints the completions of some prompts by the aligned policy and its reference; keeps
+    nothing.
 
     Raises TbpoError if the run has no aligned policy yet.
 
@@ -116,10 +117,9 @@ def _content(text: str) -> Any:
 
 
 def _chat(recipe: Recipe) -> Chat:
-    from tbpo_cli.data.templates import Chat
-    from tbpo_cli.data.tokenizer import load_tokenizer
+    from tbpo_cli.data.tokenizer import load_chat
 
-    return Chat(load_tokenizer(recipe.model), recipe.data.template_date)
+    return load_chat(recipe.model, recipe.data.template_date)
 
 
 def _keys(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Key]:
@@ -153,6 +153,7 @@ def _sample(
             row = rows[sample["prompt_id"]]
             text = chat.tokenizer.decode([*prompts[row].token_ids])
             about = {"row": row, "prompt": text, "messages": prompts[row].messages, "model": model}
+            about |= {"tools": prompts[row].tools} if prompts[row].tools else {}
             yield {**about, **sample, "num_tokens": len(sample["token_ids"]), "settings": shown}
 
 
@@ -171,11 +172,11 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
 def _served(
     recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
 ) -> Iterator[Json]:
-    """Samples from the server. What it refuses is asked for once more, without what is in `asks`."""
-    from tbpo_cli.data.tokens import end_of_turn
+    """Samples from the server; what it refuses is asked for once more, without `asks`."""
     from tbpo_cli.model.generate import seed_of
 
-    settings, end, refused = recipe.sample, end_of_turn(chat), []
+    settings, refused = recipe.sample, []
+    end = chat.end_ids[0]
     assert settings.endpoint is not None
     same = {
         "model": settings.endpoint_model,
@@ -187,6 +188,7 @@ def _served(
         {
             **same,
             "messages": prompt.messages,
+            **({"tools": prompt.tools} if prompt.tools else {}),
             "seed": seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31,
         }
         for prompt, number in keys
@@ -196,9 +198,8 @@ def _served(
     ):
         prompt, number = keys[place]
         if not reply.refused:
-            ids = chat.encode([reply.text], controls_as_text=True)[0] + [end] * (
-                reply.finish_reason == "stop"
-            )
+            (ids,) = chat.encoder.encode_plain([reply.text])
+            ids += [end] * (reply.finish_reason == "stop")
             said = {"completion": reply.text, "token_ids": ids, "logp": reply.logp}
             yield {
                 "prompt_id": prompt.prompt_id,

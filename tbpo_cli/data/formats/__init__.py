@@ -113,8 +113,10 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
     return FORMATS[format_name].parse(content)
 
 
-def read_prompt(content: Any) -> Messages:
-    """The prompt of a row with `prompt` (text or messages) or `messages`, checked as in a pair.
+def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
+    """The prompt, and the `tools`, of a row with `prompt` (text or messages) or `messages`.
+
+    Both are checked as in a pair.
 
     Raises:
         RejectedRow: with the reason why it cannot be used.
@@ -122,7 +124,8 @@ def read_prompt(content: Any) -> Messages:
     if not isinstance(content, dict) or not ("prompt" in content or "messages" in content):
         raise RejectedRow("missing_column", "prompt or messages")
     asked = prompt(content) if "prompt" in content else messages(content, "messages")
-    return make_pair({}, asked, {"role": "assistant", "content": "an answer"}, None).prompt
+    pair = make_pair(content, asked, {"role": "assistant", "content": "an answer"}, None)
+    return pair.prompt, pair.tools
 
 
 def _renamed(content: Any, columns: dict[str, str]) -> Any:
