@@ -1,4 +1,4 @@
-"""What is told of an exception that nobody foresaw: a message for the system and for libraries, or None for a bug."""
+"""A message for exceptions of the system and of libraries that nobody foresaw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READ_IN = {
 
 
 def message_for(error: Exception) -> TbpoError | None:
-    """The message for an error of the system, or of a library with an input; None for a bug of ours.
+    """The message for an error of the system, or of a library with an input; None for a bug.
 
     An error is a library's if it was raised in one, below a call in a folder of READ_IN.
     """

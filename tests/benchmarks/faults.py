@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,27 +111,14 @@ def faults_of(lab: Lab, command: str, before: Path | None, expected: dict) -> It
     journal = lab.folder / f"journal-{command}"
     journal.mkdir()
     count = lab.run(command, run, journal=journal).count
+    act = partial(fault, lab, command, before, expected)
     for number in range(count):
-        yield (
-            command,
-            "kill",
-            str(number),
-            lambda n=number: fault(lab, command, before, expected, kill=n),
-        )
+        yield command, "kill", str(number), partial(act, kill=number)
         for name, error in ERRORS.items():
-            yield (
-                command,
-                name,
-                str(number),
-                lambda n=number, e=error: fault(lab, command, before, expected, fail=n, error=e),
-            )
+            yield command, name, str(number), partial(act, fail=number, error=error)
     for number, state in after_power_cuts(disk, journal):
-        yield (
-            command,
-            "power cut",
-            str(number),
-            lambda s=state: power_cut(lab, command, s, run, expected),
-        )
+        act = partial(power_cut, lab, command, state, run, expected)
+        yield command, "power cut", str(number), act
 
 
 def _copy(lab: Lab, before: Path | None) -> Path:
@@ -173,12 +161,7 @@ def damages_of(lab: Lab, finished: Path, expected: dict) -> Iterator[Case]:
         if path.is_file() and path.stat().st_size:
             name = str(path.relative_to(finished))
             for damage in DAMAGES:
-                yield (
-                    "all",
-                    damage,
-                    name,
-                    lambda n=name, d=damage: damaged(lab, finished, n, d, expected),
-                )
+                yield "all", damage, name, partial(damaged, lab, finished, name, damage, expected)
 
 
 def damaged(lab: Lab, finished: Path, name: str, damage: str, expected: dict) -> str:
@@ -214,23 +197,23 @@ def _last(outcome: Outcome) -> str:
 def report(rows: list[dict], bad: list[dict], every: int, seconds: float) -> None:
     """Prints the table; writes the results if all cases were done."""
     counts = Counter((row["command"], row["fault"]) for row in rows)
-    fine = Counter((row["command"], row["fault"], row["verdict"]) for row in rows)
+    verdicts = Counter((row["command"], row["fault"], row["verdict"]) for row in rows)
     lines = [
         "| command | fault | cases | same bytes | noticed | wrong |",
         "|---|---|---|---|---|---|",
     ]
     for key, count in sorted(counts.items()):
-        same, noticed = (fine[(*key, verdict)] for verdict in ("same", "noticed"))
-        lines.append(
-            f"| {' | '.join(key)} | {count} | {same} | {noticed} | {count - same - noticed} |"
-        )
+        same, noticed = (verdicts[(*key, verdict)] for verdict in ("same", "noticed"))
+        wrong = count - same - noticed
+        lines.append(f"| {' | '.join(key)} | {count} | {same} | {noticed} | {wrong} |")
     table = "\n".join(lines)
     print(f"{table}\n{len(rows)} cases, {len(bad)} wrong, {seconds:.0f} s")
     if every == 1 and "--only" not in sys.argv:
         from common import write_results
 
         done = [
-            {"command": c, "fault": f, "verdict": v, "cases": n} for (c, f, v), n in fine.items()
+            {"command": command, "fault": fault, "verdict": verdict, "cases": cases}
+            for (command, fault, verdict), cases in verdicts.items()
         ]
         write_results(
             "faults", "Faults at every operation on files, and damaged files", done, table

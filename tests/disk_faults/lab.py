@@ -1,4 +1,4 @@
-"""A tiny run whose commands are forked from one process, with the shim between them and the disk."""
+"""A tiny run, and its commands, forked from one process with the shim below them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Lab:
     def run(
         self, command: str, run: Path, *, kill: int = -1, fail: int = -1, error: int = 0, journal=""
     ) -> Outcome:
-        """`tbpo COMMAND` in a forked process; at operation number `kill` or `fail` something happens."""
+        """`tbpo COMMAND` in a forked process, with a kill or an error at an operation."""
         said = run.with_name(f"{run.name}-said")
         counted = run.with_name(f"{run.name}-count")
         arguments = [
@@ -153,7 +153,7 @@ class Lab:
         return outcome
 
     def results(self, run: Path) -> dict[str, str]:
-        """A hash of every result in a run, without what measures time; and the names of all files."""
+        """Hashes of the files of a run and of what it published, without what measures time."""
         hashes = {}
         for path in sorted(run.rglob("*")):
             if path.is_file():

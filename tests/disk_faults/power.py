@@ -72,7 +72,7 @@ class Disk:
             self.safe_names = dict(self.names)
 
     def states(self) -> Iterator[State]:
-        """After a power cut now: names kept and lost content zeros, or cut off; or names lost, too."""
+        """After a power cut now: lost content is zeros, or cut off; or names are lost as well."""
         zeros: State = {}
         cut: State = {}
         for path, inode in self.names.items():
