@@ -143,7 +143,7 @@ def two_machines(recipe_file, run, *flags):
 
 
 def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
-    """Each machine is a loopback address of its own; the second one waits until the first has prepared the data."""
+    """Each machine is a loopback address; the second waits while the first prepares the data."""
     run = tmp_path / "run"
     ends = [finish(machine) for machine in two_machines(recipe_file, run)]
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -192,8 +192,14 @@ def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
         "runs/x/align"
     )
     assert line[1:3] == ["-m", "tbpo_cli.runs.launch"]
-    for flag in ("--num_processes=32", "--num_machines=4", "--machine_rank=2", "--main_process_ip=node0",
-                 "--main_process_port=29500", "--num_cpu_threads_per_process=4"):  # fmt: skip
+    for flag in (
+        "--num_processes=32",
+        "--num_machines=4",
+        "--machine_rank=2",
+        "--main_process_ip=node0",
+        "--main_process_port=29500",
+        "--num_cpu_threads_per_process=4",
+    ):
         assert flag in line, flag
     assert line[-3:] == ["-m", "tbpo_cli.cli.worker", "runs/x/align"], (
         "the worker gets one argument"
@@ -226,9 +232,18 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("given", [
-    (2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host"), (1, 1, "a:1"), (None, 1, None), (None, None, "a:1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        (2, None, "a:1"),
+        (2, 2, "a:1"),
+        (2, 0, None),
+        (2, 0, "host"),
+        (1, 1, "a:1"),
+        (None, 1, None),
+        (None, None, "a:1"),
+    ],
+)
 def test_machines_that_cannot_find_each_other_are_a_message(given):
     nodes, rank, address = given
     with pytest.raises(TbpoError, match="do not find each other"):
@@ -257,7 +272,7 @@ os._exit(0)  # as a worker ends
 
 
 def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_path):
-    """Only the second one has too little room for 1,024 and 512 tokens; both repeat the step with 256."""
+    """Only the second lacks memory for 1,024 and 512 tokens; both repeat the step with 256."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
         subprocess.Popen(

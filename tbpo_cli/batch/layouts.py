@@ -172,7 +172,7 @@ class PairBatch:
         2. Copy it, from pinned memory if the device is a GPU.
         3. Cut it into views, and cast each back to its own type.
         """
-        if device.type == "cpu":
+        if device == self.tokens.device:
             return self
         sides = (self.chosen, self.rejected)
         parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]

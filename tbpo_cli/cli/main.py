@@ -239,7 +239,7 @@ def main() -> None:
 
 def _end(error: TbpoError) -> None:
     """Prints the message of an error, and exits with its code."""
-    sys.stderr.write(f"{error}\n" if str(error) else "")
+    sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
     sys.exit(error.exit_code)
 
 

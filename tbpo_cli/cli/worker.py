@@ -49,7 +49,7 @@ def _run(folder: Path) -> int:
         group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):
-            sys.stderr.write(f"{error}\n" if str(error) else "")
+            sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -61,7 +61,7 @@ def _run(folder: Path) -> int:
             if told is None:
                 traceback.print_exc()
             else:
-                sys.stderr.write(f"{told}\n")
+                sys.stderr.write(console.plain(f"{told}\n"))
         return 1 if told is None else told.exit_code
     return 0
 

@@ -63,7 +63,7 @@ def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[s
 def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
     """Prints what `run_through` would do."""
     for name, (state, changes) in plan(target, recipe, run_dir).items():
-        console.out.print("\n    ".join([f"{name}: {STATES[state]}", *changes]), markup=False)
+        console.show("\n    ".join([f"{name}: {STATES[state]}", *changes]))
 
 
 def run_through(

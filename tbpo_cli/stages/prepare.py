@@ -157,7 +157,7 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     line = Text()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
         line.append(
-            token.text.replace("\n", "⏎\n"),
+            console.plain(token.text).replace("\n", "⏎\n"),
             f"{KEY[token.part][0]}{' bold' if token.control else ''}",
         )
         line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")

@@ -77,7 +77,7 @@ def run(
     is_unchanged = receipt["commit"] == head
     told = "unchanged, the Hub has all of it" if is_unchanged else "published, and read back"
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
-    console.out.print(receipt["url"], markup=False)
+    console.show(receipt["url"])
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
@@ -149,7 +149,7 @@ def _show(files: Files, card: str) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         rows.append([name, f"{size:,}"])
     console.show_table("Would be published", ["file", "bytes"], rows)
-    console.out.print(card, markup=False)
+    console.show(card)
 
 
 def _weights(recipe: Recipe, run_dir: RunDir, base: Base) -> Files:

@@ -209,4 +209,5 @@ def _hash_of(path: Path, run_name: str) -> str:
         "tokenizer.json",
     }:
         content = b""  # reports with times, manifests: their names count
-    return hashlib.sha256(content.replace(run_name.encode(), b"")).hexdigest()[:16]
+    content = content.replace(f"{run_name}/".encode(), b"")
+    return hashlib.sha256(content).hexdigest()[:16]
