@@ -22,7 +22,7 @@ from tbpo_cli.runs.launch import Processes, processes_of
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES
 
-EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
+EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.2")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 
 
