@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from tbpo_cli.config.other_tools import counterpart
+from tbpo_cli.config.other_tools import THEIRS, counterpart
 from tbpo_cli.config.validate import did_you_mean
 
 
@@ -42,8 +42,9 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     a key of another table with its place.
     """
     name = keys[-1]
-    if answer := counterpart(name):
-        return answer
+    theirs = THEIRS.get(name)
+    if theirs is not None and theirs.ours != ".".join(keys):
+        return counterpart(name)
     if near:
         return did_you_mean(keys, near)
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]

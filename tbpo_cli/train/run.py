@@ -55,5 +55,6 @@ class TrainingRun:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
         settings = self.settings
         return num_steps(len(self.train), settings.batch_size, settings.epochs, settings.max_steps)
