@@ -97,13 +97,12 @@ class Scorer:
         """
         statistics = needs & STATISTICS
         if reference_logps is not None:
-            states = self._policy_states(batch)
-            columns = self._statistics(frozenset({"logps"}), batch, POLICY, states)
+            statistics = statistics - {"log_ratio"} | {"logps"}
+        reference = self._reference_states(statistics, batch)
+        states = self._policy_states(batch)
+        columns = self._statistics(statistics, batch, POLICY, states, reference)
+        if reference_logps is not None:
             columns["log_ratio"] = columns["logps"] - reference_logps
-        else:
-            reference = self._reference_states(statistics, batch)
-            states = self._policy_states(batch)
-            columns = self._statistics(statistics, batch, POLICY, states, reference)
         return self._completed(columns, needs, batch, states)
 
     def score_and_measure(self, batch: PairBatch, needs: frozenset[str]) -> PairScores:
@@ -198,7 +197,7 @@ class Scorer:
 
 def from_reference_logps(needs: frozenset[str]) -> bool:
     """Whether log π_ref of the data's tokens is all that a loss takes from the reference."""
-    return needs & STATISTICS == {"log_ratio"}
+    return needs & STATISTICS - REFERENCE_FREE == {"log_ratio"}
 
 
 def _with_importance(scores: PairScores) -> PairScores:
