@@ -183,6 +183,21 @@ def init(
     console.say(f"next: tbpo align {name}.toml")
 
 
+@app.command(cls=Command)
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
+) -> None:
+    """The losses: formula, what each needs, its keys and defaults, source, and when to take it.
+
+    Example: tbpo losses
+    """
+    from tbpo_cli.cli.losses import as_markdown, as_text
+
+    console.out.print(
+        as_markdown() if markdown else as_text(), markup=False, highlight=False, soft_wrap=True
+    )
+
+
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
