@@ -28,7 +28,8 @@ from tbpo_cli.hub import client
 from tbpo_cli.hub.base import published_base
 from tbpo_cli.hub.card import render_card
 from tbpo_cli.hub.secrets import check_no_secret
-from tbpo_cli.model.load import load_policy, load_trained, local_adapter
+from tbpo_cli.model.adapters import local_adapter
+from tbpo_cli.model.load import load_policy, load_trained
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.runs.run_dir import RunDir

@@ -47,11 +47,11 @@ class Description:
 
 def describe(name: str, loss: Loss) -> Description:
     """The description of a loss, from its class and the values of its fields."""
-    summary, *rest = inspect.getdoc(type(loss)).split("\n\n")  # type: ignore[union-attr]
-    source = re.search(r"Source: (.*?)(?:[.;,] |\.?$)", " ".join(" ".join(rest).split()))
+    text = " ".join((inspect.getdoc(type(loss)) or "").split())
+    source = re.search(r"Source: (.*?)(?:[.;,] |\.?$)", text)
     return Description(
         name=name,
-        summary=" ".join(summary.split()),
+        summary=_summary(type(loss)),
         compares=COMPARED[loss.span],
         needs=_needs(loss),
         fields=", ".join(
@@ -91,7 +91,7 @@ def _toml(value: object) -> str:
 
 
 def as_text() -> str:
-    """The losses for a terminal: a paragraph each."""
+    """The losses, then the generators, for a terminal: a paragraph each."""
     paragraphs = []
     for each in descriptions():
         lines = [
@@ -101,13 +101,26 @@ def as_text() -> str:
             each.source,
             each.when,
         ]
-        wrapped = [
-            textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
-            for line in lines
-            if line
-        ]
-        paragraphs.append("\n".join([each.name, *wrapped]))
+        paragraphs.append(_paragraph(each.name, lines))
+    for name, cls in GENERATORS.items():
+        lines = [_summary(cls), f"generator = {_toml(cls())}"]
+        paragraphs.append(_paragraph(f"generator {name}", lines))
     return "\n\n".join(paragraphs)
+
+
+def _paragraph(name: str, lines: list[str]) -> str:
+    """The name, and under it the lines that say something, indented."""
+    wrapped = [
+        textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        for line in lines
+        if line
+    ]
+    return "\n".join([name, *wrapped])
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def as_markdown() -> str:

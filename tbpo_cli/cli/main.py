@@ -187,15 +187,14 @@ def init(
 def losses(
     markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
 ) -> None:
-    """The losses: formula, what each needs, its keys and defaults, source, and when to take it.
+    """The losses and generators: formula, what each needs, keys with defaults, when to take it.
 
     Example: tbpo losses
     """
     from tbpo_cli.cli.losses import as_markdown, as_text
 
-    console.out.print(
-        as_markdown() if markdown else as_text(), markup=False, highlight=False, soft_wrap=True
-    )
+    text = as_markdown() if markdown else as_text()
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @command("show", *RUN, "gpus")
