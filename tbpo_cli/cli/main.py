@@ -183,6 +183,20 @@ def init(
     console.say(f"next: tbpo align {name}.toml")
 
 
+@app.command(cls=Command)
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
+) -> None:
+    """The losses and generators: formula, what each needs, keys with defaults, when to take it.
+
+    Example: tbpo losses
+    """
+    from tbpo_cli.cli.losses import as_markdown, as_text
+
+    text = as_markdown() if markdown else as_text()
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
@@ -227,8 +241,20 @@ def main() -> None:
     try:
         app()
     except TbpoError as error:
-        sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
-        sys.exit(error.exit_code)
+        _end(error)
+    except Exception as error:
+        from tbpo_cli.cli.last_resort import message_for
+
+        told = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
+        if told is None:
+            raise
+        _end(told)
+
+
+def _end(error: TbpoError) -> None:
+    """Prints the message of an error, and exits with its code."""
+    sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
