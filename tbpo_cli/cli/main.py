@@ -188,14 +188,17 @@ def init(
 
 
 @app.command(cls=Command)
-def losses() -> None:
-    """The losses and generators, their keys with the defaults, and their formulas.
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
+) -> None:
+    """The losses and generators: formula, what each needs, keys with defaults, when to take it.
 
     Example: tbpo losses
     """
-    from tbpo_cli.cli.losses import show_losses
+    from tbpo_cli.cli.losses import as_markdown, as_text
 
-    show_losses()
+    text = as_markdown() if markdown else as_text()
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @command("show", *RUN, "gpus")
