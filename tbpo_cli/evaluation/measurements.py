@@ -16,7 +16,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.measures import tasks_of
-from tbpo_cli.model.load import POLICY, REFERENCE
+from tbpo_cli.model.policy import POLICY, REFERENCE
 from tbpo_cli.runs.files import read_sealed, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
 

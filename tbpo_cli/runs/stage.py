@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.config.toml import WEIGHT_FILES
+from tbpo_cli.config.toml import BASE_FILES
 
 if TYPE_CHECKING:
     from tbpo_cli.runs.launch import Processes
@@ -28,6 +28,7 @@ class Stage:
         base_files: patterns of the files in the base's folder that its result depends on.
         renews: where its inputs changed, `run` makes what is new, and keeps what depends on none of
             the changes.
+        check: raises TbpoError if the complete stage does not meet keys that only judge its result.
     """
 
     name: str
@@ -36,5 +37,6 @@ class Stage:
     run: Callable[[Recipe, RunDir, Processes], None]
     report: Callable[[Recipe, RunDir], None]
     work: Callable[[Recipe, RunDir], None] | None = None
-    base_files: tuple[str, ...] = WEIGHT_FILES
+    base_files: tuple[str, ...] = BASE_FILES
+    check: Callable[[Recipe, RunDir], None] | None = None
     renews: bool = False

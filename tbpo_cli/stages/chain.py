@@ -85,6 +85,10 @@ def run_through(
         TbpoError: without `restart`, if a stage with results was made from other inputs.
     """
     states = plan(target, recipe, run_dir)
+    for name, (state, _) in states.items():
+        check = STAGES[name].check
+        if state == "done" and check is not None and not (restart and name == target):
+            check(recipe, run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         STAGES[target].report(recipe, run_dir)

@@ -116,7 +116,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """
     from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.measurer import Measurer
-    from tbpo_cli.model.load import POLICY, REFERENCE, add_helper, load_trained
+    from tbpo_cli.model.load import add_helper, load_trained
+    from tbpo_cli.model.policy import POLICY, REFERENCE
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit

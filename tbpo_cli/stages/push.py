@@ -81,7 +81,7 @@ def run(
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
-    """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
+    """The evaluation of these weights. Raises TbpoError without one, unless that is allowed."""
     manifest = run_dir.manifest("eval")
     path = run_dir.stage("eval") / "results.json"
     if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
