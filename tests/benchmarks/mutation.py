@@ -197,8 +197,8 @@ class Run:
 ABOUT = """Small faults, one at a time, each tried against the tests that reach its lines: see the
 first lines of tests/benchmarks/mutation.py. *Made*: all mutants of the file; *tried*: the random
 sample of them. *By time*: the tests did not end in four times their time and 90 seconds.
-*Unreached*: no test runs these lines in its own process; commands that tests start may. *Explained*: of the
-survivors.
+*Unreached*: no test runs these lines in its own process; commands that tests start may.
+*Explained*: of the survivors.
 """
 HEADING = """| file | commit | made | tried | noticed | by time | survived | explained | unreached |
 |---|---|---|---|---|---|---|---|---|"""
