@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tbpo_cli import console
-from tbpo_cli.batch.batches import collate_all, step_indices
+from tbpo_cli.batch.batches import collate_all, deal, span_lengths, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
-from tbpo_cli.core.types import LossOutput, PairScores
+from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
-from tbpo_cli.model.load import REFERENCE
+from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
@@ -125,6 +125,8 @@ class Stepper:
         batches = self._equally_many(self.prefetcher.batches(number, max_tokens))
         for part, batch in enumerate(batches):
             scores, output = self._backward(number, part, batch)
+            if self.run.loss.span == "aligned_and_chosen" and not self._reports_all(number):
+                scores = aligned_scores(scores)  # both sides' metrics are of the same positions
             totals.append(measure(scores, output, self.run.loss))
             totals[-1]["num_tokens"] = (batch.num_tokens, 1)
         return totals
@@ -136,16 +138,17 @@ class Stepper:
         """
         run = self.run
         reports_all = self._reports_all(number)
-        run.policy.model.train()
+        run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch = batch.to(run.group.device)
         if self.token_keys is not None:
             self.token_keys.set(batch.token_keys, run.seed, number)
-        reference = None
-        if self.cache is not None and not reports_all:
-            reference = self._reference_logps(self.cache, batch)
-        scores = self.scorer.score(batch, run.loss.needs, reports_all, reference)
+        if reports_all:
+            scores = self.scorer.score_and_measure(batch, run.loss.needs)
+        else:
+            reference = None if self.cache is None else self._reference_logps(self.cache, batch)
+            scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
         losses.sum().div(self._count(number)).backward()
@@ -178,14 +181,15 @@ class Stepper:
     def _measure_held_out(self, max_tokens: int) -> list[Totals]:
         run = self.run
         span = "chosen" if run.loss.span == "chosen" else "response"
-        pairs = run.group.share(range(len(run.evaluation)))
+        num_tokens = run.evaluation.lengths.sum(axis=1)
+        pairs = deal(num_tokens, run.group.size)[run.group.rank]
         batches = collate_all(run.evaluation, pairs, max_tokens, span, self.layout)
         totals = []
         num_done = 0
         with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
             for batch in self._equally_many(batches):
                 on_device = batch.to(run.group.device)
-                scores = self.scorer.score(on_device, run.loss.needs, diagnostics=True)
+                scores = self.scorer.score_and_measure(on_device, run.loss.needs)
                 totals.append(measure(scores, run.loss(scores), run.loss))
                 num_done += len(batch.pair_ids)
                 update(num_done, "")
@@ -195,9 +199,11 @@ class Stepper:
         """This process's micro-batches of a step: a function of the arguments and the seed."""
         run = self.run
         span = run.loss.span
-        if span == "aligned" and self._reports_all(number):
+        if span != "chosen" and self._reports_all(number):
             span = "response"
-        indices = run.group.share(self._pairs(number))
+        pairs = self._pairs(number)
+        num_tokens = span_lengths(run.train, pairs, span).sum(axis=1)
+        indices = [pairs[place] for place in deal(num_tokens, run.group.size)[run.group.rank]]
         with_keys = self.token_keys is not None
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
