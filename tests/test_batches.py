@@ -6,6 +6,7 @@ import torch
 
 from tbpo_cli.batch.batches import (
     collate_all,
+    deal,
     longest_sequence,
     micro_batches,
     num_steps,
@@ -52,6 +53,28 @@ def test_a_loss_reads_the_tokens_of_its_span(store, span, lengths):
         assert batch.pair_ids[row] == str(index)
         assert (batch.chosen.mask[row].sum(), batch.rejected.mask[row].sum()) == (chosen, rejected)
     assert batch.num_tokens == sum(map(sum, lengths))
+
+
+def test_pairs_are_dealt_longest_first_to_the_process_that_has_the_least():
+    """9 → A, 7 → B, 6 → B (7 < 9), 5 → A (9 < 13), 2 → B (13 < 14): 14 and 15 of 29 tokens."""
+    costs = np.array([2, 9, 5, 7, 6])
+    assert deal(costs, 2) == [[1, 2], [0, 3, 4]]
+    assert deal(costs, 1) == [[0, 1, 2, 3, 4]]
+    assert deal(costs[:1], 3) == [[0], [], []]
+    assert deal(costs[:0], 2) == [[], []]
+
+
+def test_dealing_wastes_little_where_dealing_in_turn_wastes_a_quarter():
+    """Of 32 log-normal lengths on 8 processes: the mean of the loads over the largest."""
+    costs = np.random.default_rng(0).lognormal(6, 0.6, (50, 32)).astype(int)
+
+    def efficiency(row, parts):
+        loads = [row[part].sum() for part in parts]
+        return np.mean(loads) / np.max(loads)
+
+    by_length = [efficiency(row, deal(row, 8)) for row in costs]
+    in_turn = [efficiency(row, [range(rank, 32, 8) for rank in range(8)]) for row in costs]
+    assert np.mean(by_length) > 0.9 > 0.8 > np.mean(in_turn)
 
 
 def test_the_longest_sequence_is_a_prompt_with_one_of_its_responses(tmp_path, store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -69,6 +70,31 @@ def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[
         for position in range(step * batch_size, (step + 1) * batch_size)
     )
     return [int(epoch_order(num_pairs, seed, epoch)[offset]) for epoch, offset in visits]
+
+
+def deal(costs: np.ndarray, num_processes: int) -> list[list[int]]:
+    """Divides pairs among processes so that all have about as much to compute.
+
+    In falling order of its cost, each pair goes to the process that has the least so far. The
+    slowest process then has at most 4/3 of what the best division would give it.
+
+    Source: Graham, "Bounds on multiprocessing timing anomalies" (SIAM J. Appl. Math. 17, 1969), the
+    longest-processing-time rule. Ties go to the lowest rank: the result depends on the arguments
+    alone.
+
+    Args:
+        costs: (n,) of the pairs, for example their tokens.
+
+    Returns:
+        For each process the numbers of its pairs, 0 to n − 1, ascending.
+    """
+    least = [(0, rank) for rank in range(num_processes)]
+    dealt: list[list[int]] = [[] for _ in range(num_processes)]
+    for number in np.argsort(-np.asarray(costs), kind="stable"):
+        cost, rank = least[0]
+        dealt[rank].append(int(number))
+        heapq.heapreplace(least, (cost + int(costs[number]), rank))
+    return [sorted(numbers) for numbers in dealt]
 
 
 def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
