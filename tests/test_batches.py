@@ -12,7 +12,8 @@ from tbpo_cli.batch.batches import (
     num_steps,
     span_lengths,
 )
-from tbpo_cli.batch.layouts import LAYOUTS, Sequences, blank_batch, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, blank_batch
+from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair
 

@@ -82,9 +82,9 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe_file, tmp_path):
 
 
 def test_a_step_is_divided_by_the_lengths_of_its_pairs(recipe_file, tmp_path):
-    """40 pairs on four processes: together the step's, and none has 5 % more tokens than the mean.
+    """40 pairs on four processes: together the step's, of 1,664 tokens; each has about 416.
 
-    In turn, by rank, the largest part has 10 % more.
+    In turn, by rank, they have 408 to 424.
     """
     run_stage("prepare", recipe_file, tmp_path / "run")
     recipe = load_recipe(recipe_file, ("align.batch_pairs=40", "align.loss.name=dpo"))
@@ -99,8 +99,7 @@ def test_a_step_is_divided_by_the_lengths_of_its_pairs(recipe_file, tmp_path):
         parts.append(stepper.collate(0, 10_000))
     assert sorted(i for part in parts for batch in part for i in batch.indices) == sorted(whole)
     loads = [sum(batch.num_tokens for batch in part) for part in parts]
-    print(loads, [sum(stores[0].lengths[whole[r::4]].sum(axis=1)) for r in range(4)])
-    assert max(loads) < 1.05 * sum(loads) / 4
+    assert max(loads) - min(loads) < 5
 
 
 def test_the_next_step_is_made_while_this_one_is_computed_and_only_as_it_is_wanted():

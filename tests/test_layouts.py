@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.batch.batches import cut_to_span, micro_batches
-from tbpo_cli.batch.layouts import LAYOUTS, Sequences, collate, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, collate
+from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError

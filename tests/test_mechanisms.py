@@ -1,7 +1,9 @@
-"""What a training claims to do is observed while it does it: kernels, dtypes, bytes, passes, waits."""
+"""What a training claims to do is observed: kernels, dtypes, bytes, passes, waits."""
 
+import functools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tomli_w
@@ -91,7 +93,7 @@ LORA = {"lora": {"r": 4, "dropout": 0.0}}
 
 
 def test_weights_in_fp32_are_multiplied_in_bf16(make_run):
-    """All weights of a bf16 base: kept in fp32, and nearly every product, forward and back, in bf16."""
+    """All weights of a bf16 base: kept in fp32, and most products, forward and backward, in bf16."""
     run = make_run("bf16", {"dtype": "bfloat16"}, loss={"name": "dpo"})
     assert {p.dtype for p in run.policy.trained.values()} == {torch.float32}
     stepper = loop.build_stepper(run)
@@ -102,7 +104,7 @@ def test_weights_in_fp32_are_multiplied_in_bf16(make_run):
 
 
 def test_plain_norms_and_lora_layers_are_computed_by_the_fused_ones(make_run):
-    """A Llama of 2 layers has 5 norms; 7 LoRA layers in each of its layers add their product in place.
+    """A Llama of 2 layers has 5 norms; the 7 LoRA layers of each add their product in place.
 
     One pass of the policy and one of the reference, which has no LoRA.
     """
@@ -142,18 +144,21 @@ def test_activation_checkpointing_keeps_less_and_computes_layers_again(make_run)
 
 
 def test_log_pi_ref_is_computed_in_the_first_epoch_and_read_from_the_disk_in_the_others(make_run):
-    """Three epochs of one micro-batch: two passes in the first one, and one in each of the others."""
+    """Three epochs of one micro-batch: two passes in the first one, one in each of the others."""
     run = make_run("cached", LORA, loss={"name": "dpo"}, max_steps=3)
     passes = []
     embeddings = run.policy.model.get_input_embeddings()
     embeddings.register_forward_hook(lambda *_: passes.append(1))
     after = []
-    run_with_track = TrainingRun(**{**vars(run), "track": lambda *_: after.append(len(passes))})
-    loop.train(run_with_track)
+    loop.train(replace(run, track=lambda *_: after.append(len(passes))))
     first, second, third = after
     assert (second - first, third - second) == (1, 1)
     trial = first - 2  # the layout is tried before the first step
     assert trial >= 0
+
+
+def note_reads(counts, seen, *_):
+    counts.append(seen.num_reads)
 
 
 def test_the_device_is_read_once_a_step_however_many_micro_batches_it_has(make_run):
@@ -163,8 +168,8 @@ def test_the_device_is_read_once_a_step_however_many_micro_batches_it_has(make_r
         run = make_run(name, LORA, max_tokens_per_device=tokens, max_steps=2)
         counts = []
         with Operations() as seen:
-            run = TrainingRun(**{**vars(run), "track": lambda *_: counts.append(seen.num_reads)})
-            loop.train(run)
+            track = functools.partial(note_reads, counts, seen)
+            loop.train(replace(run, track=track))
         reads[name] = counts[1] - counts[0]
     assert reads["eight"] == reads["one"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from tbpo_cli.runs.launch import Processes, processes_of
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES
 
-EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
+EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.2")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 
 
@@ -251,6 +252,7 @@ def test_machines_that_cannot_find_each_other_are_a_message(given):
 
 MEMORY = """
 import os
+import shutil
 import sys
 import torch
 import torch.distributed as dist
@@ -282,3 +284,52 @@ def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_pat
     assert [process.returncode for process in both] == [0, 0] and [out for out, _ in ends] == [
         "256 256\n"
     ] * 2, ends
+
+
+def launcher_of(process):
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "tbpo_cli.runs.launch" in p.cmdline()]
+
+
+def test_workers_end_with_a_launcher_that_is_killed_and_the_run_stays_locked_until_then(
+    recipe_file, tmp_path
+):
+    sets = (*EXACT, "align.max_steps=2000", "align.eval_every=2000")
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
+    wait_for_step(tmp_path / "run", 3, process)
+    workers = workers_of(process)
+    lock = os.stat(tmp_path / "run/lock").st_ino
+    for worker in workers:
+        assert os.stat(f"/proc/{worker.pid}/fd/0").st_ino == lock, "a worker holds the lock"
+    launcher_of(process)[0].kill()
+    code, _, err = finish(process)
+    assert code == 2 and "was killed by signal 9" in err
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_are_workers_ends_the_command(recipe_file, tmp_path, number):
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu")
+    process.wait_until(lambda: launcher_of(process))
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number and "Traceback" not in err
+    assert not (tmp_path / "run/align/manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_sampling_of_several_processes_is_told_as_that(
+    recipe_file, tmp_path, alone, number
+):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    sets = [*EXACT, "sample.num_samples=200", "sample.max_new_tokens=200"]
+    overrides = [part for one in sets for part in ("--set", one)]
+    process = Process(
+        "sample", recipe_file, "--run-dir", run, "--gpus", "2", "--cpu", *overrides, cwd=tmp_path
+    )
+    process.wait_until(lambda: [*run.glob("sample/part-*.jsonl")])
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number and "the same command goes on from there" in err
+    assert "memory" not in err and "Traceback" not in err

@@ -45,14 +45,20 @@ def longest_sequence(stores: Iterable[PairStore]) -> int:
 
 
 def collate_all(
-    store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
+    store: PairStore,
+    indices: Sequence[int],
+    max_tokens: int,
+    span: str,
+    layout: str,
+    with_token_keys: bool = False,
 ) -> Iterator[PairBatch]:
     """The pairs of the store at these indices, cut to the span, in micro-batches: see
     `micro_batches`.
     """
     for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
         of_group = tuple(indices[number] for number in group)
-        yield collate([cut_to_span(store[index], span) for index in of_group], layout, of_group)
+        pairs = [cut_to_span(store[index], span) for index in of_group]
+        yield collate(pairs, layout, of_group, with_token_keys)
 
 
 @functools.lru_cache(maxsize=2)

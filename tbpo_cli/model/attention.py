@@ -12,7 +12,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tbpo_cli.batch.layouts import LAYOUTS, Segments, Sequences, collate, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, collate
+from tbpo_cli.batch.packing import Segments, Sequences, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.sharding import LanguageModel, causal_model

@@ -23,6 +23,7 @@ from tbpo_cli.data.formats import recognise
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.data.tokens import Result, TokenizedPair
 from tbpo_cli.errors import TbpoError
@@ -71,6 +72,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     folder = run_dir.begin(STAGE, recipe)
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
+    Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
     data, sft = recipe.data, recipe.sft
     work = [
         ("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))
@@ -81,6 +83,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         work.append(("sft.train", sft.train, data.train_split, ("sft",)))
     counts: list[Counts] = []
     eval_prompts: set[str] = set()
+    columns: set[str] = set()
     with (
         workers(recipe.model, data) as pool,
         (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
@@ -88,8 +91,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         for key, sources, split, into in work:
             with ExitStack() as stack:
                 writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
-                pair_filter = PairFilter(recipe, key, writers, eval_prompts, rejects)
+                pair_filter = PairFilter(recipe, key, writers, eval_prompts, rejects, columns)
                 counts += [pair_filter.keep(source, split, pool) for source in sources]
+    _check_columns(data.columns, columns)
     for key, *_ in work:
         _check(
             key, [count for count in counts if count.key == key], data.max_reject_fraction, folder
@@ -153,7 +157,7 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     line = Text()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
         line.append(
-            token.text.replace("\n", "⏎\n"),
+            console.plain(token.text).replace("\n", "⏎\n"),
             f"{KEY[token.part][0]}{' bold' if token.control else ''}",
         )
         line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
@@ -162,6 +166,28 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
             "dim",
         )
     return line
+
+
+def _check_columns(wanted: dict[str, str], columns: set[str]) -> None:
+    """Raises TbpoError if data.columns names a column that no row of any source has."""
+    for ours, theirs in wanted.items():
+        if theirs not in columns:
+            raise TbpoError(
+                f"no row has the column {theirs!r}",
+                f"data.columns.{ours}",
+                f"one of {', '.join(map(repr, sorted(columns)))}",
+                f"change data.columns.{ours}, or leave it out",
+            )
+
+
+def check(recipe: Recipe, run_dir: RunDir) -> None:
+    """Raises TbpoError if the complete stage left out more than data.max_reject_fraction."""
+    listed = run_dir.manifest("prepare")["counts"]
+    for key in dict.fromkeys(count["key"] for count in listed):
+        counts = [Counts(**count) for count in listed if count["key"] == key]
+        for each in counts:
+            each.kept, each.rejected = Counter(each.kept), Counter(each.rejected)
+        _check(key, counts, recipe.data.max_reject_fraction, run_dir.stage("prepare"))
 
 
 def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
@@ -187,6 +213,14 @@ NOTES = {
 
 
 def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: Path) -> None:
+    wanted = {"data.eval": "eval", "data.train": "train", "sft.train": "sft"}[key]
+    if any(count.kept.total() for count in counts) and not any(c.kept[wanted] for c in counts):
+        raise TbpoError(
+            f"no pair of {key} is left to {'measure' if wanted == 'eval' else 'train'} on",
+            str(folder),
+            "at least one",
+            "lower data.eval_fraction, or add rows",
+        )
     rejected = sum(count.rejected.total() for count in counts)
     rows = sum(count.rows for count in counts)
     if rejected > max_reject_fraction * rows or not any(count.kept.total() for count in counts):
@@ -211,6 +245,7 @@ class PairFilter:
         writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to
             the second.
         eval_prompts: hashes of the evaluation prompts, filled by the key that they come from.
+        columns: names of columns of the rows, filled.
         seen: ids of the pairs that were kept.
     """
 
@@ -219,6 +254,7 @@ class PairFilter:
     writers: dict[str, pa.RecordBatchFileWriter]
     eval_prompts: set[str]
     rejects: TextIO
+    columns: set[str]
     seen: set[str] = field(default_factory=set)
 
     def keep(self, source: Source, split: str, pool: Executor) -> Counts:
@@ -233,6 +269,8 @@ class PairFilter:
             for chunk, results in prepare_rows(rows, format_name, data, pool):
                 kept: dict[str, list[TokenizedPair]] = {name: [] for name in self.writers}
                 for row, result in zip(chunk, results, strict=True):
+                    if isinstance(row.content, dict):
+                        self.columns.update(row.content)
                     if reason := self._reason_against(result):
                         self._reject(row, reason, counts)
                     elif isinstance(result, TokenizedPair):
@@ -294,5 +332,6 @@ STAGE = Stage(
     keys=("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
     run=run,
     report=report,
-    base_files=TOKENIZER_FILES,
+    base_files=(*TOKENIZER_FILES, "tokenization*.py"),
+    check=check,
 )

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
@@ -229,9 +227,9 @@ def _show(samples: list[Json]) -> None:
     for (_, prompt), group in itertools.groupby(
         sorted(samples, key=ORDER), key=itemgetter("row", "prompt")
     ):
-        console.out.print(Text(f"\n{prompt}", style="dim"))
+        console.show(f"\n{prompt}", style="dim")
         for sample in group:
-            console.out.print(Text.assemble((f"{sample['model']}: ", "bold"), sample["completion"]))
+            console.show(f"{sample['model']}: {sample['completion']}")
 
 
 def _needs(recipe: Recipe) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import choose_layout
+from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
@@ -109,7 +110,9 @@ def build_stepper(run: TrainingRun) -> Stepper:
         run.folder if policy.is_sharded else None,
     )
     scorer = Scorer.of(policy, baseline)
-    return Stepper(run, scorer, states, layout, budget, open_reference_cache(run))
+    cache = open_reference_cache(run)
+    token_keys = use_token_dropout(policy.model)
+    return Stepper(run, scorer, states, layout, budget, cache, token_keys)
 
 
 def open_reference_cache(run: TrainingRun) -> ReferenceCache | None:

@@ -21,6 +21,7 @@ from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.types import LossOutput, PairScores
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
+from tbpo_cli.model.dropout import TokenKeys
 from tbpo_cli.model.load import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
@@ -43,6 +44,7 @@ class Stepper:
         layout: of the model's rows, a name in LAYOUTS.
         budget: tokens of a micro-batch.
         cache: of log π_ref; None if it is computed in every step.
+        token_keys: what the policy's dropout is drawn from; None without dropout.
         prefetcher: collates the micro-batches of the next step.
         new_reference_logps: of the current step, by the pairs' places: what the cache did not have.
     """
@@ -53,6 +55,7 @@ class Stepper:
     layout: str
     budget: TokenBudget
     cache: ReferenceCache | None
+    token_keys: TokenKeys | None
     prefetcher: Prefetcher = field(init=False)
     new_reference_logps: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -137,6 +140,8 @@ class Stepper:
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch = batch.to(run.group.device)
+        if self.token_keys is not None:
+            self.token_keys.set(batch.token_keys, run.seed, number)
         reference = None
         if self.cache is not None and not reports_all:
             reference = self._reference_logps(self.cache, batch)
@@ -195,7 +200,8 @@ class Stepper:
         if span == "aligned" and self._reports_all(number):
             span = "response"
         indices = self._own_pairs(run.train, self._pairs(number), span)
-        return list(collate_all(run.train, indices, max_tokens, span, self.layout))
+        with_keys = self.token_keys is not None
+        return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
     def _own_pairs(self, store: PairStore, pairs: Sequence[int], span: str) -> list[int]:
         """Those of some pairs that this process computes: all processes have about as many tokens."""

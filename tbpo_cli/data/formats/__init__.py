@@ -35,6 +35,8 @@ class Format:
     recognise: Callable[[Columns], bool] = lambda row: True
 
 
+MAX_DEPTH = 100  # of lists and tables in a row
+
 FORMATS = {  # a row is of the first that fits it
     "hh": Format(("chosen", "rejected"), from_dialogues, is_dialogues),
     "prompt": Format(("prompt", "chosen", "rejected"), from_answers, is_answers),
@@ -103,6 +105,8 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
         RejectedRow: with the reason why it cannot be used.
     """
     content = _renamed(row.content, columns)
+    if _is_deep(content):
+        raise RejectedRow("wrong_type", f"lists and tables are nested more than {MAX_DEPTH} deep")
     if not isinstance(content, dict):
         raise RejectedRow(
             "wrong_type", f"the row is {type(content).__name__}, not a table of columns"
@@ -111,6 +115,19 @@ def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePa
         if content.get(column) is None:
             raise RejectedRow("null_column" if column in content else "missing_column", column)
     return FORMATS[format_name].parse(content)
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether lists and tables are nested more than MAX_DEPTH deep."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
