@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -46,6 +47,12 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     # They are about the insides of libraries: nothing that a user can act on.
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def short(path: Path) -> str:
+    """A path as one would type it: relative to the current folder if it is in it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def plain(text: str) -> str:

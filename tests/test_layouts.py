@@ -115,11 +115,16 @@ def scorer():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(pytest.param(build_loss(name), id=name) for name in LOSSES),
+        pytest.param(build_loss("tbpo_a", sft_weight=0.5), id="tbpo_a and sft"),
+    ],
+)
 def test_every_loss_has_the_same_values_and_gradients_in_every_layout_and_split(
-    scorer, pairs, name, checkpointing
+    scorer, pairs, loss, checkpointing
 ):
-    loss = build_loss(name)
     cut = [cut_to_span(pair, loss.span) for pair in pairs]
     one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
     model = (

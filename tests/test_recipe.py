@@ -113,12 +113,12 @@ DPO = {"name": "dpo"}
         (
             {"align": {"loss": DPO | {"gama": 1}}},
             "align.loss.gama is an unknown key",
-            "one of name, beta",
+            "one of name, sft_weight, beta",
         ),
         (
             {"align": {"loss": DPO | {"generator": {"name": "sba"}}}},
             "align.loss.generator is an unknown table",
-            "one of name, beta, label_smoothing",
+            "one of name, sft_weight, beta, label_smoothing",
         ),
         (
             {"align": {"loss": {"generator": {"name": "sab"}}}},

@@ -35,7 +35,22 @@ def train_losses(run):
 
 def test_the_losses_that_need_nothing_else_of_the_reference_say_so():
     names = {name for name in LOSSES if from_reference_logps(build_loss(name).needs)}
-    assert names == {"dpo", "ipo", "hinge", "bpo", "tbpo_q", "tis_dpo"}
+    assert names == {
+        "dpo",
+        "dpo_norm",
+        "robust",
+        "ipo",
+        "hinge",
+        "apo_zero",
+        "apo_down",
+        "dpop",
+        "bpo",
+        "wpo",
+        "ld_dpo",
+        "d2po",
+        "tis_dpo",
+        "tbpo_q",
+    }
 
 
 @pytest.mark.parametrize(

@@ -170,10 +170,14 @@ def test_only_the_positions_that_the_loss_reads_are_scored(recipe, pairs):
         "tbpo_a": sum(2 * aligned for *_, aligned in lengths),
         "dpo": sum(chosen + rejected for chosen, rejected, _ in lengths),
         "sft": sum(chosen for chosen, *_ in lengths),
+        "tbpo_a and sft": sum(chosen + aligned for chosen, _, aligned in lengths),
     }
-    assert len(set(expected.values())) == 3
+    assert len(set(expected.values())) == 4
     for name, count in expected.items():
-        batch = collate([cut_to_span(pair, build_loss(name).span) for pair in pairs], "padded")
+        name, _, with_sft = name.partition(" and ")
+        loss = build_loss(name, sft_weight=0.1) if with_sft else build_loss(name)
+        cut = [cut_to_span(pair, loss.span) for pair in pairs]
+        batch = collate(cut, "padded")
         assert len(batch.predictor) == len(batch.predictor.unique()) == count
 
 

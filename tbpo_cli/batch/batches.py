@@ -23,6 +23,9 @@ def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
         return TokenizedPair(
             pair.pair_id, pair.prompt_ids, pair.chosen_ids[:length], pair.rejected_ids[:length]
         )
+    if span == "aligned_and_chosen":
+        rejected = pair.rejected_ids[: pair.aligned_length]
+        return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, rejected)
     if span == "chosen":
         return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, ())
     return pair
@@ -33,6 +36,8 @@ def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndar
     lengths: np.ndarray = store.lengths[list(indices)]
     if span == "aligned":
         lengths[:, 1:] = lengths[:, 1:].min(axis=1, keepdims=True)
+    elif span == "aligned_and_chosen":
+        lengths[:, 2] = lengths[:, 1:].min(axis=1)
     elif span == "chosen":
         lengths[:, 2] = 0
     return lengths

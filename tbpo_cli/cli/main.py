@@ -183,6 +183,17 @@ def init(
     console.say(f"next: tbpo align {name}.toml")
 
 
+@app.command(cls=Command)
+def losses() -> None:
+    """The losses and generators, their keys with the defaults, and their formulas.
+
+    Example: tbpo losses
+    """
+    from tbpo_cli.cli.losses import show_losses
+
+    show_losses()
+
+
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.

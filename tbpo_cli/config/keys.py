@@ -38,8 +38,8 @@ def may_be_absent(recipe: type, key: str) -> bool:
 def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
-    A key of another tool is answered with ours; else a key like one of its table with that one; else
-    a key of another table with its place.
+    A key of another tool is answered with ours; one like a key of its table with that key; one of
+    another table with its place.
     """
     name = keys[-1]
     theirs = THEIRS.get(name)

@@ -94,7 +94,9 @@ class Scorer:
                 without diagnostics, and for `needs` within `from_reference_logps`.
             view: a frozen model of the policy's, in whose place it is scored, without gradients.
         """
-        statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
+        statistics = needs & STATISTICS
+        if reference_logps is not None:
+            statistics = statistics - {"log_ratio"} | {"logps"}
         extra: frozenset[str] = frozenset()
         if diagnostics:
             extra = DIAGNOSTICS - statistics
@@ -170,7 +172,7 @@ class Scorer:
 
 def from_reference_logps(needs: frozenset[str]) -> bool:
     """Whether log π_ref of the data's tokens is all that a loss takes from the reference."""
-    return needs & STATISTICS == {"log_ratio"}
+    return needs & STATISTICS - REFERENCE_FREE == {"log_ratio"}
 
 
 def _with_importance(scores: PairScores) -> PairScores:

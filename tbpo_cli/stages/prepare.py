@@ -134,7 +134,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
             else [split, "", "", ""]
         )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
-    console.say(f"more about them: {folder / 'report.html'}")
+    console.say(f"more about them: {console.short(folder / 'report.html')}")
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
@@ -226,9 +226,11 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
     if rejected > max_reject_fraction * rows or not any(count.kept.total() for count in counts):
         _show_rejected([vars(count) for count in counts], folder)
         reasons = sum((count.rejected for count in counts), Counter()).most_common()
-        fix = "mend the rows, name the columns under [data.columns], or raise data.max_reject_fraction"
+        fix = "mend the rows, name the columns under [data.columns], or raise "
+        fix += "data.max_reject_fraction"
         if reasons and reasons[0][0] == "overlong":
-            fix = 'raise data.max_length, set data.overlong = "truncate", or raise data.max_reject_fraction'
+            fix = 'raise data.max_length, set data.overlong = "truncate", or raise '
+            fix += "data.max_reject_fraction"
         parts = [
             f"{rejected:,} of {rows:,} rows of {key} cannot be used",
             *(f"{n:,} {name}" for name, n in reasons),

@@ -18,7 +18,7 @@ from tbpo_cli import console
 from tbpo_cli.batch.batches import collate_all, deal, span_lengths, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
-from tbpo_cli.core.types import LossOutput, PairScores
+from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
@@ -125,6 +125,8 @@ class Stepper:
         batches = self._equally_many(self.prefetcher.batches(number, max_tokens))
         for part, batch in enumerate(batches):
             scores, output = self._backward(number, part, batch)
+            if self.run.loss.span == "aligned_and_chosen" and not self._reports_all(number):
+                scores = aligned_scores(scores)  # both sides' metrics are of the same positions
             totals.append(measure(scores, output, self.run.loss))
             totals[-1]["num_tokens"] = (batch.num_tokens, 1)
         return totals
@@ -197,7 +199,7 @@ class Stepper:
         """This process's micro-batches of a step: a function of the arguments and the seed."""
         run = self.run
         span = run.loss.span
-        if span == "aligned" and self._reports_all(number):
+        if span != "chosen" and self._reports_all(number):
             span = "response"
         indices = self._own_pairs(run.train, self._pairs(number), span)
         with_keys = self.token_keys is not None
