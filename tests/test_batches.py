@@ -56,28 +56,6 @@ def test_a_loss_reads_the_tokens_of_its_span(store, span, lengths):
     assert batch.num_tokens == sum(map(sum, lengths))
 
 
-def test_pairs_are_dealt_longest_first_to_the_process_that_has_the_least():
-    """9 → A, 7 → B, 6 → B (7 < 9), 5 → A (9 < 13), 2 → B (13 < 14): 14 and 15 of 29 tokens."""
-    costs = np.array([2, 9, 5, 7, 6])
-    assert deal(costs, 2) == [[1, 2], [0, 3, 4]]
-    assert deal(costs, 1) == [[0, 1, 2, 3, 4]]
-    assert deal(costs[:1], 3) == [[0], [], []]
-    assert deal(costs[:0], 2) == [[], []]
-
-
-def test_dealing_wastes_little_where_dealing_in_turn_wastes_a_quarter():
-    """Of 32 log-normal lengths on 8 processes: the mean of the loads over the largest."""
-    costs = np.random.default_rng(0).lognormal(6, 0.6, (50, 32)).astype(int)
-
-    def efficiency(row, parts):
-        loads = [row[part].sum() for part in parts]
-        return np.mean(loads) / np.max(loads)
-
-    by_length = [efficiency(row, deal(row, 8)) for row in costs]
-    in_turn = [efficiency(row, [range(rank, 32, 8) for rank in range(8)]) for row in costs]
-    assert np.mean(by_length) > 0.9 > 0.8 > np.mean(in_turn)
-
-
 def test_the_longest_sequence_is_a_prompt_with_one_of_its_responses(tmp_path, store):
     """5 + 6 = 11 tokens in one store, 4 + 9 = 13 in the other."""
     other = make_store(tmp_path / "other", [(4, 1, 9), (10, 1, 1)])
@@ -153,3 +131,18 @@ def test_the_number_of_steps_is_rounded_and_at_least_one(epochs, steps):
     """10 pairs, 4 a step: 2.5 steps an epoch."""
     assert num_steps(10, 4, epochs, None) == steps
     assert num_steps(10, 4, None, 7) == 7
+
+
+def test_pairs_are_dealt_to_processes_by_length_the_longest_first():
+    """9, 7, 5, 4, 3, 1 to two: 9 | 7, 5 after 7, 4 after 9, 3 after 12, 1 after 13."""
+    lengths = np.array([1, 7, 9, 3, 5, 4])
+    assert deal(lengths, 2) == [[0, 2, 5], [1, 3, 4]]
+    assert [sum(lengths[hand]) for hand in deal(lengths, 2)] == [14, 15]
+
+
+def test_every_pair_is_dealt_once_also_to_more_processes_than_pairs():
+    lengths = np.array([5, 5, 5])
+    hands = deal(lengths, 5)
+    assert sorted(place for hand in hands for place in hand) == [0, 1, 2]
+    assert len(hands) == 5 and max(map(len, hands)) == 1
+    assert deal(np.array([], dtype=int), 2) == [[], []]

@@ -43,6 +43,28 @@ def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndar
     return lengths
 
 
+def deal(lengths: np.ndarray, num_hands: int) -> list[list[int]]:
+    """Divides pairs among processes so that these have about equally many tokens.
+
+    The longest pair is dealt first, and each goes to the process with the fewest tokens so far.
+    Source: Graham, "Bounds on multiprocessing timing anomalies" (1969): at most 4/3 of the optimum.
+
+    Args:
+        lengths: (n,) tokens of the pairs.
+        num_hands: the number of processes.
+
+    Returns:
+        For each process the places of its pairs in `lengths`, ascending.
+    """
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    totals = [(0, number) for number in range(num_hands)]
+    for place in np.argsort(-lengths, kind="stable"):
+        total, number = heapq.heappop(totals)
+        hands[number].append(int(place))
+        heapq.heappush(totals, (total + int(lengths[place]), number))
+    return [sorted(hand) for hand in hands]
+
+
 def longest_sequence(stores: Iterable[PairStore]) -> int:
     """Tokens of the longest prompt with one of its responses."""
     lengths = np.concatenate([store.lengths for store in stores])
@@ -81,31 +103,6 @@ def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[
         for position in range(step * batch_size, (step + 1) * batch_size)
     )
     return [int(epoch_order(num_pairs, seed, epoch)[offset]) for epoch, offset in visits]
-
-
-def deal(costs: np.ndarray, num_processes: int) -> list[list[int]]:
-    """Divides pairs among processes so that all have about as much to compute.
-
-    In falling order of its cost, each pair goes to the process that has the least so far. The
-    slowest process then has at most 4/3 of what the best division would give it.
-
-    Source: Graham, "Bounds on multiprocessing timing anomalies" (SIAM J. Appl. Math. 17, 1969), the
-    longest-processing-time rule. Ties go to the lowest rank: the result depends on the arguments
-    alone.
-
-    Args:
-        costs: (n,) of the pairs, for example their tokens.
-
-    Returns:
-        For each process the numbers of its pairs, 0 to n − 1, ascending.
-    """
-    least = [(0, rank) for rank in range(num_processes)]
-    dealt: list[list[int]] = [[] for _ in range(num_processes)]
-    for number in np.argsort(-np.asarray(costs), kind="stable"):
-        cost, rank = least[0]
-        dealt[rank].append(int(number))
-        heapq.heapreplace(least, (cost + int(costs[number]), rank))
-    return [sorted(numbers) for numbers in dealt]
 
 
 def num_steps(num_pairs: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:

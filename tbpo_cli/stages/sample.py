@@ -23,7 +23,7 @@ from tbpo_cli.runs.stage import Stage
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
     from tbpo_cli.data.templates import Chat
-    from tbpo_cli.model.load import Policy
+    from tbpo_cli.model.policy import Policy
 
 Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
@@ -133,7 +133,7 @@ def _sample(
 ) -> Iterator[Json]:
     """Yields samples as they come. The models are loaded when one of them is to answer here."""
     from tbpo_cli.model.generate import samples_of
-    from tbpo_cli.model.load import POLICY, REFERENCE
+    from tbpo_cli.model.policy import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
     shown = {name: getattr(settings, name) for name in SETTINGS}
@@ -157,7 +157,8 @@ def _sample(
 
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
-    from tbpo_cli.model.load import load_trained, local_adapter
+    from tbpo_cli.model.adapters import local_adapter
+    from tbpo_cli.model.load import load_trained
     from tbpo_cli.train.group import Group
 
     device = Group.of_environment().device

@@ -12,7 +12,7 @@ from tbpo_cli.batch.batches import epoch_order, num_steps
 from tbpo_cli.config.recipe import Align, Sft
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.model.load import Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.train.group import ONE, Group
 
 MIN_EVALUATED = 64  # with fewer pairs, an accuracy says little

@@ -22,7 +22,7 @@ from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
-from tbpo_cli.model.load import REFERENCE
+from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
@@ -138,16 +138,17 @@ class Stepper:
         """
         run = self.run
         reports_all = self._reports_all(number)
-        run.policy.model.train()
+        run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch = batch.to(run.group.device)
         if self.token_keys is not None:
             self.token_keys.set(batch.token_keys, run.seed, number)
-        reference = None
-        if self.cache is not None and not reports_all:
-            reference = self._reference_logps(self.cache, batch)
-        scores = self.scorer.score(batch, run.loss.needs, reports_all, reference)
+        if reports_all:
+            scores = self.scorer.score_and_measure(batch, run.loss.needs)
+        else:
+            reference = None if self.cache is None else self._reference_logps(self.cache, batch)
+            scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
         losses.sum().div(self._count(number)).backward()
@@ -189,7 +190,7 @@ class Stepper:
         with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
             for batch in self._equally_many(batches):
                 on_device = batch.to(run.group.device)
-                scores = self.scorer.score(on_device, run.loss.needs, diagnostics=True)
+                scores = self.scorer.score_and_measure(on_device, run.loss.needs)
                 totals.append(measure(scores, run.loss(scores), run.loss))
                 num_done += len(batch.pair_ids)
                 update(num_done, "")
