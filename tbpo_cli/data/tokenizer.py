@@ -107,7 +107,7 @@ def _unloadable(error: Exception, where: str) -> TbpoError:
         f"the tokenizer cannot be loaded: {lines[0]}",
         where,
         "a folder with tokenizer.json, or the id of a Hub repository that has one",
-        "check that model.base is such a folder or id; a new architecture may need a newer transformers",
+        "check model.base; an architecture that is not known yet needs a newer transformers",
     )
 
 
