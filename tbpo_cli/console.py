@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,23 +24,21 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-# Each (metric, what a person reads, how it is written, whether it means something before the first step).
+# Each: metric, what a person reads, how it is written, whether it has a meaning at the start.
 Summary = tuple[tuple[str, str, str, bool], ...]
+
+BAR = 16  # columns of a live bar
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    """Before they are imported: no advice or telemetry of the libraries, only their errors; bars only at a terminal."""
+    # Each: metric, what a person reads, how it is written, whether it means something at the start.
     for name, value in QUIET_LIBRARIES.items():
-        if not (
-            name.endswith("PROGRESS_BARS") and sys.stderr.isatty() and "--quiet" not in sys.argv
-        ):
-            os.environ.setdefault(name, value)
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # about the insides of libraries, nothing a user can act on
+        os.environ.setdefault(name, value)
+    # They are about the insides of libraries: nothing that a user can act on.
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def say(text: str) -> None:
@@ -67,58 +64,105 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 
 def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary) -> None:
-    """The held-out figures of a training (its metrics.jsonl), before and after; nothing if no pair was held out."""
-    if evaluations := [line for line in metrics if line["split"] == "eval"]:
-        before, after = evaluations[0], evaluations[-1]
-        rows = [
-            [label, form.format(before[name]) if at_start else "–", form.format(after[name])]
-            for name, label, form, at_start in summary
-            if name in after
-        ]
-        show_table(title, ["", "before", "after"], rows)
+    """The held-out figures of a training, before and after; nothing if no pair was held out.
+
+    Args:
+        metrics: the lines of its metrics.jsonl.
+    """
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    if not evaluations:
+        return
+    before, after = evaluations[0], evaluations[-1]
+    rows = []
+    for name, label, form, has_meaning_before in summary:
+        if name in after:
+            first = form.format(before[name]) if has_meaning_before else "–"
+            rows.append([label, first, form.format(after[name])])
+    show_table(title, ["", "before", "after"], rows)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 @contextmanager
 def progress(
     label: str, total: int | None, done: int = 0, every: int = 1
 ) -> Iterator[Callable[[int, str], None]]:
-    """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps and at the end.
+    """Progress of `total` steps: a live bar at a terminal, else a plain line every `every` steps.
 
     Args:
+        label: what is done.
         total: None if it is not known.
+        done: what was done before.
+        every: steps between two plain lines; there is one at the end, too.
 
     Yields:
-        update(done, note): tell how far it is, with a few words about it.
+        update(done, note): how far it is, and some figures about it, two spaces between them. At a
+        narrow terminal the rate is left out first, then the last figures; step, total and the time
+        left stay.
     """
     started, first = time.monotonic(), done
 
-    def rate(done: int) -> tuple[float, str]:
-        value = (done - first) / max(1e-9, time.monotonic() - started)
-        return value, f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"
+    def rate(done: int) -> float:
+        return (done - first) / max(1e-9, time.monotonic() - started)
+
+    def left(done: int) -> str:
+        if total is None or done == first:
+            return ""
+        return f"{duration((total - done) / max(1e-9, rate(done)))} left"
 
     if err.is_terminal and not err.quiet:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (
-            "{task.description}",
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, "{task.fields[note]}", console=err, transient=True) as bar:
-            task = bar.add_task(label, total=total, completed=done, note="")
-            yield lambda done, note: bar.update(
-                task, completed=done, note=f"{note}  {rate(done)[1]}".strip()
-            )
+        text = TextColumn("{task.fields[text]}", markup=False)
+        with Progress(BarColumn(bar_width=BAR), text, console=err, transient=True) as bar:
+            begin = one_line(label, done, total, "", "", "", err.width - BAR - 1)
+            task = bar.add_task("", total=total, completed=done, text=begin)
+
+            def draw(done: int, note: str) -> None:
+                speed = _rate(rate(done))
+                width = err.width - BAR - 1
+                line = one_line(label, done, total, left(done), note, speed, width)
+                bar.update(task, completed=done, text=line)
+
+            yield draw
         return
 
     def update(done: int, note: str) -> None:
         if done % every == 0 or done == total:
-            value, text = rate(done)
-            left = f", {(total - done) / max(1e-9, value):.0f} s left" if total is not None else ""
-            say(f"{label} {done}{f'/{total}' if total is not None else ''}  {note}  ({text}{left})")
+            speed = ", ".join(filter(None, [_rate(rate(done)), left(done)]))
+            say(f"{label} {done}{f'/{total}' if total is not None else ''}  {note}  ({speed})")
 
     yield update
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"
+
+
+def one_line(
+    label: str, done: int, total: int | None, left: str, note: str, rate: str, width: int
+) -> str:
+    """What stands beside a bar: as much of it as `width` columns have space for.
+
+    Args:
+        left: the time that is left, in words.
+        note: figures with two spaces between them, the most important first.
+        rate: steps a second.
+    """
+    count = f"{done}/{total}" if total is not None else f"{done}"
+    line = "  ".join(filter(None, [f"{label} {count}", left]))
+    for part in [*filter(None, note.split("  ")), rate]:
+        if part and len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line
 
 
 def track(items: Iterable[T], label: str, total: int, every: int) -> Iterator[T]:

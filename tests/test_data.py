@@ -589,7 +589,7 @@ def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(
         changed = executable("align", *arguments, **second)
     assert (
         changed.returncode == 2
-        and "another one than the pairs were prepared with" in changed.stderr
+        and "is not the one that the pairs were prepared with" in changed.stderr
     )
 
 

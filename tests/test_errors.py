@@ -204,7 +204,7 @@ MISTAKES = {
     ),
     "a recipe that is not TOML": (
         recipe_is(b"[model]\nbase = a/b\n"),
-        (*FULL, "not valid TOML", "line 2", "quotes"),
+        (*FULL, "a text without quotes", "line 2", "quotes"),
     ),
     "an empty recipe": (
         recipe_is(b""),
@@ -282,7 +282,7 @@ MISTAKES = {
     ),
     "4 bits without LoRA": (
         recipe_says(model={"lora": None, "quantization": "nf4"}),
-        (*FULL, "model.quantization is not possible", "under [model.lora]"),
+        (*FULL, "model.quantization is not possible", "a table [model.lora]"),
     ),
     "4 bits shared out": (
         sets("prepare", "model.quantization=nf4", "align.sharding=fsdp"),
@@ -434,7 +434,7 @@ MISTAKES = {
     ),
     "helpers that are not named": (
         sets("align", "align.loss.name=tis_dpo"),
-        (*FULL, "the positive helper is not named", "[align.loss] positive"),
+        (*FULL, "the positive helper is not named", "align.loss.positive"),
     ),
     "a helper that is not there": (
         sets(
@@ -541,7 +541,7 @@ MISTAKES = {
     ),
     "ids of nothing": (
         lambda s: ["prepare", s.recipe, "--ids"],
-        (*FULL, "--ids is of the pairs", "--show 3 --ids"),
+        (*FULL, "--ids needs --show", "--show 3 --ids"),
     ),
     "a second recipe": (
         lambda s: ["sft", s.recipe, "b.toml"],
@@ -549,7 +549,7 @@ MISTAKES = {
     ),
     "flags for a launcher that is not needed": (
         lambda s: ["align", s.recipe, "--", "--num_cpu_threads_per_process=2"],
-        (*FULL, "one process needs no launcher", "-- --num_cpu_threads_per_process=2", "--gpus N"),
+        (*FULL, "one process takes no flags", "-- --num_cpu_threads_per_process=2", "--gpus N"),
     ),
     "a prompt for several processes": (
         lambda s: ["sample", s.recipe, "--prompt", "a", "--gpus", "2"],

@@ -1,4 +1,4 @@
-"""What feeds a training: the token budget, what becomes of it when memory runs out, and batches made ahead."""
+"""The input of a training: the token budget, memory that runs out, and batches collated ahead."""
 
 import threading
 
@@ -10,10 +10,13 @@ from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.train.feed import Ahead
-from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train import loop
+from tbpo_cli.train.feed import Prefetcher
+from tbpo_cli.train.run import TrainingRun
 
 OUT_OF_MEMORY = {
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "cpu": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
@@ -22,7 +25,7 @@ OUT_OF_MEMORY = {
 
 
 def train(recipe_file, run, *overrides, room=None, error=None):
-    """`tbpo align` on a device that holds micro-batches of `room` tokens; returns the trained weights."""
+    """`tbpo align` where micro-batches of more than `room` tokens fail; returns the weights."""
     recipe = load_recipe(recipe_file, ("model.lora.dropout=0.0", "align.layout=padded", *overrides))
     run_stage("prepare", recipe_file, run)
     stores = [PairStore(run / "prepare" / split) for split in ("train", "eval")]
@@ -34,7 +37,7 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 
     policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
     (run / "align").mkdir()
-    TrainingRun(policy, recipe.align.loss, recipe.align, *stores, run / "align", 0).run()
+    loop.train(TrainingRun(policy, recipe.align.loss, recipe.align, *stores, run / "align", 0))
     return {name: p.detach() for name, p in policy.trained.items()}
 
 
@@ -42,8 +45,8 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_result(
     recipe_file, tmp_path, capsys, kind
 ):
-    """A step has some 400 tokens; the device holds 200, so the budget goes 1024 → … → 128 in the first evaluation. The
-    trained weights are those of a device with room for all."""
+    """A step has some 400 tokens; the device holds 200, so the budget falls from 1024 to 128 in the first
+    evaluation. The weights are those of a device that holds all."""
     whole = train(recipe_file, tmp_path / "whole")
     assert "out of memory" not in capsys.readouterr().err
     cut = train(recipe_file, tmp_path / "cut", room=200, error=OUT_OF_MEMORY[kind])
@@ -83,7 +86,7 @@ def test_the_next_step_is_made_while_this_one_is_computed_and_only_as_it_is_want
         made.append((step, tokens, threading.get_ident() != here))
         return [step * tokens]
 
-    ahead = Ahead(collate_step)
+    ahead = Prefetcher(collate_step)
     assert ahead.batches(5, 100) == [500] and ahead.batches(6, 100) == [600]
     assert ahead.batches(6, 50) == [300], "the same step with another budget"
     assert ahead.batches(7, 50) == [350]

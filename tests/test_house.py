@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tbpo_cli.core import GENERATORS, LOSSES
-from tbpo_cli.evaluation.measures import JUDGES
+from tbpo_cli.evaluation.judges import JUDGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tbpo_cli"
@@ -314,7 +314,10 @@ def test_no_line_is_longer_than_100_columns():
 
 def test_every_key_of_a_recipe_is_read():
     assert not unread_keys(FILES)
-    checked = "@table\nclass Run:\n    seed: int\n    name: str\n    def __post_init__(self):\n        self.seed"
+    checked = (
+        "@table\nclass Run:\n    seed: int\n    name: str\n"
+        "    def __post_init__(self):\n        self.seed"
+    )
     assert unread_keys({"config/recipe.py": checked, "runs/run_dir.py": "recipe.run.name"}) == {
         "seed"
     }

@@ -19,8 +19,8 @@ from tbpo_cli.data.formats import FORMATS, Format, format_faults
 from tbpo_cli.data.pairs import make_pair
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation import judges
-from tbpo_cli.evaluation.measures import JUDGES
+from tbpo_cli.evaluation.judges import JUDGES
+from tbpo_cli.evaluation.judges.judge import score_judge
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.stages.chain import STAGES, run_through
@@ -145,21 +145,15 @@ class EvalWithLongest(Eval):
     longest: bool | None = None
 
 
-JUDGE = """
-from tbpo_cli.evaluation.judges.judge import score_judge
-
-def judge_of(value, cache):
+def longest_of(_value, _cache):
     return score_judge("longest", lambda answers: (len(completion) for _, completion in answers))
-"""
 
 
 def test_a_judge(recipe_file, tmp_path, monkeypatch):
-    """A file beside the others: the longer completion wins, as samples.jsonl says."""
-    (tmp_path / "longest.py").write_text(JUDGE)
-    monkeypatch.setattr(judges, "__path__", [*judges.__path__, str(tmp_path)])
+    """The longer completion wins, as samples.jsonl says."""
     sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
     recipe = load_recipe(recipe_file, sets)
-    monkeypatch.setitem(JUDGES, "longest", "longest")
+    monkeypatch.setitem(JUDGES, "longest", longest_of)
     recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
     run = tmp_path / "run"
     run_through("eval", recipe, RunDir(run), restart=False)

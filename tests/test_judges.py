@@ -1,4 +1,6 @@
-"""Judges: a real function, reward model and HTTP server that misbehaves; and the win rates of known truths."""
+"""Judges: a real function, reward model and HTTP server that misbehaves; and the win rates of known
+truths.
+"""
 
 import threading
 import time
@@ -12,10 +14,10 @@ from judge_server import chat_server
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
-from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, judges_of
+from tbpo_cli.evaluation.judges.judge import Comparison, Verdict
 from tbpo_cli.evaluation.judges.language_judge import TEMPLATE
-from tbpo_cli.evaluation.measures import JUDGES
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
 
 KEY = "sk-secret-0123456789"
@@ -74,7 +76,8 @@ def prefers_two(body):
     return f"I looked at both. [[{'C' if ('2' in a) == ('2' in b) else 'A' if '2' in a else 'B'}]]"
 
 
-# ------------------------------------------------------------------------------------------------ the language model
+# ------------------------------------------------------------------------------------------------
+# the language model
 
 
 def test_a_good_judge_gives_the_right_rate_and_its_reasons(language_judge):
@@ -131,7 +134,9 @@ def test_completions_that_are_the_same_are_not_asked_about(language_judge):
     ],
 )  # fmt: skip
 def test_a_verdict_is_read_from_what_judges_write(language_judge, answer, value):
-    """The same answer in both orders: A, then B is inconsistent; only a tie is the same verdict both ways."""
+    """The same answer in both orders: A, then B is inconsistent; only a tie is the same verdict
+    both ways.
+    """
     with chat_server(lambda body: answer if sections(body)[0] == "x" else "[[C]]") as server:
         (verdict,) = language_judge(server).compare(compare(("x", "y")))
     assert verdict.consistent == (None if value is None else value == 0.5)
@@ -153,8 +158,9 @@ def test_unreadable_verdicts_are_counted_and_left_out(language_judge):
         and rates["raw"]["value"] == pytest.approx(2 / 3)
     )
     assert rates["prompt_tokens"] == 800, "they cost as well"
-    with pytest.raises(TbpoError, match="judge-1 gave no verdict: no verdict can be read: Hm"):
-        win_rate(comparisons[1:2], verdicts[1:2], judge.name)
+    silent = win_rate(comparisons[1:2], verdicts[1:2], judge.name)
+    assert silent["raw"] is None and silent["length_controlled"] is None
+    assert (silent["unreadable"], silent["ties"], silent["model"]) == (1, 0, "policy")
 
 
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
@@ -201,7 +207,8 @@ def test_the_default_template_names_its_places():
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the server
+# -------------------------------------------------------------------------------------------------------
+# the server
 
 NO_JSON = (200, "<html>Welcome</html>", {})
 CUT_JSON = (200, '{"choices": [{"mess', {})
@@ -293,7 +300,7 @@ def ask_one(url):
     [
         ((401, f'{{"error": "{KEY} is wrong"}}', {}), "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
         ((404, "no such model", {}), "the server answers 404 no such model", "the model 'judge-7'; its"),
-        (NO_JSON, "no chat completion after 4 attempts: the answer is none: 200 <html>", "ends in /v1"),
+        (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, it is not JSON: 200 <html>", "ends in /v1"),
         (NO_CHOICES, "no chat completion after 4 attempts", "OpenAI-compatible"),
         ((405, "not here", {}), "the server answers 405 not here", "usually ends in /v1"),
     ],
@@ -364,7 +371,8 @@ def test_the_key_is_in_no_file_and_no_message(language_judge, tmp_path, capfd):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-# ------------------------------------------------------------------------------------------------- scorer and rewards
+# -------------------------------------------------------------------------------------------------
+# scorer and rewards
 
 
 def test_a_scorer_compares_by_the_last_user_message_and_equal_scores_tie(judges, tmp_path):
@@ -398,7 +406,7 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
         (SCORERS, "length", "the scorer's file has no function length", "mine.py"),
         ("def f(prompt, completion):\n    return 1 / 0\n", "f", "the prompt 'What is 1 + 1? (0)': Zero", ", line 2"),
         ("def f(prompt, completion):\n    return float('nan')\n", "f", "ValueError: it returned nan", "mine.py"),
-        ("def f(prompt, completion):\n    return 'good'\n", "f", "could not convert string", "mine.py"),
+        ("def f(prompt, completion):\n    return 'good'\n", "f", "ValueError: it returned 'good'", "mine.py"),
         ("def f(prompt):\n    return 1\n", "f", "takes 1 positional argument", "mine.py"),
         ("import no_such_module\n", "f", "cannot be imported: ModuleNotFoundError", ", line 1"),
         ("def f(:\n", "f", "cannot be imported: SyntaxError", "mine.py"),
@@ -533,11 +541,14 @@ def test_the_resolved_recipe_of_a_judge_loads_to_itself(recipe_file, tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------------------- win rates
+# ---------------------------------------------------------------------------------------------------------
+# win rates
 
 
 def simulated(count, theta, phi, seed=0, shift=0.7):
-    """Verdicts drawn from P(win) = σ(θ + φ tanh(Δ/s)), the policy being longer by `shift` standard deviations."""
+    """Verdicts drawn from P(win) = σ(θ + φ tanh(Δ/s)), the policy being longer by `shift` standard
+    deviations.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.normal(30 * shift, 30, count).round()
     chances = 1 / (1 + np.exp(-(theta + phi * np.tanh(lengths / lengths.std()))))

@@ -23,7 +23,10 @@ from tbpo_cli.config.recipe import Model, load_recipe
 from tbpo_cli.config.validate import validate
 from tbpo_cli.core.losses import LOSSES, Dpo
 from tbpo_cli.errors import TbpoError, gather
-from tbpo_cli.hub import publish as hub
+from tbpo_cli.hub import client
+from tbpo_cli.hub.base import published_base
+from tbpo_cli.hub.card import render_card
+from tbpo_cli.hub.secrets import check_no_secret
 from tbpo_cli.model.load import load_policy, load_trained, local_adapter
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.runs.files import write_sealed
@@ -82,7 +85,7 @@ def server(tmp_path, base, monkeypatch):
     with serve(tmp_path / "hub") as started, connected(started.address, tmp_path / "cache"):
         started.tokens[TOKEN] = "write"
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(hub, "WAITS", (0.01, 0.01))
+        monkeypatch.setattr(client, "WAITS", (0.01, 0.01))
         yield started
 
 
@@ -150,8 +153,8 @@ def test_a_card_of_a_loss_of_ones_own_that_no_paper_describes(made, run, server,
     monkeypatch.setitem(LOSSES, "mine", Mine)
     recipe = load_recipe(made[0], (*PUSH, "align.loss.name=mine"))
     manifests = {name: RunDir(run).manifest(name) for name in ("prepare", "align")}
-    base = hub.published_base(recipe, manifests["align"], online=False)
-    card = ModelCard(hub.render_card(recipe, base, None, manifests))
+    base = published_base(recipe, manifests["align"], online=False)
+    card = ModelCard(render_card(recipe, base, None, manifests))
     assert "The margin, as I like it. All settings are in" in card.text and "mine" in card.data.tags
     assert "@misc" not in card.text and "arxiv.org" not in card.text
 
@@ -361,7 +364,7 @@ def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
     'api_key_env = "OPENAI_API_KEY"', 'api_key = "$OPENAI_API_KEY"', "KL a token: 0.12345678", "sk-learn-contributions",
 ])  # fmt: skip
 def test_what_is_no_secret_passes(text):
-    hub.check_no_secret({"README.md": text})
+    check_no_secret({"README.md": text})
 
 
 FAULTS = [

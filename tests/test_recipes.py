@@ -11,7 +11,7 @@ import torch
 from conftest import run_stage
 
 from tbpo_cli.config.recipe import load_recipe, sources
-from tbpo_cli.core import LOSSES, build_loss
+from tbpo_cli.core import LOSSES
 from tbpo_cli.core.generators import Sba
 from tbpo_cli.runs.run_dir import RunDir
 
@@ -64,8 +64,9 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     """Its base is a config of that shape; 4,096 tokens at a time, bf16, by the formula for a
     GPU.
     """
-    from tbpo_cli.cli.show import policy_on_meta, show
-    from tbpo_cli.train.memory import foresee
+    from tbpo_cli.cli.forecast import policy_on_meta, trainings_of
+    from tbpo_cli.cli.show import show
+    from tbpo_cli.train.memory import estimate_memory
 
     path = RECIPES / f"{name}.toml"
     base = load_recipe(path).model.base
@@ -91,12 +92,11 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     )  # this machine is not what it names
     processes, room = ROOM.get(name, (1, 24e9))
     gpu = torch.device("cuda")
-    for stage, loss in (("sft", build_loss("sft")), ("align", recipe.align.loss)):
-        if settings := getattr(recipe, stage):
-            policy = policy_on_meta(stage, recipe, loss, gpu)
-            settings = replace(settings, max_tokens_per_device=4096)
-            parts, _ = foresee(policy, recipe.model, settings, gpu, processes, (0, 10**6))
-            assert sum(parts.values()) < room, (stage, parts)
+    for training in trainings_of(recipe):
+        policy = policy_on_meta(training, recipe, gpu)
+        settings = replace(training.settings, max_tokens_per_device=4096)
+        parts, _ = estimate_memory(policy, recipe.model, settings, gpu, processes, (0, 10**6))
+        assert sum(parts.values()) < room, (training.name, parts)
 
 
 @pytest.mark.parametrize("name", LOSSES)

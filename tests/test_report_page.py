@@ -1,4 +1,6 @@
-"""report.html of an evaluation: its figures, its charts, that nothing in it can act, and in a browser its search."""
+"""report.html of an evaluation: its figures, its charts, that nothing in it can act, and in a
+browser its search.
+"""
 
 import base64
 import hashlib
@@ -88,7 +90,9 @@ def rate(name, against="reference", judge="world.py:score", **entries):
 def inputs(
     *others, texts=(("Say red.", "red cat.", "red dog."), ("Count to two.", "1 2.", "No idea."))
 ):
-    """What an evaluation leaves. Texts: prompt, the policy's completion, the reference's; the first one is lost."""
+    """What an evaluation leaves. Texts: prompt, the policy's completion, the reference's; the first
+    one is lost.
+    """
     names = ("policy", "reference", *others)
     results = {
         "run": "quickstart",
@@ -473,7 +477,9 @@ def test_the_search_and_the_order_work_and_can_be_linked_to(written, tmp_path):
 def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_page(
     written, tmp_path
 ):
-    """Not even if it were not escaped: then the page's policy stops it. The same on a page without one is seen."""
+    """Not even if it were not escaped: then the page's policy stops it. The same on a page without
+    one is seen.
+    """
     asked = []
 
     class Listener(BaseHTTPRequestHandler):

@@ -1,5 +1,7 @@
 """A run that cannot be lost: one writer, files that are whole, a disk that fills up, input that is broken at random."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs import lock
 from tbpo_cli.runs.files import read_sealed, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
@@ -75,10 +79,66 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_word_about_it(
     assert "taking over" not in capsys.readouterr().err, "a lock that was given back leaves nothing"
 
 
-def test_a_lock_of_another_machine_is_left_alone(tmp_path):
-    (tmp_path / "lock").write_text("process 7 on elsewhere")
-    with pytest.raises(TbpoError, match="process 7 on elsewhere"), RunDir(tmp_path).lock():
+@pytest.fixture
+def impatient(monkeypatch):
+    """A lock whose owner is gone after a second without a heartbeat."""
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    monkeypatch.setattr(lock, "SILENCE", 1.0)
+    monkeypatch.setattr(lock, "SETTLED", 0.2)
+
+
+def test_the_lock_of_another_machine_that_still_works_is_left_alone(tmp_path, impatient):
+    path = tmp_path / "lock"
+    path.write_text("process 7 on elsewhere\nanother boot")
+    stop = threading.Event()
+
+    def work():
+        while not stop.wait(0.2):
+            os.utime(path)
+
+    threading.Thread(target=work).start()
+    try:
+        with (
+            pytest.raises(TbpoError, match="in use by process 7 on elsewhere"),
+            RunDir(tmp_path).lock(),
+        ):
+            pass
+    finally:
+        stop.set()
+
+
+@pytest.mark.parametrize("text", [b"process 7 on pod-abc\nanother boot", b"process 9 on v\xf6"])
+def test_the_lock_of_a_machine_that_is_gone_or_a_damaged_one_is_taken_over(
+    tmp_path, impatient, text, capsys
+):
+    (tmp_path / "lock").write_bytes(text)
+    with RunDir(tmp_path).lock():
+        assert "taking over the run from process" in capsys.readouterr().err
+        with pytest.raises(TbpoError, match="is in use by process"), RunDir(tmp_path).lock():
+            pass
+
+
+def test_a_lock_that_a_crash_left_empty_or_zeroed_is_free(tmp_path, capsys):
+    (tmp_path / "lock").write_bytes(bytes(20))
+    with RunDir(tmp_path).lock():
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_of_the_file_system_the_heartbeat_decides(
+    tmp_path, impatient, monkeypatch, code
+):
+    def no_flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    in_use = f"the run is in use by process {os.getpid()}"
+    with RunDir(tmp_path).lock(), pytest.raises(TbpoError, match=in_use), RunDir(tmp_path).lock():
         pass
+    (tmp_path / "lock").write_text(f"process 1 on elsewhere\n{lock.BOOT_ID.read_text()}")
+    with RunDir(tmp_path).lock():
+        pass
+    assert (tmp_path / "lock").read_bytes() == b""
 
 
 # ---------------------------------------------------------------------------------------------------------- the disk
@@ -110,7 +170,7 @@ def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable
     ballast.write_bytes(b"x" * (free - 2 * one - 40_000))
     with pytest.raises(TbpoError, match="cannot be written: No space left on device") as error:
         run_stage("align", recipe_file, run)
-    assert "make room and give the same command again" in error.value.fix
+    assert "give the same command again" in error.value.fix
     kept = {path.name for path in (run / "align/checkpoints").iterdir()}
     assert kept and all(name.startswith("step-") for name in kept), "no half of a checkpoint"
     ballast.unlink()

@@ -256,7 +256,8 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tbpo_cli.train.loop import TrainingRun
+    from tbpo_cli.train.loop import train
+    from tbpo_cli.train.run import TrainingRun
 
     lora, with_sft = SETTINGS[setting]
     if not lora:
@@ -284,7 +285,7 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     before = reference_logps(policy, pairs)
     folder = tmp_path / "align"
     folder.mkdir()
-    TrainingRun(policy, recipe.align.loss, recipe.align, *stores, folder, 0).run()
+    train(TrainingRun(policy, recipe.align.loss, recipe.align, *stores, folder, 0))
     assert torch.equal(reference_logps(policy, pairs), before), (
         "the reference moved during training"
     )

@@ -74,17 +74,24 @@ def stop(recipe_file, run, gpus, step, sets):
 
 
 def test_two_processes_share_out_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
-    """A tied head; layers that are computed again in the backward pass, and a norm that is clipped, in both runs."""
+    """A tied head, activation checkpointing, and a norm that is clipped, in both runs.
+
+    Of the two processes one writes to a tracker, and both save the weights after that is closed.
+    """
     sets = (
         "align.activation_checkpointing=true",
         "align.max_grad_norm=0.01",
         "align.optimizer=rmsprop",
     )
     run_stage("align", full_recipe, tmp_path / "alone", *sets)
-    code, _, err = finish(start(full_recipe, tmp_path / "two", "--cpu", "--gpus", "2", sets=sets))
+    tracked = (*sets, 'run.trackers=["tensorboard"]')
+    two = start(full_recipe, tmp_path / "two", "--cpu", "--gpus", "2", sets=tracked)
+    code, _, err = finish(two)
+    assert list((tmp_path / "two/align/logs").rglob("events.out.*"))
     assert (
         code == 0
-        and err.count("the processes share the weights out (fsdp): all of them are trained") == 1
+        and err.count("the weights are sharded over the processes (fsdp): all of them are trained")
+        == 1
     ), err
     assert_same_training(tmp_path / "alone", tmp_path / "two")
 

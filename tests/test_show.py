@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 
-from tbpo_cli.cli.show import examine, policy_on_meta, show
+from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
+from tbpo_cli.cli.show import show
 from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.report.diagnoses import RATES, advice
+from tbpo_cli.report.diagnoses import AFTER, BEFORE, diagnose
+from tbpo_cli.report.facts import RATES, Facts, after_training
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.train.memory import foresee, kept_bytes, tokens_that_fit
+from tbpo_cli.train.memory import estimate_memory, kept_bytes, tokens_that_fit
 
 
 def shown(recipe_file, run, capsys, *overrides):
@@ -23,6 +25,11 @@ def shown(recipe_file, run, capsys, *overrides):
     capsys.readouterr()
     show(recipe, sources(recipe_file, overrides), RunDir(run))
     return capsys.readouterr().out
+
+
+def of_align(recipe):
+    """The alignment of a recipe, as `forecast` takes it."""
+    return [*trainings_of(recipe)][-1]
 
 
 def flat(text):
@@ -86,7 +93,8 @@ HEADS = {
 
 @pytest.mark.parametrize("overrides", HEADS)
 def test_the_way_through_the_head_is_named(recipe_file, tmp_path, overrides):
-    lines = dict(examine("align", load_recipe(recipe_file, overrides), RunDir(tmp_path))[0])
+    recipe = load_recipe(recipe_file, overrides)
+    lines = dict(forecast(of_align(recipe), recipe, RunDir(tmp_path)).lines)
     assert HEADS[overrides] in lines["head"]
     assert ("metrics only" in lines["reference"]) == ("align.loss.name=simpo" in overrides)
 
@@ -99,11 +107,12 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
         "sft.toml": ("a frozen copy of the SFT adapter", "no policy logits"),
     }
     for name, (reference, head) in cases.items():
-        lines = dict(examine("align", load_recipe(tmp_path / name), RunDir(tmp_path / "run"))[0])
+        recipe = load_recipe(tmp_path / name)
+        lines = dict(forecast(of_align(recipe), recipe, RunDir(tmp_path / "run")).lines)
         assert lines["reference"] == reference and head in lines["head"]
     for name, count in (("full.toml", 3), (recipe_file.name, 0)):
         recipe = load_recipe(tmp_path / name, ("align.loss.name=tis_dpo",))
-        policy = policy_on_meta("align", recipe, recipe.align.loss, torch.device("cpu"))
+        policy = policy_on_meta(of_align(recipe), recipe, torch.device("cpu"))
         assert len(policy.frozen) == count
         assert len(policy.adapters) == (0 if count else 3), "π⁺ and π⁻ stand beside the policy"
 
@@ -113,7 +122,7 @@ def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, f
     """The same weights, and the same bytes a token, as on the model with its weights."""
     recipe = load_recipe(change_recipe(recipe_file, model={"lora": None} if full else {}))
     cpu = torch.device("cpu")
-    meta = policy_on_meta("align", recipe, recipe.align.loss, cpu)
+    meta = policy_on_meta(of_align(recipe), recipe, cpu)
     loaded = load_policy(recipe, cpu, None, with_reference=True)
     assert {p.device.type for p in meta.model.parameters()} == {"meta"}
     for of in (
@@ -121,7 +130,9 @@ def test_the_shapes_without_numbers_are_those_of_the_loaded_model(recipe_file, f
         lambda p: kept_bytes(p.model, False),
     ):
         assert of(meta) == of(loaded)
-    both = [foresee(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)]
+    both = [
+        estimate_memory(p, recipe.model, recipe.align, cpu, 1, (0, 10**6)) for p in (meta, loaded)
+    ]
     assert both[0] == both[1] and both[0][1] == 1024
 
 
@@ -157,15 +168,15 @@ def test_the_first_micro_batch_is_a_power_of_two_in_half_of_the_free_gpu_or_1024
 
 def test_memory_follows_from_processes_and_quantization(recipe_file):
     recipe = load_recipe(recipe_file)
-    policy = policy_on_meta("align", recipe, recipe.align.loss, torch.device("cpu"))
+    policy = policy_on_meta(of_align(recipe), recipe, torch.device("cpu"))
     whole, shared = (
-        foresee(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
+        estimate_memory(policy, recipe.model, recipe.align, torch.device("cpu"), n, (0, 99))[0]
         for n in (1, 4)
     )
     assert (
         shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
     )
-    nf4 = foresee(
+    nf4 = estimate_memory(
         policy,
         replace(recipe.model, quantization="nf4"),
         recipe.align,
@@ -204,46 +215,116 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
-FACTS = {
-    "stage": "align",
-    "lora": True,
-    "rate": 5e-6,
-    "beta": 1.0,
-    "weights": 7e9,
-    "memory": 1e9,
-    "room": 2e9,
-}
+FACTS = {"stage": "align", "rate": 5e-6, "weights": 7e9, "memory": 1e9, "device_memory": 2e9}
 SAID = {
     "nothing is wrong": ({}, []),
     "what suits LoRA is too high for all weights": (
         {"lora": False, "rate": 5e-5},
-        ["all weights take a tenth"],
+        ["5e-05 is high: all weights usually takes 1.5e-07 to 1.6e-05"],
     ),
-    "high": ({"rate": 1e-3}, ["learning_rate = 0.001 is high"]),
+    "high": ({"rate": 1e-3}, ["the learning rate 0.001 is high"]),
     "a small model takes more": ({"rate": 1e-3, "weights": 2e6}, []),
     "low": ({"rate": 1e-8}, ["is low"]),
-    "low beta": ({"beta": 0.01}, ["beta is 0.01 of its default"]),
-    "high beta": ({"beta": 50}, ["50 times its default"]),
+    "too few steps": ({"steps": 30}, ["30 steps at the rate 5e-06 hardly move LoRA"]),
+    "enough steps": ({"steps": 1900}, []),
+    "a single step": (
+        {"steps": 1, "batch": 32, "rate": 1e-4},
+        ["hardly move", "a single step of 32"],
+    ),
+    "fewer pairs than a batch": ({"pairs": 8, "batch": 32}, ["8 pairs, and a step takes 32"]),
+    "low beta": ({"beta_share": 0.01}, ["beta is 0.01 of its default"]),
+    "high beta": ({"beta_share": 50}, ["50 times its default"]),
     "long": ({"length_ratio": 1.6}, ["1.6 times as long"]),
+    "much is past the shorter response": ({"unaligned": 0.6}, ["60% of the response tokens"]),
     "cut": ({"cut": 0.3}, ["30% of the rows are over data.max_length"]),
     "many epochs": ({"visits": 5}, ["read 5.0 times"]),
     "nothing is held out": ({"held_out": 0}, ["no pair is held out"]),
     "too big": ({"memory": 3e9}, ["align needs more memory"]),
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
-    "an sft of all weights": (
-        {"stage": "sft", "lora": False, "rate": 2e-4},
-        ["all weights take a tenth"],
+    "unmoved": ({"kl": 2e-4, "steps": 300}, ["hardly moved: KL 0.0002 nats a token after 300"]),
+    "far": ({"kl": 3.0}, ["far from its reference: KL 3.00"]),
+    "entropy": ({"entropy_share": 0.2}, ["entropy fell to 20%"]),
+    "by heart": (
+        {"training_accuracy": 0.99, "accuracy": 0.6, "held_out": 400},
+        ["99% on the last training pairs and 60% on held-out"],
     ),
+    "few held-out pairs say little": (
+        {"training_accuracy": 0.9, "accuracy": 0.6, "held_out": 8},
+        [],
+    ),
+    "moved, and not better": (
+        {"kl": 0.1, "accuracy": 0.51, "held_out": 400},
+        ["chosen response of only 51%"],
+    ),
+    "chosen falls": ({"kl": 0.5, "chosen_fall": 0.8}, ["fell by 0.80 nats a token"]),
+    "answers get longer": ({"answer_ratio": 1.5}, ["1.5 times as long as the reference's"]),
 }
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_what_usually_goes_wrong_is_said(case):
+def test_what_usually_goes_wrong_is_said_with_the_key_to_change(case):
     changes, expected = SAID[case]
-    said = advice(**FACTS | changes)
-    assert len(said) == len(expected)
+    said = diagnose(Facts(**FACTS | changes))
+    assert len(said) == len(expected), said
     for line, part in zip(said, expected, strict=True):
-        assert part in line
+        assert part in line and "; change " in line and "{" not in line
+
+
+def test_every_diagnosis_is_met_in_a_case():
+    facts = [Facts(**FACTS | changes) for changes, _ in SAID.values()]
+    for each in BEFORE + AFTER:
+        assert any(diagnose(one, [each]) for one in facts), each.condition
+
+
+def test_the_facts_of_a_training_are_read_from_its_metrics():
+    """Entropy 2 → 1; log π of chosen tokens −1 → −1.5; accuracy 1 in 6 steps, 0.75 held out."""
+    begin = {"split": "eval", "step": 0, "kl": 0.0, "entropy": 2.0, "logps_chosen": -1.0}
+    end = {"split": "eval", "step": 6, "kl": 0.2, "entropy": 1.0, "logps_chosen": -1.5}
+    steps = [{"split": "train", "step": n, "accuracy": 1.0} for n in range(1, 7)]
+    lines = [begin | {"accuracy": 0.0}, *steps, end | {"accuracy": 0.75}]
+    facts = after_training(lines, "align", True, 1e-4, 8)
+    assert (facts.steps, facts.kl, facts.entropy_share, facts.chosen_fall) == (6, 0.2, 0.5, 0.5)
+    assert (facts.accuracy, facts.training_accuracy, facts.held_out) == (0.75, 1.0, 8)
+    assert after_training(lines[:3], "align", True, 1e-4, 8).kl is None, "it is not complete"
+
+
+def test_an_alignment_that_learns_nothing_ends_with_a_sentence_and_the_key(tbpo, recipe_file):
+    done = tbpo("align", recipe_file, "--set", "align.learning_rate=1e-9")
+    assert done.returncode == 0
+    assert "WARNING: the policy has hardly moved: KL 0.0000 nats a token after 6" in done.stderr
+    assert "change align.learning_rate = " in done.stderr
+
+
+def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_file, tmp_path):
+    (tmp_path / "scorer.py").write_text("def score(prompt, completion):\n    return 1.0\n")
+    sets = ("--set", "eval.scorer=python:./scorer.py:scor", "--set", 'run.trackers=["trackio"]')
+    done = tbpo("show", recipe_file, *sets)
+    text = flat(done.stdout)
+    assert "✗ trackers" in text and "trackio is not installed" in text
+    assert "→ pip install trackio" in text
+    assert "✗ what [eval] names" in text and "has no function scor" in text
+    assert "GB for checkpoints" in text and done.returncode == 0
+    fine = tbpo("show", recipe_file, "--set", "eval.scorer=python:./scorer.py:score")
+    assert "✓ what [eval] names" in flat(fine.stdout)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sets", "what"),
+    [
+        ("align", ('run.trackers=["trackio"]',), "trackio is not installed"),
+        ("align", ("align.loss=tis_dpo",), "the positive helper is not named"),
+        ("align", ("model.quantization=nf4",), "4"),
+        ("eval", ("eval.scorer=python:./none.py:score",), "the scorer's file is not there"),
+        ("eval", ("eval.judge={endpoint = 'http://127.0.0.1:9/v1', model = 'x'}",), "127.0.0.1:9"),
+    ],
+)
+def test_what_is_missing_stops_a_stage_before_anything_is_prepared(
+    tbpo, recipe_file, tmp_path, stage, sets, what
+):
+    given = [part for one in sets for part in ("--set", one)]
+    done = tbpo(stage, recipe_file, *given)
+    assert done.returncode == 2 and what in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_changed_recipe_is_shown_with_what_it_invalidates(recipe_file, tmp_path, capsys):
@@ -272,7 +353,7 @@ def test_warnings_come_from_the_prepared_pairs(recipe_file, tmp_path, capsys):
         "times as long as rejected",
         "are over data.max_length",
         "is read 9.2 times",
-        "90 times its",
+        "90 times its default",
         "is high",
     )
     for part in parts:

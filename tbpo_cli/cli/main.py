@@ -1,40 +1,35 @@
-"""The command line: one thin function a command, and the only place that turns a TbpoError into a message."""
+"""The command line: one thin function a command. Only here a TbpoError becomes a message."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from tbpo_cli import console
-from tbpo_cli.errors import Interrupted, TbpoError, gather
-from tbpo_cli.runs.launch import Processes, check_gpus, processes_of
-
-if TYPE_CHECKING:
-    from tbpo_cli.config.recipe import Recipe
-    from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.cli.call import Call, Command, Group
+from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.runs.launch import Processes, check_gpus
 
 app = typer.Typer(
     name="tbpo",
-    help="Preference alignment of language models, from raw pairs to a published adapter. Stages share one recipe;"
-    " a stage runs what it needs first and is otherwise done when it is up to date.",
-    epilog="First run: tbpo align recipes/quickstart.toml",
+    cls=Group,
+    help="Preference alignment of language models, from raw pairs to a published adapter. Stages "
+    "share one recipe; a stage runs what it needs first, and does nothing if it is up to date.",
+    epilog="First run: tbpo init quickstart && tbpo align quickstart.toml",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Texts = list[str] | None
 
 
 @app.callback(invoke_without_command=True)  # of --version
@@ -47,115 +42,7 @@ def say_version(
         raise typer.Exit
 
 
-@dataclass
-class Call:
-    """What was given to a command on a recipe. The fields are all options that there are, in the order of --help."""
-
-    recipe: Annotated[Path, Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
-    flags: Annotated[
-        Texts, Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)
-    ] = None
-    sets: Annotated[
-        Texts,
-        Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a recipe key; repeatable. E.g. align.loss.name=tbpo_q",
-        ),
-    ] = None
-    run_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="Where the run lives, instead of runs/NAME.")
-    ] = None
-    prompt: Annotated[
-        Texts,
-        Option(metavar="TEXT", help="Answer this and keep nothing; repeatable; - reads lines."),
-    ] = None
-    against: Annotated[
-        Texts, Option(metavar="RUN …", help="Compare with these runs, adapters or models.")
-    ] = None
-    allow_unevaluated: Annotated[
-        bool, Option("--allow-unevaluated", help="Publish without held-out results.")
-    ] = False
-    gpus: Annotated[
-        int | None, Option(metavar="N", min=1, help="One process a GPU, on this machine.")
-    ] = None
-    cpu: Annotated[bool, Option("--cpu", help="On the CPU; with --gpus N, in N processes.")] = False
-    nodes: Annotated[
-        int | None, Option(metavar="N", min=1, help="Machines that run this command.")
-    ] = None
-    node_rank: Annotated[
-        int | None, Option(metavar="K", min=0, help="This machine's number, from 0.")
-    ] = None
-    main_address: Annotated[
-        str | None, Option(metavar="HOST:PORT", help="Of machine 0, reached by all.")
-    ] = None
-    restart: Annotated[
-        bool,
-        Option(
-            "--restart", help="Begin the stage anew; its old folder is renamed, nothing is deleted."
-        ),
-    ] = False
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run, and do nothing.")] = (
-        False
-    )
-    quiet: Annotated[bool, Option("--quiet", help="No progress, only results and errors.")] = False
-    show: Annotated[int, Option(metavar="N", help="Print N pairs as the model sees them.")] = 0
-    ids: Annotated[bool, Option("--ids", help="With --show: the token ids as well.")] = False
-    adapter: Annotated[
-        str | None, Option(metavar="ID", help="user/repo[@revision] as the policy.")
-    ] = None
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """What --set says, and the options that are a recipe's keys by another name."""
-        keys = {"sample.adapter": self.adapter, "eval.against": self.against}
-        return (
-            *(self.sets or ()),
-            *(
-                f"{key}={json.dumps(value, ensure_ascii=False)}"
-                for key, value in keys.items()
-                if value
-            ),
-        )
-
-    def load(self) -> tuple[Recipe, RunDir]:
-        """The recipe, checked, and its run directory."""
-        from tbpo_cli.config.recipe import load_recipe
-        from tbpo_cli.data.formats import format_faults
-        from tbpo_cli.runs.run_dir import RunDir
-
-        recipe = load_recipe(self.recipe, self.overrides)
-        gather(format_faults(recipe.data, str(self.recipe)))
-        return recipe, RunDir.of(recipe, self.run_dir)
-
-    def processes(self) -> Processes:
-        """Those that the stage is to run in. Raises TbpoError for words of the command line that nothing reads."""
-        flags = self.flags or []
-        if flags and not flags[0].startswith("-"):
-            fix = (
-                f"--set {flags[0]}"
-                if "=" in flags[0]
-                else "leave it out; --help lists what there is"
-            )
-            raise TbpoError(
-                f"{flags[0]} is not understood", "the command line", "a recipe, and options", fix
-            )
-        processes = processes_of(
-            self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags
-        )
-        if flags and processes.total == 1:
-            what, where = (
-                "one process needs no launcher that could take flags",
-                " ".join(["--", *flags]),
-            )
-            raise TbpoError(
-                what,
-                where,
-                "flags for accelerate, beside --gpus N",
-                "leave them out, or add --gpus N",
-            )
-        return processes
-
+NEXT = {"prepare": "align", "sft": "align", "align": "eval", "sample": "eval", "eval": "push"}
 
 RUN = ("recipe", "sets", "run_dir")
 STAGE = (*RUN, "restart", "dry_run", "quiet")
@@ -174,14 +61,13 @@ def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Call
             try:
                 function(call)
             except KeyboardInterrupt:
-                raise Interrupted(
-                    signal.SIGINT, "nothing is lost", "the same command goes on from there"
-                ) from None
+                what, fix = "nothing is lost", "the same command goes on from there"
+                raise Interrupted(signal.SIGINT, what, fix) from None
 
         parameters = inspect.signature(Call, eval_str=True).parameters
         signature = inspect.Signature([parameters[key] for key in parameters if key in options])
         vars(run)["__signature__"] = signature  # what typer reads
-        return app.command(name)(run)
+        return app.command(name, cls=Command)(run)
 
     return add
 
@@ -190,15 +76,11 @@ def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Call
 def prepare(call: Call) -> None:
     """Rows → checked, tokenized pairs, and a report of what was left out and why.
 
-    Example: tbpo prepare recipes/quickstart.toml --set data.train=my-pairs.jsonl --show 3
+    Example: tbpo prepare quickstart.toml --set data.train=my-pairs.jsonl --show 3
     """
     if call.ids and not call.show:
-        raise TbpoError(
-            "--ids is of the pairs that --show prints",
-            "--ids",
-            "--show N beside it",
-            "--show 3 --ids",
-        )
+        what, expected = "--ids needs --show: it is about the pairs printed", "--show N beside it"
+        raise TbpoError(what, "--ids", expected, "--show 3 --ids")
     run_stage("prepare", call)
     if call.show and not call.dry_run:
         from tbpo_cli.stages.prepare import show_pairs
@@ -219,7 +101,7 @@ def sft(call: Call) -> None:
 def align(call: Call) -> None:
     """Preference optimisation: TBPO and the losses it is compared with.
 
-    Example: tbpo align recipes/quickstart.toml --set align.loss.name=tbpo_q --run-dir runs/tbpo_q
+    Example: tbpo align quickstart.toml --set align.loss=tbpo_q --run-dir runs/tbpo_q
     """
     run_stage("align", call)
 
@@ -228,17 +110,17 @@ def align(call: Call) -> None:
 def sample(call: Call) -> None:
     """Completions from the policy and from the reference, side by side.
 
-    Example: tbpo sample recipes/quickstart.toml --prompt "How many letters are in cat?"
+    Example: tbpo sample quickstart.toml --prompt "How many letters are in cat?"
     """
     if call.prompt is None or call.dry_run:
         run_stage("sample", call)
         return
     if call.restart or call.processes() != Processes():
-        what, where = "--prompt is answered in one process, and keeps nothing", "the command line"
+        what = "--prompt is answered in one process, and keeps nothing"
+        where = "the command line"
         expected = "--prompt without --restart, --gpus and --cpu"
-        raise TbpoError(
-            what, where, expected, "leave them out, or name a file: --set sample.prompts=FILE"
-        )
+        fix = "leave them out, or name a file: --set sample.prompts=FILE"
+        raise TbpoError(what, where, expected, fix)
     from tbpo_cli.stages.sample import answer
 
     texts = [
@@ -252,21 +134,18 @@ def sample(call: Call) -> None:
 
 @command("eval", *PARALLEL, "against")
 def evaluate(call: Call) -> None:
-    """Did it get better? Held-out preference metrics, diversity, win rates, benchmarks, one HTML report.
+    """Did it get better? Held-out metrics, diversity, win rates, benchmarks, one HTML report.
 
-    Example: tbpo eval recipes/quickstart.toml --against runs/dpo --set eval.gate="win_rate > 0.5"
+    Example: tbpo eval quickstart.toml --against runs/dpo --set eval.gate="win_rate > 0.5"
     """
-    from tbpo_cli.stages.evaluate import check
-
     while call.against and call.flags and not call.flags[0].startswith("-"):  # --against RUN RUN
         call.against.append(call.flags.pop(0))
-    check(call.load()[0])
     run_stage("eval", call)
 
 
 @command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
 def push(call: Call) -> None:
-    """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit.
+    """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit, or a folder.
 
     Example: tbpo push recipe.toml --set push.repo=user/name --dry-run
     """
@@ -277,16 +156,23 @@ def push(call: Call) -> None:
     run(*call.load(), call.dry_run, call.allow_unevaluated)
 
 
-@app.command()
+@app.command(cls=Command)
 def init(
     name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None,
+    source: Annotated[
+        Path | None,
+        Option("--from", metavar="FILE", help="A config of TRL, axolotl or LLaMA-Factory."),
+    ] = None,
 ) -> None:
     """Writes a starter recipe, and its data, into the folder; without NAME, lists them.
 
     Example: tbpo init quickstart && tbpo align quickstart.toml
     """
-    from tbpo_cli.cli import starter
+    from tbpo_cli.cli import convert, starter
 
+    if source is not None:
+        convert.write(source, Path(f"{name or source.stem}.toml"))
+        return
     if name is None:
         for recipe, text in starter.descriptions().items():
             console.out.print(f"{recipe:<22} {text}", markup=False)
@@ -299,33 +185,44 @@ def init(
 
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
-    """The resolved recipe, what would run, its memory and time, and what usually goes wrong. Loads no weights.
+    """The resolved recipe, what would run, what it needs, and what usually goes wrong.
 
-    Example: tbpo show recipes/quickstart.toml --set align.loss.name=dpo
+    Example: tbpo show quickstart.toml --set align.loss=dpo
     """
     from tbpo_cli.config.recipe import sources
 
     recipe, run_dir = call.load()
-    from tbpo_cli.cli import show as what  # with torch, which a faulty recipe does not wait for
+    from tbpo_cli.cli import show as what  # it imports torch: after the recipe is checked
 
     what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
 def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
-    from tbpo_cli.stages.chain import run_through, show_plan
+    from tbpo_cli.cli.checks import require
+    from tbpo_cli.stages.chain import STAGES, plan, run_through, show_plan
 
-    (recipe, run_dir), processes = call.load(), call.processes()
+    recipe, run_dir = call.load()
+    processes = call.processes()
     if call.dry_run:
         show_plan(name, recipe, run_dir)
-    else:
-        if call.gpus:  # before anything is prepared, and one GPU that is not there is not the CPU
-            check_gpus(processes)
-        run_through(name, recipe, run_dir, call.restart, processes)
+        return
+    if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
+        check_gpus(processes)
+    if plan(name, recipe, run_dir)[name][0] != "done":
+        for stage in STAGES[name].needs(recipe):
+            require(stage, recipe)
+        require(name, recipe)
+    run_through(name, recipe, run_dir, call.restart, processes)
+    console.say(f"next: {call.again(NEXT[name])}")
 
 
 def main() -> None:
-    """The executable: 0 done, 2 recipe, data or usage, 3 diverged, 4 gate failed, 130 / 143 interrupted, 1 a bug."""
+    """The executable.
+
+    Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130 and 143 interrupted;
+    1 a bug of ours.
+    """
     console.quiet_libraries()
     try:
         app()

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tbpo_cli.errors import TbpoError
 
-_PACKAGED = (
-    Path(__file__).parent.parent / "recipes"
-)  # in an installed package; in a checkout they lie beside it
+# In an installed package; in a checkout they lie beside it.
+_PACKAGED = Path(__file__).parent.parent / "recipes"
 FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent.parent / "recipes"
 
 
@@ -23,7 +22,7 @@ def descriptions() -> dict[str, str]:
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Copies a recipe into a folder, and the folder of its name if it has one; returns what was written.
+    """Copies a recipe, and the folder of its name if it has one; returns what was written.
 
     Raises:
         TbpoError: if there is no such recipe, or something of that name is there already.

@@ -1,4 +1,7 @@
-"""One of several processes of a stage: `python -m tbpo_cli.cli.worker RUN_DIR/STAGE`, started by the launcher."""
+"""One of several processes of a stage, started by the launcher.
+
+python -m tbpo_cli.cli.worker RUN_DIR/STAGE
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.launch import TOLD
+
+# The messages of a process whose connection another one has closed.
+ECHOES = ("onnection closed by peer", "onnection reset by peer")
 
 
 def main() -> None:
-    """Runs the stage of the run's resolved recipe in this process. Of several that fail, the first one tells why."""
+    """Runs the stage of the run's resolved recipe. Of several that fail, the first one says why."""
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
     code = _run(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by sys.exit: torch's threads of communication now and then abort a process that tears itself down.
+    # Not by sys.exit: torch's communication threads sometimes abort a process that shuts down.
     os._exit(code)
 
 
@@ -44,10 +53,8 @@ def _run(folder: Path) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # A process that dies closes its connections; what the others then raise is not what went wrong.
-        is_echo = "onnection closed by peer" in str(error) or "onnection reset by peer" in str(
-            error
-        )
+        # A process that ends closes its connections; what the others then raise is only an echo.
+        is_echo = any(text in str(error) for text in ECHOES)
         if not is_echo and _is_first(folder):
             traceback.print_exc()
         return 1
@@ -56,7 +63,7 @@ def _run(folder: Path) -> int:
 
 def _is_first(folder: Path) -> bool:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # what all have met is told by the one that draws the progress
+        time.sleep(1)  # what all have met is reported by the first one
     try:
         (folder / TOLD).touch(exist_ok=False)
     except FileExistsError:

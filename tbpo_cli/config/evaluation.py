@@ -12,7 +12,6 @@ from pydantic import Field
 
 from tbpo_cli.config.validate import table
 from tbpo_cli.config.values import Address, Count, HubId, NotNegative, Positive, Repository
-from tbpo_cli.evaluation.measures import JUDGES, check_gate
 
 
 @table
@@ -86,6 +85,8 @@ class Eval:
     """A sequence classification model that scores: a folder or a Hub repository."""
     judge: Judge | None = None
     """A language model that compares two completions."""
+    thinking: tuple[str, str] = ("<think>", "</think>")
+    """The marks around thinking, which no judge is shown; ["", ""] shows everything."""
     suites: tuple[str, ...] = ()
     """"open-llm-v1", names of lm-eval tasks, or paths of their YAML files."""
     gate: str = ""
@@ -94,11 +95,7 @@ class Eval:
     @property
     def judged(self) -> bool:
         """Whether something says which of two completions is better."""
-        return any(getattr(self, key) is not None for key in JUDGES)
-
-    def __post_init__(self) -> None:
-        if self.gate:
-            check_gate(self)
+        return any(judge is not None for judge in (self.scorer, self.reward_model, self.judge))
 
 
 @table

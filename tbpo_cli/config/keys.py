@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tbpo_cli.config.other_tools import counterpart
+from tbpo_cli.config.validate import did_you_mean
 
 
 def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -34,14 +35,17 @@ def may_be_absent(recipe: type, key: str) -> bool:
     return any(key == name and type(None) in _members(kind) for name, kind in all_keys(recipe))
 
 
-def hint_for_unknown(recipe: type, keys: tuple[str, ...]) -> str:
+def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
-    A key of another tool is answered with ours, a key of another table with its place.
+    A key of another tool is answered with ours; else a key like one of its table with that one; else
+    a key of another table with its place.
     """
     name = keys[-1]
     if answer := counterpart(name):
         return answer
+    if near:
+        return did_you_mean(keys, near)
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]
     places += [f"align.loss.{name}"] if name in loss_keys() else []
     if not places:

@@ -6,28 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tbpo_cli.config.validate import fault, no_hint, unknown_key, validate
+from tbpo_cli.config.validate import Hint, did_you_mean, fault, unknown_key, validate
 from tbpo_cli.errors import TbpoError
 
 if TYPE_CHECKING:
     from tbpo_cli.core.losses import Loss
 
 Keys = tuple[str, ...]
-Hint = Callable[[Keys], str]
 
 
 def complete_loss(
-    given: Any, path: str, hint: Hint = no_hint
+    given: Any, path: str, hint: Hint = did_you_mean
 ) -> tuple[dict[str, Any], list[TbpoError]]:
     """Checks [align.loss] against the fields of the named loss and generator.
 
     Args:
         given: the value of `align.loss` in the recipe: a table, or the loss's name alone.
         path: of the recipe, for messages.
-        hint: what to write in place of an unknown key; "" if that is not known.
+        hint: what to write in place of an unknown key.
 
     Returns:
         The table with every default, and its faults. One of the two is empty.
@@ -104,6 +102,7 @@ def loss_of_table(table: Any) -> Loss:
 def loss_table(loss: Loss) -> dict[str, Any]:
     """The [align.loss] table of a loss, with every field."""
     from tbpo_cli.core.generators import GENERATORS
+    from tbpo_cli.core.losses import name_of
 
     table = {"name": name_of(loss), **dataclasses.asdict(loss)}
     if "generator" in table:
@@ -111,10 +110,3 @@ def loss_table(loss: Loss) -> dict[str, Any]:
         names = {cls: name for name, cls in GENERATORS.items()}
         table["generator"] = {"name": names[type(generator)], **table["generator"]}
     return table
-
-
-def name_of(loss: Loss) -> str:
-    """The name of a loss in the table of losses."""
-    from tbpo_cli.core.losses import LOSSES
-
-    return next(name for name, cls in LOSSES.items() if type(loss) is cls)

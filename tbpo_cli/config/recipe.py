@@ -64,10 +64,6 @@ class Recipe:
     push: Push = field(default_factory=Push)
 
     def __post_init__(self) -> None:
-        if self.eval.judged and "chosen" in self.eval.opponents and self.sample.prompts != "eval":
-            raise ValueError(
-                'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
-            )
         for name, stage in (("sft", self.sft), ("align", self.align)):
             if stage is None:
                 continue
@@ -127,6 +123,10 @@ def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:
     overriding: dict[str, Any] = {}
     resolve_paths(raw, path.parent)
     apply_overrides(overriding, overrides, partial(may_be_absent, Recipe))
+    for tables in (raw, overriding):
+        align = tables.get("align")
+        if isinstance(align, dict) and isinstance(align.get("loss"), str):
+            align["loss"] = {"name": align["loss"]}
     return dict.fromkeys(_flatten(raw), "file") | dict.fromkeys(_flatten(overriding), "--set")
 
 

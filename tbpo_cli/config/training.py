@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
-from tbpo_cli.config.loss import loss_of_table, loss_table, name_of
+from tbpo_cli.config.loss import loss_of_table, loss_table
 from tbpo_cli.config.validate import table
 from tbpo_cli.config.values import Count, Fraction, Name, NotNegative, Positive
 
@@ -231,6 +231,9 @@ class Align(Training):
 
     @property
     def loss_name(self) -> str:
+        """The loss's name in the table of losses."""
+        from tbpo_cli.core.losses import name_of
+
         return name_of(self.loss)
 
     @property

@@ -32,9 +32,12 @@ PATTERNS = {
 }
 
 
-def no_hint(keys: Keys) -> str:
-    """For tables whose keys are known nowhere else."""
-    return ""
+Hint = Callable[[Keys, str], str]  # of an unknown key and the nearest one that its table has
+
+
+def did_you_mean(keys: Keys, near: str) -> str:
+    """What to write in place of an unknown key, of which nothing is known but its table."""
+    return f"did you mean {'.'.join((*keys[:-1], near))}?" if near else ""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -44,7 +47,7 @@ def table(cls: type[Table]) -> type[Table]:
 
 
 def validate(
-    cls: type, raw: Any, path: str, where: Keys, hint: Callable[[Keys], str] = no_hint
+    cls: type, raw: Any, path: str, where: Keys, hint: Hint = did_you_mean
 ) -> tuple[Any, list[TbpoError]]:
     """An instance of a dataclass from TOML values, or its faults.
 
@@ -53,7 +56,7 @@ def validate(
         raw: the value in the recipe.
         path: of the recipe, for messages.
         where: the keys that lead to `raw`.
-        hint: what to write in place of an unknown key; "" if that is not known.
+        hint: what to write in place of an unknown key.
     """
     is_table = hasattr(cls, "__pydantic_config__")
     checked = cls if is_table else validated(cls, frozen=True, config=STRICT)
@@ -85,9 +88,7 @@ def fault(what: str, path: str, keys: Keys, expected: str, fix: str = "") -> Tbp
     return TbpoError(what, f"{path}, {where}", expected, fix)
 
 
-def _in_words(
-    entry: Any, keys: Keys, cls: type, path: str, hint: Callable[[Keys], str]
-) -> TbpoError:
+def _in_words(entry: Any, keys: Keys, cls: type, path: str, hint: Hint) -> TbpoError:
     """One of pydantic's errors in our words."""
     kind, given = entry["type"], entry["input"]
     if kind == "unexpected_keyword_argument":
@@ -100,9 +101,7 @@ def _in_words(
     return _impossible(entry, keys, path)
 
 
-def unknown_key(
-    keys: Keys, names: list[str], path: str, is_table: bool, hint: Callable[[Keys], str]
-) -> TbpoError:
+def unknown_key(keys: Keys, names: list[str], path: str, is_table: bool, hint: Hint) -> TbpoError:
     """A key that its table does not have.
 
     Args:
@@ -110,9 +109,7 @@ def unknown_key(
         hint: see `validate`.
     """
     near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
-    fix = hint(keys)
-    if near and (not fix or difflib.SequenceMatcher(None, keys[-1], near[0]).ratio() > 0.85):
-        fix = f"did you mean {'.'.join((*keys[:-1], near[0]))}?"
+    fix = hint(keys, near[0] if near else "")
     what = f"{'.'.join(keys)} is an unknown {'table' if is_table else 'key'}"
     expected = f"one of {', '.join(names)}" if names else "no further keys"
     return fault(what, path, keys, expected, fix or "remove it")

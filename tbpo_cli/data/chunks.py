@@ -29,6 +29,7 @@ from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.data.tokenizer import load_chat
 from tbpo_cli.data.tokens import Result, tokenize_pairs
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.children import die_with_parent
 
 _worker = threading.local()
 Chunk = tuple[list[Row], list[list[Result]]]
@@ -63,17 +64,23 @@ def workers(model: Model, data: Data) -> Iterator[Executor]:
     if data.workers == 1:
         pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=(model, data))
     else:
-        pool = ProcessPoolExecutor(data.workers, get_context("spawn"), _begin_worker, (model, data))
+        pool = ProcessPoolExecutor(
+            data.workers, get_context("spawn"), _begin_process, (os.getpid(), model, data)
+        )
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _begin_process(parent: int, model: Model, data: Data) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _begin_worker(model, data)
+
+
 def _begin_worker(model: Model, data: Data) -> None:
-    if data.workers > 1:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.chat = load_chat(model, data.template_date)
     _worker.data = data
 

@@ -1,4 +1,4 @@
-"""The models that an evaluation compares: the policy, its reference, and those of `eval.against`."""
+"""The models that an evaluation compares: policy, reference, and those of `eval.against`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Candidate:
 
 
 def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
-    """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from another base."""
+    """The policy, the reference, and the others, as in the recipe. Raises TbpoError for a run from
+    another base.
+    """
     own = recipe.align.loss_name
     beta = getattr(recipe.align.loss, "beta", 1.0)
     reference = (
@@ -71,15 +73,21 @@ def check_source(source: str) -> None:
         (folder / name).exists()
         for name in ("align/manifest.json", "adapter_config.json", "config.json")
     ):
-        expected = "the folder of an aligned run, an adapter or a model, or the id of a Hub repository within reach"
+        expected = (
+            "the folder of an aligned run, an adapter or a model, "
+            "or the id of a Hub repository within reach"
+        )
         fix = f"tbpo align RECIPE --run-dir {source}, or name another one"
         raise TbpoError(
             "there is nothing to compare with", f"eval.against: {source}", expected, fix
         )
+    RunDir(folder).check("align")
 
 
 def _base_of(run: RunDir) -> list[str | None] | None:
-    """Which weights a run was trained from; None for a published adapter, which has a recipe.toml, too."""
+    """Which weights a run was trained from; None for a published adapter, which has a recipe.toml,
+    too.
+    """
     if not (inputs := run.started_from("align")):
         return None
     hashes = [file["sha256"] for file in inputs["files"].get("model.base", {}).values()]

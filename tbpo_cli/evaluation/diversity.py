@@ -1,7 +1,7 @@
 """Has the model collapsed? Several completions of each prompt, and how much they differ.
 
-Source: arXiv 2605.12288, its evaluation of diversity: 100 test prompts, 5 samples each, temperature 1, top_p 0.95, 128
-new tokens.
+Source: arXiv 2605.12288, its evaluation of diversity: 100 test prompts, 5 samples each, temperature
+1, top_p 0.95, 128 new tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ WORD = re.compile(r"\w+|[^\w\s]")
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
     """The figures; prompts are what is resampled.
 
-    predictive_entropy (nats) of the full distributions that tokens were drawn from, a mean over tokens, then samples,
-    then prompts; self_bleu (0 to 100), the sentence BLEU of ordered pairs of a prompt's samples; distinct_n, the share
-    of different n-grams among those of the first samples of all prompts, of words and punctuation in lower case;
-    repetition, seq-rep-4 of Welleck et al., "Neural Text Generation with Unlikelihood Training" (2020): 1 − the share
-    of different 4-grams among the 4-grams of a sample's tokens, 0 for fewer than 4 tokens; truncated, the share of
+    predictive_entropy (nats) of the full distributions that tokens were drawn from, a mean over
+    tokens, then samples, then prompts; self_bleu (0 to 100), the sentence BLEU of ordered pairs of
+    a prompt's samples; distinct_n, the share of different n-grams among those of the first samples
+    of all prompts, of words and punctuation in lower case; repetition, seq-rep-4 of Welleck et al.,
+    "Neural Text Generation with Unlikelihood Training" (2020): 1 − the share of different 4-grams
+    among the 4-grams of a sample's tokens, 0 for fewer than 4 tokens; truncated, the share of
     samples that did not end by themselves; length, tokens, and its percentiles.
     """
     samples = sorted(samples, key=lambda sample: (sample["prompt_id"], sample["sample"]))
@@ -67,9 +68,11 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean sentence BLEU of each text against each other one, 0 to 100: the lower, the more they differ.
+    """Mean sentence BLEU of each text against each other one, 0 to 100: the lower, the more they
+    differ.
 
-    Source: Zhu et al., "Texygen" (2018); BLEU as sacrebleu computes it, with its exponential smoothing.
+    Source: Zhu et al., "Texygen" (2018); BLEU as sacrebleu computes it, with its exponential
+    smoothing.
     """
     from sacrebleu import sentence_bleu
 
@@ -81,9 +84,11 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
-    """Different n-grams over n-grams of all texts together, with a jackknife interval over the texts.
+    """Different n-grams over n-grams of all texts together, with a jackknife interval over the
+    texts.
 
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016).
+    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models"
+    (2016).
     """
     counts = [Counter(_grams(text, size)) for text in texts]
     total = Counter(itertools.chain.from_iterable(count.elements() for count in counts))

@@ -1,4 +1,6 @@
-"""What `tbpo eval` measures, by name, and the gate on one of these figures that decides the exit code."""
+"""What `tbpo eval` measures, by name, and the gate on one of these figures that decides the exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,11 @@ import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tbpo_cli.config.recipe import Eval
-
-# key of [eval]: the file in evaluation/ whose judge_of(value, cache) makes the judge
-JUDGES = {"scorer": "scorer", "reward_model": "reward_model", "judge": "language_judge"}
+from tbpo_cli.config.recipe import Eval
+from tbpo_cli.config.validate import fault
+from tbpo_cli.errors import TbpoError
 
 NUM_GRAMS, PERCENTILES = 4, (5, 50, 95)
 # name: (what a person reads, how it is written)
@@ -44,16 +44,27 @@ SCORE = {"score": ("score of the completions", "{:.3f}")}
 MEASURES = PREFERENCE | DIVERSITY | SCORE
 WIN_RATES = {"win_rate": "raw", "length_controlled_win_rate": "length_controlled"}
 
-# name: (task of lm-eval, shots) each. Source: arXiv 2605.12288; they are the tasks of the first Open LLM Leaderboard.
+# name: (task of lm-eval, shots) each. Source: arXiv 2605.12288; they are the tasks of the first
+# Open LLM Leaderboard.
 SUITES = {
     "open-llm-v1": (
-        ("hellaswag", 10), ("arc_challenge", 25), ("mmlu", 5), ("truthfulqa_mc2", 0), ("winogrande", 5), ("gsm8k", 5),
+        ("hellaswag", 10),
+        ("arc_challenge", 25),
+        ("mmlu", 5),
+        ("truthfulqa_mc2", 0),
+        ("winogrande", 5),
+        ("gsm8k", 5),
     )
-}  # fmt: skip
+}
 
 COMPARISONS = {
-    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 GATE = re.compile(rf"\s*(\S+?)(?:\.(low|high|n))?\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
 
@@ -64,18 +75,32 @@ def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
 
 
 def labels(sources: Sequence[str]) -> list[str]:
-    """What models of `eval.against` are called: by their runs' names, or their paths where that would not tell them."""
+    """What models of `eval.against` are called: by their runs' names, or by their paths where these
+    are not distinct.
+    """
     paths = [Path(source) for source in sources]
     names = [(path.parents[1] if path.parent.name == "align" else path).name for path in paths]
-    return (
-        names if len({*names, "policy", "reference", "chosen"}) == len(names) + 3 else list(sources)
-    )
+    are_distinct = len({*names, "policy", "reference", "chosen"}) == len(names) + 3
+    return names if are_distinct else list(sources)
 
 
-def check_gate(settings: Eval) -> None:
-    """Raises ValueError if `eval.gate` is no condition, or is one on what the recipe does not measure."""
+def gate_faults(settings: Eval, path: str) -> list[TbpoError]:
+    """What is wrong with `eval.gate`: it is no condition, or is one on what the recipe does not
+    measure.
+
+    Args:
+        path: of the recipe, for messages.
+    """
+    expected = _gate_fault(settings) if settings.gate else ""
+    if not expected:
+        return []
+    return [fault("eval.gate is not possible", path, ("eval", "gate"), expected)]
+
+
+def _gate_fault(settings: Eval) -> str:
+    """What is expected of a gate in place of the one that is given; "" if it is right."""
     if not (found := GATE.fullmatch(settings.gate)):
-        raise ValueError("gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5")
+        return "gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5"
     tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]
     own = [
         *OWN,
@@ -87,25 +112,21 @@ def check_gate(settings: Eval) -> None:
     figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
     figures["reference"] = dict.fromkeys(own)
     opponents = (*settings.opponents, *others) if settings.judged else ()
-    name, names = (
-        found[1],
-        _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents}),
-    )
+    names = _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
+    name = found[1]
     if name in names:
-        return
+        return ""
     if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not settings.judged:
-        raise ValueError(
-            f"gate must name what is measured; {name} needs a scorer, a reward_model or a judge"
-        )
+        return f"gate must name what is measured; {name} needs a scorer, a reward_model or a judge"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or ["accuracy"]
-    raise ValueError(f"gate must name what is measured, and {name} is not: did you mean {near[0]}?")
+    return f"gate must name what is measured, and {name} is not: did you mean {near[0]}?"
 
 
 def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """{"expression", "value", "passed"} of a checked gate, None for an empty one.
 
-    It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n. What the results do
-    not have has the value None, and does not pass.
+    It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n.
+    What the results do not have has the value None, and does not pass.
     """
     if (match := GATE.fullmatch(gate)) is None:
         return None
@@ -135,7 +156,9 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
 def _named(
     models: dict[str, dict[str, Any]], win_rates: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against the first one."""
+    """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against
+    the first one.
+    """
     named = {
         f"{model}.{name}": figure
         for model, figures in models.items()

@@ -1,4 +1,4 @@
-"""Held-out pairs: does the model prefer what was preferred, how surely, and how far has it moved?"""
+"""Held-out pairs: does the model prefer what was preferred, how surely, and how far did it move?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Columns = dict[str, np.ndarray]  # (n,) each, one entry a pair
 
 NUM_BUCKETS = 4
 NUM_BINS = 10
-MEANS = {  # metric, and the column of its sums: the column of the number of tokens that it is a mean over
+# Metric, and the column of its sums: the column of the number of tokens that it is a mean over.
+MEANS = {
     **dict.fromkeys(("kl", "reverse_kl", "entropy"), "tokens"),
     **{
         "token_accuracy": "aligned",
@@ -32,7 +33,8 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
     """What each pair adds to the metrics: sums over its tokens, exact over the full vocabulary.
 
     Args:
-        view: of the scorer's policy, whose scores these are; those of the reference compare it with nothing.
+        view: of the scorer's policy, whose scores these are; those of the reference compare it with
+            nothing.
         batch: whole responses of pairs of one store.
     """
     needs = DIAGNOSTICS & REFERENCE_FREE if view == REFERENCE else DIAGNOSTICS
@@ -59,9 +61,10 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
 def summarise(rows: list[dict[str, Any]], beta: float) -> dict[str, Any]:
     """{"all": figures, "buckets": the same by length, "reliability": the curve of σ(margin)}.
 
-    `kl` = KL(π_ref ‖ π), `reverse_kl` = KL(π ‖ π_ref) and `entropy` are means over the response tokens of both sides;
-    `margin` = β (Σ r^w − Σ r^l); `token_accuracy` is the share of aligned positions with A^w > A^l, for models of all
-    losses alike. Buckets are quartiles of the length of a pair's longer response.
+    `kl` = KL(π_ref ‖ π), `reverse_kl` = KL(π ‖ π_ref) and `entropy` are means over the response
+    tokens of both sides; `margin` = β (Σ r^w − Σ r^l); `token_accuracy` is the share of aligned
+    positions with A^w > A^l, for models of all losses alike. Buckets are quartiles of the length of
+    a pair's longer response.
 
     Args:
         rows: of all pairs, from `pair_rows`.
@@ -98,12 +101,13 @@ def _metrics(columns: Columns, beta: float) -> dict[str, Figure]:
 def reliability(margins: np.ndarray) -> list[dict[str, float]]:
     """The reliability curve of σ(|margin|), the model's confidence in the side that it prefers.
 
-    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), for the curve and for the expected
-    calibration error: 10 bins of equal width, from a half to 1. Equal scores of both sides are right half of the time.
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), for the curve and for the
+    expected calibration error: 10 bins of equal width, from a half to 1. Equal scores of both sides
+    are right half of the time.
 
     Returns:
-        of each bin that is not empty: `predicted`, the mean confidence, `observed`, how often the preferred side is the
-        chosen one, and `n` pairs.
+        of each bin that is not empty: `predicted`, the mean confidence, `observed`, how often the
+        preferred side is the chosen one, and `n` pairs.
     """
     confidence, right = 1 / (1 + np.exp(-np.abs(margins))), (np.sign(margins) + 1) / 2
     bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
@@ -114,7 +118,9 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """The expected calibration error: the mean over pairs of |observed − predicted| in their bin of the curve."""
+    """The expected calibration error: the mean over pairs of |observed − predicted| in their bin of
+    the curve.
+    """
     return sum(
         bin["n"] * abs(bin["observed"] - bin["predicted"]) for bin in reliability(margins)
     ) / len(margins)

@@ -51,7 +51,8 @@ def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.n
 
 
 def jackknife_figure(value: float, left_out: Sequence[float]) -> Figure:
-    """A statistic that counts repetitions, where drawing a row twice would be one, with the jackknife's error.
+    """A statistic that counts repetitions, where drawing a row twice would be one, with the
+    jackknife's error.
 
     Source: Efron and Tibshirani (1993), equation 11.5.
 

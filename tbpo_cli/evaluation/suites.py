@@ -20,7 +20,8 @@ from tbpo_cli.evaluation.stats import Figure, normal_figure
 if TYPE_CHECKING:
     from torch import nn
 
-# The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of that leaderboard.
+# The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of
+# that leaderboard.
 HEADLINES = ("acc_norm,none", "acc,none", "exact_match,strict-match")
 
 
@@ -47,7 +48,8 @@ def run_task(
 ) -> dict[str, Figure]:
     """The headline figure, with `metric`, its name, of a task; of a tag, those of its tasks.
 
-    The interval is ± 1.96 of the harness's own standard error. Raises TbpoError if the harness cannot run the task.
+    The interval is ± 1.96 of the harness's own standard error. Raises TbpoError if the harness
+    cannot run the task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -96,7 +98,7 @@ def _headline(result: dict[str, Any], count: int) -> Figure:
 
 @functools.cache
 def _index(with_defaults: bool) -> Any:
-    """What knows the tasks: those that come with the harness, which takes seconds, or files alone."""
+    """What knows the tasks: those of the harness, which takes seconds, or files alone."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=with_defaults)

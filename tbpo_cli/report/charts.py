@@ -1,4 +1,6 @@
-"""Small charts: panels of lines, areas and points with error bars, which templates/charts.svg draws."""
+"""Small charts: panels of lines, areas and points with error bars, which templates/charts.svg
+draws.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Series:
         points: (x, y), or (x, y, lowest x, highest x, lowest y, highest y) with error bars.
         colour: a number of COLOURS, which are used in turn; None for that of the axes.
         name: in the legend, if given.
-        line: width of the line through the points, pixels; 0 for none. So is `dots`, the radius of the points.
+        line: width of the line through the points, pixels; 0 for none. So is `dots`, the radius of
+            the points.
         area: fills what is under the line, down to zero.
     """
 
@@ -55,7 +58,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of some series on the same axes; `unit` is that of y. Its methods say where a value lies, in pixels."""
+    """A chart of some series on the same axes; `unit` is that of y. Its methods say where a value
+    lies, in pixels.
+    """
 
     title: str
     unit: str
@@ -104,7 +109,9 @@ def _place(value: float, ticks: list[float], first: float, last: float) -> float
 
 
 def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]) -> Panel:
-    """How many of some values, at least one a colour, lie in bins of equal width; of ints, in bins of whole numbers."""
+    """How many of some values, at least one a colour, lie in bins of equal width; of ints, in bins
+    of whole numbers.
+    """
     every = np.concatenate(list(values.values()))
     low, high = every.min(), every.max()
     edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)
@@ -121,7 +128,8 @@ def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The metrics of a training over its steps: a panel for each group of which something is in the lines.
+    """The metrics of a training over its steps: a panel for each group of which something is in the
+    lines.
 
     Training is drawn as thin lines, evaluations as thick ones with dots.
     """

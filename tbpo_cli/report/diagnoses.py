@@ -1,64 +1,219 @@
-"""What usually goes wrong with a preference training, as a table: when to say it, and what."""
+"""What usually goes wrong with a training: a table of conditions, sentences and keys to change.
+
+`tbpo show`, the end of `tbpo align`, `tbpo eval`, the report and docs/troubleshooting.md read it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-# Learning rates that work, by stage and by whether an adapter is trained, for models of 1e9 weights and more.
-# align, LoRA: 5e-7 (arXiv 2605.12288) to 5e-5 (TRL's and peft's DPO examples); full: 3e-7 to 1e-6 (arXiv 2405.14734,
-# SimPO's search), 5e-7 (arXiv 2310.16944, Zephyr), 8e-6 (arXiv 2403.07691, ORPO). sft, LoRA: 2e-4 (arXiv 2305.14314,
-# QLoRA); full: 2e-5 (Zephyr). A factor of two is left on both sides.
-RATES = {
-    ("align", True): (2.5e-7, 1e-4),
-    ("align", False): (1.5e-7, 1.6e-5),
-    ("sft", True): (1e-5, 5e-4),
-    ("sft", False): (1e-6, 5e-5),
-}
+from tbpo_cli.report.facts import Facts
+
+UNMOVED_KL = 1e-3  # nats a token
+FAR_KL = 1.0
 
 
-def advice(
-    stage: str,
-    lora: bool,
-    rate: float,
-    beta: float,
-    *,
-    weights: float = 1e9,
-    memory: float = 0.0,
-    room: float = 0.0,
-    visits: float = 1.0,
-    held_out: int = 1,
-    length_ratio: float = 1.0,
-    cut: float = 0.0,
-) -> list[str]:
-    """What to say about a training stage, "sft" or "align"; what is not known of it is as it should be.
+@dataclass(frozen=True)
+class Diagnosis:
+    """One thing that goes wrong.
 
     Args:
-        beta: that of the loss, over its default.
-        weights: of the model; `memory`: bytes that a device needs, `room`: and has.
-        visits: how often a pair is read.
-        length_ratio: mean tokens of the chosen responses over those of the rejected ones.
-        cut: share of the rows that data.max_length drops or cuts.
+        reads: the facts that must be known.
+        applies: whether it is so.
+        condition: the same in words, for docs/troubleshooting.md.
+        sentence: what is said, with the facts in braces.
+        change: the key to change, and how.
     """
-    low, high = RATES[stage, lora]
-    high *= max(
-        1.0, math.sqrt(1e9 / weights)
-    )  # rates fall about with the width (arXiv 2203.03466), weights its square
-    given, usual = f"{stage}.learning_rate = {rate:g}", f"{low:.2g} to {high:.2g}"
-    table = (
-        (rate > high and not lora, f"{given} is high: all weights take a tenth of LoRA's, usually {usual}"),
-        (rate > high and lora, f"{given} is high: LoRA usually takes {usual}; watch the KL"),
-        (rate < low, f"{given} is low: usual are {usual}; little will change"),
-        # A twentieth to ten times the default: of dpo 0.005 to 1, around the DPO and Zephyr papers' 0.01 to 0.5.
-        (beta < 1 / 20, f"beta is {beta:.2g} of its default: the policy may go far from the reference"),
-        (beta > 10, f"beta is {beta:.0f} times its default: the policy will hardly leave the reference"),
-        # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
-        (length_ratio > 1.3, f"chosen responses are {length_ratio:.1f} times as long as rejected ones: the policy may "
-         "learn to be long"),
-        (cut > 0.1, f"{cut:.0%} of the rows are over data.max_length: little is learned about long answers"),
-        # Zephyr's DPO overfits after one epoch; most published runs take one to three.
-        (visits > 3, f"each pair is read {visits:.1f} times: beyond 3, held-out metrics usually fall"),
-        (not held_out, "no pair is held out: nothing will tell when the policy gets worse"),
-        (memory > room, f"{stage} needs more memory than the device has: lower {stage}.max_tokens_per_device, set "
-         f"{stage}.activation_checkpointing, or take more GPUs"),
-    )  # fmt: skip
-    return [text for applies, text in table if applies]
+
+    reads: tuple[str, ...]
+    applies: Callable[[Any], bool]
+    condition: str
+    sentence: str
+    change: str
+
+
+BEFORE = (
+    Diagnosis(
+        ("rate",),
+        lambda f: 0 < f.rate < f.low,
+        "learning_rate is under what is published",
+        "the learning rate {rate:g} is low: {trained} usually takes {low:.2g} to {high:.2g}",
+        "{stage}.learning_rate = {low:.1g} or more",
+    ),
+    Diagnosis(
+        ("rate",),
+        lambda f: f.rate > f.high,
+        "learning_rate is over what is published",
+        "the learning rate {rate:g} is high: {trained} usually takes {low:.2g} to {high:.2g}",
+        "{stage}.learning_rate = {high:.1g} or less, and watch the KL",
+    ),
+    Diagnosis(
+        ("rate", "steps"),
+        lambda f: f.low <= f.rate and f.rate * f.steps < f.least_travel,
+        "learning_rate × steps is under 5e-4 (LoRA) or 7e-5 (all weights); more for "
+        "models under 1e9 weights",
+        "{steps} steps at the rate {rate:g} hardly move {trained}",
+        "{stage}.learning_rate = {wanted_rate:.1g}, or more pairs or epochs",
+    ),
+    Diagnosis(
+        ("steps", "batch"),
+        lambda f: f.steps == 1,
+        "the training has one step",
+        "the whole training is a single step of {batch}",
+        "{stage}.epochs, or a smaller batch",
+    ),
+    Diagnosis(
+        ("pairs", "batch"),
+        lambda f: f.pairs < f.batch,
+        "there are fewer pairs than a step takes",
+        "there are {pairs} pairs, and a step takes {batch}: every step reads some of them twice",
+        "a smaller batch ({stage}.batch_pairs or batch_examples), or more rows",
+    ),
+    # A twentieth to ten times the default: of dpo 0.005 to 1, around the 0.01 to 0.5 of the DPO and
+    # Zephyr papers.
+    Diagnosis(
+        ("beta_share",),
+        lambda f: f.beta_share < 1 / 20,
+        "beta is under 1/20 of the loss's default",
+        "beta is {beta_share:.2g} of its default: the policy may go far from the reference",
+        "align.loss.beta",
+    ),
+    Diagnosis(
+        ("beta_share",),
+        lambda f: f.beta_share > 10,
+        "beta is over 10 times the loss's default",
+        "beta is {beta_share:.0f} times its default: the policy will hardly leave the reference",
+        "align.loss.beta",
+    ),
+    # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
+    Diagnosis(
+        ("length_ratio",),
+        lambda f: f.length_ratio > 1.3,
+        "chosen responses are over 1.3 times as long",
+        "chosen responses are {length_ratio:.1f} times as long as rejected ones: the "
+        "policy may learn to be long",
+        'the pairs, or align.loss.name = "simpo", which compares means',
+    ),
+    Diagnosis(
+        ("unaligned",),
+        lambda f: f.unaligned > 0.4,
+        "alignment leaves out over 40 % of the response tokens",
+        "{unaligned:.0%} of the response tokens are past the shorter response of their "
+        "pair, and not read",
+        'align.loss.name = "dpo" or another loss of whole responses',
+    ),
+    Diagnosis(
+        ("cut",),
+        lambda f: f.cut > 0.1,
+        "over 10 % of the rows are over data.max_length",
+        "{cut:.0%} of the rows are over data.max_length: little is learned about long answers",
+        'data.max_length, or data.overlong = "truncate"',
+    ),
+    # Zephyr's DPO overfits after one epoch; most published runs take one to three.
+    Diagnosis(
+        ("visits",),
+        lambda f: f.visits > 3,
+        "each pair is read more than 3 times",
+        "each pair is read {visits:.1f} times: beyond 3, held-out metrics usually fall",
+        "{stage}.epochs or {stage}.max_steps",
+    ),
+    Diagnosis(
+        ("held_out",),
+        lambda f: f.held_out == 0,
+        "no pair is held out",
+        "no pair is held out: nothing will tell when the policy gets worse",
+        "data.eval, or data.eval_fraction above 0",
+    ),
+    Diagnosis(
+        ("memory", "device_memory"),
+        lambda f: f.memory > f.device_memory,
+        "the forecast is over the device's memory",
+        "{stage} needs more memory than the device has",
+        "{stage}.max_tokens_per_device, {stage}.activation_checkpointing = true, or more GPUs",
+    ),
+)
+
+AFTER = (
+    Diagnosis(
+        ("kl", "steps"),
+        lambda f: f.kl < UNMOVED_KL,
+        "KL is under 0.001 nats a token at the end",
+        "the policy has hardly moved: KL {kl:.4f} nats a token after {steps} steps",
+        "{stage}.learning_rate = {wanted_rate:.1g}, or more pairs or epochs",
+    ),
+    # The best runs of tests/benchmarks/results/methods.md have 0.07 to 0.4.
+    Diagnosis(
+        ("kl",),
+        lambda f: f.kl > FAR_KL,
+        "KL is over 1 nat a token at the end",
+        "the policy is far from its reference: KL {kl:.2f} nats a token; read its "
+        "answers (tbpo sample)",
+        "a lower {stage}.learning_rate, a higher align.loss.beta, or "
+        "align.loss.min_ratio where the loss has it",
+    ),
+    Diagnosis(
+        ("entropy_share",),
+        lambda f: f.entropy_share < 0.4,
+        "entropy fell under 40 % of the reference's",
+        "the policy's entropy fell to {entropy_share:.0%} of the reference's: its "
+        "answers are getting alike",
+        "a lower {stage}.learning_rate, or fewer steps",
+    ),
+    Diagnosis(
+        ("training_accuracy", "accuracy", "held_out"),
+        lambda f: f.training_accuracy - f.accuracy > 0.15 + 1 / math.sqrt(max(1, f.held_out)),
+        "accuracy in training is over 15 points (and two standard errors) above held-out",
+        "accuracy is {training_accuracy:.0%} on the last training pairs and "
+        "{accuracy:.0%} on held-out ones: "
+        "it learns the pairs by heart",
+        "fewer {stage}.epochs, a lower {stage}.learning_rate, or more pairs",
+    ),
+    Diagnosis(
+        ("accuracy", "kl", "held_out"),
+        lambda f: (
+            f.kl >= UNMOVED_KL
+            and f.accuracy < 0.5 + 1 / math.sqrt(max(1, f.held_out))
+            and f.held_out >= 50
+        ),
+        "KL grew, and held-out accuracy is still about 50 % (of 50 pairs or more)",
+        "the policy moved, and still prefers the chosen response of only {accuracy:.0%} "
+        "of the held-out pairs",
+        "nothing yet: look at pairs with tbpo prepare RECIPE --show 3 (noisy labels, or "
+        "a difference past the "
+        "shorter response, which losses that align do not read)",
+    ),
+    Diagnosis(
+        ("chosen_fall", "kl"),
+        lambda f: f.chosen_fall > 0.5 and f.kl > 0.3,
+        "log π of a chosen token fell by over 0.5 nats, and KL is over 0.3",
+        "log π of the chosen responses fell by {chosen_fall:.2f} nats a token, with KL "
+        "{kl:.2f}: chosen answers "
+        "get unlikely, too",
+        'a lower {stage}.learning_rate, or align.loss.name = "orpo" or "simpo"',
+    ),
+    Diagnosis(
+        ("answer_ratio",),
+        lambda f: f.answer_ratio > 1.3,
+        "sampled answers are over 1.3 times as long",
+        "the policy's answers are {answer_ratio:.1f} times as long as the reference's",
+        "nothing, if the length-controlled win rate holds; else see the length bias in "
+        "prepare/report.html",
+    ),
+)
+
+DIAGNOSES = BEFORE + AFTER
+
+
+def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:
+    """What applies, one sentence each with the key to change; of what is not known, nothing is said."""
+    names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "wanted_rate"}
+    said = []
+    for each in table:
+        is_known = all(getattr(facts, name) is not None for name in each.reads)
+        if is_known and each.applies(facts):
+            known = {name: getattr(facts, name) for name in names}
+            said.append(f"{each.sentence}; change {each.change}".format(**known))
+    return said

@@ -1,4 +1,6 @@
-"""What a person sees of `tbpo eval`: tables in the terminal; report.html with charts and the samples side by side."""
+"""What a person sees of `tbpo eval`: tables in the terminal; report.html with charts and the
+samples side by side.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ _kind = itemgetter(
 def write_report(
     path: Path, results: Json, samples: list[Json], verdicts: list[Json], metrics: list[Json]
 ) -> None:
-    """Writes the page of results.json, the samples of all models, verdicts.jsonl, and align/metrics.jsonl."""
+    """Writes the page of results.json, the samples of all models, verdicts.jsonl, and
+    align/metrics.jsonl.
+    """
     main = next(
         map(_kind, results["win_rates"]), None
     )  # the comparison that the samples are ordered by
@@ -83,7 +87,9 @@ def write_report(
 
 
 def show(results: Json) -> None:
-    """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where there is room."""
+    """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where
+    there is room.
+    """
     (title, headings, rows), _, *of_models = tables(results)[
         : -len(results["models"])
     ]  # without those by length
@@ -107,7 +113,9 @@ def _text(cell: Json | str, with_interval: bool = True) -> str:
 
 
 def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Title, headings and rows of each table, last the pairs by length; figures are {"value", "interval", "n"}."""
+    """Title, headings and rows of each table, last the pairs by length; figures are {"value",
+    "interval", "n"}.
+    """
     models, rates = results["models"], results["win_rates"]
     known = {
         name: {
@@ -252,7 +260,9 @@ def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | Non
 
 
 def _pieces(samples: dict[str, Json]) -> dict[str, list[tuple[bool, str]]]:
-    """Completions in pieces, those marked that differ: the reference's from the policy's, all others from its."""
+    """Completions in pieces, those marked that differ: the reference's from the policy's, all
+    others from its.
+    """
     texts = {name: sample["completion"] for name, sample in samples.items()}
     pieces = {name: [(False, text)] for name, text in texts.items()}
     others = [name for name in texts if "reference" in texts and name != "reference"]

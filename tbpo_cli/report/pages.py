@@ -1,4 +1,6 @@
-"""Self-contained pages and charts. What is put into one is escaped, and a page's policy lets it fetch nothing."""
+"""Self-contained pages and charts. What is put into one is escaped, and a page's policy lets it
+fetch nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tbpo_cli.runs.files import write_whole
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Renders `templates/TEMPLATE` with the values, and with the measures and colours of charts, to a file."""
+    """Renders `templates/TEMPLATE` with the values, and with the measures and colours of charts, to
+    a file.
+    """
     loader = PackageLoader("tbpo_cli.report")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True

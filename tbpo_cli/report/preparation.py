@@ -23,7 +23,7 @@ NUM_EXAMPLES = 10
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token as text, and its `part`: prompt, aligned (t < T, read by every loss) or tail (t ≥ T)."""
+    """A token as text; its `part`: prompt, aligned (t < T, read by every loss) or tail (t ≥ T)."""
 
     token_id: int
     text: str
@@ -59,7 +59,9 @@ def shown_parts(
 
 
 def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> None:
-    """Writes report.html beside prepared splits; `counts` says what became of the rows, as the manifest does."""
+    """Writes report.html beside prepared splits; `counts` says what became of the rows, as the
+    manifest does.
+    """
     tokenizer = load_tokenizer(recipe.model)
     names = dict.fromkeys(split for count in counts for split in count["kept"])
     stores = {name: PairStore(folder / name) for name in names}

@@ -1,11 +1,13 @@
-"""Files that appear whole or not at all, and say so when they are not as they were written."""
+"""Files that appear whole or not at all, also after a power cut, and that are checked when read."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,22 +15,50 @@ from typing import Any
 
 from tbpo_cli.errors import TbpoError
 
-HALVED = ".halved"  # in a stage's folder, while its workers run: tokens of a micro-batch, after memory ran out
+# In a stage's folder, while its workers run: tokens of a micro-batch, after memory ran out.
+HALVED = ".halved"
+SEAL = "sealed.json"  # in a sealed folder: the hashes of its other files
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
+def sync(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of all files and folders in a folder, and of the folder itself."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        if not path.is_symlink():
+            sync(path)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a file: a reader, or a crash, leaves the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    sync(path.parent)
 
 
 def halved_tokens(folder: Path) -> int | None:
-    """The tokens of a micro-batch that a stage's workers are to begin again with; None: memory has not run out."""
+    """The tokens of a micro-batch that a stage's workers begin again with; None: memory has not run out."""
     path = folder / HALVED
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -43,8 +73,50 @@ def json_lines(path: Path, may_be_cut: bool = False) -> list[Any]:
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's content; within a process, read again only if the file was touched."""
+    status = path.stat()
+    identity = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _sha256(path.absolute(), identity)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, _identity: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path, hashes: dict[str, str]) -> list[str]:
+    """What is wrong with the files of a folder, "PATH is missing" each, by their hashes."""
+    faults = []
+    for name, digest in hashes.items():
+        try:
+            if sha256(folder / name) != digest:
+                faults.append(f"{folder / name} has other content than was written")
+        except FileNotFoundError:
+            faults.append(f"{folder / name} is missing")
+        except OSError as error:
+            faults.append(f"{folder / name} cannot be read: {error.strerror}")
+    return faults
+
+
+def seal_folder(partial: Path, final: Path) -> None:
+    """Gives a folder its final name, once its files, and their hashes in `sealed.json`, are on disk."""
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    hashes = {str(path.relative_to(partial)): sha256(path) for path in paths}
+    write_sealed(partial / SEAL, {"files": hashes})
+    sync_tree(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    sync(final.parent)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder is as `seal_folder` left it."""
+    try:
+        hashes = read_sealed(folder / SEAL).get("files", {})
+    except TbpoError:
+        return False
+    return bool(hashes) and not damage(folder, hashes)
 
 
 @contextmanager
@@ -56,13 +128,18 @@ def told_as_unwritable(folder: Path) -> Iterator[None]:
         is_ours = error.filename is not None and Path(error.filename).is_relative_to(folder)
         if not is_ours and error.errno not in DISK_ERRORS:
             raise
-        what, where = (
-            f"the run directory cannot be written: {error.strerror}",
-            str(error.filename or folder),
-        )
-        again = "make room and give the same command again, which goes on from the last checkpoint"
-        fix = f"{again}; or give another one with --run-dir DIR"
-        raise TbpoError(what, where, "a folder with room that you may write to", fix) from None
+        raise unwritable(error, folder) from None
+
+
+def unwritable(error: OSError, folder: Path) -> TbpoError:
+    """The message for a disk that is full, read-only or gone."""
+    return TbpoError(
+        f"the run directory cannot be written: {error.strerror or error}",
+        str(error.filename or folder),
+        "a folder with space that you may write to",
+        "free some space and give the same command again, which goes on from the last checkpoint; "
+        "or give another folder with --run-dir DIR",
+    )
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -73,7 +150,11 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote; empty if there is no such file. Raises TbpoError if it is not what was written."""
+    """What `write_sealed` wrote; empty if there is no such file.
+
+    Raises:
+        TbpoError: if it is not what was written.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("seal", None) != _seal(content):
@@ -82,9 +163,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        fix = f"move {path.parent} away and give the same command again, or give another --run-dir"
         raise TbpoError(
-            f"a file of the run is damaged: {error}", str(path), "the JSON that tbpo wrote", fix
+            f"a file of the run is damaged: {error}",
+            str(path),
+            "the JSON that tbpo wrote",
+            f"move {path.parent} away and give the same command again, or give another --run-dir",
         ) from None
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbpo_cli import console
-from tbpo_cli.errors import TbpoError, ToldError
+from tbpo_cli.errors import Interrupted, TbpoError, ToldError
+from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.files import HALVED, halved_tokens
+from tbpo_cli.runs.lock import held_lock
 
 if TYPE_CHECKING:
     from tbpo_cli.config.recipe import Recipe
@@ -151,21 +152,33 @@ def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
 def _run_workers(folder: Path, processes: Processes) -> None:
     """Runs the stage of a folder in several processes, and waits for them. They read recipe.toml beside the folder.
 
-    Raises TbpoError if there are fewer GPUs than processes or a worker was killed, ToldError if one has told of it.
+    Raises:
+        TbpoError: if there are fewer GPUs than processes, or a worker was killed.
+        Interrupted: after SIGINT or SIGTERM.
+        ToldError: if a worker has said why it ended.
     """
     check_gpus(processes)
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
     try:
         before = halved_tokens(folder)
-        while (code := _launch(folder, processes)) and (tokens := halved_tokens(folder)) != before:
+        while True:
+            code, received = _launch(folder, processes)
+            tokens = halved_tokens(folder)
+            if not code or received or tokens == before:
+                break
             how = f"from the last checkpoint, with max_tokens_per_device = {tokens:,}"
             console.say(f"out of memory: all processes begin again, {how}")
             before = tokens
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)
-    if code > 0 and (folder / TOLD).exists():
+    is_told = (folder / TOLD).exists()
+    if received:
+        if is_told and code:
+            raise ToldError(128 + received)
+        raise Interrupted(received, "nothing is lost", "the same command goes on from there")
+    if code > 0 and is_told:
         raise ToldError(code)
     if code:
         number = -code if code < 0 else code - 128
@@ -174,14 +187,20 @@ def _run_workers(folder: Path, processes: Processes) -> None:
         raise TbpoError(what, str(folder), "processes that end by themselves", fix)
 
 
-def _launch(folder: Path, processes: Processes) -> int:
-    """Runs the workers of the stage's folder to their end; returns the launcher's exit code.
+def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
+    """Runs the workers of the stage's folder to their end.
 
-    A first SIGINT or SIGTERM goes to the workers; a second one ends them and the launcher.
+    A first SIGINT or SIGTERM goes to the workers as SIGTERM, which also ends those that are still
+    importing; without workers yet, the launcher ends. A second one kills them and the launcher.
+    The lock of the run is the standard input of the launcher, and of the workers that it starts.
+
+    Returns:
+        The launcher's exit code, and the number of the signal that came first, or 0.
     """
     import psutil
 
     environment = dict(os.environ)
+    environment[PARENT] = str(os.getpid())
     if processes.cpu:
         environment["ACCELERATE_USE_CPU"] = "true"
         environment.setdefault(
@@ -189,21 +208,33 @@ def _launch(folder: Path, processes: Processes) -> int:
         )
     if processes.machine_rank == 0:
         (folder / TOLD).unlink(missing_ok=True)
-    command = processes.command(str(folder))
-    launcher = psutil.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
     received: list[int] = []
+    launcher: list[psutil.Popen] = []
 
     def pass_on(number: int, _frame: object) -> None:
         received.append(number)
-        is_second = len(received) > 1
-        for process in [*launcher.children(recursive=True), *([launcher] if is_second else [])]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL if is_second else number)
+        for process in launcher:
+            workers = process.children(recursive=True)
+            is_over = len(received) > 1 or not workers
+            for each in [*workers, *([process] if is_over else [])]:
+                with suppress(psutil.NoSuchProcess):
+                    each.send_signal(signal.SIGKILL if is_over else signal.SIGTERM)
 
     with ExitStack() as after:
         for number in (signal.SIGINT, signal.SIGTERM):
             after.callback(signal.signal, number, signal.signal(number, pass_on))
-        return int(launcher.wait())
+        launcher.append(
+            psutil.Popen(
+                processes.command(str(folder)),
+                env=environment,
+                stdin=held_lock(folder.parent / "lock") or subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+        if received:  # while the launcher was being started
+            launcher[0].kill()
+        code = int(launcher[0].wait())
+    return code, received[0] if received else 0
 
 
 def main() -> None:
@@ -211,19 +242,17 @@ def main() -> None:
 
     It ends, and its workers with it, when the process that started it is gone.
     """
+    die_with_parent(int(os.environ[PARENT]), signal.SIGTERM)
+    os.environ[PARENT] = str(os.getpid())  # of the workers
     from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    def end_with_parent() -> None:
-        sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
     logging.disable()  # what the launcher says of a failure, the worker has said better
     try:
         launch()
     except ChildFailedError as error:
-        # One that was killed comes first, if not by the launcher: when its connections close, the others fail as well.
+        # One that was killed comes first, if not by the launcher: when its connections close, the
+        # others fail as well.
         codes = [failure.exitcode for failure in error.failures.values()]
         killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
         code = killed[0] if killed else error.get_first_failure()[1].exitcode

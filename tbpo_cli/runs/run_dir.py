@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import platform
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.config.toml import PATHS, is_local
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.runs.files import read_sealed, sha256, told_as_unwritable, write_sealed, write_whole
+from tbpo_cli.runs.files import (
+    damage,
+    read_sealed,
+    sha256,
+    sync,
+    sync_tree,
+    told_as_unwritable,
+    write_sealed,
+    write_whole,
+)
+from tbpo_cli.runs.inputs import differences, inputs_of
+from tbpo_cli.runs.lock import hold, read_owner
 from tbpo_cli.runs.stage import Stage
 
 LIBRARIES = (
@@ -34,16 +40,9 @@ LIBRARIES = (
     "tokenizers",
     "safetensors",
 )
-
-
-# Keys that decide how a result is reached or shown, never what it is: changing them invalidates nothing.
-FREE_KEYS = {
-    "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
-    "eval.gate", "eval.judge.concurrency", "eval.judge.timeout",
-    *(f"{table}.{key}" for table in ("sft", "align") for key in (
-        "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every",
-        "activation_checkpointing", "sharding")),
-}  # fmt: skip
+MANIFEST, INPUTS = "manifest.json", "inputs.json"  # both carry their own hash
+RESTARTED = ".restarted"  # in a stage's folder that --restart has begun and that is not complete
+NOT_SEALED = {MANIFEST, INPUTS, "checkpoints", "logs"}  # with hidden files: nobody reads them later
 
 
 @dataclass(frozen=True)
@@ -69,94 +68,55 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes this process the one writer of the run; TbpoError names another. The kernel ends the lock with it."""
-        path, host = self.path / "lock", platform.node()
+        """Makes this process, and the workers that it starts, the one writer of the run.
+
+        Raises:
+            TbpoError: if another process is, or the folder cannot be written.
+        """
         with told_as_unwritable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")
-        with file:
-            owner = self.owner()
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # A file system may not share locks between machines: then only what is written there tells.
-                is_free = not owner or owner.endswith(f"on {host}")
-            except OSError:
-                is_free = False
-            if not is_free:
-                what = f"the run is in use by {owner or 'an unknown process'}"
-                fix = f"wait for it, or give another --run-dir; if it is gone, remove {path}"
-                raise TbpoError(what, str(self.path), "one process a run directory", fix)
-            if owner:
-                console.say(f"taking over the run from {owner}, which ended without a word")
-            path.write_text(f"process {os.getpid()} on {host}", encoding="utf-8")
-            try:
+            with hold(self.path / "lock"):
                 yield
-            finally:
-                path.write_text("")
 
     def owner(self) -> str:
         """Which process has the run, or had it and ended without a word; "" if none."""
-        path = self.path / "lock"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        return read_owner(self.path / "lock").name
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What a complete stage says of itself; empty if it is not complete."""
-        return read_sealed(self.stage(name) / "manifest.json")
+        return read_sealed(self.stage(name) / MANIFEST)
+
+    def damage(self, name: str) -> list[str]:
+        """What of a complete stage is not as it was written, one line a file. Reads all of it."""
+        manifest = self.manifest(name)
+        hashes = manifest.get("outputs", {}) | manifest.get("others", {})
+        return damage(self.stage(name), hashes)
+
+    def check(self, name: str) -> None:
+        """Raises TbpoError if a file of a complete stage is not as it was written."""
+        if faults := self.damage(name):
+            raise TbpoError(
+                f"the complete stage {name} is not as it was written: {'; '.join(faults)}",
+                str(self.path),
+                f"the files whose hashes are in {self.stage(name) / MANIFEST}",
+                f"put them back from a copy, or tbpo {name} RECIPE --restart makes them anew "
+                "(the old folder is kept, renamed)",
+            )
 
     def started_from(self, name: str) -> dict[str, Any]:
         """The inputs a stage was started with; empty if it was never started."""
-        return read_sealed(self.stage(name) / "inputs.json")
+        return read_sealed(self.stage(name) / INPUTS)
 
     def inputs(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
-        """What a stage would start from now: settings, hashes of files (TbpoError without one), results of others."""
-        settings = {
-            key: value
-            for key, value in recipe.settings().items()
-            if key.startswith(stage.keys) and key not in FREE_KEYS
-        }
-        known = self.started_from(stage.name).get("files", {})
-        files: dict[str, dict[str, Any]] = {}
-        for setting, value in list(settings.items()):
-            key = re.sub(r"\.\d+\.path$", "", setting)  # of one of several sources
-            if key not in PATHS or not value:
-                continue
-            sources = value if isinstance(value, list) else [value]
-            patterns = stage.base_files if key == "model.base" else PATHS[key]
-            local = [_files_of(key, source, patterns) for source in sources]
-            for path in itertools.chain(*local):
-                files.setdefault(key, {})[str(path)] = _fingerprint(
-                    path, known.get(key, {}).get(str(path))
-                )
-            if all(local):  # their content counts, not where they lie
-                settings.pop(setting, None)
-            if sources[0].startswith("python:"):
-                settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
+        """What a stage would start from now. Raises TbpoError if a file of the recipe is missing."""
         outputs = {need: self.outputs_hash(need) for need in stage.needs(recipe)}
-        return {"settings": settings, "files": files, "outputs": outputs}
+        known = self.started_from(stage.name).get("files", {})
+        return inputs_of(stage, recipe, known, outputs)
 
     def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
         """What differs between the inputs of a started stage and those of now, one line each."""
         before = self.started_from(stage.name)
-        if not before:
-            return []
-        now = self.inputs(stage, recipe)
-        lines = []
-        files = sorted(before["files"].keys() | now["files"].keys())
-        for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(files)):
-            old, new = before["settings"].get(key), now["settings"].get(key)
-            if old != new:
-                lines.append(f"{key}: {_shown(old)} → {_shown(new)}")
-        for key in files:
-            old, new = before["files"].get(key, {}), now["files"].get(key, {})
-            if _hashes(old) != _hashes(new):
-                moved = f"{_names(old)} → {_names(new)}"
-                lines.append(
-                    f"{key}: {moved if old.keys() != new.keys() else f'the content of {_names(new)} changed'}"
-                )
-        changed = (
-            need for need, digest in now["outputs"].items() if digest != before["outputs"].get(need)
-        )
-        return lines + [f"the result of {need} changed" for need in changed]
+        return differences(before, self.inputs(stage, recipe)) if before else []
 
     def begin(self, stage: Stage, recipe: Recipe) -> Path:
         """Makes a stage's folder and notes its inputs, unless it was begun before; returns the folder."""
@@ -164,79 +124,71 @@ class RunDir:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
         if not self.started_from(stage.name):
-            write_sealed(folder / "inputs.json", self.inputs(stage, recipe))
+            write_sealed(folder / INPUTS, self.inputs(stage, recipe))
+        sync(self.path)
         return folder
 
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:
-        """Writes a stage's manifest, its last act: from now on it is complete."""
+        """Seals a stage: puts its files on the disk, and then writes the manifest with their hashes.
+
+        Args:
+            outputs: what later stages read, and are made anew for if it changes. The other files of
+                the folder are sealed as well.
+        """
         folder = self.stage(name)
+        sync_tree(folder)
+        others = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path not in outputs and _is_sealed(path.relative_to(folder))
+        ]
         manifest = {
             "stage": name,
             "inputs": self.started_from(name),
             "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
+            "others": {str(path.relative_to(folder)): sha256(path) for path in others},
             "versions": {
                 "python": platform.python_version(),
                 **{lib: version(lib) for lib in LIBRARIES},
             },
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        write_sealed(folder / "manifest.json", manifest | facts)
+        write_sealed(folder / MANIFEST, manifest | facts)
+
+    def reopen(self, name: str) -> None:
+        """Makes a complete stage one that is not, before its files are written again."""
+        (self.stage(name) / MANIFEST).unlink(missing_ok=True)
+        sync(self.stage(name))
 
     def set_aside(self, name: str) -> Path | None:
         """Moves a stage's folder to NAME.old-1 (or the next free number); returns where it is now."""
-        folder, numbered = (
-            self.stage(name),
-            (self.path / f"{name}.old-{number}" for number in itertools.count(1)),
-        )
-        return (
-            folder.rename(next(path for path in numbered if not path.exists()))
-            if folder.exists()
-            else None
-        )
+        folder = self.stage(name)
+        numbered = (self.path / f"{name}.old-{number}" for number in itertools.count(1))
+        if not folder.exists():
+            return None
+        old = folder.rename(next(path for path in numbered if not path.exists()))
+        sync(self.path)
+        return old
+
+    def is_restarted(self, name: str) -> bool:
+        """Whether --restart has begun a stage that is not complete yet."""
+        return (self.stage(name) / RESTARTED).exists() and not self.manifest(name)
+
+    def restart(self, name: str) -> Path | None:
+        """Moves a stage's folder aside and notes that its new one is begun; returns the old one."""
+        folder = self.stage(name)
+        old = self.set_aside(name)
+        folder.mkdir(parents=True)
+        (folder / RESTARTED).touch()
+        sync_tree(folder)
+        return old
 
     def outputs_hash(self, name: str) -> str:
         """Names what a complete stage has produced; "" if it is not complete."""
-        manifest = self.manifest(name)
-        return (
-            hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest() if manifest else ""
-        )
+        if not (manifest := self.manifest(name)):
+            return ""
+        return hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
 
 
-def _files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
-    """The local files behind a source; none for a Hub repository, whose name and revision are settings."""
-    path = Path(source.split(":")[1] if source.startswith("python:") else source)
-    if (
-        path.is_absolute() and path.is_dir()
-    ):  # a recipe's local paths are; a name may be that of a folder here
-        return sorted(
-            {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-        )
-    if path.is_absolute() and path.is_file():
-        return [path]
-    if is_local(source):
-        what, fix = (
-            f"{key} names a file that is not there",
-            f"change {key} in the recipe, or give --set {key}=PATH",
-        )
-        raise TbpoError(what, source, "an existing file or folder", fix)
-    return []
-
-
-def _fingerprint(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    """Size, time and hash of a file; the known hash is taken over while size and time are the same."""
-    status = path.stat()
-    if known and (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-        return known
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
-
-
-def _hashes(files: dict[str, Any]) -> list[str]:
-    return sorted(file["sha256"] for file in files.values())
-
-
-def _names(files: dict[str, Any]) -> str:
-    return ", ".join(files) or "(a Hub repository or nothing)"
-
-
-def _shown(value: Any) -> str:
-    return "(not set)" if value is None else json.dumps(value)
+def _is_sealed(path: Path) -> bool:
+    return path.parts[0] not in NOT_SEALED and not any(part.startswith(".") for part in path.parts)

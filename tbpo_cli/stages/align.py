@@ -5,6 +5,8 @@ from __future__ import annotations
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.measures import PREFERENCE
+from tbpo_cli.report.diagnoses import AFTER, diagnose
+from tbpo_cli.report.facts import after_training
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
@@ -28,22 +30,27 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
-    """Shows the complete stage's result: held-out figures before and after, the files, and what to run next."""
+    """Shows the complete stage's result.
+
+    Held-out figures before and after, what went wrong, the files, and what to type next.
+    """
     from tbpo_cli.train.metrics import read_metrics
 
-    metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
-    console.show_evaluations(f"{recipe.align.loss_name} on the held-out pairs", metrics, SUMMARY)
+    folder = run_dir.stage("align")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    title = f"{recipe.align.loss_name} on the held-out pairs"
+    console.show_evaluations(title, metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
-    console.say(
-        f"{weights.name}: {weights}   ({manifest['seconds']:.0f} s on {manifest['device']})"
-    )
-    console.say(
-        f"every step: {run_dir.stage('align') / 'metrics.jsonl'}   settings: {run_dir.path / 'recipe.toml'}"
-    )
-    console.say(
-        f"next: use it, AutoModelForCausalLM.from_pretrained({str(weights)!r}), or compare another loss:"
-    )
-    console.say("      the same command with --set align.loss.name=dpo --run-dir runs/dpo")
+    held_out = sum(each["kept"].get("eval", 0) for each in run_dir.manifest("prepare")["counts"])
+    is_lora, rate = recipe.model.lora is not None, recipe.align.learning_rate
+    facts = after_training(metrics, "align", is_lora, rate, held_out)
+    for sentence in diagnose(facts, AFTER):
+        console.say(f"WARNING: {sentence}")
+    took = console.duration(manifest["seconds"])
+    console.say(f"{weights.name}: {weights} (trained in {took} on {manifest['device']})")
+    console.say(f"every step: {folder / 'metrics.jsonl'}")
+    console.say(f"settings: {run_dir.path / 'recipe.toml'}")
+    console.say(f"load it: AutoModelForCausalLM.from_pretrained({str(weights)!r})")
 
 
 STAGE = Stage(

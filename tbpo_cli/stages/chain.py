@@ -1,4 +1,4 @@
-"""The chain of stages: which of them a command needs, which of these are up to date, and running the others."""
+"""The chain of stages: which ones a command needs and which are up to date; running the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STAGES: dict[str, Stage] = {
     for stage in (prepare.STAGE, sft.STAGE, align.STAGE, sample.STAGE, evaluate.STAGE)
 }
 
-State = Literal["done", "new", "begun", "stale", "changed"]
-Plan = dict[str, tuple[State, list[str]]]  # by stage: its state, and what changed in its inputs
+State = Literal["done", "new", "begun", "stale", "changed", "damaged"]
+Plan = dict[str, tuple[State, list[str]]]  # by stage: its state, and what changed or is damaged
 
 STATES: dict[State, str] = {
     "done": "up to date",
@@ -27,6 +27,7 @@ STATES: dict[State, str] = {
     "begun": "would go on where it stopped",
     "stale": "would begin anew, since its inputs changed:",
     "changed": "made from other inputs; --restart would redo it:",
+    "damaged": "not as it was written; --restart would redo it:",
 }
 
 
@@ -54,7 +55,8 @@ def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[s
         has_results = is_complete or any(run_dir.stage(stage.name).glob("checkpoints/step-*"))
         return "changed" if has_results else "stale", changes
     if is_complete:
-        return "done", []
+        faults = run_dir.damage(stage.name)
+        return ("damaged", faults) if faults else ("done", [])
     return "begun" if run_dir.started_from(stage.name) else "new", []
 
 
@@ -97,8 +99,11 @@ def run_through(
             states = plan(target, recipe, run_dir)  # a stage before may have another result now
             if not restart:
                 _refuse_changed(states, run_dir)
-            is_anew = states[name][0] in ("stale", "changed") or (restart and name == target)
-            if is_anew and (old := run_dir.set_aside(name)):
+            is_anew = states[name][0] in ("stale", "changed", "damaged")
+            if restart and name == target and not is_anew and run_dir.is_restarted(name):
+                folder = run_dir.stage(name)
+                console.say(f"going on with the restart (remove {folder} to begin once more)")
+            elif (is_anew or (restart and name == target)) and (old := run_dir.restart(name)):
                 console.say(f"the old {name} is kept as {old}")
             if not run_dir.manifest(name):
                 STAGES[name].run(recipe, run_dir, processes)
@@ -108,11 +113,13 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
     """The manifests of a stage and of those before it, by name.
 
     Raises:
-        TbpoError: if one is not complete, or was made from other inputs.
+        TbpoError: if one is not complete, damaged, or was made from other inputs.
     """
     manifests = {}
     for name, (state, changes) in plan(target, recipe, run_dir).items():
         manifests[name] = run_dir.manifest(name)
+        if state == "damaged":
+            run_dir.check(name)
         if state != "done":
             is_complete = bool(manifests[name])
             what = f"was made from other inputs: {'; '.join(changes)}"
@@ -126,7 +133,10 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
 
 
 def _refuse_changed(states: Plan, run_dir: RunDir) -> None:
-    """Raises TbpoError if a stage with results was made from other inputs: which, and what follows."""
+    """Raises TbpoError if a complete stage is damaged, or was made from other inputs."""
+    for name, (state, _) in states.items():
+        if state == "damaged":
+            run_dir.check(name)
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
     if not changed:
         return

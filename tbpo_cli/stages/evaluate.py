@@ -12,6 +12,8 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
+from tbpo_cli.report.diagnoses import AFTER, diagnose
+from tbpo_cli.report.facts import after_evaluation
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
@@ -23,8 +25,10 @@ OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of t
 
 
 def check(recipe: Recipe) -> None:
-    """What can be known before anything is run. Raises TbpoError if a part of [eval] cannot be done."""
-    from tbpo_cli.evaluation.judges.judge import judges_of
+    """What can be known before anything is run. Raises TbpoError if a part of [eval] cannot be
+    done.
+    """
+    from tbpo_cli.evaluation.judges import judges_of
     from tbpo_cli.evaluation.suites import check_suites
 
     if adapter := recipe.sample.adapter:
@@ -35,6 +39,12 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(
             what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
         )
+    is_of_data = recipe.sample.prompts == "eval"
+    if recipe.eval.judged and "chosen" in recipe.eval.opponents and not is_of_data:
+        what = 'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
+        expected = "prompts of the held-out pairs, which have a chosen response"
+        fix = "--set eval.opponents='[\"reference\"]'"
+        raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
     check_suites(recipe.eval.suites)
@@ -44,7 +54,8 @@ def check(recipe: Recipe) -> None:
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Measures, judges, and writes eval/results.json, verdicts.jsonl and report.html.
 
-    Raises TbpoError if a model cannot be loaded or compared or no pairs are held out, GateError, at last, for the gate.
+    Raises TbpoError if a model cannot be loaded or compared or no pairs are held out, GateError, at
+    last, for the gate.
     """
     from tbpo_cli.data.store import PairStore
     from tbpo_cli.evaluation.winrate import judge_all
@@ -74,21 +85,24 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
     }
+    warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
     _finish(
         recipe,
         run_dir,
-        results | {"verdict": verdict(results)},
+        results | {"verdict": verdict(results), "warnings": warnings},
         round(time.monotonic() - started, 1),
     )
     report(recipe, run_dir)
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
-    """Measures every model in this process, which may be one of several; what an earlier start has measured is kept."""
+    """Measures every model in this process, which may be one of several; what an earlier start has
+    measured is kept.
+    """
     from tbpo_cli.data.tokenizer import load_chat
-    from tbpo_cli.evaluation.bench import Bench
+    from tbpo_cli.evaluation.measurer import Measurer
     from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
@@ -119,11 +133,11 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = load_chat(recipe.model, recipe.data.template_date)
-    bench = Bench(
+    measurer = Measurer(
         recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
     )
     for each, what in wanted:
-        rows = [row for share in group.gather(getattr(bench, what)(each)) for row in share]
+        rows = [row for share in group.gather(getattr(measurer, what)(each)) for row in share]
         if group.is_main:
             write_whole(_part(run_dir, each, what), json.dumps(rows, ensure_ascii=False))
 
@@ -181,7 +195,8 @@ def verdict(results: dict[str, Any]) -> str:
     before, after = (
         models[name]["preference"]["all"]["entropy"]["value"] for name in ("reference", "policy")
     )
-    return f"{said}; KL from the reference {own['kl']['value']:.3f} nats a token, entropy {before:.3f} → {after:.3f}"
+    moved = f"KL from the reference {own['kl']['value']:.3f} nats a token"
+    return f"{said}; {moved}, entropy {before:.3f} → {after:.3f}"
 
 
 def _share(figure: dict[str, Any], of: str) -> str:
@@ -213,8 +228,12 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if manifest and gate != results["gate"]:  # the recipe has another one since
-        _finish(recipe, run_dir, results, manifest["seconds"])
+        with run_dir.lock():
+            run_dir.reopen("eval")
+            _finish(recipe, run_dir, results, manifest["seconds"])
     show(results)
+    for sentence in results["warnings"]:
+        console.say(f"WARNING: {sentence}")
     console.say(f"look at it: {folder / 'report.html'}   every number: {folder / 'results.json'}")
     if gate and not gate["passed"]:
         measured = (

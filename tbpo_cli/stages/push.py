@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.config.recipe import Judge, Recipe
 from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.hub import publish as hub
-from tbpo_cli.runs.files import read_sealed, told_as_unwritable, write_sealed
+from tbpo_cli.hub.base import Base, published_base
+from tbpo_cli.hub.card import is_whole, render_card
+from tbpo_cli.hub.publish import Files, open_repository, publish
+from tbpo_cli.hub.secrets import check_no_secret, without_folders
+from tbpo_cli.runs.files import (
+    is_sealed,
+    read_sealed,
+    seal_folder,
+    told_as_unwritable,
+    write_sealed,
+)
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import require_complete
 
 SHARD_SIZE = "5GB"  # of a file of merged weights
+NOWHERE = "http://endpoint.invalid/v1"  # stands for a server that is nobody else's business
 
 
 def run(
     recipe: Recipe, run_dir: RunDir, dry_run: bool = False, allow_unevaluated: bool = False
 ) -> None:
-    """Publishes a complete run, and writes push/receipt.json; a dry run shows files and card instead, all offline.
+    """Publishes a complete run, and writes push/receipt.json.
 
-    Raises TbpoError if the run is not complete or not evaluated, or cannot be published.
+    Args:
+        dry_run: show files and card instead, and ask the Hub nothing.
+
+    Raises:
+        TbpoError: if the run is not complete, damaged or not evaluated, or cannot be published.
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
@@ -38,7 +52,7 @@ def run(
             "push.repo is missing", "[push] repo", '"user/name"', "--set push.repo=user/name"
         )
     with run_dir.lock(), told_as_unwritable(run_dir.path):
-        base = hub.published_base(recipe, manifests["align"], online=not dry_run)
+        base = published_base(recipe, manifests["align"], online=not dry_run)
         if not (base.licence or dry_run):
             raise TbpoError(
                 "the base's licence is not known",
@@ -46,91 +60,127 @@ def run(
                 "e.g. apache-2.0",
                 "--set push.license=…",
             )
-        card = hub.render_card(recipe, base, results, manifests)
-        shared = replace(
-            recipe, model=replace(recipe.model, base=base.id, revision=base.revision)
-        ).to_toml()
-        texts = {"README.md": card, "recipe.toml": _without_folders(shared)}
-        if results is not None:
-            texts["results.json"] = _without_folders(
-                json.dumps(results, indent=1, ensure_ascii=False)
-            )
-        hub.check_no_secret(texts)
-        head = "" if dry_run else hub.open_repository(repo, recipe, card)
-        files = {name: text.encode() for name, text in texts.items()} | _weights(
-            recipe, run_dir, base
-        )
+        card = render_card(recipe, base, results, manifests)
+        texts = _texts(recipe, run_dir, base, card, results)
+        head = "" if dry_run else open_repository(repo, recipe, texts["README.md"])
+        files: Files = {name: text.encode() for name, text in texts.items()}
+        files |= _weights(recipe, run_dir, base)
         if dry_run:
-            sizes = [
-                [name, f"{len(f) if isinstance(f, bytes) else f.stat().st_size:,}"]
-                for name, f in files.items()
-            ]
-            console.show_table("Would be published", ["file", "bytes"], sizes)
-            console.out.print(card, markup=False)
+            _show(files, texts["README.md"])
             return
         path = run_dir.stage("push") / "receipt.json"
         before = read_sealed(path)
         old = before["sha256"] if before.get("repo") == repo else ()
-        receipt = hub.publish(repo, f"{recipe.run.name}, by tbpo", files, old)
+        receipt = publish(repo, f"{recipe.run.name}, by tbpo", files, old)
         path.parent.mkdir(exist_ok=True)
         write_sealed(path, receipt)
-    told = (
-        "unchanged, the Hub has all of it"
-        if receipt["commit"] == head
-        else "published, and read back"
-    )
+    is_unchanged = receipt["commit"] == head
+    told = "unchanged, the Hub has all of it" if is_unchanged else "published, and read back"
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
     console.out.print(receipt["url"], markup=False)
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
     """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
-    manifest, path = run_dir.manifest("eval"), run_dir.stage("eval") / "results.json"
+    manifest = run_dir.manifest("eval")
+    path = run_dir.stage("eval") / "results.json"
     if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
+        run_dir.check("eval")
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
-    if not allow_unevaluated:
-        what = (
-            "the evaluation is older than the weights" if manifest else "the run is not evaluated"
-        )
-        fix = "tbpo eval RECIPE first, or --allow-unevaluated"
-        raise TbpoError(what, str(path), "results of what is published", fix)
-    return None
+    if allow_unevaluated:
+        return None
+    raise TbpoError(
+        "the evaluation is older than the weights" if manifest else "the run is not evaluated",
+        str(path),
+        "results of what is published",
+        "tbpo eval RECIPE first, or --allow-unevaluated",
+    )
 
 
-def _without_folders(text: str) -> str:
-    """Of the files and folders of this machine only their names: where they lie is nobody's business."""
-    return re.sub(r'"(python:)?/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1\2"', text)
+def _texts(
+    recipe: Recipe, run_dir: RunDir, base: Base, card: str, results: dict[str, Any] | None
+) -> dict[str, str]:
+    """The published texts by file name, without folders and servers of this machine.
+
+    Raises:
+        TbpoError: if one holds what looks like a secret.
+    """
+    settings = recipe.settings()
+    paths = [
+        Path(path).parent
+        for value in settings.values()
+        for path in (value if isinstance(value, list) else [value])
+        if isinstance(path, str) and path.startswith("/")
+    ]
+    folders = {*paths, run_dir.path, run_dir.path.parent, Path.home(), Path.cwd()} - {Path("/")}
+    texts = {"README.md": card, "recipe.toml": _public(recipe, base).to_toml()}
+    if results is not None:
+        texts["results.json"] = json.dumps(results, indent=1, ensure_ascii=False)
+    texts = {name: without_folders(text, folders) for name, text in texts.items()}
+    commits = {
+        value.rpartition("@")[2]
+        for key, value in settings.items()
+        if isinstance(value, str) and (key.endswith("revision") or "@" in value)
+    }
+    check_no_secret(texts, {base.revision, *commits})
+    return texts
 
 
-def _weights(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> hub.Files:
-    """Weights, their configs, the tokenizer and the curves: what else is in the run's folders is never published."""
-    trained, merges = run_dir.weights("align"), recipe.push.merge and recipe.model.lora is not None
-    folder = _merged(recipe, run_dir, base) if merges else trained
-    patterns = WEIGHT_FILES if hub.is_whole(recipe) else ("adapter_model.safetensors",)
+def _public(recipe: Recipe, base: Base) -> Recipe:
+    """The recipe as others can run it: with the base on the Hub, and without private servers."""
+    sample, judge = recipe.sample, recipe.eval.judge
+    if sample.endpoint is not None:
+        sample = replace(sample, endpoint=NOWHERE)
+    if judge is not None:
+        judge = replace(judge, endpoint=NOWHERE, body=Judge(NOWHERE, judge.model).body)
+    return replace(
+        recipe,
+        model=replace(recipe.model, base=base.id, revision=base.revision),
+        sample=sample,
+        eval=replace(recipe.eval, judge=judge),
+    )
+
+
+def _show(files: Files, card: str) -> None:
+    """What would be published."""
+    rows = []
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        rows.append([name, f"{size:,}"])
+    console.show_table("Would be published", ["file", "bytes"], rows)
+    console.out.print(card, markup=False)
+
+
+def _weights(recipe: Recipe, run_dir: RunDir, base: Base) -> Files:
+    """Weights, their configs, the tokenizer and the curves; nothing else of the run's folders."""
+    trained = run_dir.weights("align")
+    is_merged = recipe.push.merge and recipe.model.lora is not None
+    folder = _merged(recipe, run_dir, base) if is_merged else trained
+    patterns = WEIGHT_FILES if is_whole(recipe) else ("adapter_model.safetensors",)
     paths = [path for pattern in patterns for path in folder.glob(pattern)]
     paths += [path for pattern in TOKENIZER_FILES for path in trained.glob(pattern)]
-    files: hub.Files = {path.name: path for path in [*paths, run_dir.stage("align") / "curves.svg"]}
-    if hub.is_whole(recipe):
+    files: Files = {path.name: path for path in [*paths, run_dir.stage("align") / "curves.svg"]}
+    if is_whole(recipe):
         return files | {path.name: path for path in base.licence_files}
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base.id, "revision": base.revision}
     return files | {"adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
 
 
-def _merged(recipe: Recipe, run_dir: RunDir, base: hub.Base) -> Path:
-    """The merged weights' folder, made unless it is there already, from the same weights."""
+def _merged(recipe: Recipe, run_dir: RunDir, base: Base) -> Path:
+    """The merged weights' folder, made unless it is there, sealed, from the same weights."""
     from tbpo_cli.model.merge import merge_adapter
 
     model = recipe.model
-    folder = (
-        run_dir.stage("push") / f"merged-{run_dir.outputs_hash('align')[:12]}-{base.revision[:12]}"
-    )
-    if not folder.exists():
+    name = f"merged-{run_dir.outputs_hash('align')[:12]}-{base.revision[:12]}"
+    folder = run_dir.stage("push") / name
+    if not is_sealed(folder):
         console.say("merging the adapter into the base …")
-        model = model if Path(model.base).is_absolute() else replace(model, revision=base.revision)
-        merge_adapter(
-            model, run_dir.weights("align"), part := folder.with_name(f".{folder.name}"), SHARD_SIZE
-        )
-        part.rename(folder)
+        if not Path(model.base).is_absolute():
+            model = replace(model, revision=base.revision)
+        partial = folder.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        merge_adapter(model, run_dir.weights("align"), partial, SHARD_SIZE)
+        seal_folder(partial, folder)
     return folder

@@ -67,7 +67,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
-    """Prints the completions of some prompts by the aligned policy and its reference; keeps nothing.
+    """Prints the completions of some prompts by the aligned policy and its reference; keeps
+    nothing.
 
     Raises TbpoError if the run has no aligned policy yet.
 
@@ -171,7 +172,7 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
 def _served(
     recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
 ) -> Iterator[Json]:
-    """Samples from the server. What it refuses is asked for once more, without what is in `asks`."""
+    """Samples from the server; what it refuses is asked for once more, without `asks`."""
     from tbpo_cli.model.generate import seed_of
 
     settings, refused = recipe.sample, []

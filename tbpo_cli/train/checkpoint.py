@@ -22,36 +22,36 @@ KEPT = 2  # the newest, and the one before it in case it is damaged
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A set of parameters with its optimizer; what a checkpoint holds of it."""
+class TrainState:
+    """Parameters that are trained, and their optimizer: what a checkpoint holds."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     def gradient_norm(self) -> Tensor:
-        """Of all gradients together, a scalar; all processes call it."""
-        gradients = [
-            parameter.grad for parameter in self.parameters.values() if parameter.grad is not None
-        ]
+        """The norm of all gradients together, a scalar; all processes call it."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         return gathered(torch.nn.utils.get_total_norm(gradients))
 
     def state(self, keep: bool) -> dict[str, Tensor]:
-        """Everything as flat, whole tensors, "parameter|NAME" and "optimizer|NAME|KEY"; nothing where not to `keep`."""
+        """Whole tensors on the CPU by "parameter|NAME" and "optimizer|NAME|KEY".
+
+        All processes call it; those without `keep` get an empty dict.
+        """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"parameter|{name}"] = parameter.detach()
-            tensors |= {
-                f"optimizer|{name}|{key}": each
-                for key, each in self.optimizer.state[parameter].items()
-            }
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer|{name}|{key}"] = value
         return {name: tensor.contiguous() for name, tensor in gather_all(tensors, keep).items()}
 
     def restore(self, path: Path) -> None:
-        """The inverse of `state`, in place, from the file that it was saved to; tensor by tensor."""
+        """Reads what `state` gave, tensor by tensor, into the parameters and the optimizer."""
         with safe_open(path, "pt") as file, torch.no_grad():
             for key in file.keys():  # noqa: SIM118 - no dict
                 kind, name, *state = key.split("|")
-                parameter, value = self.parameters[name], file.get_tensor(key)
+                parameter = self.parameters[name]
+                value = file.get_tensor(key)
                 if kind == "parameter":
                     parameter.copy_(placed_like(value, parameter))
                 else:  # torch keeps "step" on the CPU, and the moments beside the parameter
@@ -59,21 +59,24 @@ class Trainee:
                     self.optimizer.state[parameter][state[0]] = value
 
 
-def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], writes: bool) -> None:
-    """Writes `folder/step-N`: beside first, to the disk, then renamed. The newest KEPT stay. All processes call it.
+def save_checkpoint(folder: Path, step: int, states: dict[str, TrainState], writes: bool) -> None:
+    """Writes `folder/step-N`; all but the newest KEPT are removed. All processes call it.
 
-    Raises OSError if there is no room; the checkpoints that were there are as they were.
+    The files are written to a hidden folder and synced to the disk, then that is renamed.
+
+    Raises:
+        OSError: if there is no space on the disk; the checkpoints that were there stay.
     """
-    states = {name: trainee.state(writes) for name, trainee in trainees.items()}
+    tensors_of = {name: state.state(writes) for name, state in states.items()}
     if not writes:
         return
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, state in states.items():
+        for name, tensors in tensors_of.items():
             path = partial / f"{name}.safetensors"
-            _save(state, path)
+            _save(tensors, path)
             _sync(path)
         hashes = {path.name: sha256(path) for path in sorted(partial.glob("*.safetensors"))}
         write_sealed(partial / "checkpoint.json", {"step": step, "files": hashes})
@@ -89,18 +92,21 @@ def save_checkpoint(folder: Path, step: int, trainees: dict[str, Trainee], write
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # its text is all that is left of the system's error
+    except SafetensorError as error:  # the system's error is in its text only
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise
         raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from None
 
 
-def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> int:
-    """Restores the newest whole checkpoint, says which damaged ones it skips, and returns its step; 0 without one."""
+def load_newest_checkpoint(folder: Path, states: dict[str, TrainState]) -> int:
+    """Restores the newest complete checkpoint and returns its step, 0 if there is none.
+
+    A damaged one is skipped, with a message.
+    """
     for step, path in reversed(kept_checkpoints(folder).items()):
         try:
             listed = read_sealed(path / "checkpoint.json").get("files", {})
-            if set(listed) != {f"{name}.safetensors" for name in trainees}:
+            if set(listed) != {f"{name}.safetensors" for name in states}:
                 raise ValueError("it is incomplete")
             for file, digest in listed.items():
                 if sha256(path / file) != digest:
@@ -110,8 +116,8 @@ def load_newest_checkpoint(folder: Path, trainees: dict[str, Trainee]) -> int:
                 f"{path} is skipped: {error.args[0] if isinstance(error, TbpoError) else error}"
             )
             continue
-        for name, trainee in trainees.items():
-            trainee.restore(path / f"{name}.safetensors")
+        for name, state in states.items():
+            state.restore(path / f"{name}.safetensors")
         return step
     return 0
 

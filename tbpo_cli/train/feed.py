@@ -1,4 +1,4 @@
-"""What feeds a training: batches collated ahead, of as many tokens as the device's memory holds."""
+"""The input of a training: micro-batches collated ahead, and how many tokens they may have."""
 
 from __future__ import annotations
 
@@ -16,74 +16,110 @@ from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.errors import TbpoError, ToldError
 from tbpo_cli.runs.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.memory import LEAST_TOKENS
+from tbpo_cli.train.memory import MIN_TOKENS
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
 class TokenBudget:
-    """`max_tokens_per_device`, of a micro-batch, padding included; and what becomes of it when memory runs out."""
+    """The most tokens of a micro-batch, padding included; it is halved when memory runs out."""
 
     def __init__(
         self,
         wanted: int | Literal["auto"],
-        that_fit: int,
+        fitting: int,
         group: Group,
         sharded_in: Path | None = None,
     ) -> None:
-        """`that_fit`: tokens for "auto". `sharded_in`: the stage's folder, if the processes share the weights out."""
-        self._fixed, self._group, self._sharded_in = wanted != "auto", group, sharded_in
-        halved = None if self._fixed or sharded_in is None else halved_tokens(sharded_in)
-        self.tokens = min(group.gather(halved or (that_fit if wanted == "auto" else wanted)))
+        """
+        Args:
+            wanted: `max_tokens_per_device` of the recipe.
+            fitting: the tokens to begin with for "auto".
+            group: the processes, which all have the same number.
+            sharded_in: the stage's folder, if the weights are sharded over the processes.
+        """
+        self._is_fixed = wanted != "auto"
+        self._group = group
+        self._sharded_in = sharded_in
+        halved = None
+        if not self._is_fixed and sharded_in is not None:
+            halved = halved_tokens(sharded_in)
+        self.tokens = min(group.gather(halved or (fitting if wanted == "auto" else wanted)))
 
     def attempt(self, work: Callable[[int], T]) -> T:
-        """The result of `work(tokens)`; all processes repeat it with half as many tokens while one runs out of memory.
+        """The result of `work(tokens)`.
 
-        Raises TbpoError if the number is the recipe's or cannot be halved any more, and ToldError if the weights are
-        sharded: the other processes wait in the middle of a pass for this one, and end with it; the launcher finds the
-        halved number in the stage's folder, and starts all of them again.
+        While one process runs out of memory, all of them repeat it with half as many tokens. Where
+        the weights are sharded, the others wait in the middle of a pass for this one: the halved
+        number is left in the stage's folder, and the launcher starts all processes again.
+
+        Raises:
+            TbpoError: if the number is the recipe's, or cannot be halved any more.
+            ToldError: if the weights are sharded.
         """
         while True:
-            result, failure = None, None
+            result = None
+            failure = None
             try:
                 result = work(self.tokens)
             except RuntimeError as error:
-                if not (
-                    isinstance(error, torch.OutOfMemoryError)
-                    or "can't allocate memory" in str(error)
-                ):
+                if not is_out_of_memory(error):
                     raise
                 failure = str(error).splitlines()[0]
-            # Only here has the failed attempt let go of its tensors.
-            told = [failure] if self._sharded_in else self._group.gather(failure)
-            failures = [what for what in told if what is not None]
+            # Outside of the except block the tensors of the failed attempt are freed.
+            everyone = [failure] if self._sharded_in else self._group.gather(failure)
+            failures = [one for one in everyone if one is not None]
             if not failures:
                 return cast(T, result)
             result = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if self._fixed or self.tokens < 2 * LEAST_TOKENS:
-                what, where = (
-                    f"out of memory: {failures[0]}",
-                    f"max_tokens_per_device = {self.tokens}",
-                )
-                smaller = "activation_checkpointing = true, or a smaller data.max_length"
-                fix = 'max_tokens_per_device = "auto"' if self._fixed else smaller
-                raise TbpoError(what, where, "a micro-batch that fits into memory", fix)
-            self.tokens //= 2
-            if self._sharded_in:
-                write_whole(self._sharded_in / HALVED, str(self.tokens))
-                raise ToldError(1)
-            console.say(
-                f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
+            self._halve(failures[0])
+
+    def _halve(self, failure: str) -> None:
+        if self._is_fixed or self.tokens < 2 * MIN_TOKENS:
+            smaller = "activation_checkpointing = true, or a smaller data.max_length"
+            raise TbpoError(
+                f"out of memory: {failure}",
+                f"max_tokens_per_device = {self.tokens}",
+                "a micro-batch that fits into memory",
+                'max_tokens_per_device = "auto"' if self._is_fixed else smaller,
             )
+        self.tokens //= 2
+        if self._sharded_in:
+            write_whole(self._sharded_in / HALVED, str(self.tokens))
+            raise ToldError(1)
+        console.say(
+            f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that a device or the host has no memory left.
+
+    The CUDA runtime and its libraries raise other classes than torch's allocator does.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # the allocator of the CPU
+    "CUDA error: out of memory",  # an AcceleratorError, from the driver
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse large blocks instead of fetching them anew from the kernel, page by page, in every step.
+    """Lets glibc reuse large blocks instead of asking the kernel for them again in every step.
 
-    Measured on one core: 6 to 10 % less time a step, for 4 to 30 % more memory. Elsewhere this does nothing.
+    Measured on one core: 6 to 10 % less time a step, for 4 to 30 % more memory. No setting of torch
+    does it. On other systems than Linux with glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -91,26 +127,35 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-class Ahead:
-    """The micro-batches of one step after the other, each collated in a thread while the step before it is computed.
+class Prefetcher:
+    """Collates the micro-batches of a step in a thread, while the step before it is computed.
 
-    Not torch's DataLoader, whose workers are processes, and whose sampler would have to know of a changed budget.
+    1. A step asks for its micro-batches, cut to a number of tokens.
+    2. They are ready or being made, if the step was submitted with the same number before. If the
+       number has changed since, they are made now.
+    3. The next step is submitted with that number; what nobody asks for any more is dropped.
+
+    torch's DataLoader would do it in processes, and its sampler would have to know the number,
+    which changes when memory runs out.
     """
 
     def __init__(self, collate_step: Callable[[int, int], list[PairBatch]]) -> None:
-        """`collate_step(step, tokens)` is a pure function."""
-        self._collate_step, self._thread = collate_step, ThreadPoolExecutor(1)
-        self._made: dict[tuple[int, int], Future[list[PairBatch]]] = {}
+        """`collate_step(step, max_tokens)` is a pure function."""
+        self._collate_step = collate_step
+        self._thread = ThreadPoolExecutor(1)
+        self._submitted: dict[tuple[int, int], Future[list[PairBatch]]] = {}
 
-    def batches(self, step: int, tokens: int) -> list[PairBatch]:
-        """Those of a step, cut to `tokens`; the next step is begun."""
-        wanted = ((step, tokens), (step + 1, tokens))
-        self._made = {
-            key: self._made.get(key) or self._thread.submit(self._collate_step, *key)
-            for key in wanted
-        }
-        return self._made[step, tokens].result()
+    def batches(self, step: int, max_tokens: int) -> list[PairBatch]:
+        """The micro-batches of a step; those of the next one are begun."""
+        before = self._submitted
+        self._submitted = {}
+        for key in ((step, max_tokens), (step + 1, max_tokens)):
+            is_submitted = key in before
+            self._submitted[key] = (
+                before[key] if is_submitted else self._thread.submit(self._collate_step, *key)
+            )
+        return self._submitted[step, max_tokens].result()
 
     def close(self) -> None:
-        """Waits for what is being made."""
+        """Waits for the thread."""
         self._thread.shutdown(cancel_futures=True)

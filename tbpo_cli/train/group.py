@@ -1,4 +1,4 @@
-"""The processes that train together: one, or many that hold the same weights and share the pairs of each step."""
+"""The processes that train together: one, or several that divide the pairs of each step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-TOGETHER = 32  # gradients that are summed as one tensor
-PATIENCE = timedelta(
-    hours=6
-)  # with a process that saves or evaluates for long; one that died is noticed at once
+BUCKET = 32  # gradients that one all-reduce sums
+# With a process that saves or evaluates for long; one that has died is noticed at once.
+TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process, by its rank from 0, among those that train together; that of rank 0 alone prints and writes."""
+    """This process among those that train together; the one of rank 0 alone prints and writes."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +42,7 @@ class Group:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """What this process does of some work."""
+        """This process's part of some work."""
         return items[self.rank :: self.size]
 
     def gather(self, value: T) -> list[T]:
@@ -55,9 +54,10 @@ class Group:
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up the gradients of all processes, in place; one that a process does not have counts as zero.
+        """Sums the gradients over all processes, in place; one that a process lacks counts as zero.
 
-        Those of sharded weights are sums already. Not torch's DDP, which wants as many passes in every process.
+        Those of sharded weights are sums already. torch's DDP would do it, but needs equally many
+        passes in every process.
         """
         gradients = []
         for parameter in (p for p in parameters if self.size > 1 and not isinstance(p, DTensor)):
@@ -65,10 +65,10 @@ class Group:
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             )
             gradients.append(parameter.grad)
-        for first in range(0, len(gradients), TOGETHER):
-            flat = parameters_to_vector(gradients[first : first + TOGETHER])
+        for first in range(0, len(gradients), BUCKET):
+            flat = parameters_to_vector(gradients[first : first + BUCKET])
             dist.all_reduce(flat)
-            vector_to_parameters(flat, gradients[first : first + TOGETHER])
+            vector_to_parameters(flat, gradients[first : first + BUCKET])
 
 
 ONE = Group()
@@ -76,6 +76,6 @@ ONE = Group()
 
 @functools.cache
 def _side_channel() -> dist.ProcessGroup:
-    """For what is said on the CPU, so that no device is waited for."""
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    """For Python objects, exchanged on the CPU so that no device is waited for."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return group

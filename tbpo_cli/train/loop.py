@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from tbpo_cli import console
-from tbpo_cli.batch.batches import longest_sequence, num_steps, span_lengths
+from tbpo_cli.batch.batches import longest_sequence, span_lengths
 from tbpo_cli.batch.reference import ReferenceCache
-from tbpo_cli.config.recipe import Align, Sft
 from tbpo_cli.core.baseline import StateBaseline
-from tbpo_cli.core.losses import Loss
-from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import choose_layout
-from tbpo_cli.model.load import Policy
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
-from tbpo_cli.train.checkpoint import Trainee, load_newest_checkpoint, save_checkpoint
+from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
-from tbpo_cli.train.group import ONE, Group
 from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
+from tbpo_cli.train.run import TrainingRun
 from tbpo_cli.train.step import Stepper
 
-Tell = Callable[[str, int, dict[str, float]], None]
-SHOWN = (  # beside the bar, as far as it is known: every step, or since the last one that reported all
+# Beside the progress bar: the metrics of the last step that had them.
+SHOWN = (
     ("loss", "loss {:.4f}"),
     ("accuracy", "accuracy {:.0%}"),
     ("kl", "KL {:.4f}"),
@@ -40,152 +33,135 @@ SHOWN = (  # beside the bar, as far as it is known: every step, or since the las
 )
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """One training, from its settings to the files it writes. Nothing in it changes while it trains but the weights."""
+def train(run: TrainingRun) -> MetricsLog:
+    """Trains to the last step, from the newest checkpoint if there is one.
 
-    policy: Policy  # in its starting state
-    loss: Loss
-    settings: Sft | Align
-    train: PairStore
-    evaluation: PairStore  # may be empty
-    folder: Path  # of the stage, for metrics.jsonl and checkpoints/
-    seed: int  # with the step it decides the order of pairs and every random number
-    reference: Path | None = (
-        None  # a file for log π_ref of the training pairs, named by what it depends on
+    Raises:
+        DivergenceError: on a gradient that is not finite, before the optimizer's step.
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    stepper = build_stepper(run)
+    checkpoints = run.folder / "checkpoints"
+    step = load_newest_checkpoint(checkpoints, stepper.states)
+    if step:
+        console.say(f"going on from step {step}")
+    log = MetricsLog(run.folder / "metrics.jsonl", step, run.group.is_main)
+    _check_same_step(run, step, checkpoints)
+    every = run.settings.log_every
+    progress = console.progress(run.folder.name, run.num_steps, step, every)
+    latest: dict[str, float] = {}
+    with closing(stepper.prefetcher), _signals() as received, progress as update:
+        while True:
+            if step % run.settings.eval_every == 0 or step == run.num_steps:
+                _evaluate(run, step, stepper, log)
+            if step == run.num_steps:
+                return log
+            metrics = stepper.step(step)
+            step += 1
+            _write(run, log, "train", step, metrics)
+            latest |= metrics
+            shown = [form.format(latest[name]) for name, form in SHOWN if name in latest]
+            update(step, "  ".join(shown))
+            signals = run.group.gather(received[0] if received else None)
+            stops = [number for number in signals if number is not None]
+            is_last = step == run.num_steps
+            if step % run.settings.checkpoint_every == 0 or is_last or stops:
+                if stepper.cache is not None:
+                    stepper.cache.sync()
+                save_checkpoint(checkpoints, step, stepper.states, run.group.is_main)
+            if stops:
+                what = f"a checkpoint of step {step} is kept"
+                raise Interrupted(stops[0], what, "the same command goes on from there")
+
+
+def build_stepper(run: TrainingRun) -> Stepper:
+    """The parts of a training in their state before the first step.
+
+    The layout is tried before the weights are sharded: some models fail in the trial, and must
+    not do so in the middle of a pass that many processes make together.
+    """
+    settings, policy, device = run.settings, run.policy, run.group.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    longest = longest_sequence((run.train, run.evaluation))
+    models = [policy.model, *policy.frozen.values()]
+    layout, reason = choose_layout(models, settings.layout, longest)
+    console.say(f"rows are {layout}: {reason}")
+    kept, _ = kept_bytes(policy.model, settings.activation_checkpointing)
+    if run.mesh is not None:
+        policy.share_out(run.mesh)
+    states = {
+        "policy": TrainState(policy.trained, build_optimizer(settings, policy.trained.values()))
+    }
+    baseline = None
+    if "state_baseline" in run.loss.needs:
+        hidden_size = policy.model.get_output_embeddings().weight.shape[1]
+        baseline = StateBaseline(hidden_size, run.seed).to(device)
+        optimizer = build_baseline_optimizer(baseline.parameters())
+        states["baseline"] = TrainState(dict(baseline.named_parameters()), optimizer)
+    if settings.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    budget = TokenBudget(
+        settings.max_tokens_per_device,
+        tokens_that_fit(kept, device),
+        run.group,
+        run.folder if policy.is_sharded else None,
     )
-    group: Group = ONE  # of processes that all run this, with the same arguments
-    tell: Tell = lambda split, step, values: None
-    mesh: DeviceMesh | None = (
-        None  # over which the weights are shared out; None: every process has all of them
-    )
+    scorer = Scorer.of(policy, baseline)
+    return Stepper(run, scorer, states, layout, budget, open_reference_cache(run))
 
-    @property
-    def num_steps(self) -> int:
-        return num_steps(
-            len(self.train), self.settings.batch_size, self.settings.epochs, self.settings.max_steps
+
+def open_reference_cache(run: TrainingRun) -> ReferenceCache | None:
+    """For losses that read log π_ref and nothing else of the reference, if pairs are read again."""
+    is_read_again = run.num_steps * run.settings.batch_size > len(run.train)
+    if run.reference is None or not is_read_again or not from_reference_logps(run.loss.needs):
+        return None
+    lengths = span_lengths(run.train, range(len(run.train)), run.loss.span)
+    if run.group.is_main:
+        ReferenceCache(run.reference, lengths)
+    run.group.gather(None)  # the others open the file that the first one has made
+    return ReferenceCache(run.reference, lengths)
+
+
+def _check_same_step(run: TrainingRun, step: int, checkpoints: Path) -> None:
+    """Raises TbpoError if the processes begin at different steps; all have read the log by then."""
+    if len(set(run.group.gather(step))) > 1:
+        raise TbpoError(
+            "the processes do not see the same checkpoints",
+            str(checkpoints),
+            "a run directory on a file system that all machines share",
+            "give such a one with --run-dir",
         )
 
-    def run(self) -> MetricsLog:
-        """Trains to the last step, from the newest checkpoint if there is one.
 
-        Raises DivergenceError on a gradient that is not finite, before the optimizer step, and Interrupted on SIGINT
-        or SIGTERM, after a checkpoint.
-        """
-        stepper, checkpoints = self._build(), self.folder / "checkpoints"
-        if step := load_newest_checkpoint(checkpoints, stepper.trainees):
-            console.say(f"going on from step {step}")
-        log = MetricsLog(self.folder / "metrics.jsonl", step, self.group.is_main)
-        latest: dict[str, float] = {}
-        if (
-            len(set(self.group.gather(step))) > 1
-        ):  # and nobody writes to the log before all have read it
-            what, fix = (
-                "the processes do not see the same checkpoints",
-                "give such a one with --run-dir",
-            )
-            expected = "a run directory on a file system that all machines share"
-            raise TbpoError(what, str(checkpoints), expected, fix)
-        progress = console.progress(self.folder.name, self.num_steps, step, self.settings.log_every)
-        with closing(stepper.ahead), _signals() as stop, progress as update:
-            while True:
-                if step % self.settings.eval_every == 0 or step == self.num_steps:
-                    self._evaluate(step, stepper, log)
-                if step == self.num_steps:
-                    return log
-                values = stepper.step(step)
-                step += 1
-                self._note(log, "train", step, values)
-                latest |= values
-                update(
-                    step,
-                    "  ".join(form.format(latest[name]) for name, form in SHOWN if name in latest),
-                )
-                stops = [
-                    number
-                    for number in self.group.gather(stop[0] if stop else None)
-                    if number is not None
-                ]
-                if step % self.settings.checkpoint_every == 0 or step == self.num_steps or stops:
-                    save_checkpoint(checkpoints, step, stepper.trainees, self.group.is_main)
-                if stops:
-                    what = f"a checkpoint of step {step} is kept"
-                    raise Interrupted(stops[0], what, "the same command goes on from there")
+def _evaluate(run: TrainingRun, step: int, stepper: Stepper, log: MetricsLog) -> None:
+    """Measures the held-out pairs, unless the log has that already, and draws the curves."""
+    is_new = not any((line["split"], line["step"]) == ("eval", step) for line in log.lines)
+    is_new_for_main = run.group.gather(is_new)[0]  # one decision for all processes
+    if len(run.evaluation) and is_new_for_main:
+        _write(run, log, "eval", step, stepper.evaluate())
+    if run.group.is_main:
+        write_page(run.folder / "curves.svg", "curves.svg", panels=curves(log.lines))
 
-    def _build(self) -> Stepper:
-        """The parts of the training, in their state before the first step."""
-        settings, model = self.settings, self.policy.model
-        if self.group.device.type == "cpu":
-            keep_freed_memory()
-        # Some models fail when the layout is tried: not in the middle of a pass of many processes.
-        longest = longest_sequence((self.train, self.evaluation))
-        layout, reason = choose_layout(
-            [model, *self.policy.frozen.values()], settings.layout, longest
-        )
-        console.say(f"rows are {layout}: {reason}")
-        kept, _ = kept_bytes(model, settings.activation_checkpointing)
-        if self.mesh is not None:
-            self.policy.share_out(self.mesh)
-        trainees = {
-            "policy": Trainee(
-                self.policy.trained, build_optimizer(settings, self.policy.trained.values())
-            )
-        }
-        baseline = None
-        if "state_baseline" in self.loss.needs:
-            baseline = StateBaseline(model.get_output_embeddings().weight.shape[1], self.seed).to(
-                self.group.device
-            )
-            optimizer = build_baseline_optimizer(baseline.parameters())
-            trainees["baseline"] = Trainee(dict(baseline.named_parameters()), optimizer)
-        if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        fit = tokens_that_fit(kept, self.group.device)
-        sharded_in = self.folder if self.policy.is_sharded else None
-        budget = TokenBudget(settings.max_tokens_per_device, fit, self.group, sharded_in)
-        return Stepper(
-            self, Scorer.of(self.policy, baseline), trainees, layout, budget, self._open_cache()
-        )
 
-    def _open_cache(self) -> ReferenceCache | None:
-        """For losses that read nothing else of the reference, if pairs are visited more than once."""
-        again = self.num_steps * self.settings.batch_size > len(self.train)
-        if self.reference is None or not again or not from_reference_logps(self.loss.needs):
-            return None
-        lengths = span_lengths(self.train, range(len(self.train)), self.loss.span)
-        if self.group.is_main:
-            ReferenceCache(self.reference, lengths)
-        self.group.gather(
-            None
-        )  # the file is made by one process; each then writes what it finds out of its own pairs
-        return ReferenceCache(self.reference, lengths)
-
-    def _evaluate(self, step: int, stepper: Stepper, log: MetricsLog) -> None:
-        """Measures the held-out pairs, unless the log has that already, and draws the curves."""
-        is_new = not any((line["split"], line["step"]) == ("eval", step) for line in log.lines)
-        if (
-            len(self.evaluation) and self.group.gather(is_new)[0]
-        ):  # what the first process has read decides for all
-            self._note(log, "eval", step, stepper.evaluate())
-        if self.group.is_main:
-            write_page(self.folder / "curves.svg", "curves.svg", panels=curves(log.lines))
-
-    def _note(self, log: MetricsLog, split: str, step: int, values: dict[str, float]) -> None:
-        log.append(split, step, values)
-        self.tell(split, step, values)
+def _write(
+    run: TrainingRun, log: MetricsLog, split: str, step: int, metrics: dict[str, float]
+) -> None:
+    log.append(split, step, metrics)
+    run.track(split, step, metrics)
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM puts its number into; a second one ends the process at once."""
+    """A list that holds the number of a first SIGINT or SIGTERM; a second one ends the process."""
     received: list[int] = []
 
-    def note(number: int, _frame: object) -> None:
+    def receive(number: int, _frame: object) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
         console.say("stopping after this step …")
 
-    with ExitStack() as after:
+    with ExitStack() as restore:
         for number in (signal.SIGINT, signal.SIGTERM):
-            after.callback(signal.signal, number, signal.signal(number, note))
+            restore.callback(signal.signal, number, signal.signal(number, receive))
         yield received

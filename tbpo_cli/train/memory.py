@@ -1,4 +1,4 @@
-"""What a training takes of a device: memory, from shapes alone, and floating-point operations."""
+"""The memory and the floating-point operations of a training, from shapes alone."""
 
 from __future__ import annotations
 
@@ -15,67 +15,79 @@ from tbpo_cli.model.load import Policy
 from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
-LEAST_TOKENS, MOST_TOKENS, PROBE_TOKENS = 64, 65536, 8
-TYPICAL = 20  # times the hidden size: what a layer of a Llama with LoRA keeps of a token
+MIN_TOKENS = 64  # of a micro-batch
+MAX_TOKENS = 65536
+PROBE_TOKENS = 8
+TYPICAL = 20  # times the hidden size: what a layer of a Llama with LoRA saves for a token
 NF4_BYTES = 0.516  # of a weight, with its part of the scales (arXiv 2305.14314)
-MOMENTS = {"adamw": 2, "rmsprop": 1}  # numbers that an optimizer keeps of a weight
-# Beside the tensors that must be there, in use or freed and not reused, as tests/benchmarks/memory.py measures it:
-# bytes of python and torch; (CHUNK_TOKENS, V) tensors of the head; times what one layer keeps. The GPU's are a guess.
+MOMENTS = {"adamw": 2, "rmsprop": 1}  # numbers of an optimizer's state for each weight
+# What is allocated beside the tensors that must be there, by tests/benchmarks/memory.py: bytes of
+# Python and torch; (CHUNK_TOKENS, V) tensors of the head; times what one layer saves. Those for a
+# GPU are a guess.
 PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
 
 
 def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
-    """Bytes that all layers, and that one layer, keep of a token for the backward pass; before weights are shared out.
+    """Bytes that all layers, and that one layer, save for the backward pass for each token.
 
-    They are counted in a pass without numbers ("meta"); a quantized model makes it on its device.
+    They are counted in a pass over tensors without numbers ("meta"); a quantized model makes it on
+    its device. The weights must not be sharded yet.
     """
     causal = causal_model(model)
     kept: dict[int, torch.UntypedStorage] = {}
     config = causal.config.get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size * causal.dtype.itemsize
+    layers = config.num_hidden_layers
+    width = config.hidden_size * causal.dtype.itemsize
     device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
     own = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
     twins = {name: each.to(device) for name, each in own}
 
-    def note(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    before, was_training = causal.config._attn_implementation, causal.training
+    before = causal.config._attn_implementation
+    was_training = causal.training
     rows = {
         "input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
         "use_cache": False,
     }
     causal.train()
     try:
-        causal.set_attn_implementation(BY_SEQUENCE)  # the others look at the numbers of their masks
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # Other implementations read the numbers of their masks.
+        causal.set_attn_implementation(BY_SEQUENCE)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             functional_call(causal.base_model, twins, (), rows)
         for twin in twins.values():
             kept.pop(twin.untyped_storage()._cdata, None)
         whole = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its code asks for numbers
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its code reads numbers
         whole = float(TYPICAL * layers * width)
     finally:
         causal.set_attn_implementation(before)
         causal.train(was_training)
-    return (whole / layers + layers * width if activation_checkpointing else whole), whole / layers
+    one_layer = whole / layers
+    return (one_layer + layers * width if activation_checkpointing else whole), one_layer
 
 
 def tokens_that_fit(kept: float, device: torch.device, used: float | None = None) -> int:
-    """Tokens of a first micro-batch: a power of two that depends on model and device, not on what else runs there.
+    """Tokens of the first micro-batch, a power of two: they fill half of the memory that is left.
 
-    Those that keep `kept` bytes each get a half of what is left of the device's memory; `used` bytes are taken, or as
-    many as now.
+    It depends on the model and the device, not on what else runs there.
+
+    Args:
+        kept: bytes that each token takes.
+        device: where the training runs.
+        used: bytes of the device's memory that are taken; None: those that are allocated now.
     """
     if device.type != "cuda":
         return TOKENS_ON_CPU
     used = torch.cuda.memory_allocated(device) if used is None else used
-    tokens = int((room(device) - used) / 2 / kept)
-    return min(MOST_TOKENS, max(LEAST_TOKENS, int(2 ** (tokens.bit_length() - 1))))
+    tokens = int((device_memory(device) - used) / 2 / kept)
+    return min(MAX_TOKENS, max(MIN_TOKENS, int(2 ** (tokens.bit_length() - 1))))
 
 
-def room(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes of a device's memory."""
     on_gpu = device.type == "cuda"
     return int(
@@ -85,7 +97,7 @@ def room(device: torch.device) -> int:
     )
 
 
-def foresee(
+def estimate_memory(
     policy: Policy,
     model: Model,
     settings: Training,
@@ -93,52 +105,56 @@ def foresee(
     processes: int,
     bounds: tuple[int, int],
 ) -> tuple[dict[str, float], int]:
-    """Bytes that one process takes at its peak, by what takes them; and the tokens of its largest micro-batch.
+    """What one process allocates at its peak.
 
     Args:
         policy: with the reference and the helpers; of shapes ("meta"), or as it will be trained.
-        processes: that share the weights out; 1: each has all of them.
+        model: the recipe's table.
+        settings: of the training.
+        device: where it runs.
+        processes: over which the weights are sharded; 1: each has all of them.
         bounds: tokens of the longest pair, and of the longest step.
+
+    Returns:
+        Bytes by what they are for, and the tokens of the largest micro-batch.
     """
     libraries, tiles, in_flight = PEAKS[device.type]
     trained = {id(weight): weight.numel() for weight in policy.trained.values()}
     ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
     weights = 0.0
+    never_quantized = {*trained, *(id(end.weight) for end in ends)}
     for p in (p for each in (policy.model, *policy.frozen.values()) for p in each.parameters()):
-        in_4_bits = (
-            model.quantization
-            and p.ndim == 2
-            and id(p) not in {*trained, *(id(end.weight) for end in ends)}
-        )
-        weights += p.numel() * (NF4_BYTES if in_4_bits else p.element_size()) / processes
+        is_quantized = model.quantization and p.ndim == 2 and id(p) not in never_quantized
+        weights += p.numel() * (NF4_BYTES if is_quantized else p.element_size()) / processes
     kept, layer = kept_bytes(policy.model, settings.activation_checkpointing)
     wanted = settings.max_tokens_per_device
     fit = wanted if isinstance(wanted, int) else tokens_that_fit(kept, device, weights)
     tokens = min(bounds[1], max(bounds[0], fit))
-    return {
+    fp32 = 4.0
+    per_weight = fp32 * (1 + MOMENTS[settings.optimizer])
+    vocab_size = policy.model.config.get_text_config().vocab_size
+    parts = {
         "weights": weights,
-        "gradients and moments": 4.0
-        * sum(trained.values())
-        * (1 + MOMENTS[settings.optimizer])
-        / processes,
+        "gradients and moments": per_weight * sum(trained.values()) / processes,
         "activations": tokens * (kept + in_flight * layer),
-        "output head": 4.0
-        * tiles
-        * CHUNK_TOKENS
-        * policy.model.config.get_text_config().vocab_size,
+        "output head": fp32 * tiles * CHUNK_TOKENS * vocab_size,
         "python and its libraries": libraries,
-    }, tokens
+    }
+    return parts, tokens
 
 
 def operations(policy: Policy, activation_checkpointing: bool) -> float:
-    """Floating-point operations of training on one token: products with the weights, also of the frozen models."""
+    """Floating-point operations of training on one token.
+
+    These are the products with the weights, also with those of the frozen models.
+    """
     embeddings: int = policy.model.get_input_embeddings().weight.numel()
     weights: int = sum(p.numel() for p in policy.model.parameters()) - embeddings
     return 2.0 * weights * (3 + len(policy.frozen) + activation_checkpointing)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of this device in matrix products, timed for half a second."""
+    """Floating-point operations a second of this device, from half a second of matrix products."""
     size = 8192 if device.type == "cuda" else 1024
     square = torch.ones(size, size, device=device, dtype=dtype)
     timer = Timer(

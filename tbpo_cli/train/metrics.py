@@ -25,10 +25,13 @@ Totals = dict[
 def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     """Sums and counts of every metric that the scores allow, still on their device.
 
-    loss (nats, per pair or per chosen token, as the loss says); reward_chosen, reward_rejected = β Σ r; margin, their
-    difference; accuracy, the share of pairs with margin > 0; token_accuracy, the share of aligned tokens with
-    log R_t < 0; kl = KL(π_ref ‖ π_θ), reverse_kl = KL(π_θ ‖ π_ref) and entropy, per response token of both sides;
-    logps_chosen, logps_rejected, per token; num_clipped, values of log R outside ±30.
+    - loss: nats, per pair or per chosen token, as the loss says.
+    - reward_chosen, reward_rejected: β Σ r. margin: their difference. accuracy: pairs with a margin
+      above 0.
+    - token_accuracy: aligned tokens with log R_t < 0.
+    - kl = KL(π_ref ‖ π_θ), reverse_kl = KL(π_θ ‖ π_ref), entropy: per response token of both sides.
+    - logps_chosen, logps_rejected: per token.
+    - num_clipped: values of log R outside ±30.
     """
     chosen, rejected = sums_over_response(scores.chosen), sums_over_response(scores.rejected)
     aligned, weights = scores.aligned_mask, pair_weights(scores, loss)
@@ -57,9 +60,8 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
         and scores.chosen.log_ratio is not None
         and scores.rejected.log_ratio is not None
     ):
-        length = aligned.shape[
-            1
-        ]  # for losses of whole responses, log R_t up to a positive factor, with log w = 0
+        # For losses of whole responses: log R_t up to a positive factor, with log w = 0.
+        length = aligned.shape[1]
         log_ratio = scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]
     if log_ratio is not None:
         totals["token_accuracy"] = (((log_ratio < 0) & aligned).sum(), aligned.sum())
@@ -69,13 +71,19 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
 
 
 def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
-    """What each pair counts for in a step's loss, (B,): 1, or its number of chosen tokens, as `loss.mean_over` says."""
+    """What each pair counts for in a step's loss, (B,): 1, or its number of chosen tokens.
+
+    `loss.mean_over` decides.
+    """
     num_chosen = scores.chosen.mask.sum(dim=1)
     return num_chosen if loss.mean_over == "chosen_tokens" else torch.ones_like(num_chosen)
 
 
 def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
-    """The means over several batches of all processes; counts (num_…) are added up. Waits for the device, once."""
+    """The means over the batches of all processes; counts, whose names begin with num_, are summed.
+
+    The host waits for the device once.
+    """
     summed = _add_up(group.gather(_add_up(parts)))
     return {
         name: total if name.startswith("num_") else total / count
@@ -105,17 +113,22 @@ def _add_up(
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step and one an evaluation, {"split": "train" | "eval", "step": …, …}."""
+    """metrics.jsonl: a line for each step and each evaluation.
+
+    It is {"split": "train" | "eval", "step": …, metric: value, …}. Accelerate's trackers neither
+    have a line on the disk before the next step nor drop those after the checkpoint on resuming.
+    """
 
     def __init__(self, path: Path, upto_step: int, writes: bool = True) -> None:
-        """Opens the log, dropping what an interrupted run wrote after the checkpoint it goes on from."""
-        self.path, self._writes = path, writes
+        """Opens the log, and drops the lines after the checkpoint that a run goes on from."""
+        self.path = path
+        self._writes = writes
         self.lines = [line for line in read_metrics(path) if line["step"] <= upto_step]
         if writes:
             write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def append(self, split: str, step: int, values: dict[str, Any]) -> None:
-        """Adds a line, to the disk before it returns."""
+        """Adds a line; it is on the disk when this returns."""
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
         if self._writes:

@@ -1,4 +1,4 @@
-"""Optimizers, and the learning rate as a pure function of the step: a scheduler would have a state to keep."""
+"""Optimizers, and the learning rate as a function of the step, which has no state to save."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> O
 
 
 def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The state baseline's own: AdamW, 1e-3, constant, no decay, untouched by the policy's clipping.
+    """The state baseline's own: AdamW with a constant rate of 1e-3 and no weight decay.
 
     Source: arXiv 2605.12288, the released code's setting.
     """
@@ -33,7 +33,10 @@ def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 
 def learning_rate(settings: Training, step: int, num_steps: int) -> float:
-    """The rate of a step (from 0): a linear rise over `warmup`, then the schedule, which ends at 0 after the last."""
+    """The rate of a step, from 0: a linear rise over the warm-up, then the schedule.
+
+    A falling schedule reaches zero after the last step.
+    """
     warmup = math.ceil(settings.warmup * num_steps)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup

@@ -1,18 +1,14 @@
-"""A training stage in this process, alone or as one of several: from a recipe to weights in the stage's folder."""
+"""A training stage in this process, alone or as one of several: from a recipe to saved weights."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedTokenizerFast
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Align, Model, Recipe, Sft
@@ -25,159 +21,147 @@ from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.loop import Tell, TrainingRun
-from tbpo_cli.train.memory import room
+from tbpo_cli.train.loop import train
+from tbpo_cli.train.memory import device_memory
+from tbpo_cli.train.run import TrainingRun
+from tbpo_cli.train.trackers import open_trackers
+
+Stores = tuple[PairStore, PairStore]
 
 
 def train_stage(
     stage: Stage, settings: Sft | Align, recipe: Recipe, run_dir: RunDir, loss: Loss
 ) -> None:
-    """Trains a stage, and writes `adapter/` (or `model/`), metrics.jsonl and the manifest.
+    """Trains, and writes `adapter/` or `model/`, metrics.jsonl and the manifest.
 
-    Raises TbpoError if the prepared pairs do not fit the loss or the model, or the model cannot be loaded.
+    Raises:
+        TbpoError: if the pairs do not fit the loss or the model, or a model cannot be loaded.
     """
-    name = stage.name
     started = time.monotonic()
     stores = open_stores(settings, run_dir)
-    if loss.span != "chosen" and not all(store.has_rejected for store in stores):
-        what, where = "the rows have no rejected responses", "data.train or data.eval"
-        expected = "preference pairs, with a chosen and a rejected response"
-        raise TbpoError(what, where, expected, "demonstrations are for `tbpo sft`")
     tokenizer = load_tokenizer(recipe.model)
-    if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
-        what = "the tokenizer or its chat template is another one than the pairs were prepared with"
-        fix = "tbpo prepare RECIPE --restart, or name the old one as model.revision"
-        raise TbpoError(
-            what, f"model.base = {recipe.model.base!r}", "the same tokenizer for all stages", fix
-        )
+    _check_prepared(stores, tokenizer, recipe.model, run_dir, loss)
     group = Group.of_environment()
-    folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(name)
+    folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
     group.gather(None)
     torch.backends.cuda.matmul.allow_tf32 = True
-    console.say(f"{name}: loading {recipe.model.base}")
-    policy = _load(name, recipe, run_dir, loss, group)
+    console.say(f"{stage.name}: loading {recipe.model.base}")
+    policy = _load(stage.name, recipe, run_dir, loss, group)
     _check_embeddings(policy, stores, recipe.model)
-    where = (
-        torch.cuda.get_device_name(group.device)
-        if group.device.type == "cuda"
-        else group.device.type
-    )
-    trained = sum(parameter.numel() for parameter in policy.trained.values())
-    console.say(
-        f"{name}: training {trained:,} weights on {f'{group.size} × ' if group.size > 1 else ''}{where}; "
-        f"{len(stores[0]):,} pairs, {len(stores[1]):,} held out"
-    )
-    if name == "align":
-        console.say(f"the reference is {policy.describe_reference()}")
+    device = _device_name(group.device)
+    _say_what_is_trained(stage.name, policy, stores, device, group)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
-    reference = (
-        run_dir.path
-        / "reference"
-        / f"{_reference_key(name, settings.reverse, recipe, run_dir, loss, group.device)}.f32"
-    )
-    with _trackers(recipe, folder / "logs", group) as tell:
-        TrainingRun(
-            policy, loss, settings, *stores, folder, recipe.run.seed, reference, group, tell, mesh
-        ).run()
-    weights = run_dir.weights(name)
+    key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
+    with open_trackers(recipe, folder / "logs", group) as track:
+        train(
+            TrainingRun(
+                policy=policy,
+                loss=loss,
+                settings=settings,
+                train=stores[0],
+                evaluation=stores[1],
+                folder=folder,
+                seed=recipe.run.seed,
+                reference=run_dir.path / "reference" / f"{key}.f32",
+                group=group,
+                track=track,
+                mesh=mesh,
+            )
+        )
+    weights = run_dir.weights(stage.name)
     outputs = policy.save(weights, group.is_main)
     if not group.is_main:
         return
     tokenizer.save_pretrained(weights)
-    seconds = round(time.monotonic() - started, 1)
     facts = {
         "seed": recipe.run.seed,
-        "device": where,
+        "device": device,
         "num_processes": group.size,
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - started, 1),
+        "base_commit": getattr(policy.model.config, "_commit_hash", None),  # of a Hub repository
     }
-    facts["base_commit"] = getattr(policy.model.config, "_commit_hash", None)  # of a Hub repository
-    run_dir.finish(name, [*outputs, folder / "metrics.jsonl"], facts)
+    run_dir.finish(stage.name, [*outputs, folder / "metrics.jsonl"], facts)
 
 
-@contextmanager
-def _trackers(recipe: Recipe, folder: Path, group: Group) -> Iterator[Tell]:
-    """Opens run.trackers, through accelerate: what metrics.jsonl holds, live in tensorboard, wandb or trackio.
-
-    Yields tell("train" or "eval", step, metrics). Raises TbpoError if the package of one is not installed.
-    """
-    names = recipe.run.trackers if group.is_main else ()
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise TbpoError(
-                f"{name} is not installed", "run.trackers", "its package", f"pip install {name}"
-            )
-    if not names:
-        yield lambda split, step, values: None
-        return
-    accelerator, given = Accelerator(log_with=list(names), project_dir=folder), recipe.settings()
-    shown = {
-        key: value if isinstance(value, (bool, int, float)) else str(value)
-        for key, value in given.items()
-    }
-    accelerator.init_trackers(recipe.run.name, shown)  # the recipe is shown beside the curves
-    try:
-        yield lambda split, step, values: accelerator.log(
-            {f"{split}/{key}": v for key, v in values.items()}, step
+def _check_prepared(
+    stores: Stores, tokenizer: PreTrainedTokenizerFast, model: Model, run_dir: RunDir, loss: Loss
+) -> None:
+    """Raises TbpoError if the pairs are not what the loss reads, or are of another tokenizer."""
+    if loss.span != "chosen" and not all(store.has_rejected for store in stores):
+        raise TbpoError(
+            "the rows have no rejected responses",
+            "data.train or data.eval",
+            "preference pairs, with a chosen and a rejected response",
+            "demonstrations are for `tbpo sft`",
         )
-    finally:
-        accelerator.end_training()
+    if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
+        raise TbpoError(
+            "the tokenizer or its chat template is not the one that the pairs were prepared with",
+            f"model.base = {model.base!r}",
+            "the same tokenizer for all stages",
+            "tbpo prepare RECIPE --restart, or name the old one as model.revision",
+        )
 
 
-def open_stores(settings: Sft | Align, run_dir: RunDir) -> tuple[PairStore, PairStore]:
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _say_what_is_trained(
+    name: str, policy: Policy, stores: Stores, device: str, group: Group
+) -> None:
+    num_weights = sum(parameter.numel() for parameter in policy.trained.values())
+    where = f"{group.size} × {device}" if group.size > 1 else device
+    pairs = f"{len(stores[0]):,} pairs, {len(stores[1]):,} held out"
+    console.say(f"{name}: training {num_weights:,} weights on {where}; {pairs}")
+    if name == "align":
+        console.say(f"the reference is {policy.describe_reference()}")
+
+
+def open_stores(settings: Sft | Align, run_dir: RunDir) -> Stores:
     """The prepared pairs that a stage trains on, and the held-out ones."""
     folder = run_dir.stage("prepare")
-    return PairStore(folder / settings.split, settings.reverse), PairStore(
-        folder / "eval", settings.reverse
-    )
+    train_pairs = PairStore(folder / settings.split, settings.reverse)
+    return train_pairs, PairStore(folder / "eval", settings.reverse)
 
 
 def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) -> Policy:
-    """The policy in its starting state, with the frozen models that the loss compares it with."""
+    """The policy in its starting state, with the frozen models that the loss compares it with.
+
+    Several processes may shard the weights, and none of their devices needs the memory for all of
+    them: there the weights are loaded on the CPU.
+    """
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    # Where several processes may share the weights out, one of them alone need not have room for all.
-    home = (
-        group.device
-        if group.size == 1 or recipe.model.quantization is not None
-        else torch.device("cpu")
-    )
-    policy = load_policy(recipe, group.device, sft_output, not loss.needs <= REFERENCE_FREE, home)
+    is_on_device = group.size == 1 or recipe.model.quantization is not None
+    load_device = group.device if is_on_device else torch.device("cpu")
+    needs_reference = not loss.needs <= REFERENCE_FREE
+    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device)
     if "weights" in loss.needs:
         for view in (POSITIVE, NEGATIVE):
-            add_helper(
-                policy,
-                view,
-                getattr(loss, view),
-                recipe.model,
-                group.device,
-                home,
-                f"align.loss.{view}",
-            )
+            source = getattr(loss, view)
+            key = f"align.loss.{view}"
+            add_helper(policy, view, source, recipe.model, group.device, load_device, key)
     return policy
 
 
-def _check_embeddings(policy: Policy, stores: tuple[PairStore, PairStore], model: Model) -> None:
-    embeddings = policy.model.get_input_embeddings().weight.shape[0]
-    if (largest := max(store.largest_id for store in stores)) >= embeddings:
-        what = f"the tokenizer has an id that the model has no embedding for: {largest}"
-        expected = f"ids below {embeddings:,}, as the model's config says"
+def _check_embeddings(policy: Policy, stores: Stores, model: Model) -> None:
+    """Raises TbpoError if a token id of the pairs has no embedding."""
+    num_embeddings = policy.model.get_input_embeddings().weight.shape[0]
+    largest = max(store.largest_id for store in stores)
+    if largest >= num_embeddings:
         raise TbpoError(
-            what,
+            f"the tokenizer has an id that the model has no embedding for: {largest}",
             f"model.base = {model.base!r}",
-            expected,
+            f"ids below {num_embeddings:,}, as the model's config says",
             "take the tokenizer that belongs to the model",
         )
 
 
 def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:
-    """The mesh over which several processes will share the weights out; None if they do not: the models are moved."""
+    """The mesh over which the weights will be sharded; None: each device has got all of them."""
     is_sharded, reason = choose_sharding(policy, wanted, model, group.device)
-    kept = (
-        "the processes share the weights out (fsdp)"
-        if is_sharded
-        else "each process has all weights (ddp)"
-    )
-    console.say(f"{kept}: {reason}")
+    how = "the weights are sharded over the processes (fsdp)"
+    console.say(f"{how if is_sharded else 'each process has all weights (ddp)'}: {reason}")
     if is_sharded:
         return init_device_mesh(group.device.type, (group.size,))
     policy.move_to(group.device)
@@ -187,7 +171,7 @@ def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMes
 def choose_sharding(
     policy: Policy, wanted: str, model: Model, device: torch.device
 ) -> tuple[bool, str]:
-    """Whether several processes share the weights out, and why."""
+    """Whether several processes shard the weights, and why."""
     if wanted != "auto":
         return wanted == "fsdp", "as the recipe says"
     if not policy.adapters:
@@ -195,18 +179,17 @@ def choose_sharding(
     if device.type == "cuda" and model.quantization is None:
         models = [policy.model, *policy.frozen.values()]
         size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
-        if size > room(device) / 2:  # the rest is for activations
-            return (
-                True,
-                f"their {size / 1e9:,.0f} GB are more than half of a device's {room(device) / 1e9:,.0f} GB",
-            )
+        memory = device_memory(device)
+        if size > memory / 2:  # the rest is for activations
+            sizes = f"{size / 1e9:,.0f} GB are more than half of a device's {memory / 1e9:,.0f} GB"
+            return True, f"their {sizes}"
     return False, "only an adapter is trained"
 
 
 def _reference_key(
     name: str, reverse: bool, recipe: Recipe, run_dir: RunDir, loss: Loss, device: torch.device
 ) -> str:
-    """A hash of all that log π_ref of the training pairs depends on: model, adapter, data, dtype."""
+    """A hash of what log π_ref of the training pairs depends on: model, adapter, data, dtype."""
     started = run_dir.started_from(name)
     of_model = (key for key in started["settings"] if key.startswith(("run.seed", "model.")))
     settings = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,220 +25,252 @@ from tbpo_cli.model.load import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
-from tbpo_cli.train.checkpoint import Trainee, kept_checkpoints
-from tbpo_cli.train.feed import Ahead, TokenBudget
+from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints
+from tbpo_cli.train.feed import Prefetcher, TokenBudget
 from tbpo_cli.train.metrics import Totals, average, measure, pair_weights
 from tbpo_cli.train.optim import learning_rate
-
-if TYPE_CHECKING:
-    from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train.run import TrainingRun
 
 
 @dataclass
 class Stepper:
-    """Computes the steps of a training; which pairs a step reads, and how, is a function of its number."""
+    """Computes the steps of a training. Which pairs a step reads is a function of its number.
 
-    run: TrainingRun  # what is trained, on which pairs, with which settings
+    Args:
+        run: what is trained, on which pairs, with which settings.
+        scorer: of the policy, for the statistics that the loss needs.
+        states: what a step changes: "policy", and "baseline" if the loss has one.
+        layout: of the model's rows, a name in LAYOUTS.
+        budget: tokens of a micro-batch.
+        cache: of log π_ref; None if it is computed in every step.
+        prefetcher: collates the micro-batches of the next step.
+        new_reference_logps: of the current step, by the pairs' places: what the cache did not have.
+    """
+
+    run: TrainingRun
     scorer: Scorer
-    trainees: dict[
-        str, Trainee
-    ]  # what the steps change: "policy", and "baseline" if the loss has one
-    layout: str  # of the rows, a name in LAYOUTS
+    states: dict[str, TrainState]
+    layout: str
     budget: TokenBudget
-    cache: ReferenceCache | None  # of log π_ref, if it is worth one
-    ahead: Ahead = field(init=False)
-    found: dict[tuple[int, ...], Tensor] = field(
-        default_factory=dict
-    )  # in a step: log π_ref of pairs, for the cache
+    cache: ReferenceCache | None
+    prefetcher: Prefetcher = field(init=False)
+    new_reference_logps: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ahead = Ahead(self._collate)
+        self.prefetcher = Prefetcher(self.collate)
 
     def step(self, number: int) -> dict[str, float]:
-        """An optimizer step (from 0); returns its metrics, or raises DivergenceError before anything has changed."""
-        started, run = time.monotonic(), self.run
-        totals = self.budget.attempt(lambda tokens: self._accumulate(number, tokens))
-        policy = self.trainees["policy"]
-        for trainee in self.trainees.values():
-            run.group.sum_gradients(trainee.parameters.values())
-        norm = gathered(
-            torch.nn.utils.clip_grad_norm_(policy.parameters.values(), run.settings.max_grad_norm)
-        )
-        values = average(
-            [*totals, {"grad_norm": (norm, 1)}], run.group
-        )  # the one moment when the device is waited for
-        if not np.isfinite([values["grad_norm"], values["loss"]]).all():
-            raise self._diverged(number)
+        """One optimizer step.
+
+        1. Add up the gradients of all micro-batches; again with smaller ones if memory runs out.
+        2. Sum them over the processes, and clip those of the policy.
+        3. Read the metrics: the one moment in which the host waits for the device.
+        4. Keep the log π_ref that were new.
+        5. Set the learning rate and update the weights.
+
+        Args:
+            number: of the step, from 0.
+
+        Returns:
+            The step's metrics, as in metrics.jsonl.
+
+        Raises:
+            DivergenceError: if loss or gradient is not finite; no weight has changed then.
+        """
+        started = time.monotonic()
+        run, policy = self.run, self.states["policy"]
+
+        totals = self.budget.attempt(functools.partial(self._accumulate, number))
+
+        for state in self.states.values():
+            run.group.sum_gradients(state.parameters.values())
+        max_norm = run.settings.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), max_norm)
+
+        metrics = average([*totals, {"grad_norm": (gathered(norm), 1)}], run.group)
+        if not np.isfinite([metrics["grad_norm"], metrics["loss"]]).all():
+            raise self._divergence(number)
+
         if self.cache is not None:
-            for indices, logps in self.found.items():
+            for indices, logps in self.new_reference_logps.items():
                 self.cache.write(indices, logps)
+
         rate = learning_rate(run.settings, number, run.num_steps)
         for group in policy.optimizer.param_groups:
             group["lr"] = rate
-        for trainee in self.trainees.values():
-            trainee.optimizer.step()
-            trainee.optimizer.zero_grad(set_to_none=True)
-        seconds, pairs, tokens = (
-            time.monotonic() - started,
-            run.settings.batch_size,
-            int(values.pop("num_tokens")),
-        )
-        values |= {
+        for state in self.states.values():
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.monotonic() - started
+        num_tokens = int(metrics.pop("num_tokens"))
+        return metrics | {
             "learning_rate": rate,
-            "pairs": pairs,
-            "tokens": tokens,
-            "pairs_per_s": pairs / seconds,
+            "pairs": run.settings.batch_size,
+            "tokens": num_tokens,
+            "pairs_per_s": run.settings.batch_size / seconds,
+            "tokens_per_s": num_tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_gb": peak_memory_gb(run.group.device),
         }
-        values |= {"tokens_per_s": tokens / seconds, "seconds": seconds}
-        return values | {"peak_memory_gb": peak_memory_gb(run.group.device)}
+
+    def _accumulate(self, number: int, max_tokens: int) -> list[Totals]:
+        """The gradients of a step's micro-batches, in place of those of an earlier attempt."""
+        self._drop_gradients()
+        self.new_reference_logps.clear()
+        totals = []
+        batches = self._equally_many(self.prefetcher.batches(number, max_tokens))
+        for part, batch in enumerate(batches):
+            scores, output = self._backward(number, part, batch)
+            totals.append(measure(scores, output, self.run.loss))
+            totals[-1]["num_tokens"] = (batch.num_tokens, 1)
+        return totals
+
+    def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:
+        """Adds the gradients of one micro-batch to those of the others.
+
+        The scalar is the sum of the losses of its pairs over the count of the whole step.
+        """
+        run = self.run
+        reports_all = self._reports_all(number)
+        run.policy.model.train()
+        random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
+        torch.manual_seed(int(random.generate_state(1)[0]))
+        batch = batch.to(run.group.device)
+        reference = None
+        if self.cache is not None and not reports_all:
+            reference = self._reference_logps(self.cache, batch)
+        scores = self.scorer.score(batch, run.loss.needs, reports_all, reference)
+        output = run.loss(scores)
+        losses = output.per_pair * pair_weights(scores, run.loss)
+        losses.sum().div(self._count(number)).backward()
+        return scores, output
+
+    def _count(self, number: int) -> int:
+        """What the summed loss of a step is divided by: its pairs, or their chosen tokens."""
+        if self.run.loss.mean_over == "chosen_tokens":
+            return int(self.run.train.chosen_lengths[self._pairs(number)].sum())
+        return self.run.settings.batch_size
+
+    def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
+        """log π_ref of a batch's tokens, (N,): from the cache, else from the reference."""
+        known = cache.read(batch.indices)
+        is_incomplete = bool(known.isnan().any())
+        if self.run.policy.is_sharded:  # a pass of the reference is made by all processes together
+            is_incomplete = any(self.run.group.gather(is_incomplete))
+        logps = known.to(self.run.group.device, non_blocking=True)
+        if is_incomplete:
+            logps = torch.where(logps.isnan(), self.scorer.view_logps(REFERENCE, batch), logps)
+            self.new_reference_logps[batch.indices] = logps
+        return logps
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """All metrics on the held-out pairs."""
+        self.run.policy.model.eval()
+        return average(self.budget.attempt(self._measure_held_out), self.run.group)
+
+    def _measure_held_out(self, max_tokens: int) -> list[Totals]:
         run = self.run
-        run.policy.model.eval()
         span = "chosen" if run.loss.span == "chosen" else "response"
         pairs = run.group.share(range(len(run.evaluation)))
+        batches = collate_all(run.evaluation, pairs, max_tokens, span, self.layout)
+        totals = []
+        num_done = 0
+        with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
+            for batch in self._equally_many(batches):
+                on_device = batch.to(run.group.device)
+                scores = self.scorer.score(on_device, run.loss.needs, diagnostics=True)
+                totals.append(measure(scores, run.loss(scores), run.loss))
+                num_done += len(batch.pair_ids)
+                update(num_done, "")
+        return totals
 
-        def measure_all(tokens: int) -> list[Totals]:
-            totals, done = [], 0
-            with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
-                for batch in self._matched(
-                    collate_all(run.evaluation, pairs, tokens, span, self.layout)
-                ):
-                    scores = self.scorer.score(
-                        batch.to(run.group.device), run.loss.needs, diagnostics=True
-                    )
-                    totals.append(measure(scores, run.loss(scores), run.loss))
-                    done += len(batch.pair_ids)
-                    update(done, "")
-            return totals
+    def collate(self, number: int, max_tokens: int) -> list[PairBatch]:
+        """This process's micro-batches of a step: a function of the arguments and the seed."""
+        run = self.run
+        span = run.loss.span
+        if span == "aligned" and self._reports_all(number):
+            span = "response"
+        indices = run.group.share(self._pairs(number))
+        return list(collate_all(run.train, indices, max_tokens, span, self.layout))
 
-        return average(self.budget.attempt(measure_all), run.group)
-
-    def _is_full(self, number: int) -> bool:
-        """Whether a step reports all metrics: it then reads whole responses, and needs the reference itself."""
+    def _reports_all(self, number: int) -> bool:
+        """Whether a step reports all metrics, which are of whole responses and of the reference."""
         return (number + 1) % self.run.settings.log_every == 0
 
     def _pairs(self, number: int) -> list[int]:
         """The pairs of a step, by their places in the store."""
-        return step_indices(
-            len(self.run.train), self.run.settings.batch_size, self.run.seed, number
-        )
-
-    def _collate(self, number: int, tokens: int) -> list[PairBatch]:
-        """This process's micro-batches of a step, a function of the arguments and the seed."""
         run = self.run
-        indices = run.group.share(self._pairs(number))
-        span = "response" if self._is_full(number) and run.loss.span == "aligned" else run.loss.span
-        return list(collate_all(run.train, indices, tokens, span, self.layout))
+        return step_indices(len(run.train), run.settings.batch_size, run.seed, number)
 
-    def _matched(self, batches: Iterable[PairBatch]) -> Iterable[PairBatch]:
-        """This process's micro-batches; of sharded weights then blank ones, until all processes have equally many."""
+    def _equally_many(self, batches: Iterable[PairBatch]) -> Iterable[PairBatch]:
+        """The batches; with sharded weights blank ones follow, until all processes have as many.
+
+        Each pass over sharded weights is made by all processes together.
+        """
         if not self.run.policy.is_sharded:
             return batches
         batches = list(batches)
         missing = max(self.run.group.gather(len(batches))) - len(batches)
         return [*batches, *[blank_batch()] * missing]
 
-    def _accumulate(self, number: int, tokens: int) -> list[Totals]:
-        """A whole step's gradients, one micro-batch after the other; those of an earlier attempt are dropped."""
-        self._drop_gradients()
-        self.found.clear()
-        totals = []
-        for part, batch in enumerate(self._matched(self.ahead.batches(number, tokens))):
-            scores, output = self._backward(number, part, batch)
-            totals.append(
-                measure(scores, output, self.run.loss) | {"num_tokens": (batch.num_tokens, 1)}
-            )
-        return totals
-
     def _drop_gradients(self) -> None:
-        for trainee in self.trainees.values():
-            trainee.optimizer.zero_grad(set_to_none=True)
+        for state in self.states.values():
+            state.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:
-        """Adds the gradients of one micro-batch to those that are there."""
-        run, full = self.run, self._is_full(number)
-        run.policy.model.train()
-        random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
-        torch.manual_seed(int(random.generate_state(1)[0]))
-        batch = batch.to(run.group.device)
-        reference = None if self.cache is None or full else self._reference_logps(self.cache, batch)
-        scores = self.scorer.score(batch, run.loss.needs, full, reference)
-        output = run.loss(scores)
-        total = run.settings.batch_size
-        if run.loss.mean_over == "chosen_tokens":
-            total = int(run.train.chosen_lengths[self._pairs(number)].sum())
-        (output.per_pair * pair_weights(scores, run.loss)).sum().div(total).backward()
-        return scores, output
-
-    def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
-        """log π_ref of a batch's tokens, (N,): what the cache knows, and for the rest what the reference says now."""
-        known = cache.read(batch.indices)
-        reference, is_new = (
-            known.to(self.run.group.device, non_blocking=True),
-            bool(known.isnan().any()),
-        )
-        if any(self.run.group.gather(is_new)) if self.run.policy.is_sharded else is_new:
-            reference = torch.where(
-                reference.isnan(), self.scorer.view_logps(REFERENCE, batch), reference
-            )
-            self.found[batch.indices] = reference
-        return reference
-
-    def _diverged(self, number: int) -> DivergenceError:
-        """The error that names the first micro-batch whose gradient is not finite by itself, if there is one."""
+    def _divergence(self, number: int) -> DivergenceError:
+        """The error; it names the first micro-batch whose own gradient is not finite."""
         run = self.run
-        known = next(
-            (found for found in run.group.gather(self._find_diverged(number)) if found), None
-        )
-        indices = known["indices"] if known else self._pairs(number)
-        pairs = [run.train[index] for index in indices]
+        every = run.group.gather(self._find_diverged(number))
+        known = next((found for found in every if found), None)
+        pairs = [run.train[index] for index in (known["indices"] if known else self._pairs(number))]
         folder = run.folder / "diverged"
         if run.group.is_main:
             with pair_writer(folder) as writer:
                 writer.write_batch(record_batch(pairs))
-            write_sealed(
-                folder / "diverged.json", {"step": number + 1, "seed": run.seed, **(known or {})}
-            )
+            about = {"step": number + 1, "seed": run.seed, **(known or {})}
+            write_sealed(folder / "diverged.json", about)
+        names = ", ".join(pair.pair_id for pair in pairs)
+        losses = "only their sum is not finite"
+        if known:
+            losses = f"the losses of the micro-batch are {known['losses']}"
         last = ["the start", *kept_checkpoints(run.folder / "checkpoints").values()][-1]
-        what = (
-            f"the losses of the micro-batch are {known['losses']}"
-            if known
-            else "only their sum is not finite"
-        )
-        where = f"step {number + 1}, pairs {', '.join(pair.pair_id for pair in pairs)}; {what}"
-        expected = f"finite numbers; nothing was written over, and the last good state is {last}"
-        fix = f"lower the learning rate, or look at those pairs alone: {folder}"
         return DivergenceError(
-            "training diverged: the loss or its gradient is not finite", where, expected, fix
+            "training diverged: the loss or its gradient is not finite",
+            f"step {number + 1}, pairs {names}; {losses}",
+            f"finite numbers; no weight was overwritten, and the last good state is {last}",
+            f"lower the learning rate, or look at those pairs alone: {folder}",
         )
 
     def _find_diverged(self, number: int) -> dict[str, Any] | None:
-        rank, found, batches = self.run.group.rank, None, self._collate(number, self.budget.tokens)
-        # Gradients of sharded weights are sums over the processes: only one of them at a time has pairs then.
+        """This process's first micro-batch whose loss or gradient is not finite by itself.
+
+        Gradients of sharded weights are sums over the processes: there one process at a time has
+        pairs, and the others take part with blank batches.
+        """
+        rank = self.run.group.rank
+        own = self.collate(number, self.budget.tokens)
+        found: dict[str, Any] | None = None
         for turn in range(self.run.group.size) if self.run.policy.is_sharded else [rank]:
-            for part, batch in enumerate(self._matched(batches if turn == rank else [])):
+            for part, batch in enumerate(self._equally_many(own if turn == rank else [])):
                 self._drop_gradients()
                 _, output = self._backward(number, part, batch)
-                norms = [each.gradient_norm() for each in self.trainees.values()]
-                is_finite = all(
-                    bool(tensor.isfinite().all()) for tensor in (output.per_pair, *norms)
-                )
+                norms = [state.gradient_norm() for state in self.states.values()]
+                numbers = [output.per_pair, *norms]
+                is_finite = all(bool(tensor.isfinite().all()) for tensor in numbers)
                 if turn == rank and found is None and not is_finite:
-                    losses = [f"{loss:.4g}" for loss in output.per_pair.tolist()]
                     found = {
                         "micro_batch": part,
                         "rank": rank,
                         "indices": batch.indices,
-                        "losses": losses,
+                        "losses": [f"{loss:.4g}" for loss in output.per_pair.tolist()],
                     }
         return found
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that the process held so far: on a GPU its allocator's, elsewhere the resident set."""
+    """The most memory that the process has held: the allocator's on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,6 +1,6 @@
 """Every causal architecture of the installed transformers through the product, beside transformers.
 
-    python tests/benchmarks/architectures.py [KIND …]    half an hour on two cores; of some, seconds each
+    python tests/benchmarks/architectures.py [KIND …]    half an hour on two cores
 
 A small random checkpoint of each is trained, sampled, merged and shown by the product's commands;
 the figures are compared with those of tests/plain.py, a pass a sequence. The table says which

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from common import write_results
 
-from tbpo_cli.cli.show import examine
+from tbpo_cli.cli.forecast import forecast, trainings_of
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.train.metrics import read_metrics
@@ -84,7 +84,8 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
         for stage in ("prepare", "align"):
             peak = run(stage, folder)
         recipe = load_recipe(folder / "recipe.toml")
-        _, memory = examine("align", recipe, RunDir(folder / "run"))
+        *_, align = trainings_of(recipe)
+        memory = forecast(align, recipe, RunDir(folder / "run")).memory
         if torch.cuda.is_available():
             peak = max(
                 line.get("peak_memory_gb", 0)

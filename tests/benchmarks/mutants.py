@@ -2,7 +2,7 @@
 
 Comparisons, arithmetic, logic, constants, negated conditions, swapped arguments and dropped
 statements. Not touched: annotations, decorators, docstrings, text, assertions (they are for the
-type checker), and the arguments of what is raised (its text).
+type checker; the `strict` of a zip is one too), and the arguments of what is raised (its text).
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def _sites(node: ast.AST, function: str, lines: tuple[int, int]) -> Iterator[Sit
 def _is_left_alone(node: ast.AST) -> bool:
     typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return typing or text or isinstance(node, ast.Assert | ast.JoinedStr)
+    strict = isinstance(node, ast.keyword) and node.arg == "strict"
+    return typing or text or strict or isinstance(node, ast.Assert | ast.JoinedStr)
 
 
 def _head(statement: ast.stmt) -> tuple[int, int]:

@@ -27,6 +27,7 @@ import argparse
 import hashlib
 import json
 import random
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", help="files or folders of tbpo_cli")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each file")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of tests for a mutant")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of tests for a mutant")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="also those noticed before")
     parser.add_argument("--report", action="store_true", help="write the table, run nothing")
@@ -81,6 +82,13 @@ def key_of(row: Row) -> tuple[str, str, str]:
     return row["file"], row["function"], row["change"]
 
 
+def commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(
+        describe, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 # ------------------------------------------------------------------------------------ the mutants
 
 
@@ -90,7 +98,7 @@ def measured(files: list[str], arguments: argparse.Namespace) -> list[Row]:
     from reach import reach
 
     copies = make_copies(arguments.workers)
-    run = Run(reach(files, copies), arguments.seconds)
+    run = Run(reach(files, copies), arguments.seconds, commit())
     if NOTICED_BEFORE.exists() and not arguments.again:
         run.noticed = json.loads(NOTICED_BEFORE.read_text("utf-8"))
     for file in files:
@@ -109,6 +117,7 @@ class Run:
 
     reach: Any
     seconds: float  # of tests for a mutant
+    commit: str  # of the code, with a + if it has changes that are not committed
     chosen: list[tuple[Mutant, int]] = field(default_factory=list)  # each with how many were made
     noticed: dict[str, str] = field(default_factory=dict)  # digest of file and mutant: outcome
     rows: list[Row] = field(default_factory=list)
@@ -123,6 +132,7 @@ class Run:
                 "function": mutant.function,
                 "change": mutant.change,
                 "num_made": num_made,
+                "commit": self.commit,
                 "num_tests": len(some),
                 "num_reaching": len(tests),
             }
@@ -173,11 +183,11 @@ class Run:
 
 ABOUT = """Small faults, one at a time, each tried against the tests that reach its lines: see the
 first lines of tests/benchmarks/mutation.py. *Made*: all mutants of the file; *drawn*: the random
-sample of them. *By time*: the tests did not end in four times their time. *Not reached*: no test
+sample of them. *By time*: the tests did not end in four times their time. *Unreached*: no test
 runs these lines in its own process; commands that tests start may. *Explained*: of the survivors.
 """
-HEADING = """| file | made | drawn | noticed | by time | survived | explained | not reached |
-|---|---|---|---|---|---|---|---|"""
+HEADING = """| file | commit | made | drawn | noticed | by time | survived | explained | unreached |
+|---|---|---|---|---|---|---|---|---|"""
 SURVIVORS = """
 ## Survivors
 
@@ -209,7 +219,16 @@ def line_of(name: str, rows: list[Row]) -> str:
     counts = Counter(row["outcome"] for row in rows)
     made = sum({row["file"]: row["num_made"] for row in rows}.values())
     explained = sum("reason" in row for row in rows if row["outcome"] == SURVIVED)
-    cells = [made, len(rows), counts[NOTICED], counts[TIMED_OUT], counts[SURVIVED], explained]
+    commits = " ".join(sorted({row["commit"] for row in rows}))
+    cells = [
+        commits,
+        made,
+        len(rows),
+        counts[NOTICED],
+        counts[TIMED_OUT],
+        counts[SURVIVED],
+        explained,
+    ]
     return f"| {name} | {' | '.join(map(str, [*cells, counts[NOT_REACHED]]))} |"
 
 

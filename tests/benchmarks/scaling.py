@@ -23,7 +23,8 @@ from common import make_store, write_results
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.train.loop import TrainingRun
+from tbpo_cli.train import loop
+from tbpo_cli.train.run import TrainingRun
 
 QUICKSTART = Path(__file__).parent.parent.parent / "recipes/quickstart"
 SIZES, STEPS, LONG = (1_000, 10_000, 100_000), 60, 500
@@ -73,7 +74,7 @@ def report(rows: list[dict]) -> None:
     write_results("scaling", "Scaling of a training", rows, "\n".join(lines))
 
 
-def train(num_pairs: int, steps: int, tell) -> list[dict]:
+def train(num_pairs: int, steps: int, track) -> list[dict]:
     """The lines of metrics.jsonl of a TBPO-A training, 4 pairs a step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -92,9 +93,9 @@ def train(num_pairs: int, steps: int, tell) -> list[dict]:
         (folder / "align").mkdir()
         policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
         loss = recipe.align.loss
-        run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, tell=tell)
+        run = TrainingRun(policy, loss, recipe.align, *stores, folder / "align", 0, track=track)
         return [
-            line for line in run.run().lines if "kl" not in line
+            line for line in loop.train(run).lines if "kl" not in line
         ]  # steps that report all read more
 
 
@@ -106,11 +107,11 @@ def seconds_per_token(num_pairs: int) -> float:
 def memory() -> dict:
     resident: list[float] = []
 
-    def tell(*_) -> None:
+    def track(*_) -> None:
         text = Path("/proc/self/status").read_text()
         resident.append(int(text.split("VmRSS:")[1].split()[0]) * 1024 / 1e9)
 
-    train(10_000, LONG, tell)
+    train(10_000, LONG, track)
     return {"steps": LONG, "early_gb": fmean(resident[50:100]), "late_gb": fmean(resident[-50:])}
 
 

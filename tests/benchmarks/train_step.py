@@ -190,7 +190,8 @@ def peak_gb() -> float:
 def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     """The product's own loop, as `tbpo align` runs it: its first epoch, or the one after it."""
     from tbpo_cli.train.group import Group
-    from tbpo_cli.train.loop import TrainingRun
+    from tbpo_cli.train.loop import train
+    from tbpo_cli.train.run import TrainingRun
 
     policy = load_policy(recipe, DEVICE, None, with_reference=True)
     nothing = make_store(folder / "nothing", 0, 1, 3)
@@ -200,9 +201,8 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     if way == "tbpo-cached":
         settings, reference = replace(settings, max_steps=2 * steps), folder / "reference.f32"
     loss = recipe.align.loss
-    log = TrainingRun(
-        policy, loss, settings, store, nothing, run, 0, reference, Group(device=DEVICE)
-    ).run()
+    group = Group(device=DEVICE)
+    log = train(TrainingRun(policy, loss, settings, store, nothing, run, 0, reference, group))
     return {
         name: [line[key] for line in log.lines[-steps:]]
         for name, key in (("seconds",) * 2, ("losses", "loss"))

@@ -1,63 +1,83 @@
-"""The judges of [eval]: what they are asked and what they say, and those that score each completion by itself."""
+"""What a judge is asked and what it says; and judges that score each completion alone."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.pairs import Messages
-from tbpo_cli.evaluation.measures import JUDGES
 
 Answer = tuple[Messages, str]  # a prompt and its completion
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two completions of one prompt."""
+    """Two completions of one prompt.
 
-    prompt_id: str  # comparisons with the same one are samples of one prompt
+    Args:
+        prompt_id: comparisons with the same one are samples of one prompt.
+        prompt: the messages before the completion.
+        model: the name of the model that wrote `completion_a`.
+        against: the name of the one that wrote `completion_b`.
+        completion_a: without its thinking part, as is `completion_b`.
+        length_a: tokens of `completion_a`.
+        length_b: tokens of `completion_b`.
+        sample: its number among the samples of the prompt.
+    """
+
+    prompt_id: str
     prompt: Messages
-    model: str  # label of what said `completion_a`
+    model: str
     against: str
     completion_a: str
     completion_b: str
-    length_a: int  # tokens
+    length_a: int
     length_b: int
-    sample: int = 0  # its number
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of a comparison."""
+    """What a judge says of a comparison.
 
-    value: (
-        float | None
-    )  # 1: `completion_a` is better, 0: `completion_b` is, 0.5: a tie, None: it cannot be read
-    reason: str  # for a person
-    scores: tuple[float, float] | None = (
-        None  # of the completions, from a judge that scores each by itself
-    )
-    consistent: bool | None = (
-        None  # whether both orders gave the same verdict; None if they were not asked
-    )
-    tokens: tuple[int, int] = (0, 0)  # that a server has read and written for it
-    cost: float | None = None  # of these, where prices are known
+    Args:
+        value: 1 if `completion_a` is better, 0 if `completion_b` is, 0.5 for a tie; None if it
+            cannot be read.
+        reason: for a person.
+        scores: of the two completions, from a judge that scores each by itself.
+        consistent: whether both orders gave the same verdict; None if they were not asked.
+        tokens: that a server has read and written for it.
+        cost: of these tokens; None where prices are not known.
+    """
+
+    value: float | None
+    reason: str
+    scores: tuple[float, float] | None = None
+    consistent: bool | None = None
+    tokens: tuple[int, int] = (0, 0)
+    cost: float | None = None
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Says which of two completions is better."""
+    """Says which of two completions is better.
 
-    name: str  # what reports call it
-    compare: Callable[[Sequence[Comparison]], list[Verdict]]  # the verdicts, in order
+    Args:
+        name: what reports call it.
+        compare: gives the verdicts on some comparisons, in their order.
+    """
+
+    name: str
+    compare: Callable[[Sequence[Comparison]], list[Verdict]]
 
 
 def score_judge(name: str, score: Callable[[Sequence[Answer]], Iterator[float]]) -> Judge:
-    """A judge that scores each completion by itself: the higher of two scores wins."""
+    """A judge that scores each completion by itself: the higher of two scores wins.
+
+    Args:
+        score: gives the scores of some answers, in their order.
+    """
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         answers = [
@@ -75,14 +95,3 @@ def score_judge(name: str, score: Callable[[Sequence[Answer]], Iterator[float]])
         ]
 
     return Judge(name, compare)
-
-
-def judges_of(recipe: Recipe, cache: Path | None = None) -> list[Judge]:
-    """Every judge that [eval] names; the cache is a file for the answers of a server."""
-    judges = []
-    for key, file in JUDGES.items():
-        if (value := getattr(recipe.eval, key)) is not None:
-            judges.append(
-                importlib.import_module(f"tbpo_cli.evaluation.judges.{file}").judge_of(value, cache)
-            )
-    return judges

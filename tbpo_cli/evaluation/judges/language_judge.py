@@ -11,8 +11,9 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.judges.endpoint import Endpoint, Reply
+from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.evaluation.judges.judge import Comparison, Judge, Verdict
+from tbpo_cli.evaluation.judges.reply import Reply
 
 TEMPLATE = Path(__file__).parent / "judge.txt"
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
@@ -24,11 +25,20 @@ LAST_LINE = re.compile(
 def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
     """A language model that is shown both completions, in both orders.
 
-    Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv 2306.05685, section 3.4: the
-    labels [[A]], [[B]], [[C]], and a win only if both orders say so, else a tie. The last label of an answer counts, or
-    its last line if that is nothing but a letter. Completions that are the same tie without being shown.
+    The last label of an answer counts, or its last line if that is nothing but a letter; an answer
+    that was cut gives no verdict. Labels within a prompt or a completion are shown in a form that
+    counts for nothing. Completions that are the same tie without being shown.
 
-    Raises TbpoError for a template without its places; later, if the server does not answer, or refuses every request.
+    Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv
+    2306.05685, section 3.4: the labels [[A]], [[B]], [[C]], and a win only if both orders say so,
+    else a tie.
+
+    Args:
+        cache: a file for the answers of the server.
+
+    Raises:
+        TbpoError: for a template without its places; later, if the server does not answer, or
+            refuses every request.
     """
     path = Path(settings.template or TEMPLATE)
     try:
@@ -58,7 +68,7 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         )
         if asked and all(reply.refused for reply in replies.values()):
             fix = "change eval.judge.body or the template"
-            raise TbpoError(replies[0].refused, endpoint.url, "an answer", fix)
+            raise TbpoError(replies[0].refused, endpoint.shown, "an answer", fix)
         judged = (
             _verdict(settings, replies[place], replies[place + 1])
             for place in range(0, len(asked), 2)
@@ -73,11 +83,8 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
 
 def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -> dict[str, Any]:
     turns = [f"{message['role']}: {message['content']}" for message in prompt]
-    texts = {
-        "prompt": "\n\n".join(turns) if len(turns) > 1 else prompt[0]["content"],
-        "a": a,
-        "b": b,
-    }
+    shown = "\n\n".join(turns) if len(turns) > 1 else str(prompt[0]["content"])
+    texts = {"prompt": _without_labels(shown), "a": _without_labels(a), "b": _without_labels(b)}
     content = re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]], template)
     return {
         "model": settings.model,
@@ -86,10 +93,18 @@ def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -
     }
 
 
+def _without_labels(text: str) -> str:
+    """A text whose labels are none any more, so that a judge that quotes it gives no verdict by
+    that.
+    """
+    return VERDICT.sub(lambda label: f"[ [{label[1]}] ]", text)
+
+
 def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
     """Of the answers to (a, b) and to (b, a)."""
-    value, reverse = _value(forward.text), _value(backward.text)
-    reason = f"{forward.refused or forward.text}\n\nThe other way round: {backward.refused or backward.text}"
+    value = _value(forward)
+    reverse = _value(backward)
+    reason = f"{_shown(forward)}\n\nThe other way round: {_shown(backward)}"
     read = forward.prompt_tokens + backward.prompt_tokens
     written = forward.completion_tokens + backward.completion_tokens
     prices = settings.price_per_million
@@ -100,7 +115,19 @@ def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
     return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
 
 
-def _value(answer: str) -> float | None:
-    """1 if the completion shown first is better, 0 if the other one is, 0.5 if none, None if it does not say."""
-    labels = VERDICT.findall(answer) or LAST_LINE.findall(answer)
-    return {"A": 1.0, "B": 0.0}.get(labels[-1].upper(), 0.5) if labels else None
+def _shown(reply: Reply) -> str:
+    cut = f" (cut off: {reply.finish_reason})" if reply.was_cut else ""
+    return f"{reply.refused or reply.text}{cut}"
+
+
+def _value(reply: Reply) -> float | None:
+    """1 if the completion shown first is better, 0 if the other one is, 0.5 for a tie; None if it
+    does not say.
+
+    An answer that was cut says nothing: its last label may be one that the judge was still
+    weighing.
+    """
+    labels = VERDICT.findall(reply.text) or LAST_LINE.findall(reply.text)
+    if reply.was_cut or not labels:
+        return None
+    return {"A": 1.0, "B": 0.0}.get(labels[-1].upper(), 0.5)

@@ -14,9 +14,11 @@ BATCH_SIZE = 16  # answers that it reads at a time
 
 
 def judge_of(source: str, _cache: Path | None = None) -> Judge:
-    """A judge from a sequence classification model with one output: a folder or a Hub repository, of safetensors.
+    """A judge from a sequence classification model with one output: a folder or a Hub repository,
+    of safetensors.
 
-    It raises TbpoError, when it is first asked, if the model cannot be loaded or is no reward model of chats.
+    It raises TbpoError, when it is first asked, if the model cannot be loaded or is no reward model
+    of chats.
     """
 
     def score(answers: Sequence[Answer]) -> Iterator[float]:
@@ -31,9 +33,8 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
             len, model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         )
         if cut := sum(length > limit for length in lengths):
-            console.say(
-                f"{cut:,} of {len(texts):,} chats are over {limit:,} tokens: {source} reads their ends"
-            )
+            counted = f"{cut:,} of {len(texts):,} chats are over {limit:,} tokens"
+            console.say(f"{counted}: {source} reads their ends")
         size = BATCH_SIZE if model.tokenizer.pad_token is not None else 1
         stream = (text for text in texts)  # of which the pipeline gives the scores as they come
         for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):

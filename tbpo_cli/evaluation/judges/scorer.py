@@ -15,12 +15,18 @@ from tbpo_cli.evaluation.judges.judge import Judge, score_judge
 
 
 def judge_of(source: str, _cache: Path | None = None) -> Judge:
-    """A judge from "python:FILE:NAME", a user's function of the last user message's text and the completion.
+    """A judge from a user's function of the last user message's text and the completion.
 
-    Raises TbpoError if there is no such function; later, if it fails or gives no finite number, with the prompt.
+    Args:
+        source: "python:FILE:NAME".
+
+    Raises:
+        TbpoError: if there is no such function; later, with the prompt, if it fails, ends the
+            process or gives no finite number.
     """
     file, _, name = source.removeprefix("python:").rpartition(":")
-    path, where = Path(file), f"eval.scorer = {source!r}"
+    path = Path(file)
+    where = f"eval.scorer = {source!r}"
     if not path.is_file() or path.suffix != ".py":
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         fix = f"did you mean {near[0]}?" if near else "change eval.scorer"
@@ -31,7 +37,7 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise _told("the scorer's file cannot be imported", error, file) from error
+        raise _failure("the scorer's file cannot be imported", error, file) from error
     if not callable(function := getattr(module, name, None)):
         near = difflib.get_close_matches(
             name, [key for key, value in vars(module).items() if callable(value)], 1
@@ -46,11 +52,12 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
             (message["content"] for message in reversed(prompt) if message["role"] == "user"), ""
         )
         try:
-            if math.isfinite(value := float(function(text, completion))):
-                return value
-            raise ValueError(f"it returned {value}")
-        except Exception as error:
-            raise _told(
+            value = function(text, completion)
+            if isinstance(value, str | bytes) or not math.isfinite(value):
+                raise ValueError(f"it returned {value!r:.100}")
+            return float(value)
+        except (Exception, SystemExit) as error:
+            raise _failure(
                 f"the scorer {name} fails for the prompt {text[:200]!r}", error, file
             ) from error
 
@@ -59,7 +66,7 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
     )
 
 
-def _told(what: str, error: BaseException, file: str) -> TbpoError:
+def _failure(what: str, error: BaseException, file: str) -> TbpoError:
     lines = [
         f", line {frame.lineno}"
         for frame in traceback.extract_tb(error.__traceback__)

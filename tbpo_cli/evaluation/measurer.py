@@ -1,4 +1,4 @@
-"""What each of several processes measures of the models of an evaluation."""
+"""What one of several processes measures of the models of an evaluation."""
 
 from __future__ import annotations
 
@@ -27,26 +27,35 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What is measured, and on what: each method that takes a candidate gives this process's share of its rows."""
+class Measurer:
+    """Measures models. A method that takes a candidate gives this process's part of the rows.
+
+    Args:
+        recipe: with [sample] and [eval].
+        pairs: the folder of the held-out pairs.
+        chat: of the base.
+        policy: with a view of each model.
+        share: gives this process's part of some work.
+        attempt: calls a function with a number of tokens at a time; with fewer where memory runs
+            out.
+    """
 
     recipe: Recipe
-    pairs: Path  # the folder of the held-out ones
-    chat: Chat  # of the base
-    policy: Policy  # with a view of each model
-    share: Callable[[Sequence[Any]], Sequence[Any]]  # this process's part of some work
-    attempt: Callable[
-        [Callable[[int], Rows]], Rows
-    ]  # calls with tokens at a time, with fewer where memory runs out
+    pairs: Path
+    chat: Chat
+    policy: Policy
+    share: Callable[[Sequence[Any]], Sequence[Any]]
+    attempt: Callable[[Callable[[int], Rows]], Rows]
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
-        store, scorer = PairStore(self.pairs, self.recipe.align.reverse), Scorer.of(self.policy)
+        store = PairStore(self.pairs, self.recipe.align.reverse)
+        scorer = Scorer.of(self.policy)
         places = self.share(range(len(store)))
         device = next(self.policy.model.parameters()).device
 
         def measure(tokens: int) -> Rows:
-            # Padded rows, since the other layouts change the model's attention to one that cannot generate.
+            # Padded, since the other layouts give the model an attention that cannot generate.
             batches = collate_all(store, places, tokens, "response", "padded")
             rows = (
                 row
@@ -74,7 +83,7 @@ class Bench:
         return self._complete(candidate, "answers", prompts, self.recipe.sample)
 
     def suites(self, candidate: Candidate) -> Rows:
-        """All of them in the first process: the harness has its own way of sharing, and not of a loaded model."""
+        """All suites in the first process: the harness cannot divide the work on a loaded model."""
         rows: Rows = []
         with self.policy.view(candidate.view) as model:
             for suite in self.recipe.eval.suites if self.share((0,)) else ():

@@ -1,0 +1,245 @@
+"""What is known of a training before it runs: pairs, steps, layout, memory, time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from tbpo_cli.batch.batches import longest_sequence, num_steps, span_lengths
+from tbpo_cli.config.recipe import Align, Recipe, Sft
+from tbpo_cli.core.head import REFERENCE_FREE
+from tbpo_cli.core.losses import Loss, build_loss
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.attention import choose_layout
+from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, load_policy
+from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.report.diagnoses import BEFORE, diagnose
+from tbpo_cli.report.facts import Facts
+from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.stages.chain import plan
+from tbpo_cli.train.group import Group
+from tbpo_cli.train.memory import MOMENTS, device_memory, estimate_memory, matrix_rate, operations
+from tbpo_cli.train.metrics import read_metrics
+from tbpo_cli.train.stage import choose_sharding, open_stores
+
+# Of bare matrix products, what a step reaches: tests/benchmarks/results/train_step*.md.
+EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}
+NUM_CHECKPOINTS = 3  # two are kept while the next one is written
+
+Line = tuple[str, str]  # what it is about, and words for a person
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training stage of a recipe: its name, its table and its loss."""
+
+    name: str
+    settings: Sft | Align
+    loss: Loss
+
+
+def trainings_of(recipe: Recipe) -> Iterator[Training]:
+    """The training stages of a recipe, in order."""
+    if recipe.sft is not None:
+        yield Training("sft", recipe.sft, build_loss("sft"))
+    yield Training("align", recipe.align, recipe.align.loss)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a training before it runs.
+
+    Args:
+        lines: what a person reads.
+        memory: bytes of each device by what takes them; empty if the base cannot be read.
+        disk: bytes of the checkpoints and the result; 0 if the base cannot be read.
+        warnings: what usually goes wrong with such a training.
+    """
+
+    lines: list[Line]
+    memory: dict[str, float]
+    disk: float
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the prepared pairs.
+
+    Args:
+        line: for a person.
+        facts: those that the diagnoses read.
+        tokens: that pass through the model, a token of an evaluation counting a half.
+        longest: tokens of the longest prompt with one of its responses.
+        bounds: tokens of the longest pair, and of the longest step.
+    """
+
+    line: str
+    facts: dict[str, Any]
+    tokens: float
+    longest: int
+    bounds: tuple[int, int]
+
+
+def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Forecast:
+    """What is known of a training of `processes` processes, one a device."""
+    settings, device = training.settings, Group.of_environment().device
+    counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
+    if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
+        counts = count_pairs(training, run_dir)
+    unknown = "pairs, tokens and steps are known once `tbpo prepare` has read the rows"
+    lines = [(training.name, counts.line or unknown)]
+    facts: dict[str, Any] = {
+        "stage": training.name,
+        "lora": recipe.model.lora is not None,
+        "rate": settings.learning_rate,
+        "device_memory": device_memory(device),
+        **counts.facts,
+    }
+    default = getattr(type(training.loss)(), "beta", None)
+    if default is not None:
+        facts["beta_share"] = getattr(training.loss, "beta", default) / default
+    memory: dict[str, float] = {}
+    disk = 0.0
+    try:
+        policy = policy_on_meta(training, recipe, device)
+    except TbpoError as error:
+        what = "layout, head, reference, memory and time could not be found out"
+        lines.append(("model", f"{what}: {error.what}"))
+    else:
+        sharded, why = choose_sharding(policy, settings.sharding, recipe.model, device)
+        if processes > 1:
+            lines.append(("processes", f"{processes}, {'fsdp' if sharded else 'ddp'}: {why}"))
+        lines += choices(policy, training, counts.longest)
+        parts = processes if sharded else 1
+        memory, tokens = estimate_memory(
+            policy, recipe.model, settings, device, parts, counts.bounds
+        )
+        facts["memory"] = sum(memory.values())
+        facts["weights"] = sum(weight.numel() for weight in policy.model.parameters())
+        lines.append(("memory", _memory_line(memory, tokens, device)))
+        trained = sum(weight.numel() for weight in policy.trained.values())
+        disk = 4.0 * trained * (NUM_CHECKPOINTS * (1 + MOMENTS[settings.optimizer]) + 1)
+        if counts.tokens:
+            lines.append(("time", _time(training, policy, run_dir, counts.tokens / processes)))
+    return Forecast(lines, memory, disk, diagnose(Facts(**facts), BEFORE))
+
+
+def policy_on_meta(training: Training, recipe: Recipe, device: torch.device) -> Policy:
+    """The policy and the models that it is compared with, as shapes without numbers.
+
+    They are those that the training would load for a device.
+
+    Raises:
+        TbpoError: if the base's config cannot be read, or LoRA finds no layers.
+    """
+    loss, meta = training.loss, torch.device("meta")
+    model = replace(recipe.model, initial_weights="random", quantization=None)
+    shapes = replace(recipe, model=model)
+    with meta:
+        policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
+        views = [POSITIVE, NEGATIVE] if "weights" in loss.needs else []
+        if training.settings is recipe.align and recipe.sft is not None and policy.adapters:
+            views.append(REFERENCE)
+        for view in views:
+            if policy.adapters:
+                policy.model.add_adapter(view, policy.adapters[POLICY])
+                policy.model.set_adapter(POLICY)
+            else:
+                policy.frozen[view] = copy.deepcopy(policy.model).requires_grad_(False)
+    return policy
+
+
+def _lengths(store: PairStore, span: str) -> np.ndarray:
+    return span_lengths(store, range(len(store)), span)
+
+
+def count_pairs(training: Training, run_dir: RunDir) -> Counts:
+    """Counts the prepared pairs of a training."""
+    settings, loss = training.settings, training.loss
+    stores = open_stores(settings, run_dir)
+    train, held_out = (_lengths(store, loss.span) for store in stores)
+    batch, num_pairs = settings.batch_size, len(train)
+    steps = num_steps(num_pairs, batch, settings.epochs, settings.max_steps)
+    visits = steps * batch / num_pairs
+    prompt, chosen, rejected = train.mean(axis=0)
+    line = (
+        f"{num_pairs:,} pairs, {len(held_out):,} held out; {steps:,} steps of {batch}, "
+        f"each pair {visits:.2g} ×, {train.sum() * visits:,.0f} tokens; mean tokens of a pair "
+        f"that the loss reads: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}"
+    )
+    facts = {"steps": steps, "batch": batch, "pairs": num_pairs, "visits": visits}
+    facts |= {"held_out": len(held_out), "cut": _share_over_length(run_dir)}
+    whole = _lengths(stores[0], "response")
+    if isinstance(settings, Align) and stores[0].has_rejected:
+        facts["length_ratio"] = stores[0].chosen_lengths.mean() / stores[0].rejected_lengths.mean()
+        if loss.span == "aligned":
+            facts["unaligned"] = 1 - train[:, 1:].sum() / whole[:, 1:].sum()
+    # A step with all metrics reads the whole pairs.
+    tokens = np.sort(whole.sum(axis=1))
+    bounds = (int(tokens[-1]), int(tokens[-batch:].sum()))
+    num_evaluations = steps // settings.eval_every + 2
+    passed = float(train.sum() * visits + held_out.sum() * num_evaluations / 2)
+    return Counts(line, facts, passed, longest_sequence(stores), bounds)
+
+
+def _share_over_length(run_dir: RunDir) -> float:
+    """The share of the rows that are over data.max_length."""
+    counts = run_dir.manifest("prepare")["counts"]
+    dropped = sum(count["rejected"].get("overlong", 0) for count in counts)
+    shortened = sum(count["noted"].get("cut", 0) for count in counts)
+    return float((dropped + shortened) / max(1, sum(count["rows"] for count in counts)))
+
+
+def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
+    """What the training will say when it has chosen reference, head and layout."""
+    reference = policy.describe_reference() if policy.has_reference else "none"
+    if policy.has_reference and training.loss.needs <= REFERENCE_FREE:
+        reference += " (for the metrics only)"
+    models = [policy.model, *policy.frozen.values()]
+    layout, why = choose_layout(models, training.settings.layout, longest)
+    return [
+        ("reference", reference),
+        ("head", Scorer.of(policy).describe(training.loss.needs)),
+        ("layout", f"{layout}: {why}; two small pairs will tell whether the weights agree"),
+    ]
+
+
+def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
+    parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
+    needed, there = sum(memory.values()) / 1e9, device_memory(device) / 1e9
+    begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
+    return f"{begin}, with {tokens:,} tokens at a time: {parts}"
+
+
+def _time(training: Training, policy: Policy, run_dir: RunDir, tokens: float) -> str:
+    """How long some tokens take on a device, and what that is based on."""
+    folder: Path = run_dir.stage(training.name)
+    lines = read_metrics(folder / "metrics.jsonl")
+    measured = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
+    if len(measured) > 1:
+        rate = median(measured[1:])
+        basis = f"the {rate:,.0f} tokens/s of {folder}"
+    else:
+        device = Group.of_environment().device
+        products = matrix_rate(device, policy.autocast or policy.model.dtype)
+        needed = operations(policy, training.settings.activation_checkpointing)
+        share = EFFICIENCY[device.type]
+        rate = share * products / needed
+        basis = f"{share} of this {device.type}'s {products / 1e9:,.0f} GFLOP/s"
+    seconds = tokens / rate
+    if seconds < 120:
+        amount = f"{seconds:.0f} seconds"
+    elif seconds < 7200:
+        amount = f"{seconds / 60:.0f} minutes"
+    else:
+        amount = f"{seconds / 3600:.0f} hours"
+    return f"about {amount} (rough: {basis})"

@@ -1,0 +1,129 @@
+"""Who is compared with whom, on which texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.data.pairs import Message
+from tbpo_cli.data.prompts import held_out_texts
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.evaluation.judges.judge import Comparison
+from tbpo_cli.runs.run_dir import RunDir
+
+Rows = list[dict[str, Any]]
+Read = Callable[[Message, int], "Completion"]
+Key = tuple[str, str, int]  # name of a model, id of a prompt, number of a sample
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a judge reads of a completion.
+
+    Args:
+        text: without the thinking part.
+        num_tokens: of that, with the end of the turn.
+    """
+
+    text: str
+    num_tokens: int
+
+
+def comparisons_of(
+    recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]
+) -> list[Comparison]:
+    """The comparisons that the judges are asked for.
+
+    1. The completions of all models, by model, prompt and number of the sample.
+    2. With "chosen" among the opponents, the preferred answers of the data, for every sample.
+    3. Who is compared: the policy with each opponent and each other model; then each other model
+       with each opponent.
+    4. For each of these, every prompt and sample of the sample stage.
+
+    Args:
+        samples: of all models, with their name as `model`; those of the sample stage have
+            `messages`.
+        others: the names of the models of `eval.against`.
+    """
+    read = _reader(recipe)
+    opponents = recipe.eval.opponents
+    completions: dict[Key, Completion] = {
+        (one["model"], one["prompt_id"], one["sample"]): read(
+            {"content": one["completion"]}, len(one["token_ids"])
+        )
+        for one in samples
+    }
+    prompts = {
+        (one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one
+    }
+    if "chosen" in opponents:
+        chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
+        completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
+    pairings = [("policy", other) for other in (*opponents, *others)]
+    pairings += [(model, opponent) for model in others for opponent in opponents]
+    comparisons = []
+    for model, against in pairings:
+        for (prompt_id, number), messages in prompts.items():
+            one = completions[model, prompt_id, number]
+            other = completions[against, prompt_id, number]
+            texts = (one.text, other.text)
+            lengths = (one.num_tokens, other.num_tokens)
+            comparisons.append(
+                Comparison(prompt_id, messages, model, against, *texts, *lengths, number)
+            )
+    return comparisons
+
+
+def without_thinking(text: str, marks: tuple[str, str]) -> str:
+    """A completion without its thinking parts.
+
+    A part without its opening mark began in the prompt; one without its closing mark was cut, and
+    nothing follows it.
+
+    Args:
+        marks: that open and close a part; two empty texts leave every completion as it is.
+    """
+    opening, closing = marks
+    if not opening or not closing or not (opening in text or closing in text):
+        return text
+    whole = f"{re.escape(opening)}.*?{re.escape(closing)}"
+    text = re.sub(whole, "", text, flags=re.DOTALL)
+    text = text.rpartition(closing)[2]
+    return text.partition(opening)[0].strip()
+
+
+def _reader(recipe: Recipe) -> Read:
+    """Makes what a judge reads of a message and the number of all its tokens."""
+
+    @cache
+    def chat() -> Any:
+        from tbpo_cli.data.tokenizer import load_chat
+
+        return load_chat(recipe.model, recipe.data.template_date)
+
+    def read(message: Message, num_tokens: int) -> Completion:
+        text = without_thinking(message["content"], recipe.eval.thinking)
+        is_shorter = text != message["content"]
+        if is_shorter or message.get("reasoning_content") or message.get("thinking"):
+            num_tokens = len(chat().encoder.encode_plain([text])[0]) + 1
+        return Completion(text, num_tokens)
+
+    return read
+
+
+def _chosen(
+    recipe: Recipe, run_dir: RunDir, prompt_ids: set[str], read: Read
+) -> dict[str, Completion]:
+    """The preferred answers of the data to some prompts, by their ids."""
+    store = PairStore(run_dir.stage("prepare") / "eval")
+    texts = held_out_texts(recipe.data, prompt_ids)
+    found = {}
+    for index in range(len(store)):
+        pair = store[index]
+        if pair.pair_id in texts:
+            found[pair.pair_id] = read(texts[pair.pair_id].chosen, len(pair.chosen_ids))
+    return found

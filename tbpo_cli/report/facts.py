@@ -1,0 +1,149 @@
+"""What is known of a training, before and after it, for the table of diagnoses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Learning rates that work, by stage and by whether an adapter is trained, for 1e9 weights and more.
+# align, LoRA: 5e-7 (arXiv 2605.12288) to 5e-5 (TRL's and peft's DPO examples); all weights: 3e-7 to
+# 1e-6 (arXiv 2405.14734, SimPO's search), 5e-7 (arXiv 2310.16944, Zephyr), 8e-6 (arXiv 2403.07691,
+# ORPO). sft, LoRA: 2e-4 (arXiv 2305.14314, QLoRA); all weights: 2e-5 (Zephyr). A factor of two is
+# left on both sides.
+RATES = {
+    ("align", True): (2.5e-7, 1e-4),
+    ("align", False): (1.5e-7, 1.6e-5),
+    ("sft", True): (1e-5, 5e-4),
+    ("sft", False): (1e-6, 5e-5),
+}
+# The least rate × steps that moves a policy. The smallest published ones are 5e-7 × 1,900 with LoRA
+# (arXiv 2605.12288) and 3e-7 × 468 with all weights (arXiv 2405.14734); half of each. Measured on
+# the quickstart's base (1.9e6 weights, LoRA): 6e-4 gives KL 5e-6, 1.8e-3 gives 5e-5, and KL grows
+# with the square, so 1e-3 takes about 8e-3: the bound times `small`, 1.1e-2.
+LEAST_TRAVEL = {True: 5e-4, False: 7e-5}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a training stage; None: it is not known yet, or has no such figure.
+
+    Args:
+        stage: "sft" or "align".
+        lora: whether an adapter is trained.
+        rate: the highest learning rate.
+        weights: of the model.
+        beta_share: the loss's beta over its default.
+        memory: bytes that a device needs; `device_memory`: and has.
+        steps: of the optimizer. `batch`: pairs of a step. `pairs`: in the training data.
+        visits: how often each pair is read.
+        held_out: pairs that are measured on.
+        length_ratio: mean tokens of the chosen responses over those of the rejected ones.
+        cut: the share of the rows that data.max_length drops or cuts.
+        unaligned: the share of response tokens that the loss leaves out, past the shorter response.
+        kl: KL(reference ‖ policy) at the end, nats a token; the other figures are of the end, too.
+        entropy_share: the policy's entropy over the reference's.
+        accuracy: the share of held-out pairs whose chosen response gets the higher reward.
+        training_accuracy: the same over the last steps of the training.
+        chosen_fall: by how much log π of a chosen token fell, nats.
+        loss_fall: by how much the held-out loss fell.
+        answer_ratio: mean length of the policy's samples over that of the reference's.
+    """
+
+    stage: str = "align"
+    lora: bool = True
+    rate: float = 0.0
+    weights: float = 1e9
+    beta_share: float | None = None
+    memory: float | None = None
+    device_memory: float | None = None
+    steps: int | None = None
+    batch: int | None = None
+    pairs: int | None = None
+    visits: float | None = None
+    held_out: int | None = None
+    length_ratio: float | None = None
+    cut: float | None = None
+    unaligned: float | None = None
+    kl: float | None = None
+    entropy_share: float | None = None
+    accuracy: float | None = None
+    training_accuracy: float | None = None
+    chosen_fall: float | None = None
+    loss_fall: float | None = None
+    answer_ratio: float | None = None
+
+    @property
+    def small(self) -> float:
+        """How much more a small model takes than one of 1e9 weights.
+
+        Rates fall about with the width (arXiv 2203.03466), and weights are its square.
+        """
+        return max(1.0, math.sqrt(1e9 / self.weights))
+
+    @property
+    def low(self) -> float:
+        return RATES[self.stage, self.lora][0]
+
+    @property
+    def high(self) -> float:
+        return RATES[self.stage, self.lora][1] * self.small
+
+    @property
+    def least_travel(self) -> float:
+        return LEAST_TRAVEL[self.lora] * self.small
+
+    @property
+    def trained(self) -> str:
+        return "LoRA" if self.lora else "all weights"
+
+    @property
+    def wanted_rate(self) -> float:
+        """The rate that would move the policy in these steps."""
+        return min(self.high, 2 * self.least_travel / max(1, self.steps or 1))
+
+
+def after_training(
+    metrics: Sequence[Mapping[str, Any]], stage: str, lora: bool, rate: float, held_out: int
+) -> Facts:
+    """The facts of a complete training.
+
+    Args:
+        metrics: the lines of its metrics.jsonl.
+        held_out: pairs that were measured on.
+    """
+    evaluations = [line for line in metrics if line["split"] == "eval"]
+    steps = [line for line in metrics if line["split"] == "train"]
+    known: dict[str, Any] = {
+        "stage": stage, "lora": lora, "rate": rate, "steps": len(steps), "held_out": held_out,
+    }  # fmt: skip
+    recent = [line["accuracy"] for line in steps[-20:] if "accuracy" in line]
+    if len(recent) >= 5:
+        known["training_accuracy"] = sum(recent) / len(recent)
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        known |= {"kl": last.get("kl"), "accuracy": last.get("accuracy")}
+        if first.get("entropy"):
+            known["entropy_share"] = last["entropy"] / first["entropy"]
+        if "logps_chosen" in last:
+            known["chosen_fall"] = first["logps_chosen"] - last["logps_chosen"]
+    return Facts(**known)
+
+
+def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
+    """The facts of a complete evaluation, from its results.json."""
+    policy, reference = (results["models"][name] for name in ("policy", "reference"))
+    own, before = policy["preference"]["all"], reference["preference"]["all"]
+    known: dict[str, Any] = {
+        "lora": lora, "kl": own["kl"]["value"], "held_out": results["num_pairs"],
+    }  # fmt: skip
+    if "accuracy" in own:
+        known["accuracy"] = own["accuracy"]["value"]
+    if before["entropy"]["value"]:
+        known["entropy_share"] = own["entropy"]["value"] / before["entropy"]["value"]
+    known["chosen_fall"] = before["logps_chosen"]["value"] - own["logps_chosen"]["value"]
+    lengths = [model["diversity"].get("length", {}).get("value") for model in (policy, reference)]
+    if all(lengths):
+        known["answer_ratio"] = lengths[0] / lengths[1]
+    return Facts(**known)

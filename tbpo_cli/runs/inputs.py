@@ -1,0 +1,156 @@
+"""What a stage is made from: settings, the content of files, and the results of other stages."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.config.toml import PATHS, is_local
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.files import sha256
+from tbpo_cli.runs.stage import Stage
+
+Files = dict[str, dict[str, Any]]  # by path: size, times and hash
+
+# Keys that decide how a result is reached or shown, never what it is: changing them invalidates
+# nothing.
+FREE_KEYS = {
+    "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
+    "eval.gate", "eval.judge.concurrency", "eval.judge.timeout",
+    *(f"{table}.{key}" for table in ("sft", "align") for key in (
+        "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "log_every",
+        "activation_checkpointing", "sharding")),
+}  # fmt: skip
+
+
+def inputs_of(
+    stage: Stage, recipe: Recipe, known: dict[str, Files], outputs: dict[str, str]
+) -> dict[str, Any]:
+    """What a stage would start from now.
+
+    Args:
+        known: files by key, with hashes that hold while size, times and inode are the same.
+        outputs: hashes of the results of the stages before.
+
+    Raises:
+        TbpoError: if the recipe names a file that is not there.
+    """
+    settings = {
+        key: value
+        for key, value in recipe.settings().items()
+        if key.startswith(stage.keys) and key not in FREE_KEYS
+    }
+    files: dict[str, Files] = {}
+    for setting, value in list(settings.items()):
+        key = re.sub(r"\.\d+\.path$", "", setting)  # of one of several sources
+        if key not in PATHS or not value:
+            continue
+        sources = value if isinstance(value, list) else [value]
+        patterns = stage.base_files if key == "model.base" else PATHS[key]
+        local = [files_of(key, source, patterns) for source in sources]
+        for path in (path for paths in local for path in paths):
+            before = known.get(key, {}).get(str(path))
+            files.setdefault(key, {})[str(path)] = _fingerprint(path, before)
+        if all(local):  # their content counts, not where they are
+            settings.pop(setting, None)
+        if sources[0].startswith("python:"):
+            settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
+    return {"settings": settings, "files": files, "outputs": outputs}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two inputs of a stage, one line each."""
+    lines = []
+    keys = sorted(before["files"].keys() | now["files"].keys())
+    for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(keys)):
+        old, new = before["settings"].get(key), now["settings"].get(key)
+        if old != new:
+            lines.append(f"{key}: {_shown(old)} → {_shown(new)}")
+    for key in keys:
+        old, new = before["files"].get(key, {}), now["files"].get(key, {})
+        if _hashes(old) == _hashes(new):
+            continue
+        changed = f"the content of {_names(new)} changed"
+        lines.append(
+            f"{key}: {f'{_names(old)} → {_names(new)}' if old.keys() != new.keys() else changed}"
+        )
+    for need, digest in now["outputs"].items():
+        if digest != before["outputs"].get(need):
+            lines.append(f"the result of {need} changed")
+    return lines
+
+
+def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
+    """The local files behind a source; none for a Hub repository, whose name and revision are settings."""
+    is_code = source.startswith("python:")
+    path = Path(source.split(":")[1] if is_code else source)
+    # A recipe's local paths are absolute: a name may be that of a folder here as well.
+    if path.is_absolute() and path.is_dir():
+        found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+        return sorted(found)
+    if path.is_absolute() and path.is_file():
+        return [path, *sorted(_imported(path))] if is_code else [path]
+    if is_local(source):
+        raise TbpoError(
+            f"{key} names a file that is not there",
+            source,
+            "an existing file or folder",
+            f"change {key} in the recipe, or give --set {key}=PATH",
+        )
+    return []
+
+
+def _imported(path: Path) -> set[Path]:
+    """The modules beside a file of code that it imports, directly or through others; not run."""
+    found: set[Path] = set()
+    left = [path]
+    while left:
+        try:
+            tree = ast.parse(left.pop().read_bytes())
+        except (SyntaxError, ValueError, RecursionError):  # told when it is loaded
+            continue
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                package = [node.module] if node.module else []
+                names = [".".join([*package, alias.name]) for alias in node.names] + package
+            for name in names:
+                first, *rest = name.split(".")
+                stem = path.parent.joinpath(first, *rest)
+                for each in (stem.with_suffix(".py"), stem / "__init__.py"):
+                    if each.is_file() and each not in found and each != path:
+                        found.add(each)
+                        left.append(each)
+    return found
+
+
+def _fingerprint(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Hash of a file, and what tells that the file is still the one that was hashed."""
+    status = path.stat()
+    identity = {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,  # nobody can set it back
+        "inode": status.st_ino,
+    }
+    if known and all(known.get(key) == value for key, value in identity.items()):
+        return known
+    return identity | {"sha256": sha256(path)}
+
+
+def _hashes(files: Files) -> list[str]:
+    return sorted(file["sha256"] for file in files.values())
+
+
+def _names(files: Files) -> str:
+    return ", ".join(files) or "(a Hub repository or nothing)"
+
+
+def _shown(value: Any) -> str:
+    return "(not set)" if value is None else json.dumps(value)
