@@ -102,11 +102,7 @@ SAME = {
     ),
     "an arena": (
         "winner",
-        {
-            "conversation_a": [USER, HI],
-            "conversation_b": [USER, GO],
-            "winner": "model_a",
-        },
+        {"conversation_a": [USER, HI], "conversation_b": [USER, GO], "winner": "model_a"},
     ),
     "the number of the better": (
         "winner",
@@ -134,7 +130,10 @@ SYSTEM_ROWS = [
     {"chosen": [USER, HI], "rejected": [USER, GO]},
     {"chosen": [SYSTEM, USER, HI], "rejected": [SYSTEM, USER, GO]},
     {"prompt": [USER], "chosen": [HI], "rejected": [GO]},
-    {"chosen": "\n\nHuman: hello\n\nAssistant: hi", "rejected": "\n\nHuman: hello\n\nAssistant: go"},
+    {
+        "chosen": "\n\nHuman: hello\n\nAssistant: hi",
+        "rejected": "\n\nHuman: hello\n\nAssistant: go",
+    },
     SAME["ShareGPT"][1],
     SAME["scores"][1],
     SAME["an arena"][1],
@@ -167,11 +166,7 @@ def test_a_prompt_column_beside_whole_conversations_must_agree_with_them():
     assert pairs_of({"prompt": "a wholly different prompt", **sides})[1] == ["prompts_differ"]
 
 
-RANKED = {
-    "prompt": "hello",
-    "responses": ["b", "d", "a", "c"],
-    "scores": [3, 1, 4, 3],
-}
+RANKED = {"prompt": "hello", "responses": ["b", "d", "a", "c"], "scores": [3, 1, 4, 3]}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +257,9 @@ def test_calls_of_tools_have_one_form():
     ):
         _, (pair,) = pairs_of({"prompt": [USER], "chosen": [message], "rejected": [GO]})
         assert pair.chosen == call
-    _, (pair,) = pairs_of({"prompt": "hello", "chosen": [HI | {"tool_calls": []}], "rejected": [GO]})
+    _, (pair,) = pairs_of(
+        {"prompt": "hello", "chosen": [HI | {"tool_calls": []}], "rejected": [GO]}
+    )
     assert pair.chosen == HI
 
 
@@ -311,7 +308,12 @@ def test_unknown_rows_are_shown_with_the_lines_that_would_name_their_columns():
         pairs_of(row)
     for part in ("id (7)", "user_query ('hello')", "meta (a table of a)"):
         assert part in error.value.where
-    lines = ("[data.columns]", 'prompt = "user_query"', 'chosen = "good_one"', 'rejected = "bad_one"')
+    lines = (
+        "[data.columns]",
+        'prompt = "user_query"',
+        'chosen = "good_one"',
+        'rejected = "bad_one"',
+    )
     assert all(line in error.value.fix for line in lines)
     columns = {"prompt": "user_query", "chosen": "good_one", "rejected": "bad_one"}
     assert pairs_of(row, columns=columns)[1][0].chosen == HI
@@ -334,7 +336,10 @@ def test_a_key_of_columns_that_is_none_of_ours_is_a_fault_of_the_recipe(columns,
 
 @pytest.mark.parametrize(
     ("columns", "fix"),
-    [('{chosen = "chosen_claen"}', 'chosen = "chosen_clean"'), ('{prompt = "zzz"}', "name a column")],
+    [
+        ('{chosen = "chosen_claen"}', 'chosen = "chosen_clean"'),
+        ('{prompt = "zzz"}', "name a column"),
+    ],
 )
 def test_a_column_that_no_row_has_is_an_error(recipe_file, tmp_path, columns, fix):
     rows = [row | {"chosen_clean": "x"} for row in preference_rows(4, seed=5)]
@@ -356,13 +361,13 @@ def test_a_column_that_only_some_sources_have_is_read_where_it_is(recipe_file, t
 
 
 @pytest.mark.parametrize(
-    ("rows", "what", "where"),
+    ("contents", "what", "where"),
     [
         ([], "data.train has no rows", "rows.jsonl"),
         (
             [{"prompt": f"{n}", "chosen": n, "rejected": n + 1} for n in range(5)],
-            "5 of 5 rows of data.train cannot be used, 5 wrong_type",
-            "row 1: chosen is int, not text",
+            "the column chosen holds numbers, not text",
+            "row 1; its columns: prompt ('0'), chosen (0), rejected (1)",
         ),
         (
             [unpaired(f"p{n}", "x", True) for n in range(5)],
@@ -371,8 +376,8 @@ def test_a_column_that_only_some_sources_have_is_read_where_it_is(recipe_file, t
         ),
     ],
 )
-def test_rows_that_give_no_pair_have_a_message_each(recipe_file, tmp_path, rows, what, where):
-    train = write_jsonl(tmp_path / "rows.jsonl", rows)
+def test_rows_that_give_no_pair_have_a_message_each(recipe_file, tmp_path, contents, what, where):
+    train = write_jsonl(tmp_path / "rows.jsonl", contents)
     with pytest.raises(TbpoError) as error:
         run_stage("prepare", recipe_file, tmp_path / "run", f'data.train={train}', 'data.format="auto"')  # fmt: skip
     assert what in error.value.what and where in error.value.where

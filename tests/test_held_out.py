@@ -57,9 +57,7 @@ def test_every_pair_of_a_held_out_prompt_is_held_out_and_counted_by_source(recip
         (0.1, 30, "only 3 prompts are held out"),
     ],
 )
-def test_few_held_out_prompts_are_warned_of(
-    recipe_file, tmp_path, capfd, fraction, num_rows, says
-):
+def test_few_held_out_prompts_are_warned_of(recipe_file, tmp_path, capfd, fraction, num_rows, says):
     train = write_jsonl(tmp_path / "rows.jsonl", preference_rows(num_rows, seed=5))
     change_recipe(recipe_file, data={"eval": None})
     sets = (f"data.train={train}", f"data.eval_fraction={fraction}")

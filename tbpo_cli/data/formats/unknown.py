@@ -16,6 +16,7 @@ LIKELY = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "request", "user"),
     "completion": ("completion", "answer", "response", "output", "target", "text", "solution"),
 }
+SIDES = ("prompt", "chosen", "rejected", "completion")
 SHOWN = 40  # characters of a value
 
 
@@ -36,6 +37,9 @@ def unknown_rows(row: Row, formats: str) -> TbpoError:
             formats,
             'write each row as a table of columns, e.g. {"prompt": …, "chosen": …, "rejected": …}',
         )
+    numbers = [name for name in SIDES if isinstance(row.content.get(name), int | float)]
+    if numbers:
+        what = f"the column {numbers[0]} holds numbers, not text"
     columns = ", ".join(f"{name} ({_seen(value)})" for name, value in row.content.items())
     guess = _guess(row.content)
     lines = "\n    ".join(f'{ours} = "{theirs}"' for ours, theirs in guess.items())
