@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -27,6 +30,11 @@ QUIET_LIBRARIES = {
 # Each: metric, what a person reads, how it is written, whether it has a meaning at the start.
 Summary = tuple[tuple[str, str, str, bool], ...]
 
+# C0 but newline and tab, DEL, C1, the marks of direction (U+061C, U+200E to U+202E, U+2066 to
+# U+2069), line separators, and surrogates, of which a text that is whole has none.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 BAR = 16  # columns of a live bar
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -34,22 +42,47 @@ out = Console(highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
-    # Each: metric, what a person reads, how it is written, whether it means something at the start.
+    """Before they are imported: no advice or telemetry of the libraries, only their errors."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     # They are about the insides of libraries: nothing that a user can act on.
     warnings.simplefilter("ignore", FutureWarning)
 
 
+def short(path: Path) -> str:
+    """A path as one would type it: relative to the current folder if it is in it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def plain(text: str) -> str:
+    """A text without what a terminal, or a reader's eye, would obey.
+
+    Control characters but newline and tab, marks that turn the direction of writing, and halves of
+    surrogate pairs are written as their codes, such as \\x1b.
+    """
+    return CONTROLS.sub(_code, text.replace("\r\n", "\n"))
+
+
+def _code(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
 def say(text: str) -> None:
     """A line for the person who waits."""
-    err.print(text, markup=False)
+    err.print(plain(text), markup=False)
+
+
+def show(text: str, style: str = "") -> None:
+    """A text on stdout, of whatever origin."""
+    out.print(Text(plain(text), style))
 
 
 def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; the first column is text, the others are figures."""
     table = Table(
-        title=title,
+        title=Text(plain(title)),
         title_justify="left",
         title_style="bold",
         box=None,
@@ -57,9 +90,10 @@ def show_table(title: str, headings: list[str], rows: list[list[str]]) -> None:
         padding=(0, 2, 0, 0),
     )
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        justify: Any = "left" if number == 0 else "right"
+        table.add_column(Text(plain(heading)), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(plain(cell)) for cell in row))
     out.print(table, soft_wrap=False)
 
 
@@ -109,6 +143,7 @@ def progress(
         left stay.
     """
     started, first = time.monotonic(), done
+    label = plain(label)
 
     def rate(done: int) -> float:
         return (done - first) / max(1e-9, time.monotonic() - started)
@@ -129,7 +164,7 @@ def progress(
             def draw(done: int, note: str) -> None:
                 speed = _rate(rate(done))
                 width = err.width - BAR - 1
-                line = one_line(label, done, total, left(done), note, speed, width)
+                line = one_line(label, done, total, left(done), plain(note), speed, width)
                 bar.update(task, completed=done, text=line)
 
             yield draw

@@ -24,13 +24,14 @@ class Server:
     Args:
         answer: body of a request → text of the completion, or the whole answer as a dict.
         troubles: what the next requests meet before any is answered: (status, body, headers),
-        "slow", "cut" or "drop".
+        "slow", "cut", "drop", "drip" (a byte now and then) or "endless" (200 MB).
     """
 
     answer: object
     troubles: list = field(default_factory=list)
     requests: list = field(default_factory=list)  # (path, headers, body) of each POST
     times: list = field(default_factory=list)
+    sent: int = 0  # bytes of answers that do not end
     at_once: int = 0
     most_at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -60,6 +61,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         if trouble == "drop":
             return self.connection.close()
+        if trouble in ("drip", "endless"):
+            return self._never_end(b" " if trouble == "drip" else b" " * 2**20)
         if isinstance(trouble, tuple):
             status, text, headers = trouble
             return self._answer(status, text, **headers)
@@ -68,6 +71,17 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(*answer)
         text = json.dumps(answer if isinstance(answer, dict) else chat_completion(answer))
         self._answer(200, text, cut=trouble == "cut")
+
+    def _never_end(self, part):
+        """Sends parts of an answer until the client goes away."""
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                self.wfile.write(part)
+                self.server_state.sent += len(part)
+                time.sleep(0.1 if len(part) == 1 else 0)
+        self.close_connection = True
 
     def _answer(self, status, text, cut=False, **headers):
         content = text.encode()

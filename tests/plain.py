@@ -21,7 +21,7 @@ MAX_STATE_BASELINE = 10.0
 class Settings:
     """What the two implementations are given alike; the defaults are none of the product's."""
 
-    loss: str  # "tbpo_a", "tbpo_q", "dpo" or "sft"
+    loss: str  # "tbpo_a", "tbpo_q", "dpo", "tis_dpo" or "sft"
     num_steps: int
     beta: float = 0.3
     learning_rate: float = 2e-3
@@ -37,6 +37,7 @@ class Result:
     """Of every step, before it: the loss and other figures; the weights after the last one."""
 
     losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)  # before they are clipped
     figures: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -83,12 +84,29 @@ def scaled_basu(log_ratio):
     return (z.exp() + z) / 4
 
 
-def loss_of_pair(settings, policy, reference, baseline):
-    """The loss of one pair, from {"chosen": Side, "rejected": Side} of both models."""
+def rank_weights(scores):
+    """TIS-DPO's: ranks from 0.7 to 1.3; the last token has none, and a token without a rival 1."""
+    *ranked, _ = scores.tolist()
+    if len(ranked) < 2:
+        return torch.tensor([1.0] * max(1, len(ranked)) + [0.0] * len(ranked))
+    order = sorted(range(len(ranked)), key=lambda place: ranked[place])
+    weights = [0.7 + 0.6 * order.index(place) / (len(ranked) - 1) for place in range(len(ranked))]
+    return torch.tensor([*weights, 0.0])
+
+
+def loss_of_pair(settings, policy, reference, baseline, helpers):
+    """The loss of one pair, from {"chosen": Side, "rejected": Side} of each model."""
     ratio = {side: policy[side].logps - reference[side].logps for side in policy}
     if settings.loss == "dpo":
         margin = ratio["chosen"].sum() - ratio["rejected"].sum()
         return F.softplus(-settings.beta * margin)
+    if settings.loss == "tis_dpo":
+        total = 0.0
+        for side, sign in (("chosen", 1), ("rejected", -1)):
+            positive, negative = (helper[side].logps for helper in helpers)
+            weights = rank_weights(sign * (positive - negative))
+            total = total + sign * (weights * ratio[side]).sum()
+        return F.softplus(-settings.beta * total)
     length = min(len(policy["chosen"].tokens), len(policy["rejected"].tokens))
     if settings.loss == "tbpo_a":
         score = {}
@@ -107,17 +125,22 @@ def loss_of_pair(settings, policy, reference, baseline):
     return scaled_basu(log_ratio).mean()
 
 
-def figures_of(own, other):
-    """Sums over the tokens of a pair, and their numbers, by the names that metrics.jsonl has."""
+def figures_of(beta, own, other):
+    """Sums over a pair, and what they are means over, by the names that metrics.jsonl has."""
     log_refs = {side: other[side].log_probs for side in other}
     kl = [
         (log_refs[side].exp() * (log_refs[side] - own[side].log_probs)).sum() for side in log_refs
     ]
     counts = [len(own[side].tokens) for side in log_refs]
+    reward = {side: beta * (own[side].logps - other[side].logps).sum().item() for side in other}
     return {
         "logps_chosen": (own["chosen"].logps.sum().item(), counts[0]),
         "logps_rejected": (own["rejected"].logps.sum().item(), counts[1]),
         "kl": (sum(kl).item(), sum(counts)),
+        "reward_chosen": (reward["chosen"], 1),
+        "reward_rejected": (reward["rejected"], 1),
+        "margin": (reward["chosen"] - reward["rejected"], 1),
+        "accuracy": (reward["chosen"] > reward["rejected"], 1),
     }
 
 
@@ -154,12 +177,20 @@ def greedy(model, prompt, stop_ids, num_tokens):
     return ids[len(prompt) :]
 
 
-def train(base, rows, settings, adapter=None):
-    """Trains on all rows in every step; with `adapter`, that LoRA adapter, else all weights."""
+def train(base, rows, settings, adapter=None, helpers=()):
+    """Trains on all rows in every step.
+
+    Args:
+        base: the folder of the model that is trained.
+        rows: with prompt, chosen and rejected.
+        settings: of the training.
+        adapter: of the base, to train instead of all weights.
+        helpers: adapters of the base, TIS-DPO's positive and negative one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
     pairs = [tokenize(tokenizer, row) for row in rows]
 
-    def load():
+    def load(adapter):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         return (
             model
@@ -167,7 +198,8 @@ def train(base, rows, settings, adapter=None):
             else PeftModel.from_pretrained(model, adapter, is_trainable=True)
         )
 
-    policy, reference = load(), load().requires_grad_(False)
+    policy, reference = load(adapter), load(adapter).requires_grad_(False)
+    frozen = [load(helper).requires_grad_(False) for helper in helpers]
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     optimizers = [
         torch.optim.AdamW(
@@ -191,12 +223,16 @@ def train(base, rows, settings, adapter=None):
             else:
                 own = {side: read(policy, prompt, ids) for side, ids in responses.items()}
                 with torch.no_grad():
-                    other = {side: read(reference, prompt, ids) for side, ids in responses.items()}
-                one = loss_of_pair(settings, own, other, baseline)
-                of_pairs.append(figures_of(own, other))
+                    other, *helped = (
+                        {side: read(model, prompt, ids) for side, ids in responses.items()}
+                        for model in (reference, *frozen)
+                    )
+                one = loss_of_pair(settings, own, other, baseline, helped)
+                of_pairs.append(figures_of(settings.beta, own, other))
             (one / count).backward()
             loss += one.item() / count
-        torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        result.grad_norms.append(norm.item())
         for group in optimizers[0].param_groups:
             group["lr"] = rate_of(settings, step)
         for optimizer in optimizers:

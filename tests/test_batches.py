@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tbpo_cli.batch.batches import (
     collate_all,
@@ -10,7 +11,8 @@ from tbpo_cli.batch.batches import (
     num_steps,
     span_lengths,
 )
-from tbpo_cli.batch.layouts import Sequences, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, blank_batch
+from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair
 
@@ -73,6 +75,30 @@ def test_micro_batches_take_pairs_by_length_and_are_filled_to_the_last_token():
     assert groups(14) == [[2], [0], [1]]
     assert groups(1) == [[2], [0], [1]], "a pair with more tokens is a group of its own"
     assert micro_batches(np.zeros((0, 3), dtype=np.int64), 10, "padded") == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "comparisons", "demonstrations"),
+    [("shared_prompt", 9 + 12, 5 + 11), ("packed", 12 + 17, 5 + 11), ("padded", 4 * 11, 2 * 11)],
+)
+def test_a_layout_counts_a_response_that_is_not_there_as_no_line(
+    layout, comparisons, demonstrations
+):
+    """Pairs 0 and 1, with and without their rejected responses."""
+    lengths = np.array(LENGTHS[:2])
+    assert LAYOUTS[layout].num_tokens(lengths) == comparisons
+    lengths[:, 2] = 0
+    assert LAYOUTS[layout].num_tokens(lengths) == demonstrations
+
+
+def test_a_blank_batch_has_a_token_for_the_model_and_none_for_the_loss():
+    batch = blank_batch()
+    assert batch.input_ids.tolist() == batch.position_ids.tolist() == [[0]]
+    assert (batch.pair_ids, batch.indices, batch.num_tokens) == ((), (), 0)
+    for tensor in (batch.tokens, batch.predictor, batch.chosen.slots, batch.rejected.slots):
+        assert (tensor.shape, tensor.dtype) == ((0,), torch.int64)
+    for side in (batch.chosen, batch.rejected):
+        assert (side.mask.shape, side.mask.dtype) == ((0, 0), torch.bool)
 
 
 def test_pairs_of_one_length_stay_in_their_order():

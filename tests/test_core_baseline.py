@@ -1,4 +1,4 @@
-"""b_φ of TBPO-Q: its start, its number types, and that it leaves the policy and the global random state alone."""
+"""b_φ of TBPO-Q: its start, its number types; it touches neither policy nor global random state."""
 
 import torch
 

@@ -123,8 +123,8 @@ def test_all_statistics_at_once_have_the_values_and_gradients_of_each_alone(trai
     inputs = [policy.requires_grad_(), *([head.weight, head.bias] if trained else [])]
     fast = token_statistics(STATISTICS, tokens, policy, head, reference, reference_head)
     dense = oracle.side_scores(
-        dense_logits(head, policy)[None], dense_logits(reference_head, reference)[None], tokens[None],
-        torch.ones(1, N, dtype=torch.bool),
+        dense_logits(head, policy)[None], dense_logits(reference_head, reference)[None],
+        tokens[None], torch.ones(1, N, dtype=torch.bool),
     )  # fmt: skip
     for name in STATISTICS:
         torch.testing.assert_close(getattr(fast, name), getattr(dense, name), rtol=1e-9, atol=1e-9)

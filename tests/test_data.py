@@ -11,7 +11,7 @@ from conftest import CHATML, change_recipe, preference_rows, run_stage, train_to
 from datasets import Dataset
 from hub_server import COMMIT, hub
 
-from tbpo_cli.batch.batches import cut_to_span, num_steps, step_indices
+from tbpo_cli.batch.batches import cut_to_span, num_steps, span_lengths, step_indices
 from tbpo_cli.config.recipe import Data, Model, Source, load_recipe
 from tbpo_cli.data.chunks import prepare_rows, workers
 from tbpo_cli.data.formats import recognise, to_pairs
@@ -338,6 +338,23 @@ def test_spans_cut_what_a_loss_does_not_read(tmp_path):
     assert (
         len(cut_to_span(pair, "chosen").rejected_ids) == 0 and cut_to_span(pair, "response") is pair
     )
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        ("response", [(3, 2, 4), (1, 5, 2)]),
+        ("aligned", [(3, 2, 2), (1, 2, 2)]),
+        ("aligned_and_chosen", [(3, 2, 2), (1, 5, 2)]),
+        ("chosen", [(3, 2, 0), (1, 5, 0)]),
+    ],
+)
+def test_the_lengths_of_a_span_are_those_of_the_pairs_that_are_cut_to_it(tmp_path, span, expected):
+    store = make_store(tmp_path, [(3, 2, 4), (1, 5, 2)])
+    cut = [cut_to_span(pair, span) for pair in (store[0], store[1])]
+    lengths = [tuple(map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))) for p in cut]
+    assert lengths == expected
+    assert span_lengths(store, [0, 1], span).tolist() == [list(each) for each in expected]
 
 
 def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():

@@ -25,7 +25,13 @@ from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
 from tbpo_cli.evaluation.measures import decide, gate_faults
 from tbpo_cli.evaluation.preference import calibration_error, reliability
-from tbpo_cli.evaluation.stats import figure, figure_of, jackknife_figure, ratio_figure
+from tbpo_cli.evaluation.stats import (
+    figure,
+    figure_of,
+    jackknife_figure,
+    normal_figure,
+    ratio_figure,
+)
 from tbpo_cli.model.generate import generate
 
 SCORER = "def score(prompt, completion):\n    return len(completion) + prompt.count('red')\n"
@@ -68,6 +74,19 @@ def values(figures):
 
 
 # Figures
+
+
+def test_a_figure_whose_error_is_not_known_has_no_interval():
+    assert normal_figure(3.0, None, 12) == {"value": 3.0, "low": None, "high": None, "n": 12}
+    assert normal_figure(3.0, 0.0, 12)["low"] == 3.0
+
+
+def test_a_model_that_says_nothing_is_not_the_most_diverse():
+    """Texts that are the same have self-BLEU 100, empty ones as well; those without a common word
+    have 0."""
+    assert self_bleu(["", "", ""]) == 100 == self_bleu(["one cat", "one cat"])
+    assert self_bleu(["", "one red cat sings"]) == 0
+    assert self_bleu(["", "", "one red cat sings"]) == pytest.approx(100 / 3)
 
 
 def test_a_figure_is_a_mean_with_the_interval_that_theory_gives():
@@ -119,7 +138,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_success():
 
 
 def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
-    """distinct-1 of "a b a" and "a c": 3 of 5; seq-rep-4 of 1 2 3 4 1 2 3 4: 4 of 5 are different."""
+    """distinct-1 of "a b a" and "a c": 3 of 5; seq-rep-4 of 1 2 3 4 1 2 3 4: 4 of 5 differ."""
     assert self_bleu(["red cat dog bird tree"] * 3) == pytest.approx(100)
     assert self_bleu(["red cat", "blue dog"]) < self_bleu(["red cat runs", "red cat sings"])
     found = distinct([["a", "b", "a"], ["a", "c"]], 1)
@@ -133,10 +152,12 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
 
 def test_diversity_is_a_mean_over_samples_and_then_over_prompts():
     samples = [
-        {"prompt_id": prompt, "sample": number, "completion": "Red cat." * length, "token_ids": [7] * length,
+        {"prompt_id": prompt, "sample": number, "completion": "Red cat." * length,
+        "token_ids": [7] * length,
          "finish_reason": reason, "entropy": entropy}
         for prompt, number, length, reason, entropy in (
-            ("a", 0, 1, "stop", 1.0), ("a", 1, 3, "length", 2.0), ("b", 0, 8, "stop", 0.0), ("b", 1, 8, "stop", 0.0),
+            ("a", 0, 1, "stop", 1.0), ("a", 1, 3, "length", 2.0), ("b", 0, 8, "stop", 0.0),
+            ("b", 1, 8, "stop", 0.0),
         )
     ]  # fmt: skip
     found = values(figures := summarise(samples))
@@ -331,8 +352,10 @@ def test_diversity_follows_the_protocol(whole):
     assert found["predictive_entropy"]["n"] == 4 and 0 < found["predictive_entropy"][
         "value"
     ] < math.log(400)
-    assert set(found) == {"predictive_entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_3", "distinct_4",
-                          "repetition", "truncated", "length", "length_p5", "length_p50", "length_p95"}  # fmt: skip
+    assert set(found) == {"predictive_entropy", "self_bleu", "distinct_1", "distinct_2",
+    "distinct_3", "distinct_4",
+                          "repetition", "truncated", "length", "length_p5", "length_p50",
+                          "length_p95"}  # fmt: skip
 
 
 def test_what_was_measured_is_not_measured_again_after_an_interruption(copied):
@@ -507,7 +530,8 @@ def test_gates_may_name_tasks_labels_and_parts_of_an_interval(recipe_file):
         "eval.suites=['open-llm-v1', 'x/letters.yaml']",
         "eval.against=['runs/dpo', 'b/align/adapter']",
     )
-    for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3", "reference.mmlu<=1",
+    for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3",
+     "reference.mmlu<=1",
                  "length < -.5"):  # fmt: skip
         settings = load_recipe(recipe_file, (*sets, f"eval.gate={gate}")).eval
         assert gate_faults(settings, "my.toml") == []
@@ -611,6 +635,21 @@ metric_list:
 """
 
 
+PERPLEXITY = """
+task: perplexity
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: word_perplexity
+"""
+
+
 def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     """Whose log-probability is higher, " cat" or " dog": by the harness, and by the merged model's
     own logits.
@@ -623,7 +662,10 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     ]
     task = tmp_path / "letters.yaml"
     task.write_text(TASK.format(data=write_jsonl(tmp_path / "letters.jsonl", questions)))
-    run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}']", restart=True)
+    texts = [{"text": f"one {word} and two"} for word in ("cat", "dog", "red")]
+    other = tmp_path / "perplexity.yaml"
+    other.write_text(PERPLEXITY.format(data=write_jsonl(tmp_path / "texts.jsonl", texts)))
+    run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}', '{other}']", restart=True)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run / "align/adapter")
@@ -649,6 +691,11 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
         and found["metric"] == "acc,none"
     )
     assert found["low"] <= found["value"] <= found["high"]
+    unknown = read(run)["models"]["policy"]["suites"][str(other)]["perplexity"]
+    assert unknown["value"] > 1 and unknown["metric"] == "word_perplexity,none"
+    assert unknown["low"] is None and unknown["high"] is None, "the harness knows no error of it"
+    assert decide("perplexity > 0", read(run))["passed"]
+    assert not decide("perplexity.low > 0", read(run))["passed"]
 
 
 def test_a_missing_harness_or_an_unknown_task_is_a_message(monkeypatch):

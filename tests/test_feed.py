@@ -45,8 +45,8 @@ def train(recipe_file, run, *overrides, room=None, error=None):
 def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_result(
     recipe_file, tmp_path, capsys, kind
 ):
-    """A step has some 400 tokens; the device holds 200, so the budget falls from 1024 to 128 in the first
-    evaluation. The weights are those of a device that holds all."""
+    """A step has some 400 tokens; the device holds 200, so the budget falls from 1024 to 128 in the
+    first evaluation. The weights are those of a device that holds all."""
     whole = train(recipe_file, tmp_path / "whole")
     assert "out of memory" not in capsys.readouterr().err
     cut = train(recipe_file, tmp_path / "cut", room=200, error=OUT_OF_MEMORY[kind])

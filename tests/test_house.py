@@ -14,7 +14,7 @@ from tbpo_cli.evaluation.judges import JUDGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tbpo_cli"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYOUT = (ROOT / "docs/internals.md").read_text(encoding="utf-8")
 FILES = {
     str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -212,7 +212,7 @@ def unread_keys(files):
 
 
 def missing_in_layout(readme, names):
-    """Rooms, folders or single files, that the README's layout does not name."""
+    """Rooms, folders or single files, that the layout of docs/internals.md does not name."""
     pattern = r"^## Layout\n+```\n(.*?)^```"
     layout = re.search(pattern, readme, re.DOTALL | re.MULTILINE).group(1)
     rooms = dict.fromkeys(re.sub("/.*", "/", name) for name in names if name != "__init__.py")
@@ -323,8 +323,8 @@ def test_every_key_of_a_recipe_is_read():
     }
 
 
-def test_the_readme_names_every_room():
-    assert not missing_in_layout(README, FILES)
+def test_the_layout_names_every_room():
+    assert not missing_in_layout(LAYOUT, FILES)
     layout = "## Layout\n```\ntbpo_cli/\n  run.py   a run\n  data/    pairs\n```\n"
     names = ["run.py", "hub.py", "data/tokens.py", "core/losses.py", "core/head.py", "__init__.py"]
     assert missing_in_layout(layout, names) == ["hub.py", "core/"]

@@ -8,12 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.batch.batches import cut_to_span, micro_batches
-from tbpo_cli.batch.layouts import LAYOUTS, Sequences, collate, segments_of
+from tbpo_cli.batch.layouts import LAYOUTS, collate
+from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import BY_SEQUENCE, attend_by_sequence, choose_layout, in_one_kernel
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy
+from tbpo_cli.model.attention import BY_SEQUENCE, attend_by_sequence, in_one_kernel
+from tbpo_cli.model.layout import apply_layout, choose_layout
+from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.train.metrics import measure, pair_weights
 
@@ -106,19 +108,23 @@ def assert_same(got, want):
 @pytest.fixture(scope="module")
 def scorer():
     made = make_scorer()
-    assert (
-        choose_layout([made.policy.model, *made.policy.frozen.values()], "auto", 20)[0]
-        == "shared_prompt"
-    )
+    layout, _ = choose_layout(made.policy.models, "auto", longest=20)
+    assert layout == "shared_prompt"
+    apply_layout(made.policy.models, layout)
     return made
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(pytest.param(build_loss(name), id=name) for name in LOSSES),
+        pytest.param(build_loss("tbpo_a", sft_weight=0.5), id="tbpo_a and sft"),
+    ],
+)
 def test_every_loss_has_the_same_values_and_gradients_in_every_layout_and_split(
-    scorer, pairs, name, checkpointing
+    scorer, pairs, loss, checkpointing
 ):
-    loss = build_loss(name)
     cut = [cut_to_span(pair, loss.span) for pair in pairs]
     one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
     model = (
@@ -144,6 +150,8 @@ def test_a_model_is_given_the_layout_that_it_can_take(pairs, kind):
     cut = [cut_to_span(pair, loss.span) for pair in pairs]
     one_by_one = losses_and_gradients(scorer, loss, [collate([pair], "padded") for pair in cut])
     layout, reason = choose_layout(models, "auto", longest=15)
+    assert scorer.policy.model.config._attn_implementation != BY_SEQUENCE
+    apply_layout(models, layout)
     assert (layout, scorer.policy.model.config._attn_implementation == BY_SEQUENCE) == (
         ("shared_prompt", True) if capable else ("padded", False)
     ), reason
@@ -227,7 +235,8 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
     batch = collate([cut_to_span(pair, loss.span) for pair in pairs], layout).to(meta)
     optimizer = torch.optim.AdamW(scorer.policy.model.parameters())
     for diagnostics in (False, True):
-        scores = scorer.score(batch, loss.needs, diagnostics)
+        score = scorer.score_and_measure if diagnostics else scorer.score
+        scores = score(batch, loss.needs)
         output = loss(scores)
         totals = measure(scores, output, loss)
         (output.per_pair * pair_weights(scores, loss)).sum().backward()
@@ -273,7 +282,7 @@ def test_a_gpu_has_the_losses_and_gradients_of_the_cpu(pairs, name, dtype):
         for model in models:
             model.to(device, dtype if device == "cuda" else torch.float32)
         scorer = Scorer.of(scorer.policy, scorer.baseline.to(device))
-        choose_layout(models, "auto", longest=20)
+        apply_layout(models, choose_layout(models, "auto", longest=20)[0])
         batches = [collate(cut, "shared_prompt").to(torch.device(device))]
         losses, gradients = losses_and_gradients(scorer, loss, batches)
         found[device] = (

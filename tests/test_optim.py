@@ -31,7 +31,7 @@ def test_without_a_warm_up_the_first_step_has_the_whole_rate_also_if_it_is_the_o
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_the_optimizer_is_the_one_that_the_recipe_names_with_its_rate_and_decay(name):
-    """One step of each from 2 with gradient 1: AdamW moves by the rate; RMSprop by ten times as much, 1/√(1 − 0.99)."""
+    """One step from 2 with gradient 1: AdamW moves by the rate, RMSprop by 1/√(1 − 0.99) of it."""
     weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
     settings = Align(optimizer=name, learning_rate=0.01)
     decayed = build_optimizer(Align(optimizer=name, learning_rate=0.01, weight_decay=0.5), [weight])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from tbpo_cli.runs.launch import Processes, processes_of
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES
 
-EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.0")  # the baseline trains along
+EXACT = ("align.loss.name=tbpo_q", "model.lora.dropout=0.2")  # the baseline trains along
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 
 
@@ -142,7 +143,7 @@ def two_machines(recipe_file, run, *flags):
 
 
 def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
-    """Each machine is a loopback address of its own; the second one waits until the first has prepared the data."""
+    """Each machine is a loopback address; the second waits while the first prepares the data."""
     run = tmp_path / "run"
     ends = [finish(machine) for machine in two_machines(recipe_file, run)]
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -191,8 +192,14 @@ def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
         "runs/x/align"
     )
     assert line[1:3] == ["-m", "tbpo_cli.runs.launch"]
-    for flag in ("--num_processes=32", "--num_machines=4", "--machine_rank=2", "--main_process_ip=node0",
-                 "--main_process_port=29500", "--num_cpu_threads_per_process=4"):  # fmt: skip
+    for flag in (
+        "--num_processes=32",
+        "--num_machines=4",
+        "--machine_rank=2",
+        "--main_process_ip=node0",
+        "--main_process_port=29500",
+        "--num_cpu_threads_per_process=4",
+    ):
         assert flag in line, flag
     assert line[-3:] == ["-m", "tbpo_cli.cli.worker", "runs/x/align"], (
         "the worker gets one argument"
@@ -225,9 +232,18 @@ def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("given", [
-    (2, None, "a:1"), (2, 2, "a:1"), (2, 0, None), (2, 0, "host"), (1, 1, "a:1"), (None, 1, None), (None, None, "a:1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        (2, None, "a:1"),
+        (2, 2, "a:1"),
+        (2, 0, None),
+        (2, 0, "host"),
+        (1, 1, "a:1"),
+        (None, 1, None),
+        (None, None, "a:1"),
+    ],
+)
 def test_machines_that_cannot_find_each_other_are_a_message(given):
     nodes, rank, address = given
     with pytest.raises(TbpoError, match="do not find each other"):
@@ -236,6 +252,7 @@ def test_machines_that_cannot_find_each_other_are_a_message(given):
 
 MEMORY = """
 import os
+import shutil
 import sys
 import torch
 import torch.distributed as dist
@@ -255,7 +272,7 @@ os._exit(0)  # as a worker ends
 
 
 def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_path):
-    """Only the second one has too little room for 1,024 and 512 tokens; both repeat the step with 256."""
+    """Only the second lacks memory for 1,024 and 512 tokens; both repeat the step with 256."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
         subprocess.Popen(
@@ -267,3 +284,52 @@ def test_processes_agree_on_a_smaller_budget_when_one_runs_out_of_memory(tmp_pat
     assert [process.returncode for process in both] == [0, 0] and [out for out, _ in ends] == [
         "256 256\n"
     ] * 2, ends
+
+
+def launcher_of(process):
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "tbpo_cli.runs.launch" in p.cmdline()]
+
+
+def test_workers_end_with_a_launcher_that_is_killed_and_the_run_stays_locked_until_then(
+    recipe_file, tmp_path
+):
+    sets = (*EXACT, "align.max_steps=2000", "align.eval_every=2000")
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
+    wait_for_step(tmp_path / "run", 3, process)
+    workers = workers_of(process)
+    lock = os.stat(tmp_path / "run/lock").st_ino
+    for worker in workers:
+        assert os.stat(f"/proc/{worker.pid}/fd/0").st_ino == lock, "a worker holds the lock"
+    launcher_of(process)[0].kill()
+    code, _, err = finish(process)
+    assert code == 2 and "was killed by signal 9" in err
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_are_workers_ends_the_command(recipe_file, tmp_path, number):
+    process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu")
+    process.wait_until(lambda: launcher_of(process))
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number and "Traceback" not in err
+    assert not (tmp_path / "run/align/manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_sampling_of_several_processes_is_told_as_that(
+    recipe_file, tmp_path, alone, number
+):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    sets = [*EXACT, "sample.num_samples=200", "sample.max_new_tokens=200"]
+    overrides = [part for one in sets for part in ("--set", one)]
+    process = Process(
+        "sample", recipe_file, "--run-dir", run, "--gpus", "2", "--cpu", *overrides, cwd=tmp_path
+    )
+    process.wait_until(lambda: [*run.glob("sample/part-*.jsonl")])
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 128 + number and "the same command goes on from there" in err
+    assert "memory" not in err and "Traceback" not in err

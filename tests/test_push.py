@@ -1,5 +1,6 @@
 """Publishing: what goes to the Hub, in one commit, that others can load it, and what happens when something fails."""
 
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,8 @@ from tbpo_cli.hub import client
 from tbpo_cli.hub.base import published_base
 from tbpo_cli.hub.card import render_card
 from tbpo_cli.hub.secrets import check_no_secret
-from tbpo_cli.model.load import load_policy, load_trained, local_adapter
+from tbpo_cli.model.adapters import local_adapter
+from tbpo_cli.model.load import load_policy, load_trained
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.runs.run_dir import RunDir
@@ -349,6 +351,11 @@ def test_a_private_repository_is_made_and_a_public_one_is_not_taken_for_it(made,
 @pytest.mark.parametrize("secret", [
     "hf_" + "a1" * 15, "sk-" + "b2" * 12, "AKIA" + "Q" * 16, "OPENAI_API_KEY=abcdefgh123", '"api_key": "0123456789"',
     "-----BEGIN RSA PRIVATE KEY-----", "https://me:geheim@example.org/x", "password: correcthorse",
+    "https://x.openai.azure.com/v1?api-key=0123456789abcdef", "https://0123456789abcdef@h/v1", "x-api-key: 0123456789",
+    "Authorization: Bearer abcdefghijklmnop", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+    "xoxb-123456789012-abcdefghijklmnop", "AIzaSyA1234567890abcdefghijklmnopqrstuv", "glpat-abcdefghijklmnopqrst",
+    "0123456789abcdef0123456789abcdef01234567", "sk-abcdefghijklmnopqrstuvwxyzABCDEFGH", "https://me:hunt/er2@host/v1",
+    "npm_abcdefghijklmnopqrstuvwxyz0123456789", "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",
 ])  # fmt: skip
 def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
     template = tmp_path / "card.md"
@@ -360,11 +367,57 @@ def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
 
 
 @pytest.mark.parametrize("text", [
-    "max_tokens_per_device = 1638400000", "tokenizer = AutoTokenizer.from_pretrained(x)", '"prompt_tokens": 1234567890',
+    "max_tokens_per_device = 1638400000", "https://huggingface.co:443/x@main", "sha256 " + "0a" * 32, "tokenizer = AutoTokenizer.from_pretrained(x)", '"prompt_tokens": 1234567890',
     'api_key_env = "OPENAI_API_KEY"', 'api_key = "$OPENAI_API_KEY"', "KL a token: 0.12345678", "sk-learn-contributions",
 ])  # fmt: skip
 def test_what_is_no_secret_passes(text):
     check_no_secret({"README.md": text})
+
+
+def test_commits_that_are_known_are_no_secret():
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    check_no_secret({"README.md": f"revision {commit}"}, {commit})
+
+
+def test_servers_and_folders_of_this_machine_are_not_published(made, run, server, tmp_path):
+    judge = "{endpoint = 'http://10.0.0.7:8000/v1', model = 'm', body = {seed = 123454321}}"
+    sets = (f"eval.judge={judge}", "sample.endpoint=http://inside:1/v1", "sample.endpoint_model=p")
+    template = tmp_path / "card.md"
+    template.write_text(f"# Mine\n\nIt is in {run}/align.\n")
+    publish(made, run, *sets, f"push.card={template}")
+    repo = server.root / "models/me/tuned"
+    texts = "".join(path.read_text() for path in repo.iterdir() if path.suffix != ".safetensors")
+    for private in ("10.0.0.7", "inside:1", "123454321", str(run), str(tmp_path)):
+        assert private not in texts
+    recipe = load_recipe(repo / "recipe.toml")
+    assert recipe.eval.judge.model == "m" and recipe.sample.endpoint_model == "p"
+
+
+def test_results_that_were_edited_and_damaged_weights_are_not_published(made, run, server):
+    path = run / "align/adapter/adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(TbpoError, match="the complete stage align is not as it was written"):
+        publish(made, run)
+    path.write_bytes(content)
+    manifest = json.loads((run / "eval/manifest.json").read_text())
+    results = run / "eval/results.json"
+    hashes = {"results.json": hashlib.sha256(results.read_bytes()).hexdigest()}
+    write_sealed(run / "eval/manifest.json", {"inputs": manifest["inputs"], "outputs": hashes})
+    results.write_text(results.read_text().replace('"num_pairs": 8', '"num_pairs": 8000'))
+    with pytest.raises(TbpoError, match="the complete stage eval is not as it was written"):
+        publish(made, run)
+    assert not server.heads
+
+
+def test_merged_weights_that_were_damaged_are_merged_again(made, run, server):
+    publish(made, run, "push.merge=true")
+    (weights,) = run.glob("push/merged-*/model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(bytes(len(content)))
+    publish(made, run, "push.merge=true")
+    assert weights.read_bytes() == content
+    assert len(server.heads[server.root / "models/me/tuned"]) == 1
 
 
 FAULTS = [

@@ -113,12 +113,12 @@ DPO = {"name": "dpo"}
         (
             {"align": {"loss": DPO | {"gama": 1}}},
             "align.loss.gama is an unknown key",
-            "one of name, beta",
+            "one of name, sft_weight, beta",
         ),
         (
             {"align": {"loss": DPO | {"generator": {"name": "sba"}}}},
             "align.loss.generator is an unknown table",
-            "one of name, beta, label_smoothing",
+            "one of name, sft_weight, beta, label_smoothing",
         ),
         (
             {"align": {"loss": {"generator": {"name": "sab"}}}},
@@ -229,3 +229,86 @@ def test_an_unreadable_recipe_is_named(tmp_path, content, what):
     with pytest.raises(TbpoError, match=what) as error:
         load_recipe(path)
     assert str(path) in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("model:\n  base: x\n", "the recipe is YAML, not TOML", "tbpo init --from"),
+        ('{"model": {"base": "x"}}', "the recipe is JSON, not TOML", "tbpo init --from"),
+        ("[data]\ndedup = True\n", "True is Python's word", "write true"),
+        ("[model]\nadapter = None\n", "TOML has no word for nothing", "leave the line out"),
+        ('[data]\ntrain = "C:\\data\\x"\n', "a backslash in double quotes", r"train = 'C:\data\x'"),
+        ("[model]\n[data]\n[model]\n", "[model] is there twice", "remove one"),
+        ("[run]\nseed = 1\nseed = 2\n", "seed = 2 is there twice", "remove one"),
+        ("[model]\nbase = org/model\n", "a text without quotes", 'write "org/model"'),
+        ("[model\n", "the recipe is not valid TOML", "mend that line"),
+    ],
+)
+def test_what_is_not_toml_is_named_as_what_it_is(tmp_path, text, what, fix):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(TbpoError) as error:
+        load_recipe(path)
+    assert error.value.what.startswith(what) and fix in error.value.fix
+    assert str(path) in error.value.where and "line" in error.value.where
+
+
+def test_a_byte_order_mark_says_nothing(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(SMALL), encoding="utf-8-sig")
+    assert load_recipe(path).model.base == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("align.per_device_train_batch_size=4", "here it is align.batch_pairs"),
+        ("model.lora_r=4", "here it is model.lora.r"),
+        ("align.loss.loss_type=sigmoid", "here it is align.loss.name"),
+        ("align.loss.rpo_alpha=1.0", "here it is align.loss.sft_weight"),
+        ("align.beta=0.1", "here it is align.loss.beta"),
+        ("data.beta=0.1", "here it is align.loss.beta"),
+        ("data.batch_pairs=8", "it belongs to another table: align.batch_pairs"),
+        ("align.generator=sba", "it belongs to another table: align.loss.generator"),
+        ("align.padding_free=true", "there is nothing to set"),
+        ("align.loss.nme=dpo", "did you mean align.loss.name?"),
+        ("align.loss.name=sigmoid", 'name = "dpo"'),
+        ("align.xyz=1", "remove it"),
+    ],
+)
+def test_a_key_that_belongs_elsewhere_is_answered_with_its_place(load, override, fix):
+    with pytest.raises(TbpoError) as error:
+        load(SMALL, override)
+    assert fix in error.value.fix, error.value.fix
+
+
+def test_a_learning_rate_at_the_top_of_the_file_is_answered_with_its_place(load):
+    with pytest.raises(TbpoError) as error:
+        load({"learning_rate": 1e-5, **SMALL})
+    assert "here it is align.learning_rate" in str(error.value)
+
+
+def test_set_names_a_loss_and_leaves_tables_out(load):
+    loss = {"name": "tbpo_q", "beta": 0.3}
+    whole = merged(SMALL, {"model": {"lora": {"r": 4}}, "sft": {}, "align": {"loss": loss}})
+    recipe = load(whole, "align.loss=dpo", "model.lora=none", "sft=none")
+    assert (recipe.align.loss_name, recipe.align.loss.beta) == ("dpo", 0.1)
+    assert recipe.model.lora is None and recipe.sft is None
+    assert load(whole, "align.loss=dpo", "align.loss.beta=0.2").align.loss.beta == 0.2
+    assert load(SMALL, "run.name=none").run.name == "none", "a text that may not be absent"
+
+
+def test_the_default_rate_is_that_of_what_is_trained(load):
+    full = load(merged(SMALL, {"sft": {}}))
+    lora = load(merged(SMALL, {"sft": {}, "model": {"lora": {}}}))
+    assert (full.align.learning_rate, full.sft.learning_rate) == (1e-6, 2e-5)
+    assert (lora.align.learning_rate, lora.sft.learning_rate) == (1e-5, 2e-4)
+    assert load(SMALL, "align.learning_rate=3e-7").align.learning_rate == 3e-7
+
+
+def test_no_message_has_a_regular_expression(load):
+    for override in ("run.name=a b", "push.repo=x", "push.base_model=x", "sample.endpoint=x"):
+        with pytest.raises(TbpoError) as error:
+            load(SMALL, override)
+        assert not set("^$\\[") & set(error.value.expected), error.value.expected

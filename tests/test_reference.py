@@ -35,7 +35,22 @@ def train_losses(run):
 
 def test_the_losses_that_need_nothing_else_of_the_reference_say_so():
     names = {name for name in LOSSES if from_reference_logps(build_loss(name).needs)}
-    assert names == {"dpo", "ipo", "hinge", "bpo", "tbpo_q", "tis_dpo"}
+    assert names == {
+        "dpo",
+        "dpo_norm",
+        "robust",
+        "ipo",
+        "hinge",
+        "apo_zero",
+        "apo_down",
+        "dpop",
+        "bpo",
+        "wpo",
+        "ld_dpo",
+        "d2po",
+        "tis_dpo",
+        "tbpo_q",
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,8 +79,9 @@ def test_a_cached_reference_gives_the_trajectory_of_a_live_one(
 
 
 def test_the_second_epoch_and_a_restart_read_what_is_known(recipe_file, tmp_path):
-    """Two epochs without a step that reports all metrics, which would leave the file alone: then all values are known.
-    A restart with another β trains on them, as if it had found them out itself."""
+    """Two epochs without a step that reports all metrics, which would leave the file alone: then
+    all values are known. A restart with another β trains on them, as if it had found them out
+    itself."""
     run = run_stage("align", recipe_file, tmp_path / "run", "align.loss.name=dpo", *QUIET)
     _, before = values_of(run)
     assert not np.isnan(before).any() and (before < 0).all()
@@ -93,12 +109,20 @@ def test_the_file_is_named_by_what_it_depends_on(recipe_file, tmp_path):
         "align.max_steps=2",
     )  # of all 40 pairs: two epochs
     names = {
-        override: values_of(run_stage("align", recipe_file, tmp_path / str(number), *two_steps, override))[0].name
+        override: values_of(
+            run_stage("align", recipe_file, tmp_path / str(number), *two_steps, override)
+        )[0].name
         for number, override in enumerate(
-            ("align.loss.beta=0.2", "model.lora.r=2", "align.loss.name=ipo", "align.loss.name=tbpo_q",
-             "align.reverse=true", "model.dtype=bfloat16")
+            (
+                "align.loss.beta=0.2",
+                "model.lora.r=2",
+                "align.loss.name=ipo",
+                "align.loss.name=tbpo_q",
+                "align.reverse=true",
+                "model.dtype=bfloat16",
+            )
         )
-    }  # fmt: skip
+    }
     same = {"align.loss.beta=0.2", "model.lora.r=2", "align.loss.name=ipo"}
     assert len({names[override] for override in same}) == 1, (
         "neither β nor the adapter's size touches the reference"

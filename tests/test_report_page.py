@@ -25,7 +25,10 @@ CHROMIUM = next(
     None,
 )
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-ATTACK = '</script></title><script>document.title="owned"</script><img src="{url}/img" onerror="document.title=1">'
+ATTACK = (
+    '</script></title><script>document.title="owned"</script>'
+    '<img src="{url}/img" onerror="document.title=1">'
+)
 VOID = {"meta", "input"}
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -501,7 +504,8 @@ def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_p
         and "<title>Evaluation of &lt;/script&gt;" in document
         and "owned</title>" not in document
     )
-    raw = f'<link rel="stylesheet" href="{url}/css"><iframe src="{url}/frame"></iframe>{attack}</body>'
+    link = f'<link rel="stylesheet" href="{url}/css">'
+    raw = f'{link}<iframe src="{url}/frame"></iframe>{attack}</body>'
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", raw), encoding="utf-8")
     document = dump(page.as_uri(), tmp_path)
     assert asked == [] and "<title>Evaluation of" in document

@@ -21,6 +21,7 @@ from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import lock
 from tbpo_cli.runs.files import read_sealed, write_sealed
+from tbpo_cli.runs.inputs import files_of
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.metrics import read_metrics
@@ -40,6 +41,7 @@ FUZZ = settings(
 HOLDER = """
 import sys, time
 from pathlib import Path
+from tbpo_cli.runs.inputs import files_of
 from tbpo_cli.runs.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).lock():
     print("held", flush=True)
@@ -401,3 +403,78 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tm
     assert not any(canary in text for text in said) and not any(
         canary.encode() in content for content in written
     )
+
+
+# ---------------------------------------------------------------------------------------------------- what stages leave
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("prepare", "train/pairs.arrow"),
+        ("align", "adapter/adapter_model.safetensors"),
+        ("align", "adapter/tokenizer.json"),
+        ("align", "curves.svg"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "bit flipped"])
+def test_a_complete_stage_that_is_not_as_it_was_written_is_refused(
+    finished, trained, stage, name, damage
+):
+    path = finished / stage / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "emptied" else content)
+    with pytest.raises(TbpoError, match=f"the complete stage {stage} is not as it was") as error:
+        run_stage("align", trained / "tiny.toml", finished)
+    assert str(path) in error.value.what and "--restart" in error.value.fix
+    run_stage("align", trained / "tiny.toml", finished, restart=True)
+    assert not RunDir(finished).damage(stage) and (finished / f"{stage}.old-1").exists()
+
+
+def test_a_restart_that_was_interrupted_goes_on_when_it_is_given_again(
+    finished, trained, start, capsys
+):
+    more = ("--set", "align.max_steps=400", "--set", "align.eval_every=400")
+    arguments = ("align", trained / "tiny.toml", "--run-dir", finished, "--restart", *more)
+    process = start(*arguments)
+    log = finished / "align/metrics.jsonl"
+    process.wait_until(lambda: (finished / "align.old-1").exists() and log.exists())
+    process.wait_until(lambda: log.read_text().count('"train"') > 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    done = start(*arguments).finish()
+    assert done.returncode == 0 and "going on from step" in done.stderr
+    assert not (finished / "align.old-2").exists()
+    again = start(*arguments[:-4], "--restart", *more[:2], "--set", "align.eval_every=200").finish()
+    assert again.returncode == 0 and (finished / "align.old-2").exists(), "a complete one is redone"
+
+
+def test_an_input_that_was_replaced_behind_its_name_size_and_time_is_noticed(
+    tmp_path, recipe_file, rows
+):
+    train = write_jsonl(tmp_path / "mine.jsonl", preference_rows(20))
+    settings = (f"data.train={train}",)
+    run = run_stage("prepare", recipe_file, tmp_path / "run", *settings)
+    before = train.stat()
+    train.write_bytes(train.read_bytes().replace(b"dog", b"cat", 1))
+    os.utime(train, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert train.stat().st_size == before.st_size
+    with pytest.raises(TbpoError, match="the inputs of a stage changed"):
+        run_stage("prepare", recipe_file, run, *settings)
+
+
+def test_a_module_that_a_scorer_imports_is_an_input(tmp_path):
+    code = tmp_path / "scorer.py"
+    code.write_text("import json\nfrom helper import K\n")
+    (tmp_path / "helper.py").write_text("from pack import more\nK = 1\n")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/__init__.py").write_text("")
+    (tmp_path / "pack/more.py").write_text("")
+    (tmp_path / "unused.py").write_text("")
+    found = files_of("eval.scorer", f"python:{code}:score", ("*",))
+    names = {str(path.relative_to(tmp_path)) for path in found}
+    assert names == {"scorer.py", "helper.py", "pack/__init__.py", "pack/more.py"}

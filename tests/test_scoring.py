@@ -15,8 +15,10 @@ from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import DIAGNOSTICS, STATISTICS
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import POLICY, load_policy
-from tbpo_cli.model.scoring import Scorer, read_head
+from tbpo_cli.model.heads import read_head
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.policy import POLICY
+from tbpo_cli.model.scoring import Scorer
 
 CPU = torch.device("cpu")
 
@@ -87,7 +89,7 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(
     disturb(policy)
     policy.model.eval()
     batch = collate(pairs, "padded")
-    scores = Scorer.of(policy).score(batch, frozenset(needs), diagnostics=True)
+    scores = Scorer.of(policy).score_and_measure(batch, frozenset(needs))
     dense = dense_scores(policy, pairs)
     assert_same_scores(scores, dense, DIAGNOSTICS, rtol=1e-4, atol=2e-5)
 
@@ -131,7 +133,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_logits_with_one_warning(
     with pytest.raises(TbpoError, match="needs a model with a linear output head"):
         Scorer.of(policy, StateBaseline(32))
     batch = collate(pairs, "padded")
-    scores = scorer.score(batch, frozenset({"advantage"}), diagnostics=True)
+    scores = scorer.score_and_measure(batch, frozenset({"advantage"}))
     assert_same_scores(scores, dense_scores(policy, pairs), DIAGNOSTICS, rtol=1e-4, atol=2e-5)
 
 
@@ -170,10 +172,14 @@ def test_only_the_positions_that_the_loss_reads_are_scored(recipe, pairs):
         "tbpo_a": sum(2 * aligned for *_, aligned in lengths),
         "dpo": sum(chosen + rejected for chosen, rejected, _ in lengths),
         "sft": sum(chosen for chosen, *_ in lengths),
+        "tbpo_a and sft": sum(chosen + aligned for chosen, _, aligned in lengths),
     }
-    assert len(set(expected.values())) == 3
+    assert len(set(expected.values())) == 4
     for name, count in expected.items():
-        batch = collate([cut_to_span(pair, build_loss(name).span) for pair in pairs], "padded")
+        name, _, with_sft = name.partition(" and ")
+        loss = build_loss(name, sft_weight=0.1) if with_sft else build_loss(name)
+        cut = [cut_to_span(pair, loss.span) for pair in pairs]
+        batch = collate(cut, "padded")
         assert len(batch.predictor) == len(batch.predictor.unique()) == count
 
 

@@ -20,7 +20,8 @@ from tbpo_cli.core import LOSSES
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import POLICY, Policy, load_policy
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.policy import POLICY, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.train.feed import TokenBudget
@@ -73,7 +74,7 @@ def stop(recipe_file, run, gpus, step, sets):
     )
 
 
-def test_two_processes_share_out_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
+def test_two_processes_shard_a_full_fine_tuning_by_themselves(full_recipe, tmp_path):
     """A tied head, activation checkpointing, and a norm that is clipped, in both runs.
 
     Of the two processes one writes to a tracker, and both save the weights after that is closed.
@@ -113,7 +114,7 @@ def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_shardi
     assert_same_training(tmp_path / "alone", tmp_path / "run")
 
 
-def test_a_base_under_an_adapter_is_shared_out_if_the_recipe_says_so(recipe_file, tmp_path):
+def test_a_base_under_an_adapter_is_sharded_if_the_recipe_says_so(recipe_file, tmp_path):
     sets = ("model.lora.dropout=0.0", "align.max_steps=3")
     run_stage("align", recipe_file, tmp_path / "alone", *sets)
     code, _, err = finish(start(recipe_file, tmp_path / "two", *SHARDED, "2", sets=sets))
@@ -133,7 +134,7 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
             replace(scorers[0], heads=dict.fromkeys(scorers[0].heads))
         )  # the oracle's way
     for scorer in scorers:
-        scores = scorer.score(blank_batch(), loss.needs, diagnostics=True)
+        scores = scorer.score_and_measure(blank_batch(), loss.needs)
         output = loss(scores)
         output.per_pair.sum().backward()
         assert all(
@@ -170,7 +171,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_many_kinds_can_be_shared_out(mesh, name):
+def test_models_of_many_kinds_can_be_sharded(mesh, name):
     config = getattr(transformers, MODELS[name][0])(**MODELS[name][1])
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -179,7 +180,7 @@ def test_models_of_many_kinds_can_be_shared_out(mesh, name):
     for sharded, compute in ((False, None), (True, None), (True, torch.bfloat16)):
         policy = Policy(copy.deepcopy(model), autocast=compute)
         if sharded:
-            policy.share_out(mesh)
+            policy.shard(mesh)
         scorer = Scorer.of(policy)
         assert scorer.heads[POLICY] is not None and policy.is_sharded == sharded
         scorer.score(batch, frozenset({"logps"})).chosen.logps.sum().backward()

@@ -220,12 +220,12 @@ SAID = {
     "nothing is wrong": ({}, []),
     "what suits LoRA is too high for all weights": (
         {"lora": False, "rate": 5e-5},
-        ["5e-05 is high: all weights usually takes 1.5e-07 to 1.6e-05"],
+        ["5e-05 is high: for all weights, 1.5e-07 to 1.6e-05 are usual"],
     ),
     "high": ({"rate": 1e-3}, ["the learning rate 0.001 is high"]),
     "a small model takes more": ({"rate": 1e-3, "weights": 2e6}, []),
     "low": ({"rate": 1e-8}, ["is low"]),
-    "too few steps": ({"steps": 30}, ["30 steps at the rate 5e-06 hardly move LoRA"]),
+    "too few steps": ({"steps": 30}, ["30 steps at the rate 5e-06 hardly move a policy"]),
     "enough steps": ({"steps": 1900}, []),
     "a single step": (
         {"steps": 1, "batch": 32, "rate": 1e-4},

@@ -189,13 +189,14 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
 def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(
     recipe_file, tmp_path
 ):
-    """One loss with all that a step has: test_layouts.py has every loss, in one pass."""
+    """One loss with all that a step has, dropout too: test_layouts.py has every loss, in one pass."""
     settings = {
         "whole": (),
         "cut": ("align.max_tokens_per_device=120",),
         "padded": ("align.layout=padded",),
         "packed": ("align.layout=packed",),
         "ckpt": ("align.activation_checkpointing=true",),
+        "logged": ("align.log_every=1",),
     }
     weights = {}
     for name, extra in settings.items():
@@ -203,7 +204,7 @@ def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_re
             "align",
             recipe_file,
             tmp_path / name,
-            "model.lora.dropout=0.0",
+            "model.lora.dropout=0.2",
             "align.loss.name=tbpo_q",
             "align.optimizer=rmsprop",
             "align.learning_rate=1e-4",

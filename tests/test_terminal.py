@@ -136,3 +136,42 @@ def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_f
     )  # before it has begun with us; a shell calls it 130 as well
     assert process.returncode in (130, *by_python) and "Traceback" not in said, said
     assert time.monotonic() - interrupted < 10
+
+
+CLIPBOARD = "\x1b]52;c;ZXZpbA==\x1b\\"  # what it asks a terminal for: to change the clipboard
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one\r\nthree ←é🙂", "one\nthree ←é🙂"),
+        (CLIPBOARD, "\\x1b]52;c;ZXZpbA==\\x1b\\"),
+        ("a\x9b2Jb\x07\x00\x7f\r", "a\\x9b2Jb\\x07\\x00\\x7f\\x0d"),
+        ("safe\u202egpj.exe\u2066\u200f", "safe\\u202egpj.exe\\u2066\\u200f"),
+        ("half \ud83d", "half \\ud83d"),
+        ("[bold]no markup[/x]", "[bold]no markup[/x]"),
+    ],
+)
+def test_no_text_commands_the_terminal_or_the_reader(text, shown, capsys):
+    assert console.plain(f"{text}\t") == f"{shown}\t"
+    console.say(text)
+    console.show(text)
+    with console.progress(text, 1) as update:
+        update(1, text)
+    console.show_table(text, ["", text], [[text, "1"]])
+    printed = capsys.readouterr()
+    assert shown in printed.err and f"{shown} 1/1  {shown}" in printed.err
+    assert shown.partition("\n")[0] in printed.out
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066\ud83d]", printed.out + printed.err
+    )
+
+
+def test_a_judge_or_a_row_cannot_command_the_terminal(tmp_path):
+    """An error that repeats a name from a file, at a real terminal."""
+    rows = [{f"question{CLIPBOARD}[/x]": 1}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[model]\nbase = "."\n[data]\ntrain = "rows.jsonl"\n')
+    code, printed = at_a_terminal(tmp_path, "prepare", recipe)
+    assert code == 2 and "\x1b]" not in printed, printed

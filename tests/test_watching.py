@@ -1,4 +1,4 @@
-"""What one can watch of a training: curves.svg, trackers, the line of each step, and what the bar says."""
+"""What one can watch of a training: curves.svg, trackers, the line of each step, and the bar."""
 
 import importlib.util
 import json

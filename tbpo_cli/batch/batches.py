@@ -22,6 +22,9 @@ def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
         return TokenizedPair(
             pair.pair_id, pair.prompt_ids, pair.chosen_ids[:length], pair.rejected_ids[:length]
         )
+    if span == "aligned_and_chosen":
+        rejected = pair.rejected_ids[: pair.aligned_length]
+        return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, rejected)
     if span == "chosen":
         return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, ())
     return pair
@@ -32,6 +35,8 @@ def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndar
     lengths: np.ndarray = store.lengths[list(indices)]
     if span == "aligned":
         lengths[:, 1:] = lengths[:, 1:].min(axis=1, keepdims=True)
+    elif span == "aligned_and_chosen":
+        lengths[:, 2] = lengths[:, 1:].min(axis=1)
     elif span == "chosen":
         lengths[:, 2] = 0
     return lengths
@@ -44,14 +49,20 @@ def longest_sequence(stores: Iterable[PairStore]) -> int:
 
 
 def collate_all(
-    store: PairStore, indices: Sequence[int], max_tokens: int, span: str, layout: str
+    store: PairStore,
+    indices: Sequence[int],
+    max_tokens: int,
+    span: str,
+    layout: str,
+    with_token_keys: bool = False,
 ) -> Iterator[PairBatch]:
     """The pairs of the store at these indices, cut to the span, in micro-batches: see
     `micro_batches`.
     """
     for group in micro_batches(span_lengths(store, indices, span), max_tokens, layout):
         of_group = tuple(indices[number] for number in group)
-        yield collate([cut_to_span(store[index], span) for index in of_group], layout, of_group)
+        pairs = [cut_to_span(store[index], span) for index in of_group]
+        yield collate(pairs, layout, of_group, with_token_keys)
 
 
 @functools.lru_cache(maxsize=2)

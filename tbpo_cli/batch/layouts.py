@@ -11,7 +11,6 @@ many, one after the other.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,94 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tbpo_cli.batch.packing import Segments, Sequences, segments_of
 from tbpo_cli.data.tokens import TokenizedPair
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Causal attention within one packed line: which earlier tokens each token sees.
-
-    A token sees its own sequence up to itself, and the whole of the sequence that its own one
-    continues.
-
-    Args:
-        lengths: tokens of each sequence; their sum is L, the length of the line.
-        continues: for each sequence the number of the one it continues (a prompt), or its own
-            number.
-    """
-
-    lengths: tuple[int, ...]
-    continues: tuple[int, ...]
-
-
-class Segments(NamedTuple):
-    """The same attention for a varlen kernel: causal, bottom-right aligned, one segment after the
-    other.
-
-    In a segment with q queries and k ≥ q keys, query i sees the first k − q + i + 1 keys.
-
-    Args:
-        key_index: (K,) int64, the position in the line of each key. A prompt that several responses
-            continue stands once in the segment of each.
-        cu_seqlens_q, cu_seqlens_k: (segments + 1,) int32, cumulative numbers of queries and of
-            keys, from 0.
-        max_seqlen_q, max_seqlen_k: the largest number of queries and of keys of a segment.
-    """
-
-    key_index: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-    def to(self, device: torch.device | str) -> Segments:
-        """The same on a device."""
-        key_index, cu_seqlens_q, cu_seqlens_k = (part.to(device) for part in self[:3])
-        return self._replace(
-            key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-        )
-
-
-def segments_of(sequences: Sequences) -> Segments:
-    """The segments of a packed line.
-
-    1. Find the positions of each sequence in the line.
-    2. A sequence that continues nothing opens a segment whose queries and keys are its own
-       positions.
-    3. A sequence that stands directly behind the one it continues joins that segment: both together
-       are plain causal attention, so the prompt's keys are not repeated.
-    4. Any other continuing sequence opens a segment: its queries are its own positions, its keys
-       are those of the prompt followed by its own.
-    5. Queries stay in the order of the line, so only their numbers are kept; keys are kept as an
-       index.
-
-    Returns:
-        Tensors on the CPU.
-    """
-    ends = itertools.accumulate(sequences.lengths)
-    positions = [
-        np.arange(end - length, end) for end, length in zip(ends, sequences.lengths, strict=True)
-    ]
-    num_queries: list[int] = []
-    keys: list[np.ndarray] = []
-    for number, prefix in enumerate(sequences.continues):
-        own = positions[number]
-        if number == prefix:
-            num_queries.append(len(own))
-            keys.append(own)
-        elif number - 1 == prefix:
-            num_queries[-1] += len(own)
-            keys[-1] = np.concatenate([keys[-1], own])
-        else:
-            num_queries.append(len(own))
-            keys.append(np.concatenate([positions[prefix], own]))
-    num_keys = [len(seen) for seen in keys]
-    cu_seqlens_q, cu_seqlens_k = (
-        torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
-        for counts in (num_queries, num_keys)
-    )
-    key_index = torch.from_numpy(np.concatenate(keys))
-    return Segments(key_index, cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys))
 
 
 @dataclass(frozen=True)
@@ -139,6 +52,7 @@ class PairBatch:
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
         num_tokens: of the pairs, each prompt once, without padding.
         indices: the B indices of the pairs in their store; empty if they come from none.
+        token_keys: (lines, L) int64, which token of which pair each is; None where nobody asks.
     """
 
     pair_ids: tuple[str, ...]
@@ -152,6 +66,7 @@ class PairBatch:
     rejected: SideBatch
     num_tokens: int
     indices: tuple[int, ...] = ()
+    token_keys: Tensor | None = None
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -172,12 +87,13 @@ class PairBatch:
         2. Copy it, from pinned memory if the device is a GPU.
         3. Cut it into views, and cast each back to its own type.
         """
-        if device.type == "cpu":
+        if device == self.tokens.device:
             return self
         sides = (self.chosen, self.rejected)
         parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
         parts += [part for side in sides for part in (side.mask, side.slots)]
         parts += [] if self.segments is None else self.segments[:3]
+        parts += [] if self.token_keys is None else [self.token_keys]
         whole = torch.cat([part.flatten().long() for part in parts])
         if device.type == "cuda":
             whole = whole.pin_memory()
@@ -190,11 +106,13 @@ class PairBatch:
         chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
         segments = self.segments
         if segments is not None:
-            key_index, cu_seqlens_q, cu_seqlens_k = moved[8:]
+            key_index, cu_seqlens_q, cu_seqlens_k = moved[8:11]
             segments = segments._replace(
                 key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
             )
         named = dict(zip(names, moved, strict=False))
+        if self.token_keys is not None:
+            named["token_keys"] = moved[-1]
         return replace(self, **named, chosen=chosen, rejected=rejected, segments=segments)
 
 
@@ -309,10 +227,18 @@ LAYOUTS = {  # the first that a model can take is the fastest
 
 
 def collate(
-    pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...] = ()
+    pairs: Sequence[TokenizedPair],
+    layout: str,
+    indices: tuple[int, ...] = (),
+    with_token_keys: bool = False,
 ) -> PairBatch:
-    """The tensors of some pairs in the named layout; `indices` are those of the pairs in their
-    store.
+    """The tensors of some pairs in the named layout.
+
+    Args:
+        pairs: at least one.
+        layout: a name in LAYOUTS.
+        indices: those of the pairs in their store.
+        with_token_keys: whether `token_keys` is made; then `indices` must be given.
     """
     input_ids, position_ids, sequences, predictor = LAYOUTS[layout].build(pairs)
     responses = [[pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]]
@@ -330,7 +256,27 @@ def collate(
         rejected,
         num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
         indices=indices,
+        token_keys=_token_keys(pairs, layout, indices) if with_token_keys else None,
     )
+
+
+def _token_keys(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...]) -> Tensor:
+    """(lines, L): the index of the pair, the part of it (prompt, chosen, rejected), the position.
+
+    The layout arranges them as it arranges token ids.
+    """
+    keyed = []
+    for pair, index in zip(pairs, indices, strict=True):
+        prompt, chosen, rejected = (
+            range(first, first + len(ids))
+            for first, ids in (
+                (index << 26, pair.prompt_ids),
+                ((index << 26) + (1 << 24), pair.chosen_ids),
+                ((index << 26) + (2 << 24), pair.rejected_ids),
+            )
+        )
+        keyed.append(TokenizedPair(pair.pair_id, prompt, chosen, rejected))
+    return torch.from_numpy(LAYOUTS[layout].build(keyed).input_ids.astype(np.int64))
 
 
 def _side(lengths: np.ndarray) -> SideBatch:

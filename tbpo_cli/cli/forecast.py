@@ -18,8 +18,9 @@ from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.attention import choose_layout
-from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy, load_policy
+from tbpo_cli.model.layout import choose_layout
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.policy import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
@@ -204,12 +205,15 @@ def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
     reference = policy.describe_reference() if policy.has_reference else "none"
     if policy.has_reference and training.loss.needs <= REFERENCE_FREE:
         reference += " (for the metrics only)"
-    models = [policy.model, *policy.frozen.values()]
-    layout, why = choose_layout(models, training.settings.layout, longest)
+    try:
+        layout, why = choose_layout(policy.models, training.settings.layout, longest)
+        chosen = f"{layout}: {why}; real pairs will tell whether the weights agree"
+    except TbpoError as error:
+        chosen = f"the training would stop: {error.what} ({error.where}); {error.fix}"
     return [
         ("reference", reference),
         ("head", Scorer.of(policy).describe(training.loss.needs)),
-        ("layout", f"{layout}: {why}; two small pairs will tell whether the weights agree"),
+        ("layout", chosen),
     ]
 
 

@@ -183,6 +183,17 @@ def init(
     console.say(f"next: tbpo align {name}.toml")
 
 
+@app.command(cls=Command)
+def losses() -> None:
+    """The losses and generators, their keys with the defaults, and their formulas.
+
+    Example: tbpo losses
+    """
+    from tbpo_cli.cli.losses import show_losses
+
+    show_losses()
+
+
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
@@ -227,8 +238,20 @@ def main() -> None:
     try:
         app()
     except TbpoError as error:
-        sys.stderr.write(f"{error}\n" if str(error) else "")
-        sys.exit(error.exit_code)
+        _end(error)
+    except Exception as error:
+        from tbpo_cli.cli.last_resort import message_for
+
+        told = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
+        if told is None:
+            raise
+        _end(told)
+
+
+def _end(error: TbpoError) -> None:
+    """Prints the message of an error, and exits with its code."""
+    sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,10 @@ def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
         text = json.dumps(value, ensure_ascii=False).replace(here, '"./')
         tables[table].append((f"{name} = {text}", given.get(key, "")))
     for table, lines in tables.items():
-        console.out.print(f"[{table}]", markup=False)
+        console.show(f"[{table}]")
         for line, source in lines:
             if source:
-                console.out.print(f"  {line:<66} ({source})", markup=False)
+                console.show(f"  {line:<66} ({source})")
         if defaults := [line for line, source in lines if not source]:
             _print(", ".join(defaults), "  default:", indent=4)
 
@@ -89,5 +89,4 @@ def _print(text: str, label: str = "", indent: int = 12) -> None:
         "subsequent_indent": " " * indent,
     }
     begin = f"{label} ".ljust(indent) if label else ""
-    lines = textwrap.wrap(text, 80, initial_indent=begin, **options)
-    console.out.print("\n".join(lines), markup=False)
+    console.show("\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)))

@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from tbpo_cli import console
+from tbpo_cli.cli.last_resort import message_for
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.launch import TOLD
@@ -48,16 +49,20 @@ def _run(folder: Path) -> int:
         group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):
-            sys.stderr.write(f"{error}\n" if str(error) else "")
+            sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         # A process that ends closes its connections; what the others then raise is only an echo.
         is_echo = any(text in str(error) for text in ECHOES)
+        told = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
         if not is_echo and _is_first(folder):
-            traceback.print_exc()
-        return 1
+            if told is None:
+                traceback.print_exc()
+            else:
+                sys.stderr.write(console.plain(f"{told}\n"))
+        return 1 if told is None else told.exit_code
     return 0
 
 

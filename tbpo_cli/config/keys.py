@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from tbpo_cli.config.other_tools import counterpart
+from tbpo_cli.config.other_tools import THEIRS, counterpart
 from tbpo_cli.config.validate import did_you_mean
 
 
@@ -38,12 +38,13 @@ def may_be_absent(recipe: type, key: str) -> bool:
 def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
-    A key of another tool is answered with ours; else a key like one of its table with that one; else
-    a key of another table with its place.
+    A key of another tool is answered with ours; one like a key of its table with that key; one of
+    another table with its place.
     """
     name = keys[-1]
-    if answer := counterpart(name):
-        return answer
+    theirs = THEIRS.get(name)
+    if theirs is not None and theirs.ours != ".".join(keys):
+        return counterpart(name)
     if near:
         return did_you_mean(keys, near)
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]

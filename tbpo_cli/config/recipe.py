@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from tbpo_cli.config.evaluation import Eval, Judge, Push, Sample
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
-from tbpo_cli.config.toml import apply_overrides, read_toml, resolve_paths
+from tbpo_cli.config.toml import apply_overrides, not_finite, read_toml, resolve_paths
 from tbpo_cli.config.training import Align, Data, Lora, Model, Run, Sft, Source, Sources, Training
 from tbpo_cli.config.validate import table, validate
 from tbpo_cli.errors import gather
@@ -114,6 +114,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), (), hint)
     gather(faults + recipe_faults)
+    gather(not_finite(raw))
     return cast(Recipe, recipe)
 
 

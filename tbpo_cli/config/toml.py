@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,15 +41,23 @@ WEIGHT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
+# What a model's weights depend on; *.py is its own code, for model.trust_remote_code.
+BASE_FILES = (*WEIGHT_FILES, "*.py")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # In the folder of an adapter or model, or in a run directory.
-_TRAINED = ("*.safetensors", "align/[am]*/*.safetensors")
+_TRAINED = (
+    "*.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "align/[am]*/*.safetensors",
+    "align/[am]*/*config.json",
+)
 _ROWS = ("**/*",)
 _FILE = ("*",)
 
 # The keys whose values may be paths; where one is a folder, the patterns of its files that count.
 PATHS = {
-    "model.base": WEIGHT_FILES,
+    "model.base": BASE_FILES,
     "model.chat_template": _FILE,
     "model.adapter": _ADAPTER,
     **dict.fromkeys(SOURCE_KEYS, _ROWS),
@@ -59,7 +68,7 @@ PATHS = {
     "eval.against": _TRAINED,
     "eval.scorer": _FILE,
     "eval.judge.template": _FILE,
-    "eval.reward_model": WEIGHT_FILES,
+    "eval.reward_model": BASE_FILES,
     "eval.suites": _FILE,
     "push.card": _FILE,
 }
@@ -88,6 +97,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         what, expected, fix = explain(text, str(error), path)
         raise TbpoError(what, f"{path}: {error}", expected, fix) from None
+    except RecursionError:
+        what, fix = "the recipe is nested too deeply", "write tables of at most a few levels"
+        raise TbpoError(what, str(path), expected, fix) from None
+    except ValueError as error:  # of Python itself, about a number of thousands of digits
+        what, fix = f"the recipe has a value that cannot be read: {error}", "write a shorter one"
+        raise TbpoError(what, str(path), expected, fix) from None
 
 
 def _recipes_beside(path: Path) -> str:
@@ -190,6 +205,31 @@ def _resolve(value: Any, folder: Path) -> Any:
         return value
     if value.startswith("python:") and value.count(":") == 2:
         _, file, name = value.split(":")
-        return f"python:{(folder / Path(file).expanduser()).resolve()}:{name}"
-    path = folder / Path(value).expanduser()
-    return str(path.resolve()) if path.exists() or is_local(value) else value
+        return f"python:{_absolute(file, folder)}:{name}"
+    path = _absolute(value, folder)
+    return str(path) if is_local(value) or path.exists() else value
+
+
+def _absolute(value: str, folder: Path) -> Path:
+    """A path seen from a folder. Raises TbpoError if the system cannot have such a path."""
+    try:
+        path = (folder / Path(value).expanduser()).resolve()
+        path.exists()
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = value if len(value) < 100 else f"{value[:100]}…"
+        what, expected = f"a path cannot be used: {reason}", "a path that this system can have"
+        raise TbpoError(what, shown, expected, "change that path in the recipe") from None
+
+
+def not_finite(table: Any, key: str = "") -> list[TbpoError]:
+    """The faults of numbers that are infinite or not a number."""
+    if isinstance(table, float) and not math.isfinite(table):
+        what, fix = f"{key} is {table}", f"--set {key}=… or change it in the recipe"
+        return [TbpoError(what, key, "a finite number", fix)]
+    items: list[tuple[Any, Any]] = []
+    if isinstance(table, dict | list):
+        items = [*(table.items() if isinstance(table, dict) else enumerate(table, 1))]
+    prefix = f"{key}." if key else ""
+    return [fault for name, value in items for fault in not_finite(value, f"{prefix}{name}")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PlainSerializer, PlainValidator
@@ -81,6 +82,8 @@ class Model:
             raise ValueError("quantization needs a table [model.lora]: 4-bit weights stay frozen")
         if self.quantization is not None and self.initial_weights == "random":
             raise ValueError("quantization needs pretrained weights")
+        if self.revision is not None and Path(self.base).is_absolute():
+            raise ValueError("revision is of a Hub repository, and base is a folder")
 
 
 @table
@@ -97,6 +100,19 @@ class Source:
     """The branch, tag or commit of a Hub data set."""
     weight: Positive = 1.0
     """How often an epoch shows each pair; 0.5 takes a half of the pairs, always the same."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a local file: it has no splits, as Hub data sets and saved folders have."""
+        return Path(self.path).is_absolute() and bool(Path(self.path).suffix)
+
+    def __post_init__(self) -> None:
+        is_local = Path(self.path).is_absolute()
+        for key in ("config", "revision"):
+            if is_local and getattr(self, key) is not None:
+                raise ValueError(f"{key} is of a Hub data set, and path is local")
+        if self.is_file and self.split is not None:
+            raise ValueError("split is of a data set, and path is a file")
 
 
 Sources = Annotated[tuple[Source, ...], Field(min_length=1)]  # read one after the other
@@ -147,6 +163,10 @@ class Data:
             raise ValueError("template_date must be a day, YYYY-MM-DD") from None
         if self.eval is not None and self.eval_fraction is not None:
             raise ValueError("eval_fraction must be left out where eval is given")
+        for key, sources, usual in (("train", self.train, "train"), ("eval", self.eval, "test")):
+            is_read = any(not each.is_file and each.split is None for each in sources or ())
+            if getattr(self, f"{key}_split") != usual and not is_read:
+                raise ValueError(f"{key}_split is not read: data.{key} names no data set for it")
         if self.eval is None and self.eval_fraction is None:
             object.__setattr__(self, "eval_fraction", 0.05)
 
@@ -161,7 +181,7 @@ class Training:
     """How pairs are put into rows. It changes the speed, never the result."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Whether each process holds all weights ("ddp") or a part of them ("fsdp")."""
-    epochs: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """How often the training reads all pairs. Default: 1, unless max_steps is given."""
     max_steps: Count | None = None
     """The number of optimizer steps, instead of epochs."""

@@ -111,6 +111,19 @@ def sum_over_response(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0).sum(dim=1)
 
 
+def aligned_scores(scores: PairScores) -> PairScores:
+    """The scores of the positions at which both responses have a token."""
+    mask = scores.aligned_mask
+
+    def cut(side: SideScores) -> SideScores:
+        values = {field.name: getattr(side, field.name) for field in fields(side)}
+        present = {name: value for name, value in values.items() if value is not None}
+        kept = {name: value[:, : mask.shape[1]] for name, value in present.items()}
+        return SideScores(**kept | {"mask": mask})
+
+    return PairScores(cut(scores.chosen), cut(scores.rejected))
+
+
 def sums_over_response(side: SideScores) -> dict[str, Tensor]:
     """Detached sums over the response tokens, (B,), by the name of each statistic that a side has.
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from tbpo_cli.data.encoder import Encoder, unmask
 from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Tools = tuple[dict[str, Any], ...]  # JSON schemas
+
+MAX_SECONDS = 10.0  # in which a template renders a conversation of two lines
+MAX_CHARACTERS = 10_000_000  # of a rendered row
 
 OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 # Plain conversations, one of which most templates render.
@@ -48,6 +53,10 @@ CALLED = (
         },
     },
 )
+
+
+class _TooSlow(BaseException):  # an Exception would be taken for a fault of the row
+    """A template has rendered for MAX_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +118,39 @@ class Chat:
                 "a template that renders the chat",
                 "mend the file that model.chat_template names, or the tokenizer's own template",
             ) from None
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except Exception as error:  # a template is a program: it can raise what it likes
             raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
+        if len(text) > MAX_CHARACTERS:
+            raise RejectedRow("template_error", f"it renders {len(text):,} characters")
         return cast(str, text)
+
+    def check_that_it_ends(self) -> None:
+        """Renders a plain conversation within MAX_SECONDS, for a template that loops for ever.
+
+        Call it from the main thread: only there an alarm can stop the template.
+
+        Raises:
+            TbpoError: if it takes longer.
+        """
+
+        def stop(number: int, frame: object) -> None:
+            raise _TooSlow
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+        try:
+            with suppress(RejectedRow):  # the rows will tell
+                self.render((QUESTION, ANSWER), ())
+        except _TooSlow:
+            raise TbpoError(
+                f"the chat template takes more than {MAX_SECONDS:g} s for two lines of text",
+                "model.chat_template, or the tokenizer's own template",
+                "a template that ends",
+                OTHER_TEMPLATE,
+            ) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """A prompt with the generation prompt, as text with masked control tokens.

@@ -76,11 +76,9 @@ def self_bleu(texts: Sequence[str]) -> float:
     """
     from sacrebleu import sentence_bleu
 
-    return float(
-        np.mean(
-            [sentence_bleu(one, [other]).score for one, other in itertools.permutations(texts, 2)]
-        )
-    )
+    pairs = itertools.permutations(texts, 2)
+    # Two texts without a word are the same, and BLEU, which has nothing to count, gives 0.
+    return float(np.mean([100.0 if a == b else sentence_bleu(a, [b]).score for a, b in pairs]))
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:

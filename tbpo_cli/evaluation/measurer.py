@@ -20,7 +20,7 @@ from tbpo_cli.evaluation.measures import tasks_of
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
 from tbpo_cli.model.generate import samples_of
-from tbpo_cli.model.load import Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
 
 Rows = list[dict[str, Any]]

@@ -11,7 +11,7 @@ from tbpo_cli.core.head import DIAGNOSTICS, REFERENCE_FREE
 from tbpo_cli.core.types import sums_over_response
 from tbpo_cli.evaluation.measures import MEASURES
 from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
-from tbpo_cli.model.load import REFERENCE
+from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 
 Columns = dict[str, np.ndarray]  # (n,) each, one entry a pair
@@ -38,7 +38,7 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
         batch: whole responses of pairs of one store.
     """
     needs = DIAGNOSTICS & REFERENCE_FREE if view == REFERENCE else DIAGNOSTICS
-    scores = scorer.score(batch, needs, view=view)
+    scores = scorer.measure(batch, needs, view)
     sides, aligned = (scores.chosen, scores.rejected), scores.aligned_mask
     chosen, rejected = map(sums_over_response, sides)
     columns = {"chosen_tokens": chosen["tokens"], "rejected_tokens": rejected["tokens"]}

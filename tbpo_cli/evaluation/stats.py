@@ -62,8 +62,10 @@ def jackknife_figure(value: float, left_out: Sequence[float]) -> Figure:
     return normal_figure(value, float(np.std(left_out)) * (len(left_out) - 1) ** 0.5, len(left_out))
 
 
-def normal_figure(value: float, standard_error: float, count: int) -> Figure:
-    """A value ± 1.96 of its standard errors."""
+def normal_figure(value: float, standard_error: float | None, count: int) -> Figure:
+    """A value ± 1.96 of its standard errors; without an interval where the error is not known."""
+    if standard_error is None:
+        return {"value": value, "low": None, "high": None, "n": count}
     return {
         "value": value,
         "low": value - Z * standard_error,

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
@@ -91,9 +92,9 @@ def _headline(result: dict[str, Any], count: int) -> Figure:
     ]
     metric = next(name for name in (*HEADLINES, *metrics) if name in metrics)
     error = result.get(metric.replace(",", "_stderr,"))
-    return normal_figure(
-        result[metric], error if isinstance(error, int | float) else 0.0, count
-    ) | {"metric": metric}
+    # The harness writes "N/A" for an error that it does not know.
+    is_known = isinstance(error, int | float) and math.isfinite(error)
+    return normal_figure(result[metric], error if is_known else None, count) | {"metric": metric}
 
 
 @functools.cache

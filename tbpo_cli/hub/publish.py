@@ -93,7 +93,7 @@ def publish(repo: str, message: str, files: Files, old: Collection[str]) -> dict
 
 
 def _is_at(addition: hf.CommitOperationAdd, there: dict[str, RepoFile]) -> bool:
-    """Whether the Hub has this content, by its hash: SHA-256 of large files, git's of the others."""
+    """Whether the Hub has this content, by its hash: SHA-256 of large files, else git's."""
     remote = there.get(addition.path_in_repo)
     if remote is None or remote.size != addition.upload_info.size:
         return False

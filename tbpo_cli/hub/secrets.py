@@ -28,7 +28,8 @@ PATTERNS = {
     "a key of 40 digits": r"(?<![\w-])[0-9a-f]{40}(?![\w-])",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in an address": r"://[^/\s\"'@]+@|://[^/\s\"':@]+:(?!\d+/)[^\s\"'@]+@[\w.-]+",
-    "a key in an address": r"(?i)[?&](?:[\w-]*(?:key|token|secret)|sig|signature|auth)=[^\s&\"']{8,}",
+    "a key in an address": r"(?i)[?&](?:[\w-]*(?:key|token|secret)|sig|signature|auth)="
+    r"[^\s&\"']{8,}",
     "a bearer token": r"(?i)\bbearer\s+[\w.~+/-]{12,}",
     "a secret": r"(?i)(?:(?:api|access)[-_]?key|secret|token|passw(?:or)?d|authorization)[\"']?"
     r"\s*[=:]\s*[\"']?(?!\d*\.)[^\s\"'$<{]{8,}",

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Lets the plain RMSNorms of a model compute by torch's own, on a GPU one kernel; all others stay as they are."""
+    """Lets plain RMSNorms compute by torch's own, one kernel on a GPU; other norms stay."""
     kinds = {
         type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")
     }
@@ -48,7 +48,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Lets the plain LoRA layers of a model compute by `_LoraLinear`; all others stay as they are."""
+    """Lets plain LoRA layers compute by `_LoraLinear`; others stay as they are."""
     for module in model.modules():
         if (
             type(module) is Linear
@@ -71,20 +71,41 @@ def _forward(module: Linear, x: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     dropped = module.lora_dropout[name](rows)
     result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
-        rows, None if dropped is rows else dropped, module.base_layer.weight, module.base_layer.bias,
-        module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name],
-    ).unflatten(0, x.shape[:-1])  # fmt: skip
-    return result
+        rows,
+        None if dropped is rows else dropped,
+        module.base_layer.weight,
+        module.base_layer.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )
+    unflattened: Tensor = result.unflatten(0, x.shape[:-1])
+    return unflattened
 
 
 class _LoraLinear(torch.autograd.Function):
-    """(n, in) rows → (n, out). W and its bias are frozen; A (r, in) and B (out, r) are cast to the rows' type."""
+    """(n, in) rows → (n, out): y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
+
+    W and its bias are frozen; A (r, in) and B (out, r) are cast to the rows' dtype. Forward:
+
+    1. x Aᵀ, (n, r), from the rows after dropout.
+    2. The product with W, to which the scaled product with B is added in place.
+
+    Backward, with g (n, out): g B s is the gradient of step 1; those of A, B and x follow from it,
+    and x gets g W as well.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
         scaling: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         inner = (x if dropped is None else dropped) @ a.to(x.dtype).T
         ctx.save_for_backward(x if dropped is None else dropped, weight, a, b, inner)
         ctx.scaling, ctx.with_dropout = scaling, dropped is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,8 +22,9 @@ from transformers import (
 from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.model.load import Policy
-from tbpo_cli.model.sharding import LanguageModel
+from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.probes import check_positions, reads_padding
+from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Completion:
         token_ids: with the end of the turn, if it came to that.
         logp: log-probability of the tokens under the model, at temperature 1, nats.
         finish_reason: "stop" at the end of the turn, "length" after max_new_tokens.
-        entropy: mean over the tokens of the entropy of the whole distribution they were drawn from, at temperature 1
-            and before top_p, nats.
+        entropy: nats, mean over the tokens of the entropy of the whole distribution that they were
+            drawn from, at temperature 1 and before top_p.
     """
 
     token_ids: tuple[int, ...]
@@ -58,27 +61,26 @@ def generate(
         settings: temperature (0: greedy), top_p and max_new_tokens.
         stop_ids: tokens that end a completion.
     """
-    device, width = next(model.parameters()).device, max(map(len, prompts))
-    input_ids = torch.tensor(
-        [[stop_ids[0]] * (width - len(ids)) + [*ids] for ids in prompts], device=device
-    )
-    mask = torch.tensor(
-        [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
-    )
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    padding = [width - len(ids) for ids in prompts]
+    rows = [[stop_ids[0]] * left + [*ids] for ids, left in zip(prompts, padding, strict=True)]
+    mask = [[0] * left + [1] * (width - left) for left in padding]
     draw = _Draw(settings, seeds)
-    model.eval()
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
     )
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([draw]),
-    )[:, width:].cpu()
+    with _without_settings(model) as causal:
+        generated = causal.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([draw]),
+        )
+    generated = generated[:, width:].cpu()
     logps, entropies = (torch.stack(steps, dim=1).cpu() for steps in (draw.logps, draw.entropies))
     stopped = torch.isin(generated, torch.tensor(stop_ids))
     completions = []
@@ -90,6 +92,22 @@ def generate(
             Completion(tuple(generated[row, :count].tolist()), logp, reason, entropy)
         )
     return completions
+
+
+@contextlib.contextmanager
+def _without_settings(model: LanguageModel) -> Iterator[LanguageModel]:
+    """The transformers model, in evaluation mode, without a generation config of its own.
+
+    transformers takes from that whatever the config of a call leaves open: penalties, top_k, beams.
+    """
+    causal = causal_model(model)
+    own = causal.generation_config
+    causal.eval()
+    causal.generation_config = GenerationConfig()
+    try:
+        yield causal
+    finally:
+        causal.generation_config = own
 
 
 def samples_of(
@@ -131,12 +149,40 @@ def completions(
     settings: Sample,
     stop_ids: Sequence[int],
 ) -> Iterator[list[tuple[int, Completion]]]:
-    """Yields (place, completion) of prompts, a batch of prompts of like length at a time."""
+    """Yields (place, completion) of prompts, a batch of prompts of like length at a time.
+
+    A model that reads the padding on the left gets prompts of one length at a time, without any.
+
+    Raises:
+        TbpoError: if a prompt and its completion need more positions than the model has.
+    """
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for start in range(0, len(places), settings.batch_size):
-        batch = places[start : start + settings.batch_size]
+    if not places:
+        return
+    longest = len(prompts[places[-1]])
+    check_positions(
+        [model],
+        longest + settings.max_new_tokens,
+        f"a prompt of {longest:,} tokens, and {settings.max_new_tokens:,} new ones",
+        "a smaller sample.max_new_tokens; for the diversity: eval.diversity_prompts = 0",
+    )
+    same_length = reads_padding(model) is not None
+    for batch in _batches(places, prompts, settings.batch_size, same_length):
         asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
         yield list(zip(batch, generate(model, asked, drawn, settings, stop_ids), strict=True))
+
+
+def _batches(
+    places: Sequence[int], prompts: Sequence[Sequence[int]], size: int, same_length: bool
+) -> Iterator[Sequence[int]]:
+    """At most `size` places at a time, in their order; with `same_length`, of prompts of one."""
+    groups = [list(places)]
+    if same_length:
+        by_length = itertools.groupby(places, key=lambda place: len(prompts[place]))
+        groups = [list(group) for _, group in by_length]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def seed_of(seed: int, prompt_id: str, number: int) -> int:
@@ -148,7 +194,7 @@ def seed_of(seed: int, prompt_id: str, number: int) -> int:
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token with the row's own random numbers, and leaves only that one possible."""
+    """Draws each row's next token by the row's own random numbers; no other stays possible."""
 
     def __init__(self, settings: Sample, seeds: Sequence[int]) -> None:
         self.logps: list[Tensor] = []  # (B,) a step

@@ -7,32 +7,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tbpo_cli.config.recipe import Model
-from tbpo_cli.model.load import load_base
+from tbpo_cli.model.adapters import continued_adapter
+from tbpo_cli.model.base import load_base
+from tbpo_cli.model.policy import generation_config
+from tbpo_cli.model.sharding import LanguageModel
 
 
 def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str) -> None:
-    """Writes the merged model: sharded safetensors in the base's own dtype, its config and its generation config.
+    """Writes the merged model: sharded safetensors, its config and its generation config.
 
-    Each sum is made in fp32 and rounded once; a quantized base is taken as it is before quantization. An adapter on a
-    head or on embeddings that are tied to each other unties them, since only one of the two changes.
+    1. Load the base in its own dtype; a quantized one as it is before quantization.
+    2. Untie head and embeddings if an adapter is on one of them: only that one changes.
+    3. Add each product to its weight, in fp32, and round the sum once.
+    4. Take the adapter's layers out, and write the model with the end tokens of the adapter.
     """
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     base = load_base(replace(model, quantization=None), model.base, torch.device("cpu"), "auto")
-    merged = PeftModel.from_pretrained(base, adapter)
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    is_tied = head is not None and head.weight is embeddings.weight
-    if is_tied and any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
-        linear: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        linear.weight = nn.Parameter(linear.weight.detach().clone())
-        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
-    for layer in (module for module in merged.modules() if isinstance(module, BaseTunerLayer)):
-        weight = layer.get_base_layer().get_parameter("weight")
-        dtype, weight.data = weight.dtype, weight.data.float()
+    was_tied = _is_tied(base)
+    adapted = continued_adapter(base, adapter, None, model, trains=False)
+    ends = (base.get_output_embeddings(), base.get_input_embeddings())
+    if was_tied and any(isinstance(module, BaseTunerLayer) for module in ends):
+        head: Any = ends[0].get_base_layer() if isinstance(ends[0], BaseTunerLayer) else ends[0]
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
+        # An adapter on the fused experts of a mixture names the parameter that it changes.
+        name = getattr(layer, "parameter_name", "weight")
+        weight = layer.get_base_layer().get_parameter(name)
+        dtype = weight.dtype
+        weight.data = weight.data.float()
         layer.merge()
         weight.data = weight.data.to(dtype)
-    merged.unload().save_pretrained(folder, max_shard_size=max_shard_size)
+    merged = adapted.unload()
+    if was_tied and not _is_tied(merged):
+        merged.config.tie_word_embeddings = False
+        merged.config.get_text_config().tie_word_embeddings = False
+    published = generation_config(merged, _end_ids(adapter))
+    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    published.save_pretrained(folder)
+
+
+def _is_tied(model: LanguageModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+
+def _end_ids(adapter: Path) -> list[int]:
+    """The tokens at which generation stops, as they were saved beside the adapter."""
+    if not (adapter / GENERATION_CONFIG_NAME).exists():
+        return []
+    ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list) else [ends]

@@ -1,13 +1,11 @@
-"""PairBatch → PairScores: two passes through the model, and one gather of the positions that predict a response."""
+"""PairBatch → PairScores: a pass of each model, and a gather of what predicts the responses."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbpo_cli.batch.layouts import PairBatch, SideBatch
 from tbpo_cli.core import oracle
@@ -24,8 +22,9 @@ from tbpo_cli.core.head import (
 from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
-from tbpo_cli.model.sharding import LanguageModel, causal_model, gathered
+from tbpo_cli.model.heads import gathered_head, hidden_states, read_head
+from tbpo_cli.model.policy import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
+from tbpo_cli.model.sharding import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Scorer:
 
     Args:
         policy: the model and the frozen ones beside it.
-        heads: the output head by view (the policy's own under POLICY); None for a head that `core/head.py` does not
-            know: the oracle then works from the model's own logits.
+        heads: the output head by view (the policy's own under POLICY); None for a head that
+            `core/head.py` does not know: the oracle then works from the model's own logits.
         baseline: b_φ, for losses that need `state_baseline`.
     """
 
@@ -45,7 +44,11 @@ class Scorer:
 
     @classmethod
     def of(cls, policy: Policy, baseline: StateBaseline | None = None) -> Scorer:
-        """Reads the heads. Raises TbpoError if a baseline is given, but the policy's head is unknown."""
+        """Reads the heads.
+
+        Raises:
+            TbpoError: if a baseline is given, but the policy's head is unknown.
+        """
         compute = (
             policy.autocast if policy.is_sharded else None
         )  # weights are cast as they are gathered
@@ -64,6 +67,12 @@ class Scorer:
             baseline,
         )
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether products are computed in fp32."""
+        dtype = self.policy.autocast or next(self.policy.model.parameters()).dtype
+        return dtype not in (torch.bfloat16, torch.float16)
+
     def describe(self, needs: frozenset[str]) -> str:
         """How the statistics in `needs` are computed, and why so."""
         head, statistics = self.heads[POLICY], needs & STATISTICS
@@ -76,68 +85,86 @@ class Scorer:
         return f"logits of {CHUNK_TOKENS} response tokens at a time: {why}"
 
     def score(
-        self,
-        batch: PairBatch,
-        needs: frozenset[str],
-        diagnostics: bool = False,
-        reference_logps: Tensor | None = None,
-        view: str = POLICY,
+        self, batch: PairBatch, needs: frozenset[str], reference_logps: Tensor | None = None
     ) -> PairScores:
-        """Scores of a batch on its device.
+        """What a loss needs of a batch on its device, with gradients.
 
         Args:
-            needs: fields of SideScores, computed with gradients (those in STATISTICS and `state_baseline`) or
-                without (`weights`).
-            diagnostics: compute the other DIAGNOSTICS as well, exactly and without gradients; without a reference,
-                those that need none.
-            reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is then not run. Only
-                without diagnostics, and for `needs` within `from_reference_logps`.
-            view: a frozen model of the policy's, in whose place it is scored, without gradients.
+            needs: fields of SideScores. Those in STATISTICS and `state_baseline` have gradients,
+                `weights` has none.
+            reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is
+                then not run. Only for `needs` with `from_reference_logps`.
         """
-        statistics = needs & STATISTICS if reference_logps is None else frozenset({"logps"})
-        extra: frozenset[str] = frozenset()
-        if diagnostics:
-            extra = DIAGNOSTICS - statistics
-            if not self.policy.has_reference:
-                extra &= REFERENCE_FREE
-        reference = None if statistics | extra <= REFERENCE_FREE else self._view(REFERENCE, batch)
-        columns = {}
-        if "weights" in needs:
-            columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
-        own = view == POLICY
-        states = (
-            self._states(self.policy.model, batch, self.heads[POLICY])
-            if own
-            else self._view(view, batch)
-        )
-        columns |= self._statistics(statistics, batch, view, states, reference)
+        statistics = needs & STATISTICS
+        if reference_logps is not None:
+            statistics = statistics - {"log_ratio"} | {"logps"}
+        reference = self._reference_states(statistics, batch)
+        states = self._policy_states(batch)
+        columns = self._statistics(statistics, batch, POLICY, states, reference)
         if reference_logps is not None:
             columns["log_ratio"] = columns["logps"] - reference_logps
-        if extra:
-            with torch.no_grad():
-                columns |= self._statistics(extra, batch, view, states.detach(), reference)
+        return self._completed(columns, needs, batch, states)
+
+    def score_and_measure(self, batch: PairBatch, needs: frozenset[str]) -> PairScores:
+        """As `score`, and all other DIAGNOSTICS as well, exactly and without gradients.
+
+        Without a reference, those that need none.
+        """
+        statistics = needs & STATISTICS
+        measured = self._diagnostics - statistics
+        reference = self._reference_states(statistics | measured, batch)
+        states = self._policy_states(batch)
+        columns = self._statistics(statistics, batch, POLICY, states, reference)
+        with torch.no_grad():
+            columns |= self._statistics(measured, batch, POLICY, states.detach(), reference)
+        return self._completed(columns, needs, batch, states)
+
+    def measure(self, batch: PairBatch, needs: frozenset[str], view: str) -> PairScores:
+        """Statistics of a view of the policy, without gradients."""
+        with torch.no_grad():
+            reference = self._reference_states(needs, batch)
+            states = self._view_states(view, batch)
+            return _to_sides(self._statistics(needs, batch, view, states, reference), batch)
+
+    def view_logps(self, view: str, batch: PairBatch) -> Tensor:
+        """Log-probabilities of the batch's tokens by a view of the policy: (N,), on its device."""
+        states = self._view_states(view, batch)
+        return self._statistics(frozenset({"logps"}), batch, view, states)["logps"]
+
+    @property
+    def _diagnostics(self) -> frozenset[str]:
+        return DIAGNOSTICS if self.policy.has_reference else DIAGNOSTICS & REFERENCE_FREE
+
+    def _completed(
+        self, columns: dict[str, Tensor], needs: frozenset[str], batch: PairBatch, states: Tensor
+    ) -> PairScores:
+        """The scores of both sides, with what is not a statistic of policy and reference."""
+        if "weights" in needs:
+            columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
         if "state_baseline" in needs:
             assert self.baseline is not None
             columns["state_baseline"] = self.baseline(states)
         scores = _to_sides(columns, batch)
         return _with_importance(scores) if "weights" in needs else scores
 
-    def view_logps(self, view: str, batch: PairBatch) -> Tensor:
-        """log-probabilities of the batch's tokens by a frozen model of the policy's, (N,), on the batch's device."""
-        return self._statistics(frozenset({"logps"}), batch, view, self._view(view, batch))["logps"]
+    def _reference_states(self, needs: frozenset[str], batch: PairBatch) -> Tensor | None:
+        return None if needs <= REFERENCE_FREE else self._view_states(REFERENCE, batch)
 
-    def _view(self, name: str, batch: PairBatch) -> Tensor:
+    def _policy_states(self, batch: PairBatch) -> Tensor:
+        return self._states(self.policy.model, batch, self.heads[POLICY])
+
+    def _view_states(self, name: str, batch: PairBatch) -> Tensor:
         with self.policy.view(name) as model:
             return self._states(model, batch, self.heads[name])
 
     def _states(self, model: LanguageModel, batch: PairBatch, head: Head | None) -> Tensor:
-        """What predicts each response token, chosen tokens first: hidden states (N, H), or logits without a head."""
+        """What predicts each response token: hidden states (N, H), or logits without a head."""
         dtype = self.policy.autocast
         with torch.autocast(batch.tokens.device.type, dtype, enabled=dtype is not None):
             states = (
                 model(**batch.model_inputs).logits
                 if head is None
-                else _hidden_states(model, batch.model_inputs)
+                else hidden_states(model, batch.model_inputs)
             )
         return states.flatten(0, 1)[batch.predictor]
 
@@ -152,12 +179,12 @@ class Scorer:
         tokens = batch.tokens
         head, reference_head = self.heads[view], self.heads.get(REFERENCE)
         if head is not None:
-            same, head = head is reference_head, _gathered_head(head)
+            same, head = head is reference_head, gathered_head(head)
             if same or reference is None:
                 reference_head = head
             else:
                 assert reference_head is not None
-                reference_head = _gathered_head(reference_head)
+                reference_head = gathered_head(reference_head)
             computed = token_statistics(needs, tokens, states, head, reference, reference_head)
         else:
             everything = torch.ones(1, len(tokens), dtype=torch.bool, device=tokens.device)
@@ -170,11 +197,14 @@ class Scorer:
 
 def from_reference_logps(needs: frozenset[str]) -> bool:
     """Whether log π_ref of the data's tokens is all that a loss takes from the reference."""
-    return needs & STATISTICS == {"log_ratio"}
+    return needs & STATISTICS - REFERENCE_FREE == {"log_ratio"}
 
 
 def _with_importance(scores: PairScores) -> PairScores:
-    """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights: they count against a rejected token."""
+    """The helpers' log-ratios, in `weights`, made into TIS-DPO's weights.
+
+    They count against a rejected token.
+    """
 
     def weighted(side: SideScores, sign: int) -> SideScores:
         assert side.weights is not None
@@ -197,62 +227,3 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
 
     lengths = [len(batch.chosen.slots), len(batch.rejected.slots)]
     return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
-
-
-def _hidden_states(model: LanguageModel, rows: dict[str, Any]) -> Tensor:
-    """(R, L, H): what the output head reads."""
-    causal = causal_model(model)
-    states: Tensor = getattr(causal, "sharded_backbone", causal.base_model)(
-        **rows
-    ).last_hidden_state
-    return states
-
-
-def _gathered_head(head: Head) -> Head:
-    return replace(head, weight=gathered(head.weight), bias=gathered(head.bias))
-
-
-def read_head(model: LanguageModel, compute: torch.dtype | None = None) -> Head | None:
-    """What the model's output head can do, checked against the model's own logits; None if it is something else.
-
-    Weights without numbers ("meta") are not checked.
-
-    Args:
-        compute: the dtype that the model's own logits are computed in; None: that of the head's weight.
-    """
-    causal = causal_model(model)
-    config, linear = causal.config.get_text_config(), causal.get_output_embeddings()
-    if getattr(type(linear), "forward", None) is not nn.Linear.forward:
-        return _unknown_head(f"it is a {type(linear).__name__}")
-    head = Head(
-        weight=linear.weight,
-        bias=linear.bias,
-        scale=(getattr(config, "logit_scale", None) or 1.0)
-        / (getattr(config, "logits_scaling", None) or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-    if linear.weight.is_meta:
-        return head
-    rows = {
-        "input_ids": torch.arange(1, 9, device=linear.weight.device)[None] % config.vocab_size,
-        "use_cache": False,
-    }
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(**rows).logits[0].float()
-        rebuilt = _gathered_head(head).logits(_hidden_states(model, rows)[0]).float()
-    model.train(was_training)
-    tolerance = (
-        0.02 if (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16) else 1e-4
-    )
-    if (logits - rebuilt).abs().max() > tolerance * (1 + logits.abs().max()):
-        return _unknown_head("its logits are not those of a linear layer on the last hidden state")
-    return head
-
-
-def _unknown_head(reason: str) -> Head | None:
-    logging.getLogger("tbpo").warning(
-        "the output head is unknown (%s): scoring falls back to dense logits", reason
-    )
-    return None

@@ -1,4 +1,7 @@
-"""Weights shared out over processes by torch's FSDP2: each keeps a part of every tensor, and a layer while it runs."""
+"""Weights that are sharded over processes by torch's FSDP2.
+
+Each process keeps a part of every tensor, and gathers a layer while it runs.
+"""
 
 from __future__ import annotations
 
@@ -22,48 +25,51 @@ def causal_model(model: LanguageModel) -> LanguageModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
-    """Leaves each process of a mesh its part of every weight, on the mesh's device; all processes call it.
+def backbone(model: LanguageModel) -> LanguageModel:
+    """The part of a transformers model whose last hidden state its output head reads."""
+    causal = causal_model(model)
+    inner = causal.base_model
+    # Where a model's own prefix names no part of it, transformers takes the whole for its backbone.
+    return causal.get_decoder() if inner is causal else inner
 
-    Gradients become sums over the processes, and every pass, forward or backward, a work of all of them together.
+
+def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+    """Leaves each process of a mesh its part of every weight, on the mesh's device.
+
+    All processes call it. Gradients become sums over the processes; a pass, forward or backward, is
+    then a collective operation of all of them.
+
+    1. Shard each layer, the innermost first: what is sharded is left out of what contains it.
+    2. Shard the input and the output embeddings; where they are tied, they stay in step 3.
+    3. Shard what is left of the model.
+    4. Let the backbone be called by itself, through the model, which gathers what is in step 3.
 
     Args:
-        compute: the dtype that gathered weights are cast to; None: their own.
+        compute: the dtype that gathered weights are cast to; None: their own. (Autocast would keep
+            the casts of all layers until the backward pass.)
     """
-    causal, precision = causal_model(model), MixedPrecisionPolicy()
-    if (
-        compute is not None
-    ):  # by autocast alone, the casts of all layers would be kept until the backward pass
+    causal = causal_model(model)
+    precision = MixedPrecisionPolicy()
+    if compute is not None:
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = set(causal._no_split_modules or ())
-    inside_out = reversed(
-        list(causal.modules())
-    )  # a part that is shared out is no more a part of what holds it
-    units = [module for module in inside_out if type(module).__name__ in layers]
-    ends = [
-        end
-        for end in (causal.get_input_embeddings(), causal.get_output_embeddings())
-        if end is not None
-    ]
-    tied = len({id(end.weight) for end in ends}) < len(
-        ends
-    )  # then the weight stays with what holds both: the model
-    for unit in [*units, *([] if tied else ends), causal]:
+    units = [each for each in reversed(list(causal.modules())) if type(each).__name__ in layers]
+    embeddings = [causal.get_input_embeddings(), causal.get_output_embeddings()]
+    ends = [end for end in embeddings if end is not None]
+    is_tied = len({id(end.weight) for end in ends}) < len(ends)
+    for unit in [*units, *([] if is_tied else ends), causal]:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(
-            True
-        )  # else another factor than the mean's asks for NCCL
-    causal.sharded_backbone = (
-        causal.base_model.__call__
-    )  # enters through the model, which gathers what is its own
+        # Without this, a factor other than that of the mean asks for NCCL.
+        unit.set_force_sum_reduction_for_comms(True)
+    causal.sharded_backbone = backbone(causal).__call__
     register_fsdp_forward_method(causal, "sharded_backbone")
 
 
 def gathered(tensor: MaybeTensor) -> MaybeTensor:
-    """The whole of a tensor that is shared out, on every process; gradients add up on the way back. Others as they are.
+    """The whole of a sharded tensor, on every process; any other tensor as it is.
 
-    All processes call it.
+    All processes call it. Gradients are summed over them on the way back.
     """
     return (
         tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
@@ -71,10 +77,10 @@ def gathered(tensor: MaybeTensor) -> MaybeTensor:
 
 
 def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors by name in the memory of the CPU, gathered one after the other; all processes call it.
+    """Whole tensors by name in the CPU's memory, gathered one at a time; all processes call it.
 
     Args:
-        keep: whether this process wants them; it gets nothing otherwise.
+        keep: whether this process keeps them; it gets nothing otherwise.
     """
     kept: dict[str, Tensor] = {}
     known: dict[int, Tensor] = {}
@@ -87,7 +93,7 @@ def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every process has, on the device of another one and shared out as that is."""
+    """A whole tensor, which every process has, on another one's device and sharded like it."""
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value

@@ -40,14 +40,14 @@ BEFORE = (
         ("rate",),
         lambda f: 0 < f.rate < f.low,
         "learning_rate is under what is published",
-        "the learning rate {rate:g} is low: {trained} usually takes {low:.2g} to {high:.2g}",
+        "the learning rate {rate:g} is low: for {trained}, {low:.2g} to {high:.2g} are usual",
         "{stage}.learning_rate = {low:.1g} or more",
     ),
     Diagnosis(
         ("rate",),
         lambda f: f.rate > f.high,
         "learning_rate is over what is published",
-        "the learning rate {rate:g} is high: {trained} usually takes {low:.2g} to {high:.2g}",
+        "the learning rate {rate:g} is high: for {trained}, {low:.2g} to {high:.2g} are usual",
         "{stage}.learning_rate = {high:.1g} or less, and watch the KL",
     ),
     Diagnosis(
@@ -55,7 +55,7 @@ BEFORE = (
         lambda f: f.low <= f.rate and f.rate * f.steps < f.least_travel,
         "learning_rate × steps is under 5e-4 (LoRA) or 7e-5 (all weights); more for "
         "models under 1e9 weights",
-        "{steps} steps at the rate {rate:g} hardly move {trained}",
+        "{steps} steps at the rate {rate:g} hardly move a policy, with {trained} trained",
         "{stage}.learning_rate = {wanted_rate:.1g}, or more pairs or epochs",
     ),
     Diagnosis(
@@ -208,7 +208,7 @@ DIAGNOSES = BEFORE + AFTER
 
 
 def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:
-    """What applies, one sentence each with the key to change; of what is not known, nothing is said."""
+    """What applies, a sentence each with the key to change; nothing about what is not known."""
     names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "wanted_rate"}
     said = []
     for each in table:

@@ -101,15 +101,14 @@ def show(results: Json) -> None:
         console.show_table(
             title, headings[:NUM_SHOWN], [[_text(cell) for cell in row[:NUM_SHOWN]] for row in rows]
         )
-    console.out.print(f"\n{results['verdict']}.", markup=False)
+    console.show(f"\n{results['verdict']}.")
 
 
 def _text(cell: Json | str, with_interval: bool = True) -> str:
     if isinstance(cell, str):
         return cell
-    return str(cell["value"]) + (
-        f" ({cell['interval'].replace(' to ', '–')})" if with_interval else ""
-    )
+    is_shown = with_interval and cell["interval"]
+    return str(cell["value"]) + (f" ({cell['interval'].replace(' to ', '–')})" if is_shown else "")
 
 
 def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
@@ -169,10 +168,12 @@ def _cell(value: Any, form: str) -> Json | str:
         return (
             "–" if value is None else f"{value:,}" if isinstance(value, int) else form.format(value)
         )
-    shown, low, high = (
-        form.format(value[end]).replace("-", "−") for end in ("value", "low", "high")
-    )
-    return {"value": shown, "interval": f"{low.rstrip('%')} to {high}", "n": value["n"]}
+    ends = {
+        end: "" if value[end] is None else form.format(value[end]).replace("-", "−")
+        for end in ("value", "low", "high")
+    }
+    interval = f"{ends['low'].rstrip('%')} to {ends['high']}" if ends["low"] else ""
+    return {"value": ends["value"], "interval": interval, "n": value["n"]}
 
 
 def _charts(

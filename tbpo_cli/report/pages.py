@@ -11,8 +11,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tbpo_cli import console
 from tbpo_cli.report import charts
 from tbpo_cli.runs.files import write_whole
+
+
+def _readable(value: Any) -> Any:
+    """A text of a page as it may be shown; what is HTML already, as a macro gives it, stays."""
+    return console.plain(value) if type(value) is str else value
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -21,7 +27,11 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     """
     loader = PackageLoader("tbpo_cli.report")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=_readable,
     )
     environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
     environment.filters["sha256"] = lambda text: base64.b64encode(

@@ -58,13 +58,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def halved_tokens(folder: Path) -> int | None:
-    """The tokens of a micro-batch that a stage's workers begin again with; None: memory has not run out."""
+    """The tokens of a micro-batch that workers begin again with; None: memory has not run out."""
     path = folder / HALVED
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def json_lines(path: Path, may_be_cut: bool = False) -> list[Any]:
-    """What the lines of a file hold, JSON each; with `may_be_cut`, what a crash cut short is left out."""
+    """The values of JSON lines; with `may_be_cut`, without lines that a crash cut short."""
     values = []
     for line in path.read_bytes().splitlines():
         with suppress(ValueError) if may_be_cut else nullcontext():
@@ -100,7 +100,7 @@ def damage(folder: Path, hashes: dict[str, str]) -> list[str]:
 
 
 def seal_folder(partial: Path, final: Path) -> None:
-    """Gives a folder its final name, once its files, and their hashes in `sealed.json`, are on disk."""
+    """Gives a folder its name, once its files and their hashes, in `sealed.json`, are on disk."""
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(partial)): sha256(path) for path in paths}
     write_sealed(partial / SEAL, {"files": hashes})
@@ -121,7 +121,7 @@ def is_sealed(folder: Path) -> bool:
 
 @contextmanager
 def told_as_unwritable(folder: Path) -> Iterator[None]:
-    """Turns the errors of a disk that is full, read-only or gone into one that a user understands."""
+    """Turns the errors of a disk that is full, read-only or gone into messages."""
     try:
         yield
     except OSError as error:

@@ -85,7 +85,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
-    """The local files behind a source; none for a Hub repository, whose name and revision are settings."""
+    """The local files behind a source; none for a Hub repository, which settings name."""
     is_code = source.startswith("python:")
     path = Path(source.split(":")[1] if is_code else source)
     # A recipe's local paths are absolute: a name may be that of a folder here as well.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tbpo_cli.runs.stage import Stage
 
 
-# In a stage's folder, while its workers run: the first machine has launched it; a worker has said why it failed.
+# In a stage's folder, while its workers run: the first machine has launched it; a worker has said
+# why it failed.
 LAUNCHED, TOLD = ".launched", ".told"
 ABSENT = 600.0  # seconds without the first machine that another one waits for it
 
@@ -76,9 +77,10 @@ def processes_of(
     main_address: str | None,
     flags: list[str],
 ) -> Processes:
-    """The processes that the command line asks for; of several machines, what it leaves out is read from SLURM.
+    """The processes that the command line asks for, with what SLURM knows of the machines.
 
-    Raises TbpoError if it asks for several machines and does not say where the first one is.
+    Raises:
+        TbpoError: if it asks for several machines and does not say where the first one is.
     """
     job = os.environ
     if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
@@ -124,7 +126,7 @@ def run_or_launch(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Proc
 
 
 def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
-    """On a machine that is not the first: waits until that has launched the stage, then adds workers.
+    """On a machine that is not the first: waits until that has launched the stage, adds workers.
 
     Raises:
         TbpoError: if nobody holds the run for ABSENT seconds. (The first machine may be between two
@@ -150,7 +152,7 @@ def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
 
 
 def _run_workers(folder: Path, processes: Processes) -> None:
-    """Runs the stage of a folder in several processes, and waits for them. They read recipe.toml beside the folder.
+    """Runs the stage of a folder in several processes, which read recipe.toml beside the folder.
 
     Raises:
         TbpoError: if there are fewer GPUs than processes, or a worker was killed.

@@ -1,9 +1,9 @@
 """The lock of a run directory: one command writes a run at a time.
 
-The kernel's lock (flock) on the file `lock` decides where it can. It belongs to the open file, which
-the workers inherit, so it lasts as long as any process that writes. Where the file system has no
-such locks, or does not share them between machines, a heartbeat decides: the owner touches the file
-every few seconds, and who wants the run watches whether that goes on.
+The kernel's lock (flock) on the file `lock` decides where it can. It belongs to the open file,
+which the workers inherit, so it lasts as long as any process that writes. Where the file system has
+no such locks, or does not share them between machines, a heartbeat decides: the owner touches the
+file every few seconds, and who wants the run watches whether that goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Owner:
 
 
 def read_owner(path: Path) -> Owner:
-    """What a lock's file says. A file that a crash left empty, zeroed or damaged names nobody known."""
+    """What a lock's file says; one that a crash left empty or zeroed names nobody."""
     with suppress(OSError):
         text = path.read_bytes().strip(b"\0 \n").decode("utf-8", "backslashreplace")
         name, _, boot = text.partition("\n")

@@ -1,4 +1,4 @@
-"""A run's directory: what each stage was made from, whether that is still so, and what it has produced."""
+"""A run's directory: what each stage was made from, and what it has produced."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunDir:
         return self.path / name
 
     def weights(self, name: str) -> Path:
-        """Where a training stage puts what it trained: the adapter, or the model if the recipe has no [model.lora]."""
+        """Where a training stage puts its adapter, or its model without [model.lora]."""
         lora = any(
             key.startswith("model.lora.") for key in self.started_from(name).get("settings", {})
         )
@@ -108,7 +108,7 @@ class RunDir:
         return read_sealed(self.stage(name) / INPUTS)
 
     def inputs(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
-        """What a stage would start from now. Raises TbpoError if a file of the recipe is missing."""
+        """What a stage would start from now. Raises TbpoError without one of its files."""
         outputs = {need: self.outputs_hash(need) for need in stage.needs(recipe)}
         known = self.started_from(stage.name).get("files", {})
         return inputs_of(stage, recipe, known, outputs)
@@ -119,7 +119,7 @@ class RunDir:
         return differences(before, self.inputs(stage, recipe)) if before else []
 
     def begin(self, stage: Stage, recipe: Recipe) -> Path:
-        """Makes a stage's folder and notes its inputs, unless it was begun before; returns the folder."""
+        """Makes a stage's folder, and notes its inputs unless it was begun before."""
         folder = self.stage(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
@@ -129,7 +129,7 @@ class RunDir:
         return folder
 
     def finish(self, name: str, outputs: list[Path], facts: dict[str, Any]) -> None:
-        """Seals a stage: puts its files on the disk, and then writes the manifest with their hashes.
+        """Seals a stage: puts its files on the disk, then writes the manifest with their hashes.
 
         Args:
             outputs: what later stages read, and are made anew for if it changes. The other files of
@@ -161,7 +161,7 @@ class RunDir:
         sync(self.stage(name))
 
     def set_aside(self, name: str) -> Path | None:
-        """Moves a stage's folder to NAME.old-1 (or the next free number); returns where it is now."""
+        """Moves a stage's folder to NAME.old-1, or the next free number; returns that."""
         folder = self.stage(name)
         numbered = (self.path / f"{name}.old-{number}" for number in itertools.count(1))
         if not folder.exists():
@@ -175,7 +175,7 @@ class RunDir:
         return (self.stage(name) / RESTARTED).exists() and not self.manifest(name)
 
     def restart(self, name: str) -> Path | None:
-        """Moves a stage's folder aside and notes that its new one is begun; returns the old one."""
+        """Moves a stage's folder aside, and notes that a new one is begun; returns the old one."""
         folder = self.stage(name)
         old = self.set_aside(name)
         folder.mkdir(parents=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.config.toml import WEIGHT_FILES
+from tbpo_cli.config.toml import BASE_FILES
 
 if TYPE_CHECKING:
     from tbpo_cli.runs.launch import Processes
@@ -26,6 +26,7 @@ class Stage:
         report: shows the result of the complete stage.
         work: the part of `run` that each of several processes does; None if there is only one.
         base_files: patterns of the files in the base's folder that its result depends on.
+        check: raises TbpoError if the complete stage does not meet keys that only judge its result.
     """
 
     name: str
@@ -34,4 +35,5 @@ class Stage:
     run: Callable[[Recipe, RunDir, Processes], None]
     report: Callable[[Recipe, RunDir], None]
     work: Callable[[Recipe, RunDir], None] | None = None
-    base_files: tuple[str, ...] = WEIGHT_FILES
+    base_files: tuple[str, ...] = BASE_FILES
+    check: Callable[[Recipe, RunDir], None] | None = None

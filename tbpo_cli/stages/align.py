@@ -47,10 +47,12 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     for sentence in diagnose(facts, AFTER):
         console.say(f"WARNING: {sentence}")
     took = console.duration(manifest["seconds"])
-    console.say(f"{weights.name}: {weights} (trained in {took} on {manifest['device']})")
-    console.say(f"every step: {folder / 'metrics.jsonl'}")
-    console.say(f"settings: {run_dir.path / 'recipe.toml'}")
-    console.say(f"load it: AutoModelForCausalLM.from_pretrained({str(weights)!r})")
+    console.say(
+        f"{weights.name}: {console.short(weights)} (trained in {took} on {manifest['device']})"
+    )
+    console.say(f"every step: {console.short(folder / 'metrics.jsonl')}")
+    console.say(f"settings: {console.short(run_dir.path / 'recipe.toml')}")
+    console.say(f"load it: AutoModelForCausalLM.from_pretrained({console.short(weights)!r})")
 
 
 STAGE = Stage(

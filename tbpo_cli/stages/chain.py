@@ -63,7 +63,7 @@ def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[s
 def show_plan(target: str, recipe: Recipe, run_dir: RunDir) -> None:
     """Prints what `run_through` would do."""
     for name, (state, changes) in plan(target, recipe, run_dir).items():
-        console.out.print("\n    ".join([f"{name}: {STATES[state]}", *changes]), markup=False)
+        console.show("\n    ".join([f"{name}: {STATES[state]}", *changes]))
 
 
 def run_through(
@@ -82,6 +82,10 @@ def run_through(
         TbpoError: without `restart`, if a stage with results was made from other inputs.
     """
     states = plan(target, recipe, run_dir)
+    for name, (state, _) in states.items():
+        check = STAGES[name].check
+        if state == "done" and check is not None and not (restart and name == target):
+            check(recipe, run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         STAGES[target].report(recipe, run_dir)

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.text import Text
@@ -20,6 +20,7 @@ from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
 from tbpo_cli.data.selection import Counts, PairFilter
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
@@ -51,6 +52,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     folder = run_dir.begin(STAGE, recipe)
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
+    Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
     data = recipe.data
     work = _work(recipe)
     _check_sources(work, data)
@@ -66,7 +68,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
                 for source in sources:
                     kept.keep(source, split, pool, writer)
             counts += kept.counts
-            _check(key, kept.counts, data.max_reject_fraction, folder, rejects)
+            rejects.flush()
+            _check(key, kept.counts, data.max_reject_fraction, folder)
             if key == "data.eval":
                 eval_prompts |= {*kept.prompts}
             elif key == "data.train" and data.eval is None:
@@ -189,7 +192,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
             else [split, "", "", ""]
         )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
-    console.say(f"more about them: {folder / 'report.html'}")
+    console.say(f"more about them: {console.short(folder / 'report.html')}")
 
 
 def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
@@ -212,7 +215,7 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     line = Text()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
         line.append(
-            token.text.replace("\n", "⏎\n"),
+            console.plain(token.text).replace("\n", "⏎\n"),
             f"{KEY[token.part][0]}{' bold' if token.control else ''}",
         )
         line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
@@ -221,6 +224,17 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
             "dim",
         )
     return line
+
+
+def check(recipe: Recipe, run_dir: RunDir) -> None:
+    """Raises TbpoError if the complete stage left out more than data.max_reject_fraction."""
+    listed = run_dir.manifest("prepare")["counts"]
+    for key in dict.fromkeys(count["key"] for count in listed):
+        counts = [Counts(**count) for count in listed if count["key"] == key]
+        for each in counts:
+            each.kept, each.rejected = Counter(each.kept), Counter(each.rejected)
+            each.noted = Counter(each.noted)
+        _check(key, counts, recipe.data.max_reject_fraction, run_dir.stage("prepare"))
 
 
 def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
@@ -263,9 +277,7 @@ FIXES = {  # by the most frequent reason
 }
 
 
-def _check(
-    key: str, counts: list[Counts], max_reject_fraction: float, folder: Path, rejects: TextIO
-) -> None:
+def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: Path) -> None:
     """Raises TbpoError if there are no pairs of a recipe key, or too many unusable rows."""
     rows = sum(count.rows for count in counts)
     rejected = sum((count.rejected for count in counts), Counter())
@@ -277,7 +289,6 @@ def _check(
     num_comparisons = num_kept + rejected.total() + num_duplicates
     if num_kept and rejected.total() <= max_reject_fraction * max(rows, num_comparisons):
         return
-    rejects.flush()
     _show_rejected([vars(count) for count in counts], folder)
     reasons = rejected.most_common()
     if not reasons:
@@ -307,5 +318,6 @@ STAGE = Stage(
     keys=("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
     run=run,
     report=report,
-    base_files=TOKENIZER_FILES,
+    base_files=(*TOKENIZER_FILES, "tokenization*.py"),
+    check=check,
 )

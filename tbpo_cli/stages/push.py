@@ -77,11 +77,11 @@ def run(
     is_unchanged = receipt["commit"] == head
     told = "unchanged, the Hub has all of it" if is_unchanged else "published, and read back"
     console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
-    console.out.print(receipt["url"], markup=False)
+    console.show(receipt["url"])
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
-    """The evaluation of these weights. Raises TbpoError if there is none, unless that is allowed."""
+    """The evaluation of these weights. Raises TbpoError without one, unless that is allowed."""
     manifest = run_dir.manifest("eval")
     path = run_dir.stage("eval") / "results.json"
     if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
@@ -149,7 +149,7 @@ def _show(files: Files, card: str) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         rows.append([name, f"{size:,}"])
     console.show_table("Would be published", ["file", "bytes"], rows)
-    console.out.print(card, markup=False)
+    console.show(card)
 
 
 def _weights(recipe: Recipe, run_dir: RunDir, base: Base) -> Files:

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
@@ -25,7 +23,7 @@ from tbpo_cli.runs.stage import Stage
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
     from tbpo_cli.data.templates import Chat
-    from tbpo_cli.model.load import Policy
+    from tbpo_cli.model.policy import Policy
 
 Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
@@ -135,7 +133,7 @@ def _sample(
 ) -> Iterator[Json]:
     """Yields samples as they come. The models are loaded when one of them is to answer here."""
     from tbpo_cli.model.generate import samples_of
-    from tbpo_cli.model.load import POLICY, REFERENCE
+    from tbpo_cli.model.policy import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
     shown = {name: getattr(settings, name) for name in SETTINGS}
@@ -159,7 +157,8 @@ def _sample(
 
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
-    from tbpo_cli.model.load import load_trained, local_adapter
+    from tbpo_cli.model.adapters import local_adapter
+    from tbpo_cli.model.load import load_trained
     from tbpo_cli.train.group import Group
 
     device = Group.of_environment().device
@@ -229,9 +228,9 @@ def _show(samples: list[Json]) -> None:
     for (_, prompt), group in itertools.groupby(
         sorted(samples, key=ORDER), key=itemgetter("row", "prompt")
     ):
-        console.out.print(Text(f"\n{prompt}", style="dim"))
+        console.show(f"\n{prompt}", style="dim")
         for sample in group:
-            console.out.print(Text.assemble((f"{sample['model']}: ", "bold"), sample["completion"]))
+            console.show(f"{sample['model']}: {sample['completion']}")
 
 
 def _needs(recipe: Recipe) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
     metrics = read_metrics(run_dir.stage("sft") / "metrics.jsonl")
     console.show_evaluations("SFT on the held-out responses", metrics, SUMMARY)
-    console.say(f"weights: {run_dir.weights('sft')}")
+    console.say(f"weights: {console.short(run_dir.weights('sft'))}")
 
 
 STAGE = Stage(

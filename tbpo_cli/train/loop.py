@@ -11,8 +11,11 @@ from tbpo_cli import console
 from tbpo_cli.batch.batches import longest_sequence, span_lengths
 from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.baseline import StateBaseline
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import Interrupted, TbpoError
-from tbpo_cli.model.attention import choose_layout
+from tbpo_cli.model.dropout import use_token_dropout
+from tbpo_cli.model.layout import apply_layout, choose_layout, confirm_layout
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
@@ -84,12 +87,11 @@ def build_stepper(run: TrainingRun) -> Stepper:
     if device.type == "cpu":
         keep_freed_memory()
     longest = longest_sequence((run.train, run.evaluation))
-    models = [policy.model, *policy.frozen.values()]
-    layout, reason = choose_layout(models, settings.layout, longest)
-    console.say(f"rows are {layout}: {reason}")
+    layout, reason = choose_layout(policy.models, settings.layout, longest)
+    apply_layout(policy.models, layout)
     kept, _ = kept_bytes(policy.model, settings.activation_checkpointing)
     if run.mesh is not None:
-        policy.share_out(run.mesh)
+        policy.shard(run.mesh)
     states = {
         "policy": TrainState(policy.trained, build_optimizer(settings, policy.trained.values()))
     }
@@ -108,7 +110,18 @@ def build_stepper(run: TrainingRun) -> Stepper:
         run.folder if policy.is_sharded else None,
     )
     scorer = Scorer.of(policy, baseline)
-    return Stepper(run, scorer, states, layout, budget, open_reference_cache(run))
+    pairs = sample_pairs(run.train)
+    layout, reason = confirm_layout(scorer, layout, settings.layout, reason, pairs)
+    console.say(f"rows are {layout}: {reason}")
+    cache = open_reference_cache(run)
+    token_keys = use_token_dropout(policy.model)
+    return Stepper(run, scorer, states, layout, budget, cache, token_keys)
+
+
+def sample_pairs(store: PairStore) -> list[TokenizedPair]:
+    """Real pairs to try a layout on: the longest one, and the first two."""
+    longest = int(store.lengths.sum(axis=1).argmax())
+    return [store[index] for index in dict.fromkeys([longest, *range(min(2, len(store)))])]
 
 
 def open_reference_cache(run: TrainingRun) -> ReferenceCache | None:
@@ -139,6 +152,9 @@ def _evaluate(run: TrainingRun, step: int, stepper: Stepper, log: MetricsLog) ->
     is_new = not any((line["split"], line["step"]) == ("eval", step) for line in log.lines)
     is_new_for_main = run.group.gather(is_new)[0]  # one decision for all processes
     if len(run.evaluation) and is_new_for_main:
+        # The weights have changed since the layout was chosen, and with them what they pass on.
+        pairs = sample_pairs(run.evaluation)
+        confirm_layout(stepper.scorer, stepper.layout, stepper.layout, "", pairs)
         _write(run, log, "eval", step, stepper.evaluate())
     if run.group.is_main:
         write_page(run.folder / "curves.svg", "curves.svg", panels=curves(log.lines))

@@ -11,8 +11,8 @@ from torch.utils.benchmark import Timer
 from tbpo_cli.config.recipe import Model, Training
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
-from tbpo_cli.model.load import Policy
-from tbpo_cli.model.sharding import LanguageModel, causal_model
+from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
 MIN_TOKENS = 64  # of a micro-batch
@@ -39,7 +39,8 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
     layers = config.num_hidden_layers
     width = config.hidden_size * causal.dtype.itemsize
     device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
-    own = (*causal.base_model.named_parameters(), *causal.base_model.named_buffers())
+    core = backbone(causal)
+    own = (*core.named_parameters(), *core.named_buffers())
     twins = {name: each.to(device) for name, each in own}
 
     def count(tensor: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         return tensor
 
     before = causal.config._attn_implementation
-    was_training = causal.training
+    # Rotary positions may note what they saw in a pass: all modules are put back as they were.
+    attributes = [(module, dict(vars(module))) for module in causal.modules()]
     rows = {
         "input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
         "use_cache": False,
@@ -57,15 +59,18 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         # Other implementations read the numbers of their masks.
         causal.set_attn_implementation(BY_SEQUENCE)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            functional_call(causal.base_model, twins, (), rows)
+            functional_call(core, twins, (), rows)
         for twin in twins.values():
             kept.pop(twin.untyped_storage()._cdata, None)
         whole = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # its code reads numbers
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        # Its code reads numbers.
         whole = float(TYPICAL * layers * width)
     finally:
         causal.set_attn_implementation(before)
-        causal.train(was_training)
+        for module, own_attributes in attributes:
+            vars(module).clear()
+            vars(module).update(own_attributes)
     one_layer = whole / layers
     return (one_layer + layers * width if activation_checkpointing else whole), one_layer
 
@@ -123,7 +128,7 @@ def estimate_memory(
     ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
     weights = 0.0
     never_quantized = {*trained, *(id(end.weight) for end in ends)}
-    for p in (p for each in (policy.model, *policy.frozen.values()) for p in each.parameters()):
+    for p in (p for each in policy.models for p in each.parameters()):
         is_quantized = model.quantization and p.ndim == 2 and id(p) not in never_quantized
         weights += p.numel() * (NF4_BYTES if is_quantized else p.element_size()) / processes
     kept, layer = kept_bytes(policy.model, settings.activation_checkpointing)

@@ -12,7 +12,7 @@ from tbpo_cli.batch.batches import num_steps
 from tbpo_cli.config.recipe import Align, Sft
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.model.load import Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.train.group import ONE, Group
 
 # Called with "train" or "eval", the step and its metrics.
@@ -55,5 +55,6 @@ class TrainingRun:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
         settings = self.settings
         return num_steps(len(self.train), settings.batch_size, settings.epochs, settings.max_steps)

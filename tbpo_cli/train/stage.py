@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 
 import torch
@@ -11,13 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedTokenizerFast
 
 from tbpo_cli import console
+from tbpo_cli.batch.batches import longest_sequence
 from tbpo_cli.config.recipe import Align, Model, Recipe, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
+from tbpo_cli.data.tokenizer import fingerprint, load_chat
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.load import NEGATIVE, POSITIVE, Policy, add_helper, compute_dtype, load_policy
+from tbpo_cli.model.base import compute_dtype
+from tbpo_cli.model.load import add_helper, load_policy
+from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
+from tbpo_cli.model.probes import check_positions
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.train.group import Group
@@ -39,7 +44,8 @@ def train_stage(
     """
     started = time.monotonic()
     stores = open_stores(settings, run_dir)
-    tokenizer = load_tokenizer(recipe.model)
+    chat = load_chat(recipe.model, recipe.data.template_date)
+    tokenizer = chat.tokenizer
     _check_prepared(stores, tokenizer, recipe.model, run_dir, loss)
     group = Group.of_environment()
     folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
@@ -48,6 +54,12 @@ def train_stage(
     console.say(f"{stage.name}: loading {recipe.model.base}")
     policy = _load(stage.name, recipe, run_dir, loss, group)
     _check_embeddings(policy, stores, recipe.model)
+    check_positions(
+        policy.models,
+        longest_sequence(stores),
+        f"model.base = {recipe.model.base!r}",
+        "data.max_length = {limit}",
+    )
     device = _device_name(group.device)
     _say_what_is_trained(stage.name, policy, stores, device, group)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
@@ -69,7 +81,9 @@ def train_stage(
             )
         )
     weights = run_dir.weights(stage.name)
-    outputs = policy.save(weights, group.is_main)
+    if group.is_main:
+        shutil.rmtree(weights, ignore_errors=True)  # what a crash left of an earlier attempt
+    outputs = policy.save(weights, group.is_main, chat.end_ids)
     if not group.is_main:
         return
     tokenizer.save_pretrained(weights)
@@ -177,7 +191,7 @@ def choose_sharding(
     if not policy.adapters:
         return True, "all of them are trained"
     if device.type == "cuda" and model.quantization is None:
-        models = [policy.model, *policy.frozen.values()]
+        models = policy.models
         size = sum(p.numel() * p.element_size() for each in models for p in each.parameters())
         memory = device_memory(device)
         if size > memory / 2:  # the rest is for activations

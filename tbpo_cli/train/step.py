@@ -18,10 +18,11 @@ from tbpo_cli import console
 from tbpo_cli.batch.batches import collate_all, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
-from tbpo_cli.core.types import LossOutput, PairScores
+from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
 from tbpo_cli.data.store import pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
-from tbpo_cli.model.load import REFERENCE
+from tbpo_cli.model.dropout import TokenKeys
+from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
@@ -43,6 +44,7 @@ class Stepper:
         layout: of the model's rows, a name in LAYOUTS.
         budget: tokens of a micro-batch.
         cache: of log π_ref; None if it is computed in every step.
+        token_keys: what the policy's dropout is drawn from; None without dropout.
         prefetcher: collates the micro-batches of the next step.
         new_reference_logps: of the current step, by the pairs' places: what the cache did not have.
     """
@@ -53,6 +55,7 @@ class Stepper:
     layout: str
     budget: TokenBudget
     cache: ReferenceCache | None
+    token_keys: TokenKeys | None
     prefetcher: Prefetcher = field(init=False)
     new_reference_logps: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -122,6 +125,8 @@ class Stepper:
         batches = self._equally_many(self.prefetcher.batches(number, max_tokens))
         for part, batch in enumerate(batches):
             scores, output = self._backward(number, part, batch)
+            if self.run.loss.span == "aligned_and_chosen" and not self._reports_all(number):
+                scores = aligned_scores(scores)  # both sides' metrics are of the same positions
             totals.append(measure(scores, output, self.run.loss))
             totals[-1]["num_tokens"] = (batch.num_tokens, 1)
         return totals
@@ -133,14 +138,17 @@ class Stepper:
         """
         run = self.run
         reports_all = self._reports_all(number)
-        run.policy.model.train()
+        run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
         batch = batch.to(run.group.device)
-        reference = None
-        if self.cache is not None and not reports_all:
-            reference = self._reference_logps(self.cache, batch)
-        scores = self.scorer.score(batch, run.loss.needs, reports_all, reference)
+        if self.token_keys is not None:
+            self.token_keys.set(batch.token_keys, run.seed, number)
+        if reports_all:
+            scores = self.scorer.score_and_measure(batch, run.loss.needs)
+        else:
+            reference = None if self.cache is None else self._reference_logps(self.cache, batch)
+            scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
         losses.sum().div(self._count(number)).backward()
@@ -180,7 +188,7 @@ class Stepper:
         with console.progress("evaluating", len(pairs), every=max(1, len(pairs))) as update:
             for batch in self._equally_many(batches):
                 on_device = batch.to(run.group.device)
-                scores = self.scorer.score(on_device, run.loss.needs, diagnostics=True)
+                scores = self.scorer.score_and_measure(on_device, run.loss.needs)
                 totals.append(measure(scores, run.loss(scores), run.loss))
                 num_done += len(batch.pair_ids)
                 update(num_done, "")
@@ -190,10 +198,11 @@ class Stepper:
         """This process's micro-batches of a step: a function of the arguments and the seed."""
         run = self.run
         span = run.loss.span
-        if span == "aligned" and self._reports_all(number):
+        if span != "chosen" and self._reports_all(number):
             span = "response"
         indices = run.group.share(self._pairs(number))
-        return list(collate_all(run.train, indices, max_tokens, span, self.layout))
+        with_keys = self.token_keys is not None
+        return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
     def _reports_all(self, number: int) -> bool:
         """Whether a step reports all metrics, which are of whole responses and of the reference."""

@@ -26,7 +26,8 @@ from common import about_lengths, make_store, write_results
 from torch import Tensor, nn
 
 from tbpo_cli.batch.batches import cut_to_span
-from tbpo_cli.batch.layouts import Sequences, collate, segments_of
+from tbpo_cli.batch.layouts import collate
+from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.model.attention import in_one_kernel, one_by_one
 
 ON_GPU = torch.cuda.is_available()

@@ -120,7 +120,7 @@ def _sites(node: ast.AST, function: str, lines: tuple[int, int]) -> Iterator[Sit
                 lines = _head(child)
             for replacement in (*_statements(child), *_expressions(child)):
                 yield Site(node, field, index, replacement, lines, function)
-            if not isinstance(child, ast.Raise):
+            if not isinstance(child, ast.Raise) and not _is_negative_number(child):
                 yield from _sites(child, function, lines)
 
 
@@ -129,6 +129,12 @@ def _is_left_alone(node: ast.AST) -> bool:
     text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     strict = isinstance(node, ast.keyword) and node.arg == "strict"
     return typing or text or strict or isinstance(node, ast.Assert | ast.JoinedStr)
+
+
+def _is_negative_number(node: ast.AST) -> bool:
+    """−1, say, which becomes 1 and not −2 as well."""
+    negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+    return negative and isinstance(node.operand, ast.Constant)
 
 
 def _head(statement: ast.stmt) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""What every preference loss is made of.
+"""What every loss is made of.
 
-A loss's fields are the keys of `[align.loss]`, its `__call__` is the mathematics, `needs` names the
-statistics of `SideScores` that the scorer must compute (it computes no others), and `span` says
-which response tokens are read.
+A loss's fields are the keys of `[align.loss]`, `needs` names the statistics of `SideScores` that
+the scorer must compute (it computes no others), `span` says which response tokens are read, and
+`__call__` is the mathematics. In a preference loss the mathematics is `compare`, and `needs` and
+`span` follow from what `compare` reads.
 
 In every loss, w is the chosen and l the rejected side, Σ the sum over all tokens of a response,
 mean the mean over them, and z the log of the ratio "rejected over chosen": a small z means that the
@@ -12,7 +13,7 @@ policy prefers the chosen response.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
 from torch import Tensor
@@ -26,19 +27,27 @@ from tbpo_cli.core.types import (
     sum_over_response,
 )
 
+Span = Literal["aligned", "aligned_and_chosen", "response", "chosen"]
+
 
 @dataclass(frozen=True)
 class Loss:
     """Maps the token statistics of a batch of pairs to one number a pair.
 
-    `span` is "aligned" if only the first min(|y^w|, |y^l|) tokens of both sides are read, "chosen"
-    if the rejected side is not read, "response" otherwise. `mean_over` is what a step's loss is a
-    mean over: its pairs, or its chosen tokens (each pair then weighs by its number of them).
+    Class attributes:
+        needs: names of the statistics that are read, fields of `SideScores`.
+        span: the response tokens that are read. "response": all of them; "aligned": of both sides
+            the first T = min(|y^w|, |y^l|); "aligned_and_chosen": likewise, and all chosen ones;
+            "chosen": those of the chosen side alone.
+        mean_over: what a step's loss is a mean over: its pairs, or its chosen tokens (each pair
+            then weighs by its number of them).
+        when: a sentence for the reader of `tbpo losses`: when to take this loss.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
-    span: ClassVar[Literal["aligned", "response", "chosen"]] = "response"
+    span: ClassVar[Span] = "response"
     mean_over: ClassVar[Literal["pairs", "chosen_tokens"]] = "pairs"
+    when: ClassVar[str] = ""
 
     def __call__(self, scores: PairScores) -> LossOutput:
         """The loss of each pair, from the statistics in `needs`."""
@@ -46,12 +55,62 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class BetaLoss(Loss):
+class PreferenceLoss(Loss):
+    """A loss that compares the two responses of a pair.
+
+    `sft_weight` adds that many times −mean log π_θ(y^w), over the whole chosen response: it holds
+    up the chosen response's likelihood, which preference losses let fall. The policy's logits for
+    it, and a chosen tail that `compare` does not read, are computed only if it is not 0.
+
+    Source of `sft_weight`: arXiv 2404.19733 (RPO).
+
+    Class attributes:
+        reads: the statistics that `compare` reads.
+        compares: "responses" as wholes, or "tokens", at the positions that both responses have.
+    """
+
+    sft_weight: float = field(default=0.0, kw_only=True)
+    reads: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
+    compares: ClassVar[Literal["responses", "tokens"]] = "responses"
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.sft_weight) and self.sft_weight >= 0,
+            f"sft_weight must not be negative, got {self.sft_weight}",
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]  # nobody assigns it
+        """What `compare` reads, and log π_θ if the chosen response is learned besides."""
+        return self.reads | {"logps"} if self.sft_weight else self.reads
+
+    @property
+    def span(self) -> Span:  # type: ignore[override]  # nobody assigns it
+        """What `compare` reads, and the chosen tail if the chosen response is learned besides."""
+        if self.compares == "responses":
+            return "response"
+        return "aligned_and_chosen" if self.sft_weight else "aligned"
+
+    def __call__(self, scores: PairScores) -> LossOutput:
+        output = self.compare(scores)
+        if not self.sft_weight:
+            return output
+        log_likelihood = mean_of(scores.chosen, "logps")
+        return replace(output, per_pair=output.per_pair - self.sft_weight * log_likelihood)
+
+    def compare(self, scores: PairScores) -> LossOutput:
+        """The loss of each pair without the term of `sft_weight`, from what is in `reads`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BetaLoss(PreferenceLoss):
     """A loss with an inverse temperature β."""
 
     beta: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}"
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbpo_cli.core.losses.base import BetaLoss, Loss, mean_of, require
+from tbpo_cli.core.losses.base import BetaLoss, Loss, PreferenceLoss, mean_of, require, sum_of
 from tbpo_cli.core.types import LossOutput, PairScores
 
 
@@ -22,29 +22,48 @@ class SimPo(BetaLoss):
 
     beta: float = 2.0
     gamma: float = 1.6
-    needs = frozenset({"logps"})
+    reads = frozenset({"logps"})
+    when = "No memory for a reference; responses of very different lengths."
 
-    def __call__(self, scores: PairScores) -> LossOutput:
+    def compare(self, scores: PairScores) -> LossOutput:
         margin = self.beta * (mean_of(scores.chosen, "logps") - mean_of(scores.rejected, "logps"))
         return LossOutput(F.softplus(self.gamma - margin))
 
 
 @dataclass(frozen=True)
-class Orpo(Loss):
+class Cpo(BetaLoss):
+    """CPO: softplus(−β (Σ log π_θ(y^w) − Σ log π_θ(y^l))), and fine-tuning on the chosen response.
+
+    Source: arXiv 2401.08417; `sft_weight` is the weight of its second term.
+    """
+
+    sft_weight: float = field(default=1.0, kw_only=True)
+    reads = frozenset({"logps"})
+    when = "No memory for a reference; translation, for which it was made."
+
+    def compare(self, scores: PairScores) -> LossOutput:
+        margin = sum_of(scores.chosen, "logps") - sum_of(scores.rejected, "logps")
+        return LossOutput(F.softplus(-self.beta * margin))
+
+
+@dataclass(frozen=True)
+class Orpo(PreferenceLoss):
     """ORPO: −mean log π_θ(y^w) + λ softplus(−log-odds-ratio) of length-normalised probabilities.
 
     Source: arXiv 2403.07691, equations 6 and 7.
     """
 
     lam: float = 0.1
-    needs = frozenset({"logps"})
+    reads = frozenset({"logps"})
+    when = "Fine-tuning and preferences in one stage, from a base model, without a reference."
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}"
         )
 
-    def __call__(self, scores: PairScores) -> LossOutput:
+    def compare(self, scores: PairScores) -> LossOutput:
         chosen = mean_of(scores.chosen, "logps")
         rejected = mean_of(scores.rejected, "logps")
         log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
@@ -67,6 +86,7 @@ class Sft(Loss):
     needs = frozenset({"logps"})
     span = "chosen"
     mean_over = "chosen_tokens"
+    when = "Demonstrations; or before a preference loss, so that the policy can answer at all."
 
     def __call__(self, scores: PairScores) -> LossOutput:
         return LossOutput(-mean_of(scores.chosen, "logps"))

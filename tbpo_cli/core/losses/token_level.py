@@ -24,10 +24,13 @@ class TbpoA(RatioMatching):
     estimate of the paper's text, evaluated on the data's own token, would cancel the log-ratio.
     """
 
-    needs = frozenset({"advantage"})
-    span = "aligned"
+    reads = frozenset({"advantage"})
+    compares = "tokens"
+    when = (
+        "The method of this project: which token was better is in the pair, and shows in the loss."
+    )
 
-    def __call__(self, scores: PairScores) -> LossOutput:
+    def compare(self, scores: PairScores) -> LossOutput:
         z = self.beta * _aligned_difference(scores, "advantage")
         return _match_tokens(self, scores, z)
 
@@ -44,14 +47,15 @@ class TbpoQ(RatioMatching):
     """
 
     baseline_clip: float = 10.0
-    needs = frozenset({"log_ratio", "state_baseline"})
-    span = "aligned"
+    reads = frozenset({"log_ratio", "state_baseline"})
+    compares = "tokens"
+    when = "As tbpo_a, where a learned baseline is wanted in place of the exact KL."
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.baseline_clip > 0, f"baseline_clip must be positive, got {self.baseline_clip}")
 
-    def __call__(self, scores: PairScores) -> LossOutput:
+    def compare(self, scores: PairScores) -> LossOutput:
         c = _aligned_difference(scores, "state_baseline")
         centred = c - mean_over_response(c, scores.aligned_mask)[:, None]
         log_w = centred.clamp(-self.baseline_clip, self.baseline_clip)

@@ -1,4 +1,4 @@
-"""DPO with a weight ω_t for every token: softplus(−β (Σω^w r^w − Σω^l r^l))."""
+"""Whole responses with a weight ω_t for every token: DPO is the one whose weights are all 1."""
 
 from __future__ import annotations
 
@@ -9,12 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbpo_cli.core.losses.base import BetaLoss, statistic_of
-from tbpo_cli.core.types import LossOutput, PairScores, SideScores, sum_over_response
+from tbpo_cli.core.losses.base import BetaLoss, require, statistic_of
+from tbpo_cli.core.types import (
+    LossOutput,
+    PairScores,
+    SideScores,
+    mean_over_response,
+    sum_over_response,
+)
 
 
 @dataclass(frozen=True)
-class TisDpo(BetaLoss):
+class TokenWeighted(BetaLoss):
+    """softplus(−β (Σω^w r^w − Σω^l r^l)); a loss of this family is its `token_weights`."""
+
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        """ω of the chosen and of the rejected tokens, (B, T) each, without a gradient."""
+        raise NotImplementedError
+
+    def compare(self, scores: PairScores) -> LossOutput:
+        return LossOutput(F.softplus(-self.beta * self.margin(scores, "log_ratio")))
+
+    def margin(self, scores: PairScores, statistic: str) -> Tensor:
+        """Σω^w x^w − Σω^l x^l of a statistic x, (B,)."""
+        chosen, rejected = self.token_weights(scores)
+        weighted_chosen = chosen * statistic_of(scores.chosen, statistic)
+        weighted_rejected = rejected * statistic_of(scores.rejected, statistic)
+        return sum_over_response(weighted_chosen, scores.chosen.mask) - sum_over_response(
+            weighted_rejected, scores.rejected.mask
+        )
+
+
+@dataclass(frozen=True)
+class TisDpo(TokenWeighted):
     """TIS-DPO: softplus(−β (Σω^w r^w − Σω^l r^l)), ω = `importance_weights` of two helper policies.
 
     `positive` and `negative` name the helpers, as run directories or adapters: π⁺ trained by DPO,
@@ -26,17 +53,101 @@ class TisDpo(BetaLoss):
 
     positive: str = ""
     negative: str = ""
-    needs = frozenset({"log_ratio", "weights"})
+    reads = frozenset({"log_ratio", "weights"})
+    when = "Three trainings are affordable, and the tokens that decide shall count for more."
 
-    def __call__(self, scores: PairScores) -> LossOutput:
-        margin = _weighted_sum(scores.chosen) - _weighted_sum(scores.rejected)
-        return LossOutput(F.softplus(-self.beta * margin))
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        return statistic_of(scores.chosen, "weights"), statistic_of(scores.rejected, "weights")
 
 
-def _weighted_sum(side: SideScores) -> Tensor:
-    """Σ ω_t r_t, (B,)."""
-    weighted = statistic_of(side, "weights") * statistic_of(side, "log_ratio")
-    return sum_over_response(weighted, side.mask)
+@dataclass(frozen=True)
+class LdDpo(TokenWeighted):
+    """LD-DPO: DPO, in which the tokens past T = min(|y^w|, |y^l|) weigh α.
+
+    Source: arXiv 2409.06411.
+    """
+
+    alpha: float = 0.5
+    when = "As dpo, where longer answers shall not win by their length."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        sides = (scores.chosen, scores.rejected)
+        num_chosen, num_rejected = (side.mask.sum(dim=1, keepdim=True) for side in sides)
+        num_aligned = torch.minimum(num_chosen, num_rejected)
+        return self._weights(scores.chosen, num_aligned), self._weights(
+            scores.rejected, num_aligned
+        )
+
+    def _weights(self, side: SideScores, num_aligned: Tensor) -> Tensor:
+        """1 for the first tokens, (B, 1) of them, and α for the rest, (B, T)."""
+        log_ratio = statistic_of(side, "log_ratio")
+        weights = torch.full_like(log_ratio, self.alpha, requires_grad=False)
+        return weights.masked_fill(_positions(side) < num_aligned, 1.0)
+
+
+@dataclass(frozen=True)
+class D2po(TokenWeighted):
+    """D²PO: DPO, in which token t, from 0, weighs γ^t.
+
+    Source: arXiv 2502.14340.
+    """
+
+    gamma: float = 0.98
+    when = "As dpo, where what is decided early in an answer shall count for more."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
+
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        return self._weights(scores.chosen), self._weights(scores.rejected)
+
+    def _weights(self, side: SideScores) -> Tensor:
+        """γ^t, (1, T)."""
+        dtype = statistic_of(side, "log_ratio").dtype
+        return torch.pow(self.gamma, _positions(side).to(dtype))[None]
+
+
+@dataclass(frozen=True)
+class ConfPo(TokenWeighted):
+    """ConfPO: SimPO over the tokens that the policy is unsure of.
+
+    A token counts if its π_θ(y_t) is below the mean of π_θ(y_t) over its response. Each response's
+    log π_θ is the mean over its tokens that count; if none does, the pair's loss is 0.
+
+    Source: arXiv 2506.08712, as its released code has it; the defaults are that code's for Mistral.
+    """
+
+    beta: float = 1.5
+    gamma: float = 1.6
+    reads = frozenset({"logps"})
+    when = "As simpo, reading only the tokens that the policy is unsure of."
+
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        return _share_of_unsure(scores.chosen), _share_of_unsure(scores.rejected)
+
+    def compare(self, scores: PairScores) -> LossOutput:
+        chosen, rejected = self.token_weights(scores)
+        counts = chosen.any(dim=1) & rejected.any(dim=1)
+        margin = self.margin(scores, "logps")
+        loss = F.softplus(self.gamma - self.beta * margin)
+        return LossOutput(torch.where(counts, loss, 0.0))
+
+
+def _share_of_unsure(side: SideScores) -> Tensor:
+    """1 / their number for tokens whose probability is below the response's mean, 0 for others."""
+    probs = statistic_of(side, "logps").detach().exp()
+    is_unsure = (probs < mean_over_response(probs, side.mask)[:, None]) & side.mask
+    return is_unsure.to(probs.dtype) / is_unsure.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _positions(side: SideScores) -> Tensor:
+    """The column numbers 0 to T − 1, (T,)."""
+    return torch.arange(side.mask.shape[1], device=side.mask.device)
 
 
 def importance_weights(token_scores: Tensor, mask: Tensor) -> Tensor:

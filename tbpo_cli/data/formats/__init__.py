@@ -61,6 +61,8 @@ class Format:
 
 
 SIDES = ("chosen", "rejected")
+MAX_DEPTH = 100  # of lists and tables in a row
+
 FORMATS = {  # a row is of the first that fits it
     "hh": Format(SIDES, from_dialogues, is_dialogues),
     "sharegpt": Format(("conversations", *SIDES), from_sharegpt),
@@ -156,6 +158,8 @@ def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
         RejectedRow: with the reason why the row cannot be used.
     """
     content, known = renamed(row.content, data.columns), FORMATS[format_name]
+    if _is_deep(content):
+        raise RejectedRow("wrong_type", f"lists and tables are nested more than {MAX_DEPTH} deep")
     if not isinstance(content, dict):
         raise RejectedRow(
             "wrong_type", f"the row is {type(content).__name__}, not a table of columns"
@@ -169,6 +173,19 @@ def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
         return known.parse_all(content, data.ranked_pairs)
     assert known.parse is not None
     return [known.parse(content)]
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether lists and tables are nested more than MAX_DEPTH deep."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:

@@ -1,0 +1,265 @@
+"""LoRA adapters: a new one on the text layers, and those of a folder, which must fit exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tbpo_cli.config.recipe import Model
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.policy import POLICY, REFERENCE
+from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
+
+ALL_LINEAR = "all-linear"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SHOWN_KEYS = 6
+# What multiplies an expert in a mixture, by the names that transformers gives to such layers.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
+# peft would put adapters on all experts at once for these names, router included.
+EXPERT_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"})
+# The fused kernels of these models read the weight of the layer, past any adapter on it.
+MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+# Ways to start an adapter that take its product away from the base as they are loaded.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+)
+NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "multi_modal", "vqmodel")
+
+
+def local_adapter(source: str, key: str = "the adapter") -> Path:
+    """The folder of an adapter, or that of "user/repo[@revision]" in the cache.
+
+    Raises:
+        TbpoError: if there is none.
+    """
+    folder = Path(source)
+    repo, _, revision = source.partition("@")
+    files = (CONFIG_FILE, WEIGHTS_FILE)
+    try:
+        if not folder.is_dir():
+            patterns = list(files)
+            folder = Path(
+                snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+            )
+        if missing := [name for name in files if not (folder / name).exists()]:
+            raise OSError(f"it has no {missing[0]}")
+    except (OSError, ValueError) as error:
+        what = f"the adapter cannot be loaded: {str(error).splitlines()[0]}"
+        where = f"{key} = {source!r}"
+        names = " and ".join(files)
+        expected = f"a folder, or user/repo[@revision] on the Hub, with {names} (no pickle)"
+        fix = "check it, and that the Hub can be reached; a whole model is named as model.base"
+        raise TbpoError(what, where, expected, fix) from error
+    return folder
+
+
+def text_layers(model: LanguageModel) -> list[str]:
+    """The linear layers that a new adapter is put on where the recipe says "all-linear".
+
+    All of the language part, but not: the output head; routers of a mixture of experts; its experts
+    where they are one tensor (then no layer of an expert is adapted, nor one of the same name);
+    what a model has for images or sound; the output projections of Mamba, which its kernels read
+    past an adapter.
+
+    Returns:
+        Names of the last part alone ("q_proj") where no other layer has it, else whole names.
+    """
+    causal = causal_model(model)
+    head = causal.get_output_embeddings()
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else backbone(causal)
+    inside = {id(module) for module in decoder.modules()}
+    has_fused_experts = any(weight.ndim == 3 for weight in decoder.parameters())
+    left_out = ROUTERS | (EXPERT_LAYERS if has_fused_experts else frozenset())
+    if getattr(causal.config, "model_type", "") in MAMBA_TYPES:
+        left_out = left_out | {"out_proj"}
+    chosen: list[str] = []
+    others: list[str] = []
+    for name, module in causal.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        parts = name.split(".")
+        is_own_code = type(module).__module__.startswith("transformers.models.")
+        takes_part = (
+            module is not head
+            and id(module) in inside
+            and not is_own_code  # a router that is a Linear, and returns more than a product
+            and not left_out & set(parts[-2:])
+            and not any(word in part for part in parts for word in NOT_TEXT)
+        )
+        (chosen if takes_part else others).append(name)
+    lasts = {name.rsplit(".", 1)[-1] for name in chosen}
+    ambiguous = {name.rsplit(".", 1)[-1] for name in others}
+    # peft takes "x" as the end of any name: one that is only a number would match too much.
+    is_clear = not lasts & ambiguous and not any(last.isdigit() for last in lasts)
+    return sorted(lasts if is_clear else chosen)
+
+
+def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
+    """A base with a new adapter, whose product is zero, as the policy.
+
+    Raises:
+        TbpoError: if target_modules name no layers that can have one.
+    """
+    lora = model.lora
+    assert lora is not None
+    targets = lora.target_modules
+    names: str | list[str] = targets if isinstance(targets, str) else list(targets)
+    if targets == ALL_LINEAR:
+        names = text_layers(base)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and takes any number
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.base,
+        revision=model.revision,
+    )
+    try:
+        if not names:
+            raise ValueError("no linear layer of its language part can have an adapter")
+        return get_peft_model(base, config)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        found = ", ".join(text_layers(base)) or "none"
+        fix = 'target_modules = "all-linear", which takes those layers'
+        if targets == ALL_LINEAR:
+            fix = "leave [model.lora] out: all weights are then trained"
+        raise TbpoError(
+            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
+            "[model.lora] target_modules",
+            f"names of its linear layers: {found}",
+            fix,
+        ) from error
+
+
+def continued_adapter(
+    base: LanguageModel, policy: Path, reference: Path | None, model: Model, trains: bool = True
+) -> LanguageModel:
+    """A base with the adapter of one folder as the policy, and another one as the reference.
+
+    Args:
+        policy: the folder of the policy's adapter.
+        reference: that of the frozen reference's; None: the base itself is the reference.
+        trains: whether the policy's adapter is trained further.
+
+    Raises:
+        TbpoError: if an adapter does not fit the base exactly.
+    """
+    with _exactly(base, policy, POLICY, model.base) as loaded:
+        peft_model = PeftModel.from_pretrained(
+            base, policy, adapter_name=POLICY, is_trainable=trains
+        )
+        loaded.append(peft_model)
+    if reference is not None:
+        add_adapter(peft_model, reference, REFERENCE, model.base)
+    return peft_model
+
+
+def add_adapter(model: LanguageModel, folder: Path, name: str, base: str) -> None:
+    """Puts the adapter of a folder beside the policy's, as a frozen view.
+
+    Raises:
+        TbpoError: if it does not fit the base exactly.
+    """
+    with _exactly(model, folder, name, base) as loaded:
+        model.load_adapter(folder, adapter_name=name, is_trainable=False)
+        loaded.append(model)
+        model.set_adapter(POLICY)
+
+
+@contextmanager
+def _exactly(
+    model: LanguageModel, folder: Path, name: str, base: str
+) -> Iterator[list[LanguageModel]]:
+    """Checks that an adapter is loaded whole, and leaves the base as it was.
+
+    1. Refuse an adapter whose config says that the base is changed as it is loaded.
+    2. Note where the weights of the base are, and how often each was written.
+    3. Let the caller load it, and give the model with the adapter.
+    4. Compare the names in the file with those of the adapter, and the base with step 2.
+    """
+    _check_start(folder)
+    written = [(p, p.data_ptr(), p._version) for p in model.parameters()]
+    # An adapter on embeddings may bring a copy of theirs, which must be that of the base.
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    copies = {id(end.weight): end.weight.detach().clone() for end in ends if end is not None}
+    loaded: list[LanguageModel] = []
+    try:
+        yield loaded
+        fault = _wrong_names(loaded[0], folder, name)
+    except LOADING_ERRORS as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _misfit(lines[-1] if lines else type(error).__name__, folder, base) from error
+    for weight, pointer, version in written:
+        is_untouched = (weight.data_ptr(), weight._version) == (pointer, version)
+        copy = copies.get(id(weight))
+        if not is_untouched and (copy is None or not torch.equal(weight, copy)):
+            fault = fault or "it changes its base as it is loaded"
+    if fault:
+        raise _misfit(fault, folder, base)
+
+
+def _misfit(fault: str, folder: Path, base: str) -> TbpoError:
+    return TbpoError(
+        f"the adapter does not fit the base: {fault}",
+        str(folder),
+        f"an adapter for {base}, all of whose weights find their place",
+        "check model.base, and that the adapter was trained on it",
+    )
+
+
+def _check_start(folder: Path) -> None:
+    """Raises TbpoError if the adapter's config says that loading it changes the base."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TbpoError(
+            f"the adapter's config cannot be read: {str(error).splitlines()[0]}",
+            str(folder / CONFIG_FILE),
+            "the config of a LoRA adapter, as peft writes it",
+            "copy or download the adapter again",
+        ) from error
+    start = str(getattr(config, "init_lora_weights", True)).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        convert = "peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
+        raise TbpoError(
+            f"the adapter changes its base as it is loaded: it was started by {start}",
+            str(folder / CONFIG_FILE),
+            "a plain LoRA adapter: policy and reference share one base",
+            f"convert it with {convert}, as peft's page on LoRA says; or merge it into its base",
+        )
+
+
+def _wrong_names(model: LanguageModel, folder: Path, name: str) -> str:
+    """Which weights the file lacks, or has and the adapter does not, in words; "" if none."""
+    expected = set(get_peft_model_state_dict(model, adapter_name=name))
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        found = set(file.keys())
+    faults = []
+    for what, keys in (
+        ("its file lacks", expected - found),
+        ("the model has no place for", found - expected),
+    ):
+        # Copies of embeddings are written or not, as peft decides.
+        names = sorted(key for key in keys if "lora_" in key)
+        if names:
+            more = len(names) - SHOWN_KEYS
+            shown = ", ".join(names[:SHOWN_KEYS])
+            faults.append(f"{what} {shown}" + (f" and {more} more" if more > 0 else ""))
+    return "; ".join(faults)

@@ -1,0 +1,260 @@
+"""A base model from its folder or Hub repository: all of its weights, and nothing made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
+
+from tbpo_cli import console
+from tbpo_cli.config.recipe import Model
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.fused import fuse_norms
+from tbpo_cli.model.policy import special_tokens_of
+from tbpo_cli.model.probes import check_causality
+from tbpo_cli.model.sharding import LanguageModel
+
+SHOWN_KEYS = 6
+# Buffers that old checkpoints hold, and that today's architectures compute.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
+WEIGHTS = (
+    "a folder with config.json and *.safetensors (pickles are not loaded), or the id of a Hub"
+    " repository"
+)
+
+
+def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """`model.dtype`; "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if model.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, model.dtype))
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def load_base(
+    model: Model, source: str, device: torch.device, dtype: torch.dtype | str
+) -> LanguageModel:
+    """A causal language model from safetensors, or with random weights from its config.
+
+    1. Read the config, and refuse an index that names other files than safetensors.
+    2. Load the weights; refuse what the checkpoint lacks, has too much or in another shape.
+    3. Turn off what is the base's own habit: dropout, and the settings of its generation config.
+    4. Put in the fused norms, move it to the device, and check that no token sees a later one.
+
+    Args:
+        model: the recipe's table; its base is loaded with random weights if it says so.
+        source: a folder, or the id of a Hub repository.
+        device: where the weights are put; a quantized model is loaded there.
+        dtype: of the weights, or "auto": that of the checkpoint.
+
+    Raises:
+        TbpoError: if it cannot be loaded whole, or is no causal language model.
+    """
+    attention = None if model.attention == "auto" else model.attention
+    if model.trust_remote_code:
+        what = "model.trust_remote_code = true: code from"
+        console.say(f"WARNING: {what} {source} runs with your rights")
+    hub = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    with refused_with_a_reason(source, "model.base"):
+        config = AutoConfig.from_pretrained(source, **hub)
+        own_dtype = config.dtype
+        if model.initial_weights == "random" and source == model.base:
+            options["trust_remote_code"] = model.trust_remote_code
+            loaded = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            if model.quantization is not None:
+                options["quantization_config"] = _quantization(dtype, device)
+                options["device_map"] = {"": device}
+            loaded = load_whole(AutoModelForCausalLM, source, "model.base", **options, **hub)
+    loaded.config.dtype = own_dtype  # what it is saved in
+    # peft and lm-eval generate with the model's own config: only its tokens may take part.
+    loaded.published_generation_config = loaded.generation_config
+    if loaded.generation_config is not None:
+        loaded.generation_config = special_tokens_of(loaded.generation_config)
+    turn_noise_off(loaded)
+    fuse_norms(loaded)
+    if model.quantization is None:
+        loaded = loaded.to(device)
+    check_causality(loaded, source)
+    return loaded
+
+
+def load_whole(kind: Any, source: str, key: str, **options: Any) -> LanguageModel:
+    """A model of one of transformers' Auto classes, every weight of which is in the checkpoint.
+
+    Args:
+        kind: AutoModelForCausalLM, AutoModelForSequenceClassification, ….
+        source: a folder, or the id of a Hub repository.
+        key: the recipe's key that names it, for the message.
+        options: of `from_pretrained`.
+
+    Raises:
+        TbpoError: with the names of the weights that are missing, unexpected or of another shape.
+    """
+    _check_index(source, key, options.get("revision"))
+    loaded, found = kind.from_pretrained(
+        source,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, with their names
+        **options,
+    )
+    buffers = {name for name, _ in loaded.named_buffers()}
+    tied = set(getattr(loaded, "all_tied_weights_keys", None) or {})
+    unexpected = sorted(
+        name
+        for name in found["unexpected_keys"]
+        if name not in buffers | tied and not COMPUTED.search(name)
+    )
+    faults = {
+        "lacks": sorted(set(found["missing_keys"]) - tied),
+        "has in another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
+        "has, and the architecture does not,": unexpected,
+    }
+    told = [f"{how} {_some(names)}" for how, names in faults.items() if names]
+    if not told and not found.get("error_msgs"):
+        return loaded
+    told += [str(message).splitlines()[0] for message in found.get("error_msgs") or ()]
+    made = (loaded.config.architectures or ["another model"])[0]
+    raise TbpoError(
+        f"the checkpoint is not that of a {type(loaded).__name__}: it {'; it '.join(told)}",
+        f"{key} = {source!r}",
+        f"every weight of a {type(loaded).__name__}, and no others; the config names {made}",
+        "copy or download the checkpoint again, or name the model that has these weights",
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN_KEYS
+    return ", ".join(names[:SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_index(source: str, key: str, revision: str | None) -> None:
+    """An index may name files elsewhere, or pickles: only safetensors beside it are taken."""
+    options = {"_raise_exceptions_for_missing_entries": False, "revision": revision}
+    path = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if path is None:
+        return
+    fault = TbpoError(
+        "the index of the weights is not one",
+        str(path),
+        "a JSON object whose weight_map gives the *.safetensors beside it that holds each weight",
+        f"copy or download the model again: {key} = {source!r}",
+    )
+    try:
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+        files = set(index["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise fault from error
+    for name in files:
+        is_beside = isinstance(name, str) and not {"/", "\\"} & set(name)
+        if not is_beside or not name.endswith(".safetensors"):
+            fault.what = f"the index of the weights names a file that is not loaded: {name!r}"
+            raise fault
+
+
+def turn_noise_off(model: nn.Module) -> None:
+    """Sets every probability of dropout, layer drop and router noise in a model to zero.
+
+    `Policy.train` keeps most of a model in evaluation mode. What is left to turn off is in layers
+    that have to be in training mode for activation checkpointing, and use a number of their own.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_noise = any(word in name for word in ("drop", "jitter"))
+            if is_noise and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@contextmanager
+def refused_with_a_reason(source: str, key: str) -> Iterator[None]:
+    """Makes whatever the libraries raise while a model is loaded an error that names the cause."""
+    try:
+        yield
+    except TbpoError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = f"the model cannot be loaded: {' '.join(lines[:2]) or type(error).__name__}"
+        raise TbpoError(what, f"{key} = {source!r}", WEIGHTS, _fix(error, source, key)) from error
+
+
+def _fix(error: BaseException, source: str, key: str) -> str:
+    """What to do about an exception of the loading, by what caused it."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    newer = f"an architecture that transformers {transformers.__version__} has"
+    once = f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained('converted')"
+    convert = f'python -c "from transformers import AutoModelForCausalLM; {once}"'
+    fixes = [
+        (
+            any(isinstance(each, GatedRepoError) for each in causes),
+            f"ask for access at https://huggingface.co/{source}, then `hf auth login`",
+        ),
+        (
+            any(isinstance(each, RepositoryNotFoundError) for each in causes),
+            f"check {key}: no such repository, or a private one, which needs `hf auth login`",
+        ),
+        (
+            isinstance(error, ImportError),
+            'install what is missing; if it is for attention: model.attention = "auto"',
+        ),
+        (isinstance(error, SafetensorError), "its weights are damaged: copy them again"),
+        ("does not recognize this architecture" in text, f"take {newer}, or upgrade transformers"),
+        ("Unrecognized model" in text, f"check config.json: its model_type must name {newer}"),
+        ("trust_remote_code" in text, "model.trust_remote_code = true, if you trust its code"),
+        ("Unrecognized configuration class" in text, "take a decoder: a causal language model"),
+        ("safetensors" in text, f"convert it once: {convert}"),
+    ]
+    known = next((fix for holds, fix in fixes if holds), "")
+    return known or f"check {key} (and model.revision), and that the Hub can be reached"
+
+
+def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
+    key = 'model.quantization = "nf4"'
+    if device.type == "cpu":  # there, bitsandbytes has no gradient after a pass for inference
+        raise TbpoError(
+            "4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TbpoError(
+            "4-bit weights need bitsandbytes, which is not installed",
+            key,
+            "the optional extra `quantization`",
+            "pip install 'tbpo[quantization]'",
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )

@@ -1,0 +1,190 @@
+"""The policy, and the frozen models beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all, shard
+
+# The policy's adapter has peft's own name for a first one, so that what is saved loads anywhere.
+POLICY = "default"
+REFERENCE = "reference"
+POSITIVE = "positive"
+NEGATIVE = "negative"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is trained, and the frozen models that it is compared with.
+
+    A view is one of these models by its name: a whole model in `frozen`; else the adapter of that
+    name on the shared base; else the base itself, with the adapters off.
+
+    Args:
+        model: the transformers model; peft's around it if the recipe has [model.lora].
+        frozen: whole models, by the name of their view.
+        autocast: the dtype of matrix products where the weights are kept in a wider one; None: the
+            dtype of the weights.
+    """
+
+    model: LanguageModel
+    frozen: dict[str, LanguageModel] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+
+    @property
+    def adapters(self) -> dict[str, PeftConfig]:
+        """The adapters in the model, by name; empty where all weights are trained."""
+        return getattr(self.model, "peft_config", {})
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The model that is trained, then the frozen ones."""
+        return [self.model, *self.frozen.values()]
+
+    @property
+    def views(self) -> list[str]:
+        """The names of all models: the policy, the reference if there is one, and the helpers."""
+        base = [REFERENCE] if self.has_reference else []
+        return list(dict.fromkeys([POLICY, *base, *self.adapters, *self.frozen]))
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference to compare with."""
+        return bool(self.adapters) or REFERENCE in self.frozen
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds a part of the weights: all then run the same passes at once."""
+        return isinstance(next(self.model.parameters()), DTensor)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Leaves this process its part of the weights of all models, on the mesh's device."""
+        for model in self.models:
+            shard(model, mesh, self.autocast)
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves the models to a device. Quantized ones are loaded there, and stay."""
+        for model in self.models:
+            if next(model.parameters()).device.type != device.type:
+                model.to(device)
+
+    def train(self) -> None:
+        """Turns the adapters' dropout and the activation checkpointing on, and nothing else.
+
+        The base's own dropout, and the noise that some routers add in training, stay off: the
+        policy is then the reference plus what was trained, and a loss starts where it should.
+        """
+        self.model.eval()
+        for name, module in self.model.named_modules():
+            is_adapter_dropout = ".lora_dropout." in name
+            if is_adapter_dropout or isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
+    @contextlib.contextmanager
+    def view(self, name: str) -> Iterator[LanguageModel]:
+        """A model in evaluation mode (no dropout) and without gradients, within the context."""
+        model: LanguageModel = self.frozen.get(name, self.model)
+        in_training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad(), self._weights(name):
+                yield model
+        finally:
+            for module in in_training:
+                module.training = True
+
+    @contextlib.contextmanager
+    def _weights(self, name: str) -> Iterator[None]:
+        if name in self.frozen or name == POLICY:
+            yield
+        elif name in self.adapters:
+            self.model.set_adapter(name, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.set_adapter(POLICY)
+        else:
+            with self.model.disable_adapter():
+                yield
+
+    def describe_reference(self) -> str:
+        """Which model the reference is, in words."""
+        if REFERENCE in self.frozen:
+            return "a frozen copy of the model"
+        if REFERENCE in self.adapters:
+            return "a frozen copy of the SFT adapter"
+        return "the base, with the adapter off"
+
+    def save(self, folder: Path, writes: bool = True, end_ids: Sequence[int] = ()) -> list[Path]:
+        """Writes what was trained: the adapter, or the whole model in the dtype of the base.
+
+        Args:
+            writes: whether this process writes. Where weights are sharded the other processes take
+                part, to give their parts.
+            end_ids: the tokens at which generation is to stop, for generation_config.json.
+
+        Returns:
+            The files.
+        """
+        state = self.trained if self.adapters else self.model.state_dict(keep_vars=True)
+        state = gather_all(state, writes)
+        if not writes:
+            return []
+        if self.adapters:
+            self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
+        else:
+            dtype = self.model.config.dtype
+            self.model.save_pretrained(folder, state_dict=cast_state(state, dtype))
+            self.model.config.dtype = dtype  # save_pretrained sets the dtype of the weights
+            self.model.config.save_pretrained(folder)
+        generation_config(causal_model(self.model), end_ids).save_pretrained(folder)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return sorted(path for path in files if path.name != "README.md")
+
+
+def cast_state(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors in another dtype; those that are tied, one tensor with two names, stay tied."""
+    cast: dict[int, Tensor] = {}
+    for tensor in state.values():
+        if id(tensor) not in cast:
+            cast[id(tensor)] = tensor.to(dtype or tensor.dtype)
+    return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+def generation_config(causal: LanguageModel, end_ids: Sequence[int]) -> GenerationConfig:
+    """The base's own generation config, as it was published, which stops at some tokens as well."""
+    published = getattr(causal, "published_generation_config", None) or causal.generation_config
+    config = copy.deepcopy(published or GenerationConfig())
+    own = config.eos_token_id
+    own_ids = own if isinstance(own, list) else [own] * (own is not None)
+    if ids := list(dict.fromkeys([*end_ids, *own_ids])):
+        config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    try:
+        config.validate(strict=True)
+    except ValueError:  # the base's own file contradicts itself: only its tokens are kept
+        config = special_tokens_of(config)
+    return config
+
+
+def special_tokens_of(config: GenerationConfig) -> GenerationConfig:
+    """A generation config with the special tokens of another one, and defaults for the rest."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    kept = {name: getattr(config, name, None) for name in names}
+    return GenerationConfig(**{name: value for name, value in kept.items() if value is not None})

@@ -1,0 +1,157 @@
+"""`tbpo init --from`: configs of other tools become recipes; the rest of them is listed."""
+
+import json
+import tomllib
+
+import pytest
+
+from tbpo_cli.cli.convert import convert
+from tbpo_cli.config.keys import all_keys
+from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
+from tbpo_cli.config.recipe import Recipe, load_recipe
+
+TRL = """
+model_name_or_path: org/model
+dataset_name: org/pairs
+dataset_train_split: train_prefs
+learning_rate: 5e-7
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 8
+loss_type: sigmoid
+beta: 0.05
+use_peft: true
+lora_r: 16
+lora_alpha: 32
+warmup_ratio: 0.1
+lr_scheduler_type: cosine
+num_train_epochs: 2
+padding_free: true
+report_to: wandb
+eval_strategy: steps
+"""
+AXOLOTL = """
+base_model: org/model
+rl: ipo
+datasets:
+  - path: org/pairs
+    split: train
+    type: chatml.intel
+adapter: lora
+lora_r: 8
+lora_target_linear: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+optimizer: adamw_bnb_8bit
+learning_rate: 0.00001
+sequence_len: 1024
+val_set_size: 0.02
+load_in_4bit: true
+num_epochs: 1
+"""
+FACTORY = """
+model_name_or_path: org/model
+stage: dpo
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+pref_beta: 0.1
+pref_loss: sigmoid
+dataset: dpo_en_demo
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 5.0e-6
+"""
+SCRIPT = """
+trl dpo --model_name_or_path org/model \\
+    --dataset_name org/pairs --learning_rate 5e-7 --gradient_checkpointing \\
+    --per_device_train_batch_size=2
+"""
+PYTHON = """
+from trl import DPOConfig
+args = DPOConfig(output_dir="out", beta=0.2, max_grad_norm=1.0, per_device_train_batch_size=8)
+lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type=get())
+"""
+
+
+def written(tbpo, tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return tbpo("init", "mine", "--from", name)
+
+
+def test_a_config_of_trl(tbpo, tmp_path):
+    """4 pairs × 8 steps of accumulation are 32 pairs a step."""
+    done = written(tbpo, tmp_path, "dpo.yaml", TRL)
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert (recipe.align.batch_pairs, recipe.align.learning_rate) == (32, 5e-7)
+    assert (recipe.align.loss_name, recipe.align.loss.beta) == ("dpo", 0.05)
+    assert (recipe.model.lora.r, recipe.model.lora.alpha) == (16, 32.0)
+    assert (recipe.align.epochs, recipe.align.warmup) == (2.0, 0.1)
+    assert recipe.data.train_split == "train_prefs" and recipe.run.trackers == ("wandb",)
+    left = done.stdout.partition("left out:")[2]
+    assert "eval_strategy" in left and "no counterpart" in left and "padding_free" in left
+
+
+def test_a_config_of_axolotl(tbpo, tmp_path):
+    written(tbpo, tmp_path, "axolotl.yml", AXOLOTL)
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert (recipe.data.train[0].path, recipe.data.train[0].split) == ("org/pairs", "train")
+    assert recipe.align.loss_name == "ipo" and recipe.align.batch_pairs == 8
+    assert recipe.model.lora.target_modules == "all-linear" and recipe.model.quantization == "nf4"
+    assert (recipe.data.max_length, recipe.data.eval_fraction) == (1024, 0.02)
+
+
+def test_a_config_of_llama_factory(tbpo, tmp_path):
+    written(tbpo, tmp_path, "factory.yaml", FACTORY)
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert recipe.align.loss_name == "dpo" and recipe.model.lora.r == 8
+
+
+def test_json_a_script_and_a_python_file(tbpo, tmp_path):
+    config = {"model_name_or_path": "org/model", "dataset_name": "a/b", "max_steps": -1}
+    written(tbpo, tmp_path, "config.json", json.dumps(config))
+    assert load_recipe(tmp_path / "mine.toml").align.epochs == 1.0, "-1 is no number of steps"
+    (tmp_path / "mine.toml").unlink()
+    written(tbpo, tmp_path, "run.sh", SCRIPT)
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert (recipe.align.learning_rate, recipe.align.activation_checkpointing) == (5e-7, True)
+    (tmp_path / "mine.toml").unlink()
+    done = written(tbpo, tmp_path, "train.py", PYTHON)
+    tables = tomllib.loads((tmp_path / "mine.toml").read_text())
+    assert tables["align"]["loss"]["beta"] == 0.2 and tables["align"]["batch_pairs"] == 8
+    assert tables["model"]["lora"] == {"r": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
+    assert "still to be mended" in done.stdout and "model.base is missing" in done.stdout
+
+
+def test_an_sft_config_fills_the_table_sft():
+    theirs = {"stage": "sft", "learning_rate": 1e-5, "per_device_train_batch_size": 4}
+    tables = convert(theirs).tables
+    assert tables == {"sft": {"learning_rate": 1e-5, "batch_examples": 4}}
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("- a\n- b\n", "there is no config"),
+        ("a: [\n", "cannot be read"),
+        ("", "there is no config"),
+    ],
+)
+def test_what_is_no_config_is_a_message(tbpo, tmp_path, text, what):
+    done = written(tbpo, tmp_path, "x.yaml", text)
+    assert done.returncode == 2 and what in done.stderr and not (tmp_path / "mine.toml").exists()
+
+
+def test_nothing_is_overwritten(tbpo, tmp_path):
+    (tmp_path / "mine.toml").write_text("")
+    done = written(tbpo, tmp_path, "x.yaml", TRL)
+    assert done.returncode == 2 and "is there already" in done.stderr
+
+
+def test_every_counterpart_is_a_key_of_a_recipe():
+    known = {key for key, _ in all_keys(Recipe)} | {"align.loss.name", "data.train.config"}
+    ours = {each.ours for each in THEIRS.values() if each.ours}
+    assert {key for key in ours - known if not key.startswith("align.loss.")} == set()
+    assert all(each.ours or each.note for each in THEIRS.values())
+    assert LOSS_NAMES["sigmoid"] == "dpo"
