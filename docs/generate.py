@@ -178,7 +178,7 @@ def other_tools() -> str:
         NOTE,
         "",
         "```bash",
-        "tbpo init mine --from dpo.yaml",
+        "tbpo init from-trl --from dpo.yaml",
         "```",
         "",
         "writes `from-trl.toml` from a config in YAML or JSON, a Python file with",

@@ -143,16 +143,20 @@ def evaluate(call: Call) -> None:
     run_stage("eval", call)
 
 
-@command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
+@command("push", *RUN, "to", "merge", "allow_unevaluated", "dry_run", "quiet")
 def push(call: Call) -> None:
     """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit, or a folder.
 
     Example: tbpo push recipe.toml --set push.repo=user/name --dry-run
     """
-    if call.dry_run:
+    if call.dry_run or call.to is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
-    from tbpo_cli.stages.push import run
+    from tbpo_cli.stages.push import export, run
 
+    if call.to is not None:
+        recipe, run_dir = call.load()
+        export(recipe, run_dir, call.to.absolute())
+        return
     run(*call.load(), call.dry_run, call.allow_unevaluated)
 
 
@@ -184,14 +188,17 @@ def init(
 
 
 @app.command(cls=Command)
-def losses() -> None:
-    """The losses and generators, their keys with the defaults, and their formulas.
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
+) -> None:
+    """The losses and generators: formula, what each needs, keys with defaults, when to take it.
 
     Example: tbpo losses
     """
-    from tbpo_cli.cli.losses import show_losses
+    from tbpo_cli.cli.losses import as_markdown, as_text
 
-    show_losses()
+    text = as_markdown() if markdown else as_text()
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @command("show", *RUN, "gpus")

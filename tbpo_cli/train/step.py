@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tbpo_cli import console
-from tbpo_cli.batch.batches import collate_all, step_indices
+from tbpo_cli.batch.batches import collate_all, deal, span_lengths, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
@@ -181,7 +181,8 @@ class Stepper:
     def _measure_held_out(self, max_tokens: int) -> list[Totals]:
         run = self.run
         span = "chosen" if run.loss.span == "chosen" else "response"
-        pairs = run.group.share(range(len(run.evaluation)))
+        num_tokens = run.evaluation.lengths.sum(axis=1)
+        pairs = deal(num_tokens, run.group.size)[run.group.rank]
         batches = collate_all(run.evaluation, pairs, max_tokens, span, self.layout)
         totals = []
         num_done = 0
@@ -200,7 +201,9 @@ class Stepper:
         span = run.loss.span
         if span != "chosen" and self._reports_all(number):
             span = "response"
-        indices = run.group.share(self._pairs(number))
+        pairs = self._pairs(number)
+        num_tokens = span_lengths(run.train, pairs, span).sum(axis=1)
+        indices = [pairs[place] for place in deal(num_tokens, run.group.size)[run.group.rank]]
         with_keys = self.token_keys is not None
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
