@@ -1,6 +1,7 @@
 """The column `weight`: a step's loss is Σ w L / Σ w over all of its pairs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tbpo_cli.train.group import ONE
 from tbpo_cli.train.metrics import average, measure, pair_weights
 
 EXACT = ("model.lora.dropout=0.0", "align.log_every=1000", "align.eval_every=1000")
-ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.eval_fraction=0.0", "data.dedup=false")
+ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.dedup=false")
 
 
 def pair_of(**columns):
@@ -67,7 +68,7 @@ def test_weights_are_kept_with_the_pairs_and_bad_ones_reported(recipe_file, tmp_
     rows += [row | {"weight": -1} for row in preference_rows(1, seed=4)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     run = run_stage(
-        "prepare", recipe_file, tmp_path / "run", f"data.train={path}", "data.eval_fraction=0.0",
+        "prepare", recipe_file, tmp_path / "run", f"data.train={path}",
         "data.max_reject_fraction=0.5",
     )  # fmt: skip
     store = PairStore(run / "prepare/train")
@@ -154,7 +155,7 @@ def test_a_step_whose_pairs_all_weigh_0_changes_nothing(recipe_file, tmp_path):
 
 
 def test_two_processes_and_a_resumed_run_divide_by_the_same_sum_of_weights(recipe_file, tmp_path):
-    rows = preference_rows(40, seed=1)
+    rows = preference_rows(40, seed=5)
     rows = [row | {"weight": number % 4 / 2} for number, row in enumerate(rows)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     sets = (f"data.train={path}", *EXACT, "align.max_steps=4", "align.checkpoint_every=2")
@@ -168,10 +169,7 @@ def test_two_processes_and_a_resumed_run_divide_by_the_same_sum_of_weights(recip
     assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
     assert_same_weights(alone, two)
     (two / "align/manifest.json").unlink()
-    for part in ("step-4",):
-        for file in sorted((two / f"align/checkpoints/{part}").iterdir()):
-            file.unlink()
-        (two / f"align/checkpoints/{part}").rmdir()
+    shutil.rmtree(two / "align/checkpoints/step-4")
     resumed = run_stage("align", recipe_file, two, *sets)
     assert losses(resumed) == pytest.approx(losses(alone), rel=1e-5)
     assert_same_weights(alone, resumed)
