@@ -143,16 +143,20 @@ def evaluate(call: Call) -> None:
     run_stage("eval", call)
 
 
-@command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
+@command("push", *RUN, "to", "merge", "allow_unevaluated", "dry_run", "quiet")
 def push(call: Call) -> None:
     """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit, or a folder.
 
     Example: tbpo push recipe.toml --set push.repo=user/name --dry-run
     """
-    if call.dry_run:
+    if call.dry_run or call.to is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
-    from tbpo_cli.stages.push import run
+    from tbpo_cli.stages.push import export, run
 
+    if call.to is not None and not call.dry_run:
+        recipe, run_dir = call.load()
+        export(recipe, run_dir, call.to.absolute())
+        return
     run(*call.load(), call.dry_run, call.allow_unevaluated)
 
 

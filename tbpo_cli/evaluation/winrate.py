@@ -7,7 +7,8 @@ is too slow for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,11 @@ RIDGE = np.array(
 
 
 def judge_all(
-    recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]
+    recipe: Recipe,
+    run_dir: RunDir,
+    samples: Rows,
+    others: list[str],
+    cache_of: Callable[[str], Path],
 ) -> tuple[Rows, Rows, dict[str, Any]]:
     """The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge
     that scores.
@@ -37,10 +42,11 @@ def judge_all(
         samples: of all models, with their name as `model`; those of the sample stage have the
             prompt's `messages`.
         others: the names of the models of `eval.against`.
+        cache_of: see `judges_of`.
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
-    judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
+    judges = judges_of(recipe, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
         judged = list(zip(comparisons, judge.compare(comparisons), strict=True))

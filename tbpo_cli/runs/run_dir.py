@@ -160,6 +160,11 @@ class RunDir:
         (self.stage(name) / MANIFEST).unlink(missing_ok=True)
         sync(self.stage(name))
 
+    def renew(self, stage: Stage, recipe: Recipe) -> None:
+        """Reopens a stage, and notes the inputs of now in place of those that it was begun with."""
+        self.reopen(stage.name)
+        write_sealed(self.stage(stage.name) / INPUTS, self.inputs(stage, recipe))
+
     def set_aside(self, name: str) -> Path | None:
         """Moves a stage's folder to NAME.old-1, or the next free number; returns that."""
         folder = self.stage(name)
