@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 
 import torch
@@ -81,8 +80,6 @@ def train_stage(
             )
         )
     weights = run_dir.weights(stage.name)
-    if group.is_main:
-        shutil.rmtree(weights, ignore_errors=True)  # what a crash left of an earlier attempt
     outputs = policy.save(weights, group.is_main, chat.end_ids)
     if not group.is_main:
         return
