@@ -317,10 +317,7 @@ MISTAKES = {
         sets("show", "data.train=rows.json"),
         (*FULL, "data.train names a file that is not there"),
     ),
-    "no row": (
-        rows_are(""),
-        (*FULL, "0 of 0 rows of data.train cannot be used", "at least one usable row"),
-    ),
+    "no row": (rows_are(""), (*FULL, "data.train has no rows", "at least one row")),
     "a broken line": (
         rows_are(json.dumps(PAIR) + "\n{'prompt': 1}\n"),
         (*FULL, "the line cannot be read", "rows.jsonl, line 2"),
@@ -338,7 +335,7 @@ MISTAKES = {
         (
             *FULL,
             "none of the known formats",
-            "question, good, bad",
+            "question ('a'), good ('b'), bad ('c')",
             "prompt + chosen + rejected",
             "[data.columns]",
         ),

@@ -153,7 +153,7 @@ def push(call: Call) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
     from tbpo_cli.stages.push import export, run
 
-    if call.to is not None:
+    if call.to is not None and not call.dry_run:
         recipe, run_dir = call.load()
         export(recipe, run_dir, call.to.absolute())
         return

@@ -139,7 +139,14 @@ class Data:
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer pairs: they are left out, or their responses are cut at the end."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of the prompts that is held out. Default: 0.05, unless `eval` is given."""
+    """The share of the prompts that is held out; at least 20 prompts, or 5 % where that is fewer.
+    Default: 0.05, unless `eval` is given."""
+    max_eval_overlap: Fraction | None = None
+    """Held-out prompts are left out if this share of their 8-grams is in training pairs. Default:
+    none is."""
+    ranked_pairs: Literal["best_worst", "best_each", "all"] = "best_worst"
+    """Of rows with several answers and their scores: the best answer is compared with the worst,
+    or with each other one, or each answer with each that has a lower score."""
     dedup: bool = True
     """Whether a comparison that came before is left out."""
     max_reject_fraction: Fraction = 0.1
