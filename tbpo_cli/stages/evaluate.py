@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
+from tbpo_cli.evaluation.answers import read_answers
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.report.diagnoses import AFTER, diagnose
@@ -50,6 +51,8 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
+    for file in recipe.eval.answers:
+        read_answers(file)
     check_suites(recipe.eval.suites)
     judges_of(recipe)
 
