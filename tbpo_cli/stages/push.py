@@ -82,7 +82,8 @@ def run(
 
 
 def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
-    """Writes what `run` would publish into a folder, asks the Hub nothing, and says how to serve it.
+    """Writes what `run` would publish into a folder, asks the Hub nothing, and says how to serve
+    it.
 
     Raises:
         TbpoError: if the run is not complete or damaged, or the folder holds something.

@@ -6,7 +6,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from tbpo_cli.batch.batches import collate_all, deal, span_lengths, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
-from tbpo_cli.data.store import pair_writer, record_batch
+from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
 from tbpo_cli.model.policy import REFERENCE
@@ -173,16 +173,17 @@ class Stepper:
         return logps
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """All metrics on the held-out pairs."""
+    def evaluate(self, pairs: Sequence[int]) -> dict[str, float]:
+        """All metrics on some of the held-out pairs, by their places in the store."""
         self.run.policy.model.eval()
-        return average(self.budget.attempt(self._measure_held_out), self.run.group)
+        measure_pairs = functools.partial(self._measure_held_out, pairs)
+        metrics = average(self.budget.attempt(measure_pairs), self.run.group)
+        return metrics | {"pairs": len(pairs)}
 
-    def _measure_held_out(self, max_tokens: int) -> list[Totals]:
+    def _measure_held_out(self, all_pairs: Sequence[int], max_tokens: int) -> list[Totals]:
         run = self.run
         span = "chosen" if run.loss.span == "chosen" else "response"
-        num_tokens = run.evaluation.lengths.sum(axis=1)
-        pairs = deal(num_tokens, run.group.size)[run.group.rank]
+        pairs = self._own_pairs(run.evaluation, all_pairs, span)
         batches = collate_all(run.evaluation, pairs, max_tokens, span, self.layout)
         totals = []
         num_done = 0
@@ -201,11 +202,15 @@ class Stepper:
         span = run.loss.span
         if span != "chosen" and self._reports_all(number):
             span = "response"
-        pairs = self._pairs(number)
-        num_tokens = span_lengths(run.train, pairs, span).sum(axis=1)
-        indices = [pairs[place] for place in deal(num_tokens, run.group.size)[run.group.rank]]
+        indices = self._own_pairs(run.train, self._pairs(number), span)
         with_keys = self.token_keys is not None
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
+
+    def _own_pairs(self, store: PairStore, pairs: Sequence[int], span: str) -> list[int]:
+        """Those of some pairs that this process computes: all processes have about as many tokens."""
+        group = self.run.group
+        num_tokens = span_lengths(store, pairs, span).sum(axis=1)
+        return [pairs[number] for number in deal(num_tokens, group.size)[group.rank]]
 
     def _reports_all(self, number: int) -> bool:
         """Whether a step reports all metrics, which are of whole responses and of the reference."""
