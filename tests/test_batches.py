@@ -6,6 +6,7 @@ import torch
 
 from tbpo_cli.batch.batches import (
     collate_all,
+    deal,
     longest_sequence,
     micro_batches,
     num_steps,
@@ -130,3 +131,18 @@ def test_the_number_of_steps_is_rounded_and_at_least_one(epochs, steps):
     """10 pairs, 4 a step: 2.5 steps an epoch."""
     assert num_steps(10, 4, epochs, None) == steps
     assert num_steps(10, 4, None, 7) == 7
+
+
+def test_pairs_are_dealt_to_processes_by_length_the_longest_first():
+    """9, 7, 5, 4, 3, 1 to two: 9 | 7, 5 after 7, 4 after 9, 3 after 12, 1 after 13."""
+    lengths = np.array([1, 7, 9, 3, 5, 4])
+    assert deal(lengths, 2) == [[0, 2, 5], [1, 3, 4]]
+    assert [sum(lengths[hand]) for hand in deal(lengths, 2)] == [14, 15]
+
+
+def test_every_pair_is_dealt_once_also_to_more_processes_than_pairs():
+    lengths = np.array([5, 5, 5])
+    hands = deal(lengths, 5)
+    assert sorted(place for hand in hands for place in hand) == [0, 1, 2]
+    assert len(hands) == 5 and max(map(len, hands)) == 1
+    assert deal(np.array([], dtype=int), 2) == [[], []]

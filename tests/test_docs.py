@@ -48,6 +48,7 @@ def folder(tmp_path_factory, base):
     (recipe,) = blocks(README, "toml")
     tables = tomllib.loads(recipe) | {"eval": {"diversity_prompts": 2}}
     short = {"model": {"base": str(base)}, "align": {"max_steps": 2, "batch_pairs": 4}}
+    short["push"] = {"base_model": "org/base"}
     short |= {"sample": {"max_new_tokens": 4, "max_prompts": 2}}
     (here / "mine.toml").write_text(tomli_w.dumps(merged(tables, short)), encoding="utf-8")
     write_jsonl(here / "pairs.jsonl", preference_rows(40))

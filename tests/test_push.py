@@ -617,3 +617,25 @@ def test_an_adapter_of_another_base_and_one_without_lora_are_refused(made, run):
     with pytest.raises(TbpoError, match="adapter is not possible"):
         _, faults = validate(Model, {"base": "x", "adapter": "me/tuned"}, "x.toml", ("model",))
         gather(faults)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_to_a_folder_loads_and_says_how_it_is_served(recipe_file, finished, tbpo, merge):
+    """The adapter on its base, or the merged weights alone, give the trained model's logits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = finished.parent / "export"
+    arguments = ("--run-dir", finished, "--to", folder, *(["--merge"] if merge else []))
+    done = tbpo("push", recipe_file, *arguments)
+    assert done.returncode == 0, done.stderr
+    served = done.stdout.strip().replace("\n", "")
+    assert served.startswith("vllm serve ") and str(folder) in served
+    assert ("--max-lora-rank 4" in served) == (not merge)
+    assert (folder / "model.safetensors").exists() == merge
+    ids = torch.arange(5, 15)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    trained = AutoModelForCausalLM.from_pretrained(finished / "align/adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "preference pairs" in (folder / "README.md").read_text(encoding="utf-8")
+    again = tbpo("push", recipe_file, *arguments)
+    assert again.returncode == 2 and "holds something already" in again.stderr

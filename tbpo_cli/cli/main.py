@@ -143,16 +143,20 @@ def evaluate(call: Call) -> None:
     run_stage("eval", call)
 
 
-@command("push", *RUN, "allow_unevaluated", "dry_run", "quiet")
+@command("push", *RUN, "to", "merge", "allow_unevaluated", "dry_run", "quiet")
 def push(call: Call) -> None:
     """Adapter (or merged model) and model card → the Hugging Face Hub, in one commit, or a folder.
 
     Example: tbpo push recipe.toml --set push.repo=user/name --dry-run
     """
-    if call.dry_run:
+    if call.dry_run or call.to is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
-    from tbpo_cli.stages.push import run
+    from tbpo_cli.stages.push import export, run
 
+    if call.to is not None and not call.dry_run:
+        recipe, run_dir = call.load()
+        export(recipe, run_dir, call.to.absolute())
+        return
     run(*call.load(), call.dry_run, call.allow_unevaluated)
 
 
@@ -184,14 +188,17 @@ def init(
 
 
 @app.command(cls=Command)
-def losses() -> None:
-    """The losses and generators, their keys with the defaults, and their formulas.
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
+) -> None:
+    """The losses and generators: formula, what each needs, keys with defaults, when to take it.
 
     Example: tbpo losses
     """
-    from tbpo_cli.cli.losses import show_losses
+    from tbpo_cli.cli.losses import as_markdown, as_text
 
-    show_losses()
+    text = as_markdown() if markdown else as_text()
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @command("show", *RUN, "gpus")
@@ -211,7 +218,7 @@ def show(call: Call) -> None:
 def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
     from tbpo_cli.cli.checks import require
-    from tbpo_cli.stages.chain import STAGES, plan, run_through, show_plan
+    from tbpo_cli.stages.chain import plan, run_through, show_plan
 
     recipe, run_dir = call.load()
     processes = call.processes()
@@ -220,10 +227,9 @@ def run_stage(name: str, call: Call) -> None:
         return
     if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
         check_gpus(processes)
-    if plan(name, recipe, run_dir)[name][0] != "done":
-        for stage in STAGES[name].needs(recipe):
+    for stage, (state, _) in plan(name, recipe, run_dir).items():
+        if state not in ("done", "begun"):  # what was begun has been checked then
             require(stage, recipe)
-        require(name, recipe)
     run_through(name, recipe, run_dir, call.restart, processes)
     console.say(f"next: {call.again(NEXT[name])}")
 

@@ -58,6 +58,19 @@ def published_base(recipe: Recipe, trained: dict[str, Any], online: bool) -> Bas
     return Base(name, revision, files, _licence(recipe, Path(folder)))
 
 
+def local_base(recipe: Recipe, trained: dict[str, Any]) -> Base:
+    """The base as this machine has it: where it is published, if the recipe says so, or its folder.
+
+    Args:
+        trained: the manifest of align.
+    """
+    folder = Path(recipe.model.base)
+    if not folder.is_absolute() or recipe.push.base_model is not None:
+        return published_base(recipe, trained, online=False)
+    files = tuple(path for pattern in LICENCES for path in folder.glob(pattern))
+    return Base(str(folder), "main", files, _licence(recipe, folder))
+
+
 def _repository(recipe: Recipe, trained: dict[str, Any]) -> tuple[str, str]:
     """Name and revision of the base's repository."""
     base, wanted = recipe.model.base, recipe.push.base_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Judge, Recipe
 from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.hub.base import Base, published_base
+from tbpo_cli.hub.base import Base, local_base, published_base
 from tbpo_cli.hub.card import is_whole, render_card
 from tbpo_cli.hub.publish import Files, open_repository, publish
 from tbpo_cli.hub.secrets import check_no_secret, without_folders
@@ -21,6 +22,7 @@ from tbpo_cli.runs.files import (
     is_sealed,
     read_sealed,
     seal_folder,
+    sync_tree,
     told_as_unwritable,
     write_sealed,
 )
@@ -80,6 +82,47 @@ def run(
     console.show(receipt["url"])
 
 
+def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
+    """Writes what `run` would publish into a folder, asks the Hub nothing, and says how to serve
+    it.
+
+    Raises:
+        TbpoError: if the run is not complete or damaged, or the folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        fix = "give another folder, or remove it"
+        raise TbpoError("the folder holds something already", str(folder), "a new folder", fix)
+    manifests = require_complete("align", recipe, run_dir)
+    results = _results(run_dir, allow_unevaluated=True)
+    part = folder.with_name(f".{folder.name}.partial")
+    with run_dir.lock(), told_as_unwritable(folder.parent):
+        base = local_base(recipe, manifests["align"])
+        card = render_card(recipe, base, results, manifests)
+        texts = _texts(recipe, run_dir, base, card, results)
+        files: Files = {name: text.encode() for name, text in texts.items()}
+        files |= _weights(recipe, run_dir, base)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                (part / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, part / name)
+        sync_tree(part)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    console.say(f"{len(files)} files; serve them with vLLM:")
+    if is_whole(recipe):
+        words = ["vllm", "serve", str(folder)]
+    else:
+        rank = str(recipe.model.lora.r if recipe.model.lora else 0)
+        module = f"{recipe.run.name}={folder}"
+        words = ["vllm", "serve", base.id, "--enable-lora", "--max-lora-rank", rank]
+        words += ["--lora-modules", module]
+    console.show(shlex.join(words))
+
+
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
     """The evaluation of these weights. Raises TbpoError without one, unless that is allowed."""
     manifest = run_dir.manifest("eval")
@@ -134,9 +177,10 @@ def _public(recipe: Recipe, base: Base) -> Recipe:
         sample = replace(sample, endpoint=NOWHERE)
     if judge is not None:
         judge = replace(judge, endpoint=NOWHERE, body=Judge(NOWHERE, judge.model).body)
+    revision = None if Path(base.id).is_absolute() else base.revision
     return replace(
         recipe,
-        model=replace(recipe.model, base=base.id, revision=base.revision),
+        model=replace(recipe.model, base=base.id, revision=revision),
         sample=sample,
         eval=replace(recipe.eval, judge=judge),
     )
@@ -164,7 +208,9 @@ def _weights(recipe: Recipe, run_dir: RunDir, base: Base) -> Files:
     if is_whole(recipe):
         return files | {path.name: path for path in base.licence_files}
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
-    config |= {"base_model_name_or_path": base.id, "revision": base.revision}
+    config |= {"base_model_name_or_path": base.id}
+    if not Path(base.id).is_absolute():
+        config["revision"] = base.revision
     return files | {"adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode()}
 
 

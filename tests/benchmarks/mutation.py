@@ -2,13 +2,14 @@
 
     python tests/benchmarks/mutation.py tbpo_cli/batch/layouts.py   # a changed file: minutes
     python tests/benchmarks/mutation.py tbpo_cli/batch --share 0.2  # a fifth, drawn at random
+    python tests/benchmarks/mutation.py tbpo_cli --minutes 60       # as many as an hour allows
     python tests/benchmarks/mutation.py --report                    # only the table
 
 1. Each test file is run by itself under coverage; which test reaches which lines is kept in
    .benchmarks/mutation/. This takes 10 minutes on two CPU cores, once: later only the test files
    are run again that have changed, or that reach one of the given files which has changed.
 2. Mutants of the given files are made: see mutants.py. With --share, a random sample of those of
-   each file, the same every time.
+   each file; with --minutes, those that come first in a random order, the same every time.
 3. Each is put into a copy of the repository, where a forked process, which has the libraries
    already, runs the tests that reach its lines, the fastest first, as many as take --seconds
    together. A mutant is noticed if one fails, or if they take more than four times as long.
@@ -26,9 +27,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +43,7 @@ from mutants import Mutant, mutants_of
 
 RESULT = Path(__file__).parent / "results" / "mutation.json"
 NOTICED_BEFORE = KEPT / "noticed.json"
-LEAST_SECONDS, PATIENCE = 30, 4
+LEAST_SECONDS, PATIENCE = 90, 4
 NOT_REACHED, SURVIVED, NOTICED, TIMED_OUT = "not reached", "survived", "noticed", "timed out"
 Row = dict[str, Any]
 
@@ -65,6 +68,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", help="files or folders of tbpo_cli")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each file")
+    parser.add_argument("--minutes", type=float, help="of mutants; what is then left is not tried")
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for a mutant")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="also those noticed before")
@@ -83,10 +87,12 @@ def key_of(row: Row) -> tuple[str, str, str]:
 
 
 def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(
-        describe, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "tbpo_cli")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 # ------------------------------------------------------------------------------------ the mutants
@@ -98,7 +104,9 @@ def measured(files: list[str], arguments: argparse.Namespace) -> list[Row]:
     from reach import reach
 
     copies = make_copies(arguments.workers)
-    run = Run(reach(files, copies), arguments.seconds, commit())
+    known = reach(files, copies)
+    minutes = arguments.minutes or math.inf
+    run = Run(known, arguments.seconds, commit(), time.monotonic() + 60 * minutes)
     if NOTICED_BEFORE.exists() and not arguments.again:
         run.noticed = json.loads(NOTICED_BEFORE.read_text("utf-8"))
     for file in files:
@@ -106,6 +114,8 @@ def measured(files: list[str], arguments: argparse.Namespace) -> list[Row]:
         count = round(len(made) * arguments.share)
         sample = sorted(random.Random(file).sample(range(len(made)), count))
         run.chosen += [(made[number], len(made)) for number in sample]
+    if arguments.minutes:
+        random.Random(0).shuffle(run.chosen)
     print(f"{len(run.chosen)} mutants", flush=True)
     run_jobs(run.jobs(), copies)
     return run.rows
@@ -118,12 +128,15 @@ class Run:
     reach: Any
     seconds: float  # of tests for a mutant
     commit: str  # of the code, with a + if it has changes that are not committed
+    end: float  # on the monotonic clock: no mutant is begun later
     chosen: list[tuple[Mutant, int]] = field(default_factory=list)  # each with how many were made
     noticed: dict[str, str] = field(default_factory=dict)  # digest of file and mutant: outcome
     rows: list[Row] = field(default_factory=list)
 
     def jobs(self) -> Iterator[Job]:
         for mutant, num_made in self.chosen:
+            if time.monotonic() > self.end:
+                break
             tests = self.reach.tests_of(mutant.file, mutant.lines)
             some = self.within(tests)
             row = {
@@ -182,11 +195,12 @@ class Run:
 # -------------------------------------------------------------------------------------- the table
 
 ABOUT = """Small faults, one at a time, each tried against the tests that reach its lines: see the
-first lines of tests/benchmarks/mutation.py. *Made*: all mutants of the file; *drawn*: the random
-sample of them. *By time*: the tests did not end in four times their time. *Unreached*: no test
-runs these lines in its own process; commands that tests start may. *Explained*: of the survivors.
+first lines of tests/benchmarks/mutation.py. *Made*: all mutants of the file; *tried*: the random
+sample of them. *By time*: the tests did not end in four times their time and 90 seconds.
+*Unreached*: no test runs these lines in its own process; commands that tests start may.
+*Explained*: of the survivors.
 """
-HEADING = """| file | commit | made | drawn | noticed | by time | survived | explained | unreached |
+HEADING = """| file | commit | made | tried | noticed | by time | survived | explained | unreached |
 |---|---|---|---|---|---|---|---|---|"""
 SURVIVORS = """
 ## Survivors

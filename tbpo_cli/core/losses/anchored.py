@@ -24,6 +24,7 @@ class ApoZero(BetaLoss):
     when = "Chosen answers that are better than what the model writes."
 
     def compare(self, scores: PairScores) -> LossOutput:
+        """`reads` → one number a pair, by the formula of the class."""
         chosen = self.beta * sum_of(scores.chosen, "log_ratio")
         rejected = self.beta * sum_of(scores.rejected, "log_ratio")
         return LossOutput(F.sigmoid(-chosen) + F.sigmoid(rejected))

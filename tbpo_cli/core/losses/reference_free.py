@@ -26,6 +26,7 @@ class SimPo(BetaLoss):
     when = "No memory for a reference; responses of very different lengths."
 
     def compare(self, scores: PairScores) -> LossOutput:
+        """`reads` → one number a pair, by the formula of the class."""
         margin = self.beta * (mean_of(scores.chosen, "logps") - mean_of(scores.rejected, "logps"))
         return LossOutput(F.softplus(self.gamma - margin))
 

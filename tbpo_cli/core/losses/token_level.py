@@ -31,6 +31,7 @@ class TbpoA(RatioMatching):
     )
 
     def compare(self, scores: PairScores) -> LossOutput:
+        """`reads` → one number a pair, by the formula of the class."""
         z = self.beta * _aligned_difference(scores, "advantage")
         return _match_tokens(self, scores, z)
 

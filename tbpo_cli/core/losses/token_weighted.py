@@ -28,6 +28,7 @@ class TokenWeighted(BetaLoss):
         raise NotImplementedError
 
     def compare(self, scores: PairScores) -> LossOutput:
+        """`reads` → one number a pair, by the formula of the class."""
         return LossOutput(F.softplus(-self.beta * self.margin(scores, "log_ratio")))
 
     def margin(self, scores: PairScores, statistic: str) -> Tensor:

@@ -37,6 +37,7 @@ class Dpo(BetaLoss):
         check_smoothing(self.label_smoothing)
 
     def compare(self, scores: PairScores) -> LossOutput:
+        """`reads` → one number a pair, by the formula of the class."""
         z = self.z(scores)
         epsilon = self.label_smoothing
         return LossOutput((1 - epsilon) * F.softplus(z) + epsilon * F.softplus(-z))

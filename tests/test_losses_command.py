@@ -1,0 +1,50 @@
+"""`tbpo losses` says what the classes say."""
+
+import pytest
+from typer.testing import CliRunner
+
+from tbpo_cli.cli.losses import descriptions
+from tbpo_cli.cli.main import app
+from tbpo_cli.config.recipe import load_recipe
+from tbpo_cli.core import LOSSES
+
+
+def described(name):
+    return next(each for each in descriptions() if each.name == name)
+
+
+def test_it_prints_every_loss_with_its_formula_keys_and_source():
+    result = CliRunner().invoke(app, ["losses"])
+    assert result.exit_code == 0
+    for name in LOSSES:
+        each = described(name)
+        assert f"\n{name}\n" in f"\n{result.output}"
+        for text in (each.fields, each.source, each.when):
+            assert " ".join(text.split()) in " ".join(result.output.split())
+        assert each.source.startswith("arXiv ") or name == "sft"
+    assert "softplus(z), z = β (Σr^l − Σr^w)" in result.output
+
+
+def test_as_markdown_it_is_a_row_a_loss():
+    result = CliRunner().invoke(app, ["losses", "--markdown"])
+    rows = result.output.strip().splitlines()
+    assert len(rows) == 2 + len(LOSSES)
+    assert {row.count(" | ") for row in rows} == {5}
+
+
+def test_what_a_loss_needs_is_what_its_statistics_cost():
+    assert described("tbpo_a").needs == "a reference"
+    assert described("tbpo_q").needs == "a reference, a learned baseline, policy logits"
+    assert described("dpo").needs == "a reference, policy logits"
+    assert described("simpo").needs == "policy logits"
+    assert described("tis_dpo").needs == "a reference, two helper policies, policy logits"
+    assert described("tbpo_a").compares == "tokens"
+    assert described("dpo").compares == "whole responses"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_its_fields_are_keys_that_a_recipe_takes(recipe_file, name):
+    """With their defaults."""
+    fields = [f"name = '{name}'", described(name).fields]
+    table = "{" + ", ".join(filter(None, fields)) + "}"
+    assert load_recipe(recipe_file, (f"align.loss={table}",)).align.loss == LOSSES[name]()
