@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tbpo_cli.cli.losses import as_markdown
 from tbpo_cli.config import evaluation, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
@@ -138,7 +139,9 @@ def losses() -> str:
         "take, and what",
         "they come to in one small world: [evidence](evidence.md).",
         "",
-        "## Losses",
+        as_markdown().strip(),
+        "",
+        "## The formulas",
     ]
     named = {name: cls for name, cls in LOSSES.items() if name != "sft"}
     page = [*begin, *described(named), "", "## Generators", "", "Of `bpo`, `tbpo_a` and `tbpo_q`."]

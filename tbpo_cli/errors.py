@@ -1,4 +1,6 @@
-"""The one kind of error that a user sees: what is wrong, where, what was expected, and what to do."""
+"""The one kind of error that a user sees: what is wrong, where, what was expected, and what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(eq=False)
 class TbpoError(Exception):
-    """Anything that a user can cause. `cli.py` prints it, without a traceback, and exits with `exit_code`.
+    """Anything that a user can cause. `cli.py` prints it, without a traceback, and exits with
+    `exit_code`.
 
     Args:
         what: one sentence, lower case.

@@ -10,6 +10,8 @@ import pytest
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
 
+from tbpo_cli.cli.last_resort import PACKAGE, message_for
+
 FULL = ("error:", "where:", "expected:", "fix:")
 
 
@@ -153,6 +155,20 @@ def saved_without_split(scene):
 def starter_is_there(scene):
     (scene.folder / "quickstart.toml").write_text("")
     return ["init", "quickstart"]
+
+
+def after_rejects(scene):
+    write_jsonl(scene.rows, [*preference_rows(24), {"prompt": "no answer"}])
+    assert command("prepare", scene.recipe, cwd=scene.folder).returncode == 0
+    return ["prepare", scene.recipe, "--set", "data.max_reject_fraction=0.0"]
+
+
+def recipe_text(line):
+    def provoke(scene):
+        scene.recipe.write_text(f"{line}\n{scene.recipe.read_text()}")
+        return ["show", scene.recipe]
+
+    return provoke
 
 
 PAIR = preference_rows(1)[0]
@@ -301,10 +317,7 @@ MISTAKES = {
         sets("show", "data.train=rows.json"),
         (*FULL, "data.train names a file that is not there"),
     ),
-    "no row": (
-        rows_are(""),
-        (*FULL, "0 of 0 rows of data.train cannot be used", "at least one usable row"),
-    ),
+    "no row": (rows_are(""), (*FULL, "data.train has no rows", "at least one row")),
     "a broken line": (
         rows_are(json.dumps(PAIR) + "\n{'prompt': 1}\n"),
         (*FULL, "the line cannot be read", "rows.jsonl, line 2"),
@@ -322,7 +335,7 @@ MISTAKES = {
         (
             *FULL,
             "none of the known formats",
-            "question, good, bad",
+            "question ('a'), good ('b'), bad ('c')",
             "prompt + chosen + rejected",
             "[data.columns]",
         ),
@@ -567,7 +580,99 @@ MISTAKES = {
         lambda s: ["sft", s.recipe],
         (*FULL, "the recipe has no SFT stage", "add [sft]"),
     ),
+    # ------------------------------------------------------------------------ what nothing reads, or can bear
+    "a split of a file": (
+        recipe_says(data={"train": [{"path": "rows.jsonl", "split": "x"}]}),
+        (*FULL, "split is of a data set, and path is a file"),
+    ),
+    "a revision of local rows": (
+        recipe_says(data={"train": [{"path": "rows.jsonl", "revision": "x"}]}),
+        (*FULL, "revision is of a Hub data set, and path is local"),
+    ),
+    "a revision of a folder": (
+        sets("prepare", "model.revision=abc"),
+        (*FULL, "revision is of a Hub repository, and base is a folder"),
+    ),
+    "a split that no source has": (
+        sets("prepare", "data.eval_split=validation"),
+        (*FULL, "eval_split is not read"),
+    ),
+    "a column that no row has": (
+        sets("prepare", "data.columns={prompt='question'}"),
+        (*FULL, "no row has the column 'question'", "data.columns.prompt"),
+    ),
+    "a lower limit of rejects on a complete stage": (
+        after_rejects,
+        (*FULL, "1 of 25 rows of data.train cannot be used"),
+    ),
+    "a recipe that is nested too deeply": (
+        recipe_text("x = " + "[" * 5000 + "]" * 5000),
+        (*FULL, "the recipe is nested too deeply"),
+    ),
+    "a number of thousands of digits": (
+        recipe_text("x = " + "9" * 5000),
+        (*FULL, "the recipe has a value that cannot be read"),
+    ),
+    "a path that no system has": (
+        sets("prepare", "data.train=./" + "a" * 300),
+        (*FULL, "a path cannot be used: File name too long"),
+    ),
+    "the home of nobody": (
+        sets("prepare", "model.base=~nosuchuser/x"),
+        (*FULL, "a path cannot be used"),
+    ),
+    "a number that is not a number": (
+        sets("align", "align.loss={name='simpo',gamma=nan}"),
+        (*FULL, "align.loss.gamma is nan", "a finite number"),
+    ),
+    "no pair to train on": (
+        recipe_says(data={"eval": None, "eval_fraction": 0.999}),
+        (*FULL, "no pair of data.train is left to train on"),
+    ),
 }
+
+
+def test_a_template_that_does_not_end_is_stopped(tmp_path, base, monkeypatch):
+    monkeypatch.setattr("tbpo_cli.data.templates.MAX_SECONDS", 0.5)
+    scene = Scene(tmp_path, base)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(loop)
+    template = f"model.chat_template={tmp_path / 't.jinja'}"
+    done = command("prepare", scene.recipe, "--set", template, cwd=tmp_path)
+    assert done.returncode == 2 and "takes more than 0.5 s for two lines of text" in done.stderr
+
+
+def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_traceback(tmp_path):
+    """A library fails below the loading of a model; then a function of ours does."""
+    code = "class Broken:\n    def __init__(self, *_, **__): raise KeyError('of the library')\n"
+    library = compile(code, "/x/site-packages/library/broken.py", "exec")
+    names = {}
+    exec(library, names)
+    failing = message_of(lambda: called_in("model/load.py", names["Broken"]))
+    assert "library cannot use an input: KeyError" in str(failing) and "model.base" in failing.where
+    assert message_of(lambda: called_in("model/load.py", ours_fails)) is None
+    assert message_of(lambda: called_in("train/loop.py", names["Broken"])) is None
+    with pytest.raises(OSError) as error:
+        (tmp_path / "none").read_text()
+    assert str(tmp_path / "none") in message_for(error.value).where
+
+
+def ours_fails():
+    """Raises an exception in a file of the package."""
+    called_in("model/load.py", lambda: None, fails=True)
+
+
+def called_in(name, function, fails=False):
+    """Calls a function from a frame whose file is one of the package."""
+    code = "raise KeyError('a bug')" if fails else "function()"
+    exec(compile(code, str(PACKAGE / name), "exec"), {"function": function})
+
+
+def message_of(act):
+    try:
+        act()
+    except Exception as error:
+        return message_for(error)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -33,6 +33,7 @@ from tbpo_cli.evaluation.stats import (
     ratio_figure,
 )
 from tbpo_cli.model.generate import generate
+from tbpo_cli.runs.files import read_sealed, write_sealed
 
 SCORER = "def score(prompt, completion):\n    return len(completion) + prompt.count('red')\n"
 SHORT = (
@@ -67,6 +68,19 @@ def copied(whole, tmp_path):
 
 def read(run):
     return json.loads((run / "eval/results.json").read_text(encoding="utf-8"))
+
+
+def kept(run, what):
+    """(file, rows) of a kind of measurement, of the policy and of the reference.
+
+    The reference is the model that has no weights of its own.
+    """
+    found = {}
+    for path in (run / "eval/kept").glob(f"{what}-*.json"):
+        content = read_sealed(path)
+        name = "policy" if content["depends_on"]["weights"] else "reference"
+        found[name] = (path, content["rows"])
+    return found
 
 
 def values(figures):
@@ -346,7 +360,7 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
 
 def test_diversity_follows_the_protocol(whole):
     _, run = whole
-    rows = json.loads((run / "eval/parts/diversity-default.json").read_text())
+    rows = kept(run, "diversity")["policy"][1]
     assert len(rows) == 4 * 5 and max(len(row["token_ids"]) for row in rows) <= 128
     found = read(run)["models"]["policy"]["diversity"]
     assert found["predictive_entropy"]["n"] == 4 and 0 < found["predictive_entropy"][
@@ -360,16 +374,80 @@ def test_diversity_follows_the_protocol(whole):
 
 def test_what_was_measured_is_not_measured_again_after_an_interruption(copied):
     recipe, run = copied
-    part = run / "eval/parts/preference-default.json"
-    before, rows = read(run), json.loads(part.read_text())
-    for name in ("manifest.json", "results.json", "parts/diversity-reference.json"):
+    before = read(run)
+    part, rows = kept(run, "preference")["policy"]
+    kept(run, "diversity")["reference"][0].unlink()
+    for name in ("manifest.json", "results.json"):
         (run / "eval" / name).unlink()
-    part.write_text(json.dumps([row | {"log_ratio": 1.0} for row in rows]))
+    measured = read_sealed(part)
+    write_sealed(part, measured | {"rows": [row | {"log_ratio": 1.0} for row in rows]})
     after = read(run_stage("eval", recipe, run, *SAME))
     assert after["models"]["policy"]["preference"]["all"]["margin"]["value"] == pytest.approx(
         0.1
     ), "β · 1: it was kept"
     assert after["models"]["reference"] == before["models"]["reference"]
+
+
+def test_only_what_is_new_is_measured(copied, tmp_path, capsys):
+    """An opponent, a length of the diversity and a scorer are added, taken away and added again."""
+    recipe, run = copied
+    before = read(run)
+    shutil.copytree(run / "align/adapter", tmp_path / "twin")
+    twin = f"eval.against=['{tmp_path / 'twin'}']"
+    run_stage("eval", recipe, run, *SAME, twin)
+    lines = capsys.readouterr().err
+    assert "pairs, twin" in lines and "diversity, twin" in lines and "answers, twin" in lines
+    for known in ("pairs, policy", "pairs, reference", "diversity, policy", "diversity, reference"):
+        assert known not in lines
+    assert read(run)["models"]["twin"]["preference"] == before["models"]["policy"]["preference"]
+    assert read(run)["names"] == {"policy": "run"}
+    (accuracy, *of_wins) = read(run)["tests"]
+    assert (accuracy["against"], accuracy["difference"]["value"], accuracy["p"]) == ("twin", 0, 1)
+    assert len(of_wins) == 5, "the policy against three, its twin against two"
+    assert "run and twin cannot be told apart" in read(run)["verdict"]
+    for sets in ((), (twin,), ("eval.gate=kl >= 0",)):
+        run_stage("eval", recipe, run, *SAME, *sets)
+        lines = capsys.readouterr().err
+        assert "pairs, " not in lines and "diversity, " not in lines and "answers, " not in lines
+        assert "scorer.py:score" not in lines, "each answer has its score already"
+    again = read(run)
+    assert again["win_rates"] == before["win_rates"] and again["verdict"] == before["verdict"]
+    for name in ("policy", "reference"):
+        assert again["models"][name]["preference"] == before["models"][name]["preference"]
+        assert again["models"][name]["diversity"] == before["models"][name]["diversity"]
+    run_stage("eval", recipe, run, *SAME, "eval.diversity_prompts=3")
+    lines = capsys.readouterr().err
+    assert "diversity, policy" in lines and "pairs, " not in lines
+    assert read(run)["models"]["policy"]["diversity"]["length"]["n"] == 3
+    (recipe.parent / "scorer.py").write_text(SCORER.replace("'red'", "'blue'"))
+    try:
+        run_stage("eval", recipe, run, *SAME)
+    finally:
+        (recipe.parent / "scorer.py").write_text(SCORER)
+    assert "pairs, " not in capsys.readouterr().err, "another scorer scores, and that is all"
+
+
+def test_a_file_of_answers_is_an_opponent(copied, tmp_path, capsys):
+    """AlpacaEval's format. By length the file's answers win: the scorer likes the longer one."""
+    recipe, run = copied
+    lines = [json.loads(line) for line in (run / "sample/samples.jsonl").read_text().splitlines()]
+    prompts = sorted({line["messages"][-1]["content"] for line in lines})
+    rows = [{"instruction": text, "output": "red " * 50, "generator": "b"} for text in prompts[:6]]
+    folder = tmp_path / "baseline"
+    folder.mkdir()
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    answers = f"eval.answers=['{folder / 'model_outputs.json'}']"
+    run_stage("eval", recipe, run, *SAME, answers, "eval.gate=win_rate.baseline <= 0")
+    rate = next(rate for rate in read(run)["win_rates"] if rate["against"] == "baseline")
+    assert (rate["losses"], rate["wins"], rate["raw"]["n"]) == (6, 0, 6)
+    assert "loses to baseline: it wins 0.0% of 6 prompts" in read(run)["verdict"]
+    printed = capsys.readouterr().err
+    assert "baseline answers 6 of 8 prompts" in printed and "pairs, " not in printed
+    assert read(run)["gate"]["passed"]
+    rows = [row | {"instruction": "another"} for row in rows]
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    with pytest.raises(TbpoError, match="no prompt is answered there"):
+        run_stage("eval", recipe, run, *SAME, answers)
 
 
 def test_other_runs_stand_beside_the_policy(copied, tmp_path):

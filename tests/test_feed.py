@@ -1,6 +1,7 @@
 """The input of a training: the token budget, memory that runs out, and batches collated ahead."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.train import loop
 from tbpo_cli.train.feed import Prefetcher
+from tbpo_cli.train.group import Group
 from tbpo_cli.train.run import TrainingRun
 
 OUT_OF_MEMORY = {
@@ -77,6 +79,27 @@ def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_nam
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe_file, tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         train(recipe_file, tmp_path / "run", room=10, error=RuntimeError("a bug"))
+
+
+def test_a_step_is_divided_by_the_lengths_of_its_pairs(recipe_file, tmp_path):
+    """40 pairs on four processes: together the step's, of 1,664 tokens; each has about 416.
+
+    In turn, by rank, they have 408 to 424.
+    """
+    run_stage("prepare", recipe_file, tmp_path / "run")
+    recipe = load_recipe(recipe_file, ("align.batch_pairs=40", "align.loss.name=dpo"))
+    stores = [PairStore(tmp_path / "run/prepare" / split) for split in ("train", "eval")]
+    policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+    run = TrainingRun(policy, recipe.align.loss, recipe.align, *stores, tmp_path, 0)
+    stepper = loop.build_stepper(run)
+    whole = [index for batch in stepper.collate(0, 10_000) for index in batch.indices]
+    parts = []
+    for rank in range(4):
+        stepper.run = replace(run, group=Group(rank, 4))
+        parts.append(stepper.collate(0, 10_000))
+    assert sorted(i for part in parts for batch in part for i in batch.indices) == sorted(whole)
+    loads = [sum(batch.num_tokens for batch in part) for part in parts]
+    assert max(loads) - min(loads) < 5
 
 
 def test_the_next_step_is_made_while_this_one_is_computed_and_only_as_it_is_wanted():

@@ -23,7 +23,7 @@ from tbpo_cli.data.tokens import TokenizedPair
 
 PACKAGE = str(Path(tbpo_cli.__file__).parent)
 DOORS = {  # file, function: the form that it makes
-    ("data/formats/__init__.py", "to_pair"): PreferencePair,
+    ("data/formats/__init__.py", "to_pairs"): PreferencePair,
     ("data/tokens.py", "tokenize_pairs"): TokenizedPair,
     ("data/store.py", "record_batch"): pa.RecordBatch,
     ("data/store.py", "PairStore.__getitem__"): TokenizedPair,  # read back, by another command
@@ -95,7 +95,8 @@ def functions_on_the_stack(frame):
 def only(made):
     """The one pair's form, which a function for several returns in a list or beside others."""
     while isinstance(made, list | tuple):
-        made = next(item for item in made if isinstance(item, list | tuple | TokenizedPair))
+        forms = list | tuple | PreferencePair | TokenizedPair
+        made = next(item for item in made if isinstance(item, forms))
     return made
 
 

@@ -240,7 +240,7 @@ def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown
         "Methods", "loss", "win rate", "score of the completions", "reward accuracy"
     )
     assert page.follows("dpo", "dpo", "61.0%", "56.0 to 66.0%", "0.784")
-    assert page.follows("inconsistent", "prompt tokens", "cost")
+    assert page.follows("other verdict in the other order", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
         "open-llm-v1",
@@ -288,7 +288,8 @@ def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_
         "dpo has the larger KL and the larger margin"
     )
     labels = [chart.get("aria-label").split(" by ")[0] for chart in charts]
-    assert labels[:6] == [
+    assert labels[:7] == [
+        "win rate against reference",
         "reward margin",
         "reliability",
         "accuracy",
@@ -296,7 +297,18 @@ def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_
         "length, tokens",
         "score",
     ]
-    assert "loss" in labels[6:], "the training's curves"
+    assert "loss" in labels[7:], "the training's curves"
+
+
+def test_runs_bear_their_names_and_the_win_rates_are_a_chart_with_the_tests_beside(tmp_path):
+    results, samples, verdicts, metrics = inputs("dpo")
+    test = {"model": "policy", "against": "dpo", "measure": "accuracy", "difference": figure(0.1)}
+    test |= {"p": 0.0123, "p_holm": 0.0246}
+    results |= {"names": {"policy": "mine"}, "tests": [test, test | {"measure": "win rate"}]}
+    write_report(tmp_path / "r.html", results, samples, verdicts, metrics)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "mine – dpo, accuracy" in page and "0.0123" in page and "0.0246" in page
+    assert "win rate against reference" in page and ">policy<" not in page
 
 
 def test_what_changed_is_marked_and_each_verdict_stands_with_its_completion(written):

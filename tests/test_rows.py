@@ -3,7 +3,7 @@
 import pytest
 
 from tbpo_cli.config.recipe import Data, Source
-from tbpo_cli.data.formats import recognise, to_pair
+from tbpo_cli.data.formats import recognise, to_pairs
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 
@@ -36,5 +36,5 @@ def test_a_conversation_that_goes_on_after_the_compared_message_is_refused(longe
     row = {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]}
     row[longer] = [*row[longer], QUESTION]
     with pytest.raises(RejectedRow) as error:
-        to_pair(Row("here", 1, row), "messages", {})
+        to_pairs(Row("here", 1, row), "messages", Data(train=(Source("here"),)))
     assert error.value.reason == "extra_messages"

@@ -189,7 +189,9 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
 def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(
     recipe_file, tmp_path
 ):
-    """One loss with all that a step has, dropout too: test_layouts.py has every loss, in one pass."""
+    """One loss with all that a step has, dropout too: test_layouts.py has every loss, in one
+    pass.
+    """
     settings = {
         "whole": (),
         "cut": ("align.max_tokens_per_device=120",),

@@ -6,11 +6,13 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import change_recipe, run_stage
+from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 
+from tbpo_cli.config.recipe import Align
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
+from tbpo_cli.train.run import num_evaluated
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -76,6 +78,35 @@ def test_the_line_of_a_step_says_what_was_done_and_what_it_cost(trained):
         )
         assert line["tokens_per_s"] == pytest.approx(line["tokens"] / line["seconds"])
         assert 0.1 < line["peak_memory_gb"] < 20
+
+
+def evaluated(run):
+    """{step: held-out pairs that were measured after it}"""
+    lines = [json.loads(line) for line in (run / "align/metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["pairs"] for line in lines if line["split"] == "eval"}
+
+
+@pytest.mark.parametrize(("eval_pairs", "between"), [("auto", 64), ("all", 70), (5, 5), (1000, 70)])
+def test_measurements_between_the_first_and_the_last_read_a_bounded_part_that_is_said(
+    recipe_file, tmp_path, capsys, eval_pairs, between
+):
+    """70 held-out pairs; "auto": a tenth of 2 steps of 8 pairs, and never fewer than 64."""
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", preference_rows(70, seed=3))
+    change_recipe(
+        recipe_file,
+        data={"eval": str(held_out)},
+        align={"max_steps": 3, "eval_every": 1, "eval_pairs": eval_pairs},
+    )
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    assert evaluated(run) == {0: 70, 1: between, 2: between, 3: 70}
+    said = f"{between} of the 70 held-out pairs are measured every 1 steps"
+    assert (said in capsys.readouterr().err) == (between < 70)
+
+
+def test_the_part_of_the_held_out_pairs_grows_with_what_is_trained_on_in_between():
+    """A tenth of 100 or 1,000 steps of 32 pairs, of 2,000 held-out ones."""
+    assert num_evaluated(Align(eval_every=100, batch_pairs=32), 2000) == 320
+    assert num_evaluated(Align(eval_every=1000, batch_pairs=32), 2000) == 2000
 
 
 def test_sft_draws_its_curves_too(recipe_file, tmp_path):

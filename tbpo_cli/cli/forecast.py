@@ -29,6 +29,7 @@ from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import MOMENTS, device_memory, estimate_memory, matrix_rate, operations
 from tbpo_cli.train.metrics import read_metrics
+from tbpo_cli.train.run import num_evaluated
 from tbpo_cli.train.stage import choose_sharding, open_stores
 
 # Of bare matrix products, what a step reaches: tests/benchmarks/results/train_step*.md.
@@ -187,7 +188,8 @@ def count_pairs(training: Training, run_dir: RunDir) -> Counts:
     # A step with all metrics reads the whole pairs.
     tokens = np.sort(whole.sum(axis=1))
     bounds = (int(tokens[-1]), int(tokens[-batch:].sum()))
-    num_evaluations = steps // settings.eval_every + 2
+    share = num_evaluated(settings, len(held_out)) / max(1, len(held_out))
+    num_evaluations = 2 + steps // settings.eval_every * share
     passed = float(train.sum() * visits + held_out.sum() * num_evaluations / 2)
     return Counts(line, facts, passed, longest_sequence(stores), bounds)
 

@@ -139,7 +139,14 @@ class Data:
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer pairs: they are left out, or their responses are cut at the end."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share of the prompts that is held out. Default: 0.05, unless `eval` is given."""
+    """The share of the prompts that is held out; at least 20 prompts, or 5 % where that is fewer.
+    Default: 0.05, unless `eval` is given."""
+    max_eval_overlap: Fraction | None = None
+    """Held-out prompts are left out if this share of their 8-grams is in training pairs. Default:
+    none is."""
+    ranked_pairs: Literal["best_worst", "best_each", "all"] = "best_worst"
+    """Of rows with several answers and their scores: the best answer is compared with the worst,
+    or with each other one, or each answer with each that has a lower score."""
     dedup: bool = True
     """Whether a comparison that came before is left out."""
     max_reject_fraction: Fraction = 0.1
@@ -194,6 +201,9 @@ class Training:
     """Steps between two checkpoints."""
     eval_every: Count = 100
     """Steps between two measurements on the held-out pairs."""
+    eval_pairs: Count | Literal["auto", "all"] = "auto"
+    """Held-out pairs of a measurement between the first and the last, which read all. "auto": as
+    many as take about 5 % of the time, a tenth of the pairs that are trained on in between."""
     log_every: Count = 10
     """Steps between two lines of metrics that have KL and entropy."""
     activation_checkpointing: bool = False

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 
 from tbpo_cli.config.recipe import Data, Model
-from tbpo_cli.data.formats import to_pair
+from tbpo_cli.data.formats import to_pairs
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.data.tokenizer import load_chat
@@ -32,18 +32,18 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import die_with_parent
 
 _worker = threading.local()
-Chunk = tuple[list[Row], list[Result]]
+Chunk = tuple[list[Row], list[list[Result]]]
 
 
 def prepare_rows(
     rows: Iterator[Row], format_name: str, data: Data, pool: Executor
 ) -> Iterator[Chunk]:
-    """Chunks of rows in their order, and for each row its pair or why it cannot be used.
+    """Chunks of rows in their order, and for each row its pairs, or why it cannot be used.
 
     Raises:
         TbpoError: if the chat template cannot be cut, or if a worker died.
     """
-    waiting: deque[tuple[list[Row], Future[list[Result]]]] = deque()
+    waiting: deque[tuple[list[Row], Future[list[list[Result]]]]] = deque()
     try:
         while (chunk := list(itertools.islice(rows, ROWS_AT_A_TIME))) or waiting:
             if chunk:
@@ -85,14 +85,21 @@ def _begin_worker(model: Model, data: Data) -> None:
     _worker.data = data
 
 
-def _prepare(rows: list[Row], format_name: str) -> list[Result]:
+def _prepare(rows: list[Row], format_name: str) -> list[list[Result]]:
     data: Data = _worker.data
-    pairs: dict[int, PreferencePair] = {}
-    results: dict[int, Result] = {}
-    for place, row in enumerate(rows):
+    pairs: list[PreferencePair] = []
+    results: list[list[Result]] = []
+    counts: list[int] = []  # of pairs of each row
+    for row in rows:
         try:
-            pairs[place] = to_pair(row, format_name, data.columns)
+            of_row = to_pairs(row, format_name, data)
+            results.append([])
         except RejectedRow as reason:
-            results[place] = reason
-    results |= zip(pairs, tokenize_pairs([*pairs.values()], _worker.chat, data), strict=True)
-    return [results[place] for place in range(len(rows))]
+            of_row = []
+            results.append([reason])
+        pairs += of_row
+        counts.append(len(of_row))
+    tokenized = iter(tokenize_pairs(pairs, _worker.chat, data))
+    for of_row_results, count in zip(results, counts, strict=True):
+        of_row_results += itertools.islice(tokenized, count)
+    return results

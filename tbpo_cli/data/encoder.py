@@ -51,7 +51,7 @@ class Encoder:
         return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
 
     def mask(self, content: Any) -> Any:
-        """Messages, or anything in them, with the control tokens in a text as private-use characters.
+        """Messages, or parts of them, with the control tokens in texts as private-use characters.
 
         Raises:
             RejectedRow: invalid_text, if a text has what is a name of a control token here.
@@ -78,7 +78,7 @@ class Encoder:
         return self._encode([text.replace("\ufdd0", "\ufffd") for text in texts])
 
     def encode_after(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Ids of rendered responses, each tokenized on its own: the prompt's tokens stay as they are.
+        """Ids of rendered responses, each tokenized on its own, not together with its prompt.
 
         1. A tokenizer that adds nothing before a text encodes a response as it stands.
         2. One that puts a space before whatever it is given (SentencePiece) encodes the end of the

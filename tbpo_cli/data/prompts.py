@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbpo_cli.config.recipe import Data, Recipe, Source
-from tbpo_cli.data.formats import read_prompt, recognise, to_pair
+from tbpo_cli.data.formats import read_prompt, recognise, to_pairs
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
@@ -86,8 +86,8 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
             if found.keys() == pair_ids:
                 return found
             with suppress(RejectedRow):
-                pair = to_pair(row, format_name, data.columns)
-                found |= {pair.pair_id: pair} if pair.pair_id in pair_ids else {}
+                pairs = to_pairs(row, format_name, data)
+                found |= {pair.pair_id: pair for pair in pairs if pair.pair_id in pair_ids}
     if missing := pair_ids - found.keys():
         what = (
             f"{len(missing)} held-out pairs are not among the rows any more, {min(missing)} for one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from tbpo_cli.config.recipe import Source
 from tbpo_cli.errors import TbpoError
 
 ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
-COLUMNS = (".json", ".parquet", ".arrow")
+COLUMNS = (".parquet", ".arrow")
+LISTS = ("data", "rows", "examples", "instances", "train")  # of rows, in a JSON file of one object
+DELIMITERS = ",;\t"
 Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
 
 
@@ -40,12 +43,12 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
     Raises:
         TbpoError: for a source that cannot be read, with the file and the line.
     """
-    path, number, split = Path(source.path), 0, source.split or split
+    path = Path(source.path)
+    number = 0
+    split = source.split or split
     if path.is_file() and path.suffix not in (*TEXT, *COLUMNS):
-        kinds, fix = (
-            f"one of {', '.join((*TEXT, *COLUMNS))}",
-            "convert the file, or rename it if its ending is wrong",
-        )
+        kinds = f"one of {', '.join((*TEXT, *COLUMNS))}"
+        fix = "convert the file, or rename it if its ending is wrong"
         raise TbpoError(f"{key} is of an unknown kind", source.path, kinds, fix)
     is_text = path.is_file() and path.suffix in TEXT
     try:
@@ -53,11 +56,10 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
             yield Row(source.path, number, content)
     except TbpoError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever `datasets` and the Hub raise is about the source that was named
+    except Exception as error:  # all that `datasets` and the Hub raise is about the source
+        said = next(iter(str(error).splitlines()), "")
         raise TbpoError(
-            f"{key} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{key} cannot be read: {type(error).__name__}: {said}",
             f"{source.path}{f', after row {number}' if number else ''}",
             f"a local file, a folder, or a Hub data set with the split {split!r}",
             f"check {key} in the recipe",
@@ -65,7 +67,7 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
 
 
 def _read_text(path: Path) -> Numbered:
-    """Each row with the number of the last line that it took."""
+    """Each row with the number of the last line that it took; in a JSON file, with its place."""
     (parse, expected), number = TEXT[path.suffix], 0
 
     def lines() -> Iterator[bytes]:
@@ -76,8 +78,8 @@ def _read_text(path: Path) -> Numbered:
                 yield line
 
     try:
-        for content in parse(lines()):
-            yield number, content
+        for place, content in enumerate(parse(lines()), 1):
+            yield (place if path.suffix == ".json" else number), content
     except (ValueError, RecursionError, csv.Error) as error:
         what, where = f"the line cannot be read: {error}", f"{path}, line {number}"
         raise TbpoError(what, where, f"{expected}, in UTF-8", "mend or remove that line") from None
@@ -92,13 +94,35 @@ def _parse_jsonl(lines: Iterator[bytes]) -> Iterator[Any]:
     Not by `datasets`, which wants the same columns of the same types in all rows, and does not
     say in which line a fault is.
     """
-    return (json.loads(line) for line in lines if line.strip())
+    return (json.loads(line.decode("utf-8-sig")) for line in lines if line.strip())
+
+
+def _parse_json(lines: Iterator[bytes]) -> Iterator[Any]:
+    """A list of rows, an object with such a list, or a JSON value a line."""
+    text = b"".join(lines).decode("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        return
+    if isinstance(content, dict):
+        lists = [content[name] for name in LISTS if isinstance(content.get(name), list)]
+        content = lists[0] if lists else [content]
+    if not isinstance(content, list):
+        raise ValueError(f"it is {type(content).__name__}, not a list of rows")
+    yield from content
 
 
 def _parse_csv(lines: Iterator[bytes]) -> Iterator[dict[str, str]]:
     """Every field is text, as it stands: `datasets` would read 007 as a number and NA as null."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True)
+    texts = (line.decode("utf-8-sig") for line in lines)
+    first = next(texts, "")
+    # The character that cuts the line with the names into the most fields.
+    delimiter = max(DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
+    reader = csv.reader(itertools.chain([first], texts), delimiter=delimiter, strict=True)
     names = next(reader, [])
     for fields in reader:
         if len(fields) != len(names):
@@ -116,7 +140,9 @@ TEXT: dict[
 ] = {  # by the ending of a file
     ".jsonl": JSONL,
     ".gz": JSONL,
+    ".json": (_parse_json, "a list of JSON objects"),
     ".csv": (_parse_csv, "rows with as many fields as the first line"),
+    ".tsv": (_parse_csv, "rows with as many fields as the first line"),
     ".txt": (_parse_txt, "a prompt a line"),
 }
 

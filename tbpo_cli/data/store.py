@@ -20,7 +20,7 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCHEMA = pa.schema(
     {"pair_id": pa.string()}
     | {name: pa.list_(pa.int32()) for name in ID_COLUMNS}
-    | {"score_margin": pa.float64()}
+    | {"score_margin": pa.float64(), "weight": pa.float64()}
 )
 
 
@@ -31,7 +31,7 @@ def record_batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
 
 @contextmanager
 def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
-    """Writes the record batches of a split. After an exception there is no file, not a part of one."""
+    """Writes the record batches of a split. An exception leaves no file, nor a part."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "pairs.arrow.partial"
     try:
@@ -45,40 +45,46 @@ def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
 class PairStore:
     """The pairs of a split: `len(store)` and `store[i]`.
 
-    `lengths` is (n, 3): the tokens of prompt, chosen and rejected of each pair.
+    `lengths` is (n, 3): the tokens of prompt, chosen and rejected of each pair; `weights` is (n,).
     """
 
     def __init__(self, folder: Path, reverse: bool = False) -> None:
         """Opens a split; with `reverse`, chosen and rejected change places."""
         with pa.memory_map(str(folder / "pairs.arrow")) as source:
-            self._table = pa.ipc.open_file(source).read_all()
+            self.table = pa.ipc.open_file(source).read_all()
         if reverse:
-            self._table = self._table.rename_columns(
+            self.table = self.table.rename_columns(
                 {"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"}
             )
-        columns = [pc.list_value_length(self._table[name]).to_numpy() for name in ID_COLUMNS]
+        columns = [pc.list_value_length(self.table[name]).to_numpy() for name in ID_COLUMNS]
         self.lengths = np.stack(columns, axis=1).astype(np.int64)
+        # Stores of earlier versions have no weights.
+        self.weights = np.ones(len(self))
+        if "weight" in self.table.column_names:
+            self.weights = self.table["weight"].to_numpy()
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = self.lengths.T
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
+        return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> TokenizedPair:
-        ids = (self._table[name][index].values.to_numpy() for name in ID_COLUMNS)
-        return TokenizedPair(self._table["pair_id"][index].as_py(), *ids)
+        ids = (self.table[name][index].values.to_numpy() for name in ID_COLUMNS)
+        pair_id = self.table["pair_id"][index].as_py()
+        prompt, chosen, rejected = ids
+        weight = float(self.weights[index])
+        return TokenizedPair(pair_id, prompt, chosen, rejected, weight)
 
     @property
     def largest_id(self) -> int:
         """The largest token id; -1 without pairs."""
         return max(
-            int(pc.list_flatten(self._table[name]).to_numpy().max(initial=-1))
-            for name in ID_COLUMNS
+            int(pc.list_flatten(self.table[name]).to_numpy().max(initial=-1)) for name in ID_COLUMNS
         )
 
     @property
     def score_margins(self) -> np.ndarray:
         """score_chosen − score_rejected of the pairs whose row had both."""
-        return np.asarray(self._table["score_margin"].drop_null())
+        return np.asarray(self.table["score_margin"].drop_null())
 
     @property
     def has_rejected(self) -> bool:

@@ -96,18 +96,19 @@ def _unloadable(error: Exception, where: str) -> TbpoError:
         ),
         LocalEntryNotFoundError: (
             "the Hub cannot be reached, and the base is not in the cache",
-            "check the network, or give a folder as model.base",
+            "check model.base and the network",
         ),
     }
+    expected = "a folder with tokenizer.json, or the id of a Hub repository that has one"
     for kind, (what, fix) in advice.items():
         if any(isinstance(cause, kind) for cause in causes):
-            return TbpoError(f"the tokenizer cannot be loaded: {what}", where, fix=fix)
+            return TbpoError(f"the tokenizer cannot be loaded: {what}", where, expected, fix)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return TbpoError(
         f"the tokenizer cannot be loaded: {lines[0]}",
         where,
-        "a folder with tokenizer.json, or the id of a Hub repository that has one",
-        "check that model.base is such a folder or id; a new architecture may need a newer transformers",
+        expected,
+        "check model.base; an architecture that is not known yet needs a newer transformers",
     )
 
 

@@ -16,6 +16,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
+from tbpo_cli.evaluation.measurements import Measurement
 from tbpo_cli.evaluation.measures import tasks_of
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
@@ -82,19 +83,24 @@ class Measurer:
         prompts = prompts_of(self.recipe, self.pairs, self.chat)
         return self._complete(candidate, "answers", prompts, self.recipe.sample)
 
-    def suites(self, candidate: Candidate) -> Rows:
-        """All suites in the first process: the harness cannot divide the work on a loaded model."""
-        rows: Rows = []
+    def measure(self, measurement: Measurement) -> Rows:
+        """This process's part of the rows of a measurement."""
+        if measurement.what == "suite":
+            return self.suite(measurement.candidate, measurement.suite)
+        measure: Callable[[Candidate], Rows] = getattr(self, measurement.what)
+        return measure(measurement.candidate)
+
+    def suite(self, candidate: Candidate, suite: str) -> Rows:
+        """A suite in the first process: the harness cannot divide the work on a loaded model."""
+        if not self.share((0,)):
+            return []
+        figures: dict[str, Any] = {}
+        batch_size = self.recipe.sample.batch_size
         with self.policy.view(candidate.view) as model:
-            for suite in self.recipe.eval.suites if self.share((0,)) else ():
-                figures: dict[str, Any] = {}
-                for task, shots in tasks_of(suite):
-                    console.say(f"{task}, {candidate.name} …")
-                    figures |= run_task(
-                        model, self.chat.tokenizer, task, shots, self.recipe.sample.batch_size
-                    )
-                rows.append({"suite": suite, "figures": figures})
-        return rows
+            for task, shots in tasks_of(suite):
+                console.say(f"{task}, {candidate.name} …")
+                figures |= run_task(model, self.chat.tokenizer, task, shots, batch_size)
+        return [{"suite": suite, "figures": figures}]
 
     def _complete(
         self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample

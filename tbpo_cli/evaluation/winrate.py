@@ -7,7 +7,8 @@ is too slow for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,11 @@ RIDGE = np.array(
 
 
 def judge_all(
-    recipe: Recipe, run_dir: RunDir, samples: Rows, others: list[str]
+    recipe: Recipe,
+    run_dir: RunDir,
+    samples: Rows,
+    others: list[str],
+    cache_of: Callable[[str], Path],
 ) -> tuple[Rows, Rows, dict[str, Any]]:
     """The win rates, the lines of verdicts.jsonl, and each model's mean score by the first judge
     that scores.
@@ -37,10 +42,11 @@ def judge_all(
         samples: of all models, with their name as `model`; those of the sample stage have the
             prompt's `messages`.
         others: the names of the models of `eval.against`.
+        cache_of: see `judges_of`.
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
-    judges = judges_of(recipe, run_dir.path / "judge-cache.jsonl")
+    judges = judges_of(recipe, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
         judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
@@ -94,6 +100,7 @@ def win_rate(
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
     lengths = np.array([one.length_a - one.length_b for one, _ in read], np.float64)
     orders = [not verdict.consistent for _, verdict in read if verdict.consistent is not None]
+    unlike = [_unlike(verdict.repeats) for _, verdict in read if len(verdict.repeats) > 1]
     costs = [verdict.cost for verdict in verdicts if verdict.cost is not None]
     return {
         "model": comparisons[0].model,
@@ -101,15 +108,21 @@ def win_rate(
         "judge": judge,
         "raw": mean_of_groups(prompts, values) if read else None,
         "length_controlled": length_controlled(values, lengths, prompts) if read else None,
-        "wins": int((values == 1).sum()),
+        "wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
-        "losses": int((values == 0).sum()),
+        "losses": int((values < 0.5).sum()),
         "unreadable": len(verdicts) - len(read),
         "inconsistent": figure(orders) if orders else None,
+        "unlike_repeats": figure(unlike) if unlike else None,
         "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),
         "completion_tokens": sum(verdict.tokens[1] for verdict in verdicts),
         "cost": sum(costs) if costs else None,
     }
+
+
+def _unlike(repeats: Sequence[float]) -> float:
+    """The share of repeats whose verdict is not the most frequent one."""
+    return 1 - max(repeats.count(value) for value in repeats) / len(repeats)
 
 
 def length_controlled(values: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> Figure:

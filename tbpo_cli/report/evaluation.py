@@ -11,11 +11,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tbpo_cli import console
 from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE
-from tbpo_cli.report.charts import Panel, Series, curves, histogram
+from tbpo_cli.report.charts import curves
+from tbpo_cli.report.evaluation_charts import panels_of
 from tbpo_cli.report.pages import write_page
 
 MAX_ROWS = 300
@@ -28,12 +27,18 @@ WON = (
     "losses",
     "unreadable",
     "inconsistent",
+    "unlike_repeats",
 )  # of a win rate's entry
 COST = ("prompt_tokens", "completion_tokens", "cost")
 LABELS = MEASURES | {
     "raw": ("win rate", "{:.1%}"),
     "cost": ("cost", "{:.2f}"),
+    "inconsistent": ("other verdict in the other order", "{:.1%}"),
+    "unlike_repeats": ("repeats unlike the others", "{:.1%}"),
     "loss": ("loss", "{}"),
+    "difference": ("difference", "{:+.1%}"),
+    "p": ("p", "{:.4f}"),
+    "p_holm": ("p, of all tests together (Holm)", "{:.4f}"),
 }
 METHODS = (
     "loss",
@@ -46,9 +51,7 @@ METHODS = (
     "entropy",
     "length",
 )
-BY_LENGTH = (("accuracy", "share of pairs"), ("entropy", "nats a token"))
-IDEAL = Series([(0.5, 0.5), (1, 1)], None, line=1)
-ORIGIN = {"value": 0.0, "low": 0.0, "high": 0.0}  # the reference's distance from itself
+TESTED = ("difference", "p", "p_holm")
 
 Json = dict[str, Any]
 _kind = itemgetter(
@@ -62,9 +65,11 @@ def write_report(
     """Writes the page of results.json, the samples of all models, verdicts.jsonl, and
     align/metrics.jsonl.
     """
+    results, samples, verdicts = _with_names(results, samples, verdicts)
     main = next(
         map(_kind, results["win_rates"]), None
     )  # the comparison that the samples are ordered by
+    own = next(iter(results["models"]))  # the policy
     rows = _rows(samples, verdicts, main)
     ranked = sorted(
         range(len(rows)), key=lambda n: 0.5 if rows[n]["verdict"] is None else rows[n]["verdict"]
@@ -77,22 +82,40 @@ def write_report(
         results=results,
         colours={name: number for number, name in enumerate(results["models"])},
         tables=tables(results),
-        panels=_charts(
-            results["models"], samples, [v for v in verdicts if _kind(v) == main], metrics
+        panels=panels_of(
+            results, samples, [line for line in verdicts if _kind(line) == main], metrics
         ),
         training=curves(metrics),
-        rows=[rows[n] | {"pieces": _pieces(rows[n]["samples"])} for n in kept],
+        rows=[rows[n] | {"pieces": _pieces(rows[n]["samples"], own)} for n in kept],
         num_rows=len(rows),
     )
+
+
+def _with_names(
+    results: Json, samples: list[Json], verdicts: list[Json]
+) -> tuple[Json, list[Json], list[Json]]:
+    """The same, with the names of models that a person reads."""
+    names = results.get("names", {})
+
+    def renamed(entry: Json) -> Json:
+        return entry | {
+            key: names.get(entry[key], entry[key]) for key in ("model", "against") if key in entry
+        }
+
+    models = {names.get(name, name): model for name, model in results["models"].items()}
+    results = results | {"models": models}
+    for key in ("win_rates", "tests"):
+        results[key] = [renamed(entry) for entry in results.get(key, [])]
+    return results, [renamed(one) for one in samples], [renamed(one) for one in verdicts]
 
 
 def show(results: Json) -> None:
     """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where
     there is room.
     """
-    (title, headings, rows), _, *of_models = tables(results)[
-        : -len(results["models"])
-    ]  # without those by length
+    results, _, _ = _with_names(results, [], [])
+    without_lengths = tables(results)[: -len(results["models"])]
+    (title, headings, rows), *of_models = without_lengths
     for name, heads, lines in (table for table in of_models if table[2]):
         cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
         first, *others = (list(column) for column in zip(*cells, strict=True))
@@ -128,9 +151,14 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     for rate in (rate for rate in rates if _kind(rate)[1:] == _kind(rates[0])[1:]):
         known[rate["model"]] |= rate
     by_kind = {"{} – {}, by {}".format(*_kind(rate)): rate for rate in rates}
+    tests = {
+        "{} – {}, {}".format(*itemgetter("model", "against", "measure")(test)): test
+        for test in results.get("tests", [])
+    }
     found = [
         ("Win rates", *_table(WON + COST, by_kind)),
         ("Methods", *_table(METHODS, known if len(models) > 2 else {})),
+        ("Paired tests", *_table(TESTED, tests if len(tests) > 1 else {})),
         ("Held-out pairs", *_table(PREFERENCE, known)),
         ("Diversity", *_table(SCORE | DIVERSITY, known)),
     ]
@@ -176,65 +204,6 @@ def _cell(value: Any, form: str) -> Json | str:
     return {"value": ends["value"], "interval": interval, "n": value["n"]}
 
 
-def _charts(
-    models: Json, samples: list[Json], verdicts: list[Json], metrics: list[Json]
-) -> list[Panel]:
-    pairs = [model["preference"] for model in models.values()]  # their places are the colours
-    way = [
-        (line["kl"], line["margin"])
-        for line in metrics
-        if line["split"] == "eval" and "margin" in line
-    ]
-    ends = [_crossing(*(of["all"].get(name, ORIGIN) for name in ("kl", "margin"))) for of in pairs]
-    bins = [[(bin["predicted"], bin["observed"]) for bin in of["reliability"]] for of in pairs]
-    frontier = [
-        Series(way, line=1, dots=1.5),
-        *(Series([end], colour, dots=4) for colour, end in enumerate(ends)),
-    ]
-    reliability = [Series(points, colour, line=1.5, dots=3) for colour, points in enumerate(bins)]
-    panels = [
-        Panel("reward margin", "nats", "KL from the reference, nats a token", frontier),
-        Panel("reliability", "share of pairs", "predicted by σ(|margin|)", [IDEAL, *reliability]),
-    ]
-    for metric, unit in BY_LENGTH:
-        buckets = [
-            [_of_bucket(b, metric) for b in of["buckets"] if metric in b["metrics"]] for of in pairs
-        ]
-        series = [Series(points, colour, line=1, dots=3) for colour, points in enumerate(buckets)]
-        panels.append(Panel(metric, unit, "tokens of the pair's longer response", series))
-    lengths = [(sample["model"], len(sample["token_ids"])) for sample in samples]
-    scores = [
-        pair
-        for v in verdicts
-        for pair in zip((v["model"], v["against"]), v["scores"] or (), strict=False)
-    ]
-    for title, values in (("length, tokens", lengths), ("score", scores)):
-        of_models = [
-            np.array([value for name, value in values if name == model]) for model in models
-        ]
-        if any(map(len, of_models)):
-            panels.append(
-                histogram(
-                    title,
-                    "completions",
-                    title,
-                    {c: of for c, of in enumerate(of_models) if len(of)},
-                )
-            )
-    return panels
-
-
-def _crossing(x: Json, y: Json) -> tuple[float, ...]:
-    return x["value"], y["value"], x["low"], x["high"], y["low"], y["high"]
-
-
-def _of_bucket(bucket: Json, metric: str) -> tuple[float, ...]:
-    low, high = bucket["shortest"], bucket["longest"]
-    return _crossing(
-        {"value": (low + high) / 2, "low": low, "high": high}, bucket["metrics"][metric]
-    )
-
-
 def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | None) -> list[Json]:
     """The samples of one prompt and number side by side, with what was judged of them."""
     rows: dict[Any, Json] = {}
@@ -260,14 +229,14 @@ def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | Non
     return list(rows.values())
 
 
-def _pieces(samples: dict[str, Json]) -> dict[str, list[tuple[bool, str]]]:
+def _pieces(samples: dict[str, Json], own: str) -> dict[str, list[tuple[bool, str]]]:
     """Completions in pieces, those marked that differ: the reference's from the policy's, all
     others from its.
     """
     texts = {name: sample["completion"] for name, sample in samples.items()}
     pieces = {name: [(False, text)] for name, text in texts.items()}
     others = [name for name in texts if "reference" in texts and name != "reference"]
-    for name in sorted(others, key=lambda name: name == "policy"):
+    for name in sorted(others, key=lambda name: name == own):
         pieces["reference"], pieces[name] = _compared(texts["reference"], texts[name])
     return pieces
 

@@ -26,6 +26,8 @@ class Stage:
         report: shows the result of the complete stage.
         work: the part of `run` that each of several processes does; None if there is only one.
         base_files: patterns of the files in the base's folder that its result depends on.
+        renews: where its inputs changed, `run` makes what is new, and keeps what depends on none of
+            the changes.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
     """
 
@@ -37,3 +39,4 @@ class Stage:
     work: Callable[[Recipe, RunDir], None] | None = None
     base_files: tuple[str, ...] = BASE_FILES
     check: Callable[[Recipe, RunDir], None] | None = None
+    renews: bool = False

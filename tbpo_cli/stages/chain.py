@@ -18,13 +18,14 @@ STAGES: dict[str, Stage] = {
     for stage in (prepare.STAGE, sft.STAGE, align.STAGE, sample.STAGE, evaluate.STAGE)
 }
 
-State = Literal["done", "new", "begun", "stale", "changed", "damaged"]
+State = Literal["done", "new", "begun", "renewed", "stale", "changed", "damaged"]
 Plan = dict[str, tuple[State, list[str]]]  # by stage: its state, and what changed or is damaged
 
 STATES: dict[State, str] = {
     "done": "up to date",
     "new": "would run",
     "begun": "would go on where it stopped",
+    "renewed": "would make what is new, since its inputs changed:",
     "stale": "would begin anew, since its inputs changed:",
     "changed": "made from other inputs; --restart would redo it:",
     "damaged": "not as it was written; --restart would redo it:",
@@ -51,6 +52,8 @@ def plan(target: str, recipe: Recipe, run_dir: RunDir) -> Plan:
 def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[str]]:
     changes = run_dir.changes(stage, recipe)
     is_complete = bool(run_dir.manifest(stage.name))
+    if changes and stage.renews:
+        return "renewed", changes
     if changes:
         has_results = is_complete or any(run_dir.stage(stage.name).glob("checkpoints/step-*"))
         return "changed" if has_results else "stale", changes
@@ -109,6 +112,8 @@ def run_through(
                 console.say(f"going on with the restart (remove {folder} to begin once more)")
             elif (is_anew or (restart and name == target)) and (old := run_dir.restart(name)):
                 console.say(f"the old {name} is kept as {old}")
+            elif states[name][0] == "renewed":
+                run_dir.renew(STAGES[name], recipe)
             if not run_dir.manifest(name):
                 STAGES[name].run(recipe, run_dir, processes)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
+from tbpo_cli.evaluation.answers import read_answers
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.report.diagnoses import AFTER, diagnose
@@ -19,9 +20,12 @@ from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
+if TYPE_CHECKING:
+    from tbpo_cli.evaluation.measurements import Measurement
+
 Rows = list[dict[str, Any]]
 
-OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
+KEPT = "kept"  # the folder of the measurements
 
 
 def check(recipe: Recipe) -> None:
@@ -47,6 +51,8 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
+    for file in recipe.eval.answers:
+        read_answers(file)
     check_suites(recipe.eval.suites)
     judges_of(recipe)
 
@@ -58,6 +64,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     last, for the gate.
     """
     from tbpo_cli.data.store import PairStore
+    from tbpo_cli.evaluation.headline import headline, names_of
+    from tbpo_cli.evaluation.paired import paired_tests
     from tbpo_cli.evaluation.winrate import judge_all
 
     started = time.monotonic()
@@ -67,23 +75,32 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
             "there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0"
         )
     candidates = candidates_of(recipe, run_dir)
-    run_or_launch(STAGE, recipe, run_dir, processes)
-    samples = _samples(run_dir, candidates)
+    kept = run_dir.begin(STAGE, recipe) / KEPT
+    kept.mkdir(exist_ok=True)
+    if not all(one.path(kept).exists() for one in _measurements(recipe, run_dir)):
+        run_or_launch(STAGE, recipe, run_dir, processes)
+    samples = _samples(recipe, run_dir)
+    others = [each.name for each in candidates[2:]]
     win_rates, verdicts, scores = judge_all(
-        recipe, run_dir, samples, [each.name for each in candidates[2:]]
+        recipe, run_dir, samples, others, lambda key: _cache_of(run_dir, key)
     )
     models = {
-        each.name: {**_measured(run_dir, each), "score": scores.get(each.name)}
+        each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
         for each in candidates
     }
+    compared = [each for each in candidates if each.view != "reference"]
+    pairs = {each.name: _rows(recipe, run_dir, each, "preference") for each in compared}
     results = {
         "run": recipe.run.name,
+        "names": names_of(run_dir.path.name, recipe.align.loss_name, others),
+        "training": _training(recipe, run_dir),
         "loss": recipe.align.loss_name,
         "date": time.strftime("%Y-%m-%d"),
         "num_pairs": models["policy"]["preference"]["all"]["margin"]["n"],
         "num_prompts": len({sample["prompt_id"] for sample in samples}),
         "models": models,
         "win_rates": win_rates,
+        "tests": paired_tests(pairs, verdicts),
     }
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
@@ -91,7 +108,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     _finish(
         recipe,
         run_dir,
-        results | {"verdict": verdict(results), "warnings": warnings},
+        results | {"verdict": headline(results), "warnings": warnings},
         round(time.monotonic() - started, 1),
     )
     report(recipe, run_dir)
@@ -104,104 +121,111 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.measurer import Measurer
     from tbpo_cli.model.load import add_helper, load_trained
+    from tbpo_cli.model.policy import POLICY, REFERENCE
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 
     group = Group.of_environment()
-    folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("eval")
-    (folder / "parts").mkdir(exist_ok=True)
-    candidates, settings = candidates_of(recipe, run_dir), recipe.eval
-    wanted = [
-        (each, what)
-        for each in candidates
-        for what, is_wanted in {
-            "preference": True,
-            "diversity": settings.diversity_prompts,
-            "answers": settings.judged and each.name not in recipe.sample.models,
-            "suites": settings.suites,
-        }.items()
-        if is_wanted and not _part(run_dir, each, what).exists()
-    ]
+    kept = run_dir.stage("eval") / KEPT
+    wanted = [one for one in _measurements(recipe, run_dir) if not one.path(kept).exists()]
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    sft_output, device = run_dir.weights("sft") if recipe.sft is not None else None, group.device
+    candidates = {one.candidate.view: one.candidate for one in wanted}
+    device = group.device
+    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
     policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
-    for each in candidates[2:]:
-        add_helper(policy, each.view, each.source, recipe.model, device, key="eval.against")
+    for view, each in candidates.items():
+        if view not in (POLICY, REFERENCE):
+            add_helper(policy, view, each.source, recipe.model, device, key="eval.against")
     fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = load_chat(recipe.model, recipe.data.template_date)
     measurer = Measurer(
         recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
     )
-    for each, what in wanted:
-        rows = [row for share in group.gather(getattr(measurer, what)(each)) for row in share]
+    for one in wanted:
+        rows = [row for share in group.gather(measurer.measure(one)) for row in share]
         if group.is_main:
-            write_whole(_part(run_dir, each, what), json.dumps(rows, ensure_ascii=False))
+            one.write(kept, rows)
 
 
-def _part(run_dir: RunDir, candidate: Candidate, what: str) -> Path:
-    return run_dir.stage("eval") / "parts" / f"{what}-{candidate.view}.json"
+def _measurements(recipe: Recipe, run_dir: RunDir) -> list[Measurement]:
+    """What the stage measures, once it is begun."""
+    from tbpo_cli.evaluation.measurements import measurements_of
+
+    candidates = candidates_of(recipe, run_dir)
+    return measurements_of(recipe, run_dir, candidates, run_dir.started_from("eval"))
 
 
-def _rows(run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
-    path = _part(run_dir, candidate, what)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def _cache_of(run_dir: RunDir, key: str) -> Path:
+    """The file that keeps what a judge has said.
+
+    The answers of a server have cost something: they outlive --restart. Those of the other judges
+    hold as long as the judge is the same.
+    """
+    from tbpo_cli.evaluation.measurements import digest, inputs_under
+
+    if key == "judge":
+        return run_dir.path / "judge-cache.jsonl"
+    judge = inputs_under(run_dir.started_from("eval"), f"eval.{key}")
+    return run_dir.stage("eval") / KEPT / f"scores-{key}-{digest(judge)}.jsonl"
 
 
-def _samples(run_dir: RunDir, candidates: list[Candidate]) -> Rows:
+def _rows(recipe: Recipe, run_dir: RunDir, candidate: Candidate, what: str) -> Rows:
+    """The rows of the measurements of one kind of a model."""
+    kept = run_dir.stage("eval") / KEPT
+    return [
+        row
+        for one in _measurements(recipe, run_dir)
+        if (one.candidate, one.what) == (candidate, what)
+        for row in one.read(kept)
+    ]
+
+
+def _samples(recipe: Recipe, run_dir: RunDir) -> Rows:
     """What all models have answered to the prompts of the sample stage."""
     answers = [
         {"model": each.name, **row}
-        for each in candidates
-        for row in _rows(run_dir, each, "answers")
+        for each in candidates_of(recipe, run_dir)
+        for row in _rows(recipe, run_dir, each, "answers")
     ]
     return json_lines(run_dir.stage("sample") / "samples.jsonl") + answers
 
 
-def _measured(run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
+def _training(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
+    """What the policy was made from, in words; of what lies here only the names."""
+    from tbpo_cli.train.metrics import read_metrics
+
+    sources = [recipe.model.base, *(source.path for source in recipe.data.train)]
+    base, *data = (Path(path).name if Path(path).is_absolute() else path for path in sources)
+    lines = read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    steps = max((line["step"] for line in lines), default=0)
+    return {
+        "base": base,
+        "data": " + ".join(data),
+        "learning rate": f"{recipe.align.learning_rate:g}",
+        "steps": f"{steps:,}",
+        "trained in": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
+    }
+
+
+def _measured(recipe: Recipe, run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:
     """The figures of a model."""
     from tbpo_cli.evaluation import diversity, preference
 
-    samples, pairs = (_rows(run_dir, candidate, what) for what in ("diversity", "preference"))
+    samples = _rows(recipe, run_dir, candidate, "diversity")
+    pairs = _rows(recipe, run_dir, candidate, "preference")
+    suites = _rows(recipe, run_dir, candidate, "suite")
     source, here = Path(candidate.source), Path.cwd()
     return {
         "source": str(source.relative_to(here) if source.is_relative_to(here) else source),
         "loss": candidate.loss,
         "preference": preference.summarise(pairs, candidate.beta),
         "diversity": diversity.summarise(samples) if samples else {},
-        "suites": {row["suite"]: row["figures"] for row in _rows(run_dir, candidate, "suites")},
+        "suites": {row["suite"]: row["figures"] for row in suites},
     }
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """The results in a sentence: better or not, with the 95 % interval, and at what cost."""
-    loss, models, wins = results["loss"], results["models"], results["win_rates"]
-    own = models["policy"]["preference"]["all"]
-    if wins:  # the first one is the policy's
-        raw, opponent = wins[0]["raw"], OPPONENTS.get(wins[0]["against"], wins[0]["against"])
-        word = (
-            "beats"
-            if raw["low"] > 0.5
-            else "loses to"
-            if raw["high"] < 0.5
-            else "is not clearly different from"
-        )
-        said = f"{loss} {word} {opponent}: it wins {_share(raw, 'prompts')}, by {wins[0]['judge']}"
-    else:
-        said = f"{loss} prefers the chosen response of {_share(own['accuracy'], 'held-out pairs')}"
-    before, after = (
-        models[name]["preference"]["all"]["entropy"]["value"] for name in ("reference", "policy")
-    )
-    moved = f"KL from the reference {own['kl']['value']:.3f} nats a token"
-    return f"{said}; {moved}, entropy {before:.3f} → {after:.3f}"
-
-
-def _share(figure: dict[str, Any], of: str) -> str:
-    low, high = 100 * figure["low"], 100 * figure["high"]
-    return f"{figure['value']:.1%} of {figure['n']} {of} (95 %: {low:.1f} to {high:.1f})"
 
 
 def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: float) -> None:
@@ -209,7 +233,8 @@ def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: f
     from tbpo_cli.report.evaluation import write_report
     from tbpo_cli.train.metrics import read_metrics
 
-    folder, samples = run_dir.stage("eval"), _samples(run_dir, candidates_of(recipe, run_dir))
+    folder = run_dir.stage("eval")
+    samples = _samples(recipe, run_dir)
     metrics = read_metrics(run_dir.stage("align") / "metrics.jsonl")
     results |= {"gate": decide(recipe.eval.gate, results)}
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -257,4 +282,5 @@ STAGE = Stage(
     run=run,
     report=report,
     work=work,
+    renews=True,
 )

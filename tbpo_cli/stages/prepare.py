@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import time
 from collections import Counter
-from concurrent.futures import Executor
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 from rich.text import Text
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Recipe, Source
+from tbpo_cli.config.recipe import Data, Recipe, Source
 from tbpo_cli.config.toml import TOKENIZER_FILES
-from tbpo_cli.data.chunks import prepare_rows, workers
-from tbpo_cli.data.formats import recognise
-from tbpo_cli.data.pairs import RejectedRow
-from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
-from tbpo_cli.data.store import PairStore, pair_writer, record_batch
+from tbpo_cli.data.chunks import workers
+from tbpo_cli.data.formats.unknown import absent_columns
+from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
+from tbpo_cli.data.selection import Counts, PairFilter
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, read_rows
+from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
-from tbpo_cli.data.tokens import Result, TokenizedPair
-from tbpo_cli.errors import TbpoError
+from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
+from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
-EXCERPT_CHARACTERS = 200
+Work = tuple[
+    str, tuple[Source, ...], str, str
+]  # recipe key, its sources, their split, where the pairs go
+
+FEW_PROMPTS = 20
 KEY = {  # of the parts of a pair: style, meaning
     "prompt": ("dim", "The prompt is never in the loss;"),
     "aligned": ("green", "aligned tokens are read by every loss;"),
     "tail": ("yellow", "a tail by those of whole responses."),
 }
-
-
-@dataclass
-class Counts:
-    """What became of the rows of one source.
-
-    Args:
-        kept: number of pairs written, by split.
-        rejected: number of rows that cannot be used, by reason.
-        noted: number of pairs, by what a reader should know of them: reversed (the same comparison
-            also occurs with chosen and rejected exchanged), cut (to data.max_length), unsampled
-            (left out by the weight of the source).
-    """
-
-    key: str
-    source: str
-    format: str = ""
-    rows: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -73,40 +53,118 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
     Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
-    data, sft = recipe.data, recipe.sft
-    work = [
-        ("data.train", data.train, data.train_split, ("train",) if data.eval else ("train", "eval"))
-    ]
-    if data.eval is not None:  # first, so that its prompts are known
-        work.insert(0, ("data.eval", data.eval, data.eval_split, ("eval",)))
-    if sft is not None and sft.train is not None:
-        work.append(("sft.train", sft.train, data.train_split, ("sft",)))
+    data = recipe.data
+    work = _work(recipe)
+    _check_sources(work, data)
     counts: list[Counts] = []
     eval_prompts: set[str] = set()
-    columns: set[str] = set()
     with (
         workers(recipe.model, data) as pool,
         (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
     ):
         for key, sources, split, into in work:
-            with ExitStack() as stack:
-                writers = {name: stack.enter_context(pair_writer(folder / name)) for name in into}
-                pair_filter = PairFilter(recipe, key, writers, eval_prompts, rejects, columns)
-                counts += [pair_filter.keep(source, split, pool) for source in sources]
-    _check_columns(data.columns, columns)
-    for key, *_ in work:
-        _check(
-            key, [count for count in counts if count.key == key], data.max_reject_fraction, folder
-        )
-    seconds = round(time.monotonic() - started, 1)
+            kept = PairFilter(recipe, key, into, eval_prompts, rejects)
+            with pair_writer(folder / into) as writer:
+                for source in sources:
+                    kept.keep(source, split, pool, writer)
+            counts += kept.counts
+            rejects.flush()
+            _check(key, kept.counts, data.max_reject_fraction, folder)
+            if key == "data.eval":
+                eval_prompts |= {*kept.prompts}
+            elif key == "data.train" and data.eval is None:
+                eval_prompts |= _hold_out(recipe, folder, kept)
+    if data.max_eval_overlap is not None:
+        _drop_overlapping(folder, data.max_eval_overlap, counts)
     facts = {
         "counts": [vars(count) for count in counts],
         "tokenizer": fingerprint(tokenizer),
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - started, 1),
     }
     write_report(recipe, folder, [vars(count) for count in counts])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
+
+
+def _work(recipe: Recipe) -> list[Work]:
+    """The recipe keys with rows, in the order in which they are prepared."""
+    data, sft = recipe.data, recipe.sft
+    work = [("data.train", data.train, data.train_split, "train")]
+    if data.eval is not None:  # first, so that its prompts are known
+        work.insert(0, ("data.eval", data.eval, data.eval_split, "eval"))
+    if sft is not None and sft.train is not None:
+        work.append(("sft.train", sft.train, data.train_split, "sft"))
+    return work
+
+
+def _check_sources(work: list[Work], data: Data) -> None:
+    """Raises TbpoError for rows that are both trained and measured on, and for absent columns."""
+    places: dict[tuple[str | None, ...], str] = {}
+    for key, sources, split, _ in work[:2] if data.eval is not None else []:
+        for source in sources:
+            place: tuple[str | None, ...] = (
+                source.path,
+                source.config,
+                source.split or split,
+                source.revision,
+            )
+            if not Path(source.path).is_dir() and Path(source.path).exists():
+                place = (source.path,)  # a file has no splits
+            if places.setdefault(place, key) != key:
+                raise TbpoError(
+                    "data.train and data.eval name the same rows",
+                    f"data.eval = {source.path!r}",
+                    "held-out rows that are not trained on",
+                    "leave data.eval out: data.eval_fraction of the prompts are held out then",
+                )
+    if data.columns:
+        seen: set[str] = set()
+        for key, sources, split, _ in work:
+            for source in sources:
+                rows = itertools.islice(read_rows(source, split, key), ROWS_AT_A_TIME)
+                seen |= {
+                    name for row in rows if isinstance(row.content, dict) for name in row.content
+                }
+        named = ", ".join(source.path for _, sources, *_ in work for source in sources)
+        gather(absent_columns(data.columns, seen, named))
+
+
+def _hold_out(recipe: Recipe, folder: Path, kept: PairFilter) -> set[str]:
+    """Moves `data.eval_fraction` of the prompts from train to eval; returns their hashes."""
+    fraction = recipe.data.eval_fraction or 0.0
+    prompts = held_out_prompts(kept.prompts, fraction, recipe.run.seed)
+    mask = np.array([prompt in prompts for prompt in kept.prompts], dtype=bool)
+    split_off(folder / "train", folder / "eval", mask)
+    start = 0
+    for counts in kept.counts:
+        end = start + counts.kept["train"]
+        counts.kept["eval"] = int(mask[start:end].sum())
+        counts.kept["train"] -= counts.kept["eval"]
+        start = end
+    if not prompts:
+        why = "data.eval_fraction is 0" if fraction == 0 else "there is but one prompt"
+        console.say(
+            f"warning: no pair is held out, since {why}: nothing will say whether the policy got"
+            " better on prompts that it has not seen; give data.eval, or data.eval_fraction = 0.05"
+        )
+    elif len(prompts) < FEW_PROMPTS:
+        console.say(
+            f"warning: only {len(prompts)} prompts are held out: figures on them are rough;"
+            " data.eval_fraction holds out more"
+        )
+    return prompts
+
+
+def _drop_overlapping(folder: Path, threshold: float, counts: list[Counts]) -> None:
+    """Leaves out the held-out pairs whose prompts the training pairs repeat, and counts them."""
+    left_out = drop_overlapping(folder / "eval", folder / "train", threshold)
+    start = 0
+    for count in counts:
+        if "eval" in count.kept:
+            end = start + count.kept["eval"]
+            count.noted["overlap"] = int(left_out[start:end].sum())
+            count.kept["eval"] -= count.noted["overlap"]
+            start = end
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
@@ -168,18 +226,6 @@ def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
     return line
 
 
-def _check_columns(wanted: dict[str, str], columns: set[str]) -> None:
-    """Raises TbpoError if data.columns names a column that no row of any source has."""
-    for ours, theirs in wanted.items():
-        if theirs not in columns:
-            raise TbpoError(
-                f"no row has the column {theirs!r}",
-                f"data.columns.{ours}",
-                f"one of {', '.join(map(repr, sorted(columns)))}",
-                f"change data.columns.{ours}, or leave it out",
-            )
-
-
 def check(recipe: Recipe, run_dir: RunDir) -> None:
     """Raises TbpoError if the complete stage left out more than data.max_reject_fraction."""
     listed = run_dir.manifest("prepare")["counts"]
@@ -187,6 +233,7 @@ def check(recipe: Recipe, run_dir: RunDir) -> None:
         counts = [Counts(**count) for count in listed if count["key"] == key]
         for each in counts:
             each.kept, each.rejected = Counter(each.kept), Counter(each.rejected)
+            each.noted = Counter(each.noted)
         _check(key, counts, recipe.data.max_reject_fraction, run_dir.stage("prepare"))
 
 
@@ -206,126 +253,63 @@ def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
 
 
 NOTES = {
+    "duplicate": "{:,} rows repeat an earlier comparison (left out; data.dedup = false keeps them)",
+    "overlap": "{:,} held-out pairs have a prompt that occurs in the training pairs (left out)",
     "reversed": "{:,} pairs are there the other way round as well (kept)",
     "cut": "{:,} pairs have a response that was cut to data.max_length",
     "unsampled": "{:,} pairs are left out by the source's weight",
 }
 
 
+NAME_COLUMNS = 'name the columns that hold them, e.g. [data.columns] chosen = "better_answer"'
+OTHER_TEMPLATE = "name a template that does as model.chat_template"
+FIXES = {  # by the most frequent reason
+    "missing_column": NAME_COLUMNS,
+    "null_column": NAME_COLUMNS,
+    "wrong_type": f"mend the rows; if other columns hold the texts, {NAME_COLUMNS}",
+    "overlong": 'raise data.max_length, or set data.overlong = "truncate"',
+    "not_rendered": f"{OTHER_TEMPLATE}, or take that part out of the rows",
+    "template_error": f"{OTHER_TEMPLATE}, or change the rows",
+    "in_eval": "give data.eval other prompts than data.train",
+    "unpaired": "give rows with both labels for a prompt, or use the good ones as sft.train",
+    "no_preference": "give rows of which one answer is better",
+    "unwanted": "give rows with label = true",
+}
+
+
 def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: Path) -> None:
-    wanted = {"data.eval": "eval", "data.train": "train", "sft.train": "sft"}[key]
-    if any(count.kept.total() for count in counts) and not any(c.kept[wanted] for c in counts):
-        raise TbpoError(
-            f"no pair of {key} is left to {'measure' if wanted == 'eval' else 'train'} on",
-            str(folder),
-            "at least one",
-            "lower data.eval_fraction, or add rows",
-        )
-    rejected = sum(count.rejected.total() for count in counts)
+    """Raises TbpoError if there are no pairs of a recipe key, or too many unusable rows."""
     rows = sum(count.rows for count in counts)
-    if rejected > max_reject_fraction * rows or not any(count.kept.total() for count in counts):
-        _show_rejected([vars(count) for count in counts], folder)
-        reasons = sum((count.rejected for count in counts), Counter()).most_common()
-        fix = "mend the rows, name the columns under [data.columns], or raise "
-        fix += "data.max_reject_fraction"
-        if reasons and reasons[0][0] == "overlong":
-            fix = 'raise data.max_length, set data.overlong = "truncate", or raise '
-            fix += "data.max_reject_fraction"
-        parts = [
-            f"{rejected:,} of {rows:,} rows of {key} cannot be used",
-            *(f"{n:,} {name}" for name, n in reasons),
-        ]
-        expected = f"at least one usable row, and at most {max_reject_fraction:.0%} left out"
-        raise TbpoError(", ".join(parts), str(folder / "rejects.jsonl"), expected, fix)
-
-
-@dataclass(frozen=True)
-class PairFilter:
-    """Decides, row after row, which pairs of a recipe key are kept, and in which split.
-
-    Args:
-        writers: by split, where the pairs go; if there are two, `eval_fraction` of the prompts to
-            the second.
-        eval_prompts: hashes of the evaluation prompts, filled by the key that they come from.
-        columns: names of columns of the rows, filled.
-        seen: ids of the pairs that were kept.
-    """
-
-    recipe: Recipe
-    key: str
-    writers: dict[str, pa.RecordBatchFileWriter]
-    eval_prompts: set[str]
-    rejects: TextIO
-    columns: set[str]
-    seen: set[str] = field(default_factory=set)
-
-    def keep(self, source: Source, split: str, pool: Executor) -> Counts:
-        """Writes the pairs of one source."""
-        data = self.recipe.data
-        data = replace(data, format="auto") if self.key == "sft.train" else data
-        format_name, rows = recognise(read_rows(source, split, self.key), data)
-        counts = Counts(
-            self.key, source.path, format_name, kept=Counter(dict.fromkeys(self.writers, 0))
-        )
-        with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
-            for chunk, results in prepare_rows(rows, format_name, data, pool):
-                kept: dict[str, list[TokenizedPair]] = {name: [] for name in self.writers}
-                for row, result in zip(chunk, results, strict=True):
-                    if isinstance(row.content, dict):
-                        self.columns.update(row.content)
-                    if reason := self._reason_against(result):
-                        self._reject(row, reason, counts)
-                    elif isinstance(result, TokenizedPair):
-                        kept[self._split_of(result)] += [result] * self._copies(
-                            result, source.weight, counts
-                        )
-                for name, pairs in kept.items():
-                    counts.kept[name] += len(pairs)
-                    if pairs:
-                        self.writers[name].write_batch(record_batch(pairs))
-                counts.rows += len(chunk)
-                update(counts.rows, "rows")
-        return counts
-
-    def _reason_against(self, result: Result) -> RejectedRow | None:
-        if isinstance(result, RejectedRow):
-            return result
-        if "eval" not in self.writers and result.prompt_hash in self.eval_prompts:
-            return RejectedRow("in_eval", "the prompt is among the evaluation prompts")
-        if self.recipe.data.dedup and result.pair_id in self.seen:
-            return RejectedRow("duplicate", "the same comparison came before")
-        return None
-
-    def _split_of(self, pair: TokenizedPair) -> str:
-        """By the prompt, so that no prompt is in two splits, and by the seed."""
-        held_out = len(self.writers) > 1 and self._draw(pair.prompt_hash) < (
-            self.recipe.data.eval_fraction or 0
-        )
-        split = [*self.writers][held_out]
-        if split == "eval":
-            self.eval_prompts.add(pair.prompt_hash)
-        return split
-
-    def _copies(self, pair: TokenizedPair, weight: float, counts: Counts) -> int:
-        """How often a pair that is kept is written; counts what is noted of it."""
-        self.seen.add(pair.pair_id)
-        copies = int(weight) + (self._draw(pair.pair_id) < weight % 1)
-        counts.noted["reversed"] += pair.reversed_id in self.seen
-        counts.noted["cut"] += pair.is_cut
-        counts.noted["unsampled"] += not copies
-        return copies
-
-    def _draw(self, text: str) -> float:
-        """A number in [0, 1) that the text and the seed decide."""
-        digest = hashlib.sha256(f"{self.recipe.run.seed} {text}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    def _reject(self, row: Row, reason: RejectedRow, counts: Counts) -> None:
-        counts.rejected[reason.reason] += 1
-        line = {"from": self.key, "source": row.source, "row": row.number}
-        line |= {"reason": reason.reason, "detail": reason.detail}
-        line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
-        self.rejects.write(json.dumps(line) + "\n")
+    rejected = sum((count.rejected for count in counts), Counter())
+    num_kept = sum(count.kept.total() for count in counts)
+    num_duplicates = sum(count.noted["duplicate"] for count in counts)
+    where = ", ".join(count.source for count in counts)
+    if not rows:
+        raise TbpoError(f"{key} has no rows", where, "at least one row", f"give {key} other rows")
+    num_comparisons = num_kept + rejected.total() + num_duplicates
+    if num_kept and rejected.total() <= max_reject_fraction * max(rows, num_comparisons):
+        return
+    _show_rejected([vars(count) for count in counts], folder)
+    reasons = rejected.most_common()
+    if not reasons:
+        kinds = "duplicates" if num_duplicates else "left out by the weight of their source"
+        raise TbpoError(f"no pair of {key} is left: all are {kinds}", where, "at least one pair")
+    parts = [
+        f"{rejected.total():,} of {rows:,} rows of {key} cannot be used",
+        *(f"{number:,} {reason}" for reason, number in reasons),
+    ]
+    first = next(
+        line
+        for line in json_lines(folder / "rejects.jsonl")
+        if line["from"] == key and line["reason"] == reasons[0][0]
+    )
+    place = f"{first['source']}, row {first['row']}: {first['detail'] or first['reason']}"
+    raise TbpoError(
+        ", ".join(parts),
+        f"{folder / 'rejects.jsonl'}; first {place}",
+        f"at least one usable row, and at most {max_reject_fraction:.0%} left out",
+        f"{FIXES.get(reasons[0][0], 'mend the rows')}; or raise data.max_reject_fraction",
+    )
 
 
 STAGE = Stage(

@@ -24,7 +24,7 @@ from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
 from tbpo_cli.train.metrics import MetricsLog
 from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
-from tbpo_cli.train.run import TrainingRun
+from tbpo_cli.train.run import TrainingRun, num_evaluated
 from tbpo_cli.train.step import Stepper
 
 # Beside the progress bar: the metrics of the last step that had them.
@@ -50,6 +50,7 @@ def train(run: TrainingRun) -> MetricsLog:
         console.say(f"going on from step {step}")
     log = MetricsLog(run.folder / "metrics.jsonl", step, run.group.is_main)
     _check_same_step(run, step, checkpoints)
+    _say_what_is_measured(run)
     every = run.settings.log_every
     progress = console.progress(run.folder.name, run.num_steps, step, every)
     latest: dict[str, float] = {}
@@ -147,6 +148,15 @@ def _check_same_step(run: TrainingRun, step: int, checkpoints: Path) -> None:
         )
 
 
+def _say_what_is_measured(run: TrainingRun) -> None:
+    num_pairs = len(run.evaluation)
+    num_between = num_evaluated(run.settings, num_pairs)
+    if num_between < num_pairs and run.num_steps > run.settings.eval_every:
+        part = f"{num_between:,} of the {num_pairs:,} held-out pairs"
+        often = f"measured every {run.settings.eval_every:,} steps"
+        console.say(f"{part} are {often}; all of them at the beginning and the end (eval_pairs)")
+
+
 def _evaluate(run: TrainingRun, step: int, stepper: Stepper, log: MetricsLog) -> None:
     """Measures the held-out pairs, unless the log has that already, and draws the curves."""
     is_new = not any((line["split"], line["step"]) == ("eval", step) for line in log.lines)
@@ -155,7 +165,7 @@ def _evaluate(run: TrainingRun, step: int, stepper: Stepper, log: MetricsLog) ->
         # The weights have changed since the layout was chosen, and with them what they pass on.
         pairs = sample_pairs(run.evaluation)
         confirm_layout(stepper.scorer, stepper.layout, stepper.layout, "", pairs)
-        _write(run, log, "eval", step, stepper.evaluate())
+        _write(run, log, "eval", step, stepper.evaluate(run.evaluated_pairs(step)))
     if run.group.is_main:
         write_page(run.folder / "curves.svg", "curves.svg", panels=curves(log.lines))
 

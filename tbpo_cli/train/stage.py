@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,6 +18,7 @@ from tbpo_cli.config.recipe import Align, Model, Recipe, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
 from tbpo_cli.data.store import PairStore
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_chat
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import compute_dtype
@@ -45,8 +47,7 @@ def train_stage(
     started = time.monotonic()
     stores = open_stores(settings, run_dir)
     chat = load_chat(recipe.model, recipe.data.template_date)
-    tokenizer = chat.tokenizer
-    _check_prepared(stores, tokenizer, recipe.model, run_dir, loss)
+    _check_prepared(stores, chat.tokenizer, recipe.model, run_dir, loss)
     group = Group.of_environment()
     folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
     group.gather(None)
@@ -80,13 +81,9 @@ def train_stage(
                 mesh=mesh,
             )
         )
-    weights = run_dir.weights(stage.name)
-    if group.is_main:
-        shutil.rmtree(weights, ignore_errors=True)  # what a crash left of an earlier attempt
-    outputs = policy.save(weights, group.is_main, chat.end_ids)
+    outputs = _save(policy, chat, run_dir.weights(stage.name), group)
     if not group.is_main:
         return
-    tokenizer.save_pretrained(weights)
     facts = {
         "seed": recipe.run.seed,
         "device": device,
@@ -95,6 +92,16 @@ def train_stage(
         "base_commit": getattr(policy.model.config, "_commit_hash", None),  # of a Hub repository
     }
     run_dir.finish(stage.name, [*outputs, folder / "metrics.jsonl"], facts)
+
+
+def _save(policy: Policy, chat: Chat, folder: Path, group: Group) -> list[Path]:
+    """Writes the trained weights and the tokenizer; all processes call it, the first one writes."""
+    if group.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # what a crash left of an earlier attempt
+    outputs = policy.save(folder, group.is_main, chat.end_ids)
+    if group.is_main:
+        chat.tokenizer.save_pretrained(folder)
+    return outputs
 
 
 def _check_prepared(

@@ -6,7 +6,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from tbpo_cli.batch.batches import collate_all, deal, span_lengths, step_indices
 from tbpo_cli.batch.layouts import PairBatch, blank_batch
 from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
-from tbpo_cli.data.store import pair_writer, record_batch
+from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
 from tbpo_cli.model.policy import REFERENCE
@@ -91,6 +91,7 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), max_norm)
 
         metrics = average([*totals, {"grad_norm": (gathered(norm), 1)}], run.group)
+        metrics.setdefault("loss", 0.0)  # there is no mean over pairs that all weigh 0
         if not np.isfinite([metrics["grad_norm"], metrics["loss"]]).all():
             raise self._divergence(number)
 
@@ -134,7 +135,7 @@ class Stepper:
     def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:
         """Adds the gradients of one micro-batch to those of the others.
 
-        The scalar is the sum of the losses of its pairs over the count of the whole step.
+        The scalar is the weighted sum of the losses of its pairs over the weight of the whole step.
         """
         run = self.run
         reports_all = self._reports_all(number)
@@ -151,14 +152,20 @@ class Stepper:
             scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
-        losses.sum().div(self._count(number)).backward()
+        losses.sum().div(self._total_weight(number)).backward()
         return scores, output
 
-    def _count(self, number: int) -> int:
-        """What the summed loss of a step is divided by: its pairs, or their chosen tokens."""
+    def _total_weight(self, number: int) -> float:
+        """What the summed loss of a step is divided by, over all processes.
+
+        The weights of its pairs, times their numbers of chosen tokens if the loss is a mean over
+        them. Of a step whose pairs all weigh 0, so that the sum is 0 as well: 1.
+        """
+        pairs = self._pairs(number)
+        weights = self.run.train.weights[pairs]
         if self.run.loss.mean_over == "chosen_tokens":
-            return int(self.run.train.chosen_lengths[self._pairs(number)].sum())
-        return self.run.settings.batch_size
+            weights = weights * self.run.train.chosen_lengths[pairs]
+        return float(weights.sum()) or 1.0
 
     def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
         """log π_ref of a batch's tokens, (N,): from the cache, else from the reference."""
@@ -173,16 +180,17 @@ class Stepper:
         return logps
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """All metrics on the held-out pairs."""
+    def evaluate(self, pairs: Sequence[int]) -> dict[str, float]:
+        """All metrics on some of the held-out pairs, by their places in the store."""
         self.run.policy.model.eval()
-        return average(self.budget.attempt(self._measure_held_out), self.run.group)
+        measure_pairs = functools.partial(self._measure_held_out, pairs)
+        metrics = average(self.budget.attempt(measure_pairs), self.run.group)
+        return metrics | {"pairs": len(pairs)}
 
-    def _measure_held_out(self, max_tokens: int) -> list[Totals]:
+    def _measure_held_out(self, all_pairs: Sequence[int], max_tokens: int) -> list[Totals]:
         run = self.run
         span = "chosen" if run.loss.span == "chosen" else "response"
-        num_tokens = run.evaluation.lengths.sum(axis=1)
-        pairs = deal(num_tokens, run.group.size)[run.group.rank]
+        pairs = self._own_pairs(run.evaluation, all_pairs, span)
         batches = collate_all(run.evaluation, pairs, max_tokens, span, self.layout)
         totals = []
         num_done = 0
@@ -201,11 +209,15 @@ class Stepper:
         span = run.loss.span
         if span != "chosen" and self._reports_all(number):
             span = "response"
-        pairs = self._pairs(number)
-        num_tokens = span_lengths(run.train, pairs, span).sum(axis=1)
-        indices = [pairs[place] for place in deal(num_tokens, run.group.size)[run.group.rank]]
+        indices = self._own_pairs(run.train, self._pairs(number), span)
         with_keys = self.token_keys is not None
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
+
+    def _own_pairs(self, store: PairStore, pairs: Sequence[int], span: str) -> list[int]:
+        """Those of some pairs that this process computes: all processes have about as many tokens."""
+        group = self.run.group
+        num_tokens = span_lengths(store, pairs, span).sum(axis=1)
+        return [pairs[number] for number in deal(num_tokens, group.size)[group.rank]]
 
     def _reports_all(self, number: int) -> bool:
         """Whether a step reports all metrics, which are of whole responses and of the reference."""

@@ -3,7 +3,7 @@
     python tests/benchmarks/deal.py      seconds
 
 A step takes as long as its busiest process, so its efficiency is the mean share of the tokens over
-the largest. The lengths are assumed, not measured: log-normal with a median of 900 tokens a pair and
+the largest. The lengths are assumed, not measured: log-normal, with a median of 900 tokens and
 σ = 0.5 (two thirds between 550 and 1,480), cut at 4,096.
 """
 

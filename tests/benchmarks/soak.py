@@ -6,7 +6,13 @@
 Four kinds of training on the quickstart's base: tbpo_q with AdamW and dpo with RMSprop, LoRA with
 dropout, several micro-batches a step and several epochs; sft; two processes. Each is killed
 (SIGKILL, all its processes) at random moments, KILLS in all; then it may end. Weights must be the
-same to the bit, and the metrics too, but for timings. Writes results/soak.{json,md}.
+same to the bit, and the metrics too, but for timings; no file may be left over. Writes
+results/soak.{json,md}.
+
+    python tests/benchmarks/soak.py --long 20000     # a training of that many steps, watched
+
+Memory, open files, threads and processes in the last fifth of its steps are compared with those in
+the second one. Writes results/soak_long.{json,md}.
 """
 
 from __future__ import annotations
@@ -18,14 +24,21 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import psutil
 from common import write_results
 
 ROOT = Path(__file__).parent.parent.parent
 KILLS, NUM_STEPS = 24, 120
+SAME = ("weights", "metrics", "files")
+FIGURES = ("memory_mb", "files", "threads", "processes")
+MEMORY_GROWTH, FILE_GROWTH = 0.05, 2  # that is still none: a share of the bytes; open files
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 RECIPE = """
 [model]
@@ -66,18 +79,22 @@ def main() -> None:
     parser.add_argument(
         "--fuzz", type=int, default=0, help="examples a fuzzing test, after the kills"
     )
+    parser.add_argument("--long", type=int, default=0, help="steps of one long training, instead")
     arguments = parser.parse_args()
+    if arguments.long:
+        watch_long(arguments.long)
+        return
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         rows = [run_kind(name, Path(folder), rng) for name in KINDS]
     heading = (
-        "| training | kills | moments (steps done) | same weights | same metrics |\n"
-        "|---|---|---|---|---|"
+        "| training | kills | moments (steps done) | same weights | same metrics | same files |\n"
+        "|---|---|---|---|---|---|"
     )
     write_results(
         "soak", "Trainings killed at random moments", rows, "\n".join([heading, *map(line, rows)])
     )
-    if not all(row["same_weights"] and row["same_metrics"] for row in rows):
+    if not all(all(row[f"same_{what}"] for what in SAME) for row in rows):
         sys.exit("a killed training did not end as the one that was left alone")
     if arguments.fuzz:
         environment = {**os.environ, "FUZZ_EXAMPLES": str(arguments.fuzz)}
@@ -133,6 +150,7 @@ def run_kind(name: str, folder: Path, rng: random.Random) -> dict:
         "moments": moments,
         "same_weights": weights[0] == weights[1],
         "same_metrics": logs[0] == logs[1],
+        "same_files": names(runs["alone"]) == names(runs["killed"]),
     }
     print(line(row), flush=True)
     return row
@@ -160,6 +178,59 @@ def kill_all(process: subprocess.Popen) -> None:
         process.wait()
 
 
+def names(run: Path) -> list[str]:
+    """The files and folders of a run."""
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+
+
+def watch_long(steps: int) -> None:
+    """A long training, with its memory, open files, threads and processes over time."""
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        recipe = write_recipe(Path(name))
+        sets = [f"align.max_steps={steps}", "align.loss.name=tbpo_q", "align.eval_every=500"]
+        overrides = [part for override in sets for part in ("--set", override)]
+        module = [sys.executable, "-m", "tbpo_cli.cli.main"]
+        command = [*module, "align", str(recipe), "--run-dir", str(run), *overrides]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
+            drain = threading.Thread(target=lambda: [*process.stderr], daemon=True)
+            drain.start()
+            samples = [*watch(process, run / "align")]
+        assert process.returncode == 0
+        left = [one for one in names(run) if "partial" in one or Path(one).name.startswith(".")]
+    fifths = [
+        [x for x in samples if begin <= x["step"] / steps < begin + 0.2] for begin in (0.2, 0.8)
+    ]
+    early, late = ({key: median(x[key] for x in part) for key in FIGURES} for part in fifths)
+    rows = [{"steps": steps, "samples": len(samples), "early": early, "late": late, "left": left}]
+    lines = [f"| {key} | {early[key]:.0f} | {late[key]:.0f} |" for key in FIGURES]
+    heading = "| of one process | second fifth of the steps | last fifth |\n|---|---|---|"
+    table = "\n".join([heading, *lines, f"\nFiles left over: {', '.join(left) or 'none'}"])
+    write_results("soak_long", f"A training of {steps:,} steps, watched", rows, table)
+    print(table)
+    is_more_memory = late["memory_mb"] > early["memory_mb"] * (1 + MEMORY_GROWTH)
+    is_more = is_more_memory or late["files"] > early["files"] + FILE_GROWTH or left
+    if is_more or any(late[key] > early[key] for key in ("threads", "processes")):
+        sys.exit("something grows with the steps, or is left over")
+
+
+def watch(process: subprocess.Popen, stage: Path) -> Iterator[dict]:
+    """What a process uses, twice a second until it ends."""
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            yield {
+                "step": num_steps(stage),
+                "memory_mb": watched.memory_info().rss / 2**20,
+                "files": watched.num_fds(),
+                "threads": watched.num_threads(),
+                "processes": 1 + len(watched.children(recursive=True)),
+            }
+        time.sleep(0.5)
+
+
 def num_steps(stage: Path) -> int:
     path = stage / "metrics.jsonl"
     return path.read_text().count('"train"') if path.exists() else 0
@@ -171,7 +242,7 @@ def metrics(stage: Path) -> list[dict]:
 
 
 def line(row: dict) -> str:
-    same = " | ".join("yes" if row[key] else "NO" for key in ("same_weights", "same_metrics"))
+    same = " | ".join("yes" if row[key] else "NO" for key in (f"same_{what}" for what in SAME))
     return (
         f"| {row['training']} | {row['kills']} | {', '.join(map(str, row['moments']))} | {same} |"
     )

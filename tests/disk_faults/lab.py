@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -157,9 +158,9 @@ class Lab:
         hashes = {}
         for path in sorted(run.rglob("*")):
             if path.is_file():
-                hashes[str(path.relative_to(run))] = _hash_of(path, run.name)
+                hashes[str(path.relative_to(run))] = _hash_of(path)
         for path in (self.folder / "hub/models/me").glob(f"{run.name}/*"):
-            hashes[f"hub/{path.name}"] = _hash_of(path, run.name)
+            hashes[f"hub/{path.name}"] = _hash_of(path)
         return hashes
 
     def remove(self, run: Path) -> None:
@@ -194,7 +195,7 @@ def _main(
     return code
 
 
-def _hash_of(path: Path, run_name: str) -> str:
+def _hash_of(path: Path) -> str:
     """Of what two runs of the same recipe must have in common."""
     content = path.read_bytes()
     if path.name == "metrics.jsonl":
@@ -209,5 +210,5 @@ def _hash_of(path: Path, run_name: str) -> str:
         "tokenizer.json",
     }:
         content = b""  # reports with times, manifests: their names count
-    content = content.replace(f"{run_name}/".encode(), b"")
+    content = re.sub(rb"(finished|case-\d+)/", b"", content)
     return hashlib.sha256(content).hexdigest()[:16]

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tbpo_cli.config.recipe import Data
 from tbpo_cli.data.formats.answers import from_answers, is_answers
-from tbpo_cli.data.formats.columns import Columns, messages, prompt
-from tbpo_cli.data.formats.conversations import from_conversations, is_conversations
-from tbpo_cli.data.formats.demonstrations import from_chat, from_completion
+from tbpo_cli.data.formats.choices import WINNERS, from_choice, from_stack_exchange, is_choice
+from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of, messages, prompt, with_system
+from tbpo_cli.data.formats.conversations import (
+    from_conversations,
+    from_openai,
+    from_sharegpt,
+    is_conversations,
+)
+from tbpo_cli.data.formats.demonstrations import CHATS, from_alpaca, from_chat, from_completion
 from tbpo_cli.data.formats.dialogues import from_dialogues, is_dialogues
+from tbpo_cli.data.formats.ranked import LISTS, RANKS, SCORES, from_ranked, is_ranked
+from tbpo_cli.data.formats.unknown import key_faults, nearest, unknown_rows
+from tbpo_cli.data.formats.unpaired import from_unpaired, is_unpaired, pair_up
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
+
+
+def _names(column: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (column,) if isinstance(column, str) else column
 
 
 @dataclass(frozen=True)
@@ -24,97 +37,142 @@ class Format:
     """One way to write a comparison as a row.
 
     Args:
-        columns: the columns that a row must have, not null.
+        columns: the columns that a row must have, not null; of several names, one.
         parse: a row with these columns → its pair, or RejectedRow.
         recognise: whether a row with these columns is of this format, where another one has the
             same.
+        parse_all: in place of `parse`, for rows of which several pairs are made, as the second
+            argument, `data.ranked_pairs`, says.
     """
 
-    columns: tuple[str, ...]
-    parse: Callable[[Columns], PreferencePair]
+    columns: tuple[str | tuple[str, ...], ...]
+    parse: Callable[[Columns], PreferencePair] | None
     recognise: Callable[[Columns], bool] = lambda row: True
+    parse_all: Callable[[Columns, str], list[PreferencePair]] | None = None
+
+    def fits(self, content: Any) -> bool:
+        """Whether a row is of this format."""
+        if not isinstance(content, dict):
+            return False
+        return all(first_of(content, _names(c)) for c in self.columns) and self.recognise(content)
+
+    def __str__(self) -> str:
+        return " + ".join(_names(column)[0] for column in self.columns)
 
 
+SIDES = ("chosen", "rejected")
 MAX_DEPTH = 100  # of lists and tables in a row
 
 FORMATS = {  # a row is of the first that fits it
-    "hh": Format(("chosen", "rejected"), from_dialogues, is_dialogues),
-    "prompt": Format(("prompt", "chosen", "rejected"), from_answers, is_answers),
-    "messages": Format(("chosen", "rejected"), from_conversations, is_conversations),
-    "sft_prompt": Format(("prompt", "completion"), from_completion),
-    "sft_messages": Format(("messages",), from_chat),
+    "hh": Format(SIDES, from_dialogues, is_dialogues),
+    "sharegpt": Format(("conversations", *SIDES), from_sharegpt),
+    "prompt": Format((PROMPTS, *SIDES), from_answers, is_answers),
+    "messages": Format(SIDES, from_conversations, is_conversations),
+    "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
+    "ranked": Format((PROMPTS, LISTS), None, is_ranked, from_ranked),
+    "winner": Format((WINNERS,), from_choice, is_choice),
+    "stack_exchange": Format((PROMPTS, "response_j", "response_k"), from_stack_exchange),
+    "unpaired": Format((PROMPTS, "completion", "label"), from_unpaired, is_unpaired),
+    "sft_prompt": Format((PROMPTS, "completion"), from_completion),
+    "sft_messages": Format((CHATS,), from_chat),
+    "sft_alpaca": Format(("instruction", "output"), from_alpaca),
 }
+# Of one completion a row, in `sft.train` as well, where nothing is compared.
+NOT_FOR_SFT = ("unpaired",)
+# Columns that a row of any format may have.
+MORE_COLUMNS = ("system", "tools", "score_chosen", "score_rejected", "history", "input", "label")
+KNOWN_COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *(name for f in FORMATS.values() for column in f.columns for name in _names(column)),
+            *SCORES,
+            *RANKS,
+            *(
+                f"{side}_{letter}"
+                for side in ("response", "answer", "completion")
+                for letter in "ab"
+            ),
+            "response_0",
+            "response_1",
+            "conversation_a",
+            "conversation_b",
+            *MORE_COLUMNS,
+        ]
+    )
+)
 
 
 def format_faults(data: Data, path: str) -> list[TbpoError]:
-    """What is wrong with `data.format` in the recipe at `path`: it must be "auto" or in FORMATS."""
+    """What is wrong with `data.format` and the keys of `data.columns` in the recipe at `path`."""
+    faults = key_faults(data.columns, KNOWN_COLUMNS, path)
     names = ["auto", *FORMATS]
     if data.format in names:
-        return []
+        return faults
     *most, last = map(repr, names)
-    near = difflib.get_close_matches(data.format, names, n=1)
-    return [
-        TbpoError(
-            f'data.format = "{data.format}" is not possible',
-            f"{path}, [data] format",
-            f"{', '.join(most)} or {last}",
-            f'format = "{near[0]}"' if near else "change it there, or give --set data.format=…",
-        )
-    ]
+    near = nearest(data.format, names)
+    fault = TbpoError(
+        f'data.format = "{data.format}" is not possible',
+        f"{path}, [data] format",
+        f"{', '.join(most)} or {last}",
+        f'format = "{near}"' if near else "change it there, or give --set data.format=…",
+    )
+    return [fault, *faults]
 
 
-def recognise(rows: Iterator[Row], data: Data) -> tuple[str, Iterator[Row]]:
-    """The format of the rows, and all of the rows.
+def recognise(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[str, Iterator[Row]]:
+    """The format of the rows, and all of the rows; of labelled completions, the pairs among them.
 
-    It is `data.format`, or the first of FORMATS that fits the first row that any of them fits.
+    The format is `data.format`, or the first of FORMATS that fits the first row that any of them
+    fits.
+
+    Args:
+        for_sft: whether the rows are of `sft.train`, where nothing is compared.
 
     Raises:
         TbpoError: if none fits, with the columns of the first row.
     """
     first = list(itertools.islice(rows, ROWS_AT_A_TIME))
     rows = itertools.chain(first, rows)
-    if data.format != "auto" or not first:
-        return data.format, rows
-    contents = [_renamed(row.content, data.columns) for row in first]
-    for content in contents:
-        for name, known in FORMATS.items():
-            if (
-                isinstance(content, dict)
-                and all(column in content for column in known.columns)
-                and known.recognise(content)
-            ):
-                return name, rows
-    columns = (
-        ", ".join(contents[0])
-        if isinstance(contents[0], dict)
-        else f"none, it is {type(contents[0]).__name__}"
-    )
-    where = f"{first[0].source}, row {first[0].number}; its columns: {columns}"
-    formats = "; ".join(f"{name}: {' + '.join(f.columns)}" for name, f in FORMATS.items())
-    fix = 'name the columns, e.g. [data.columns] prompt = "question"'
-    raise TbpoError("the rows have none of the known formats", where, formats, fix)
+    name = data.format
+    if name == "auto" and first:
+        contents = [renamed(row.content, data.columns) for row in first]
+        found = (
+            name
+            for content in contents
+            for name, known in FORMATS.items()
+            if known.fits(content) and not (for_sft and name in NOT_FOR_SFT)
+        )
+        name = next(found, "")
+        if not name:
+            formats = "; ".join(f"{name}: {known}" for name, known in FORMATS.items())
+            raise unknown_rows(first[0], formats)
+    if name == "unpaired":
+        rows = pair_up(rows, partial(renamed, columns=data.columns))
+    return name, rows
 
 
-def to_pair(row: Row, format_name: str, columns: dict[str, str]) -> PreferencePair:
-    """The row as a pair.
-
-    Args:
-        columns: our names of columns → the names in the row, where they differ.
+def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
+    """The pairs that a row makes: one, or of a list of answers as `data.ranked_pairs` says.
 
     Raises:
-        RejectedRow: with the reason why it cannot be used.
+        RejectedRow: with the reason why the row cannot be used.
     """
-    content = _renamed(row.content, columns)
+    content, known = renamed(row.content, data.columns), FORMATS[format_name]
     if _is_deep(content):
         raise RejectedRow("wrong_type", f"lists and tables are nested more than {MAX_DEPTH} deep")
     if not isinstance(content, dict):
         raise RejectedRow(
             "wrong_type", f"the row is {type(content).__name__}, not a table of columns"
         )
-    for column in FORMATS[format_name].columns:
-        if content.get(column) is None:
-            raise RejectedRow("null_column" if column in content else "missing_column", column)
-    return FORMATS[format_name].parse(content)
+    for column in known.columns:
+        names = _names(column)
+        if not first_of(content, names):
+            is_there = any(name in content for name in names)
+            raise RejectedRow("null_column" if is_there else "missing_column", names[0])
+    if known.parse_all is not None:
+        return known.parse_all(content, data.ranked_pairs)
+    assert known.parse is not None
+    return [known.parse(content)]
 
 
 def _is_deep(content: Any) -> bool:
@@ -138,15 +196,23 @@ def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
     Raises:
         RejectedRow: with the reason why it cannot be used.
     """
-    if not isinstance(content, dict) or not ("prompt" in content or "messages" in content):
+    if not isinstance(content, dict) or not first_of(content, (*PROMPTS, *CHATS)):
         raise RejectedRow("missing_column", "prompt or messages")
-    asked = prompt(content) if "prompt" in content else messages(content, "messages")
+    if first_of(content, PROMPTS):
+        asked = prompt(content)
+    else:
+        asked = with_system(content, messages(content, first_of(content, CHATS)))
     pair = make_pair(content, asked, {"role": "assistant", "content": "an answer"}, None)
     return pair.prompt, pair.tools
 
 
-def _renamed(content: Any, columns: dict[str, str]) -> Any:
+def renamed(content: Any, columns: dict[str, str]) -> Any:
+    """A row with our names of columns beside its own.
+
+    Args:
+        columns: our names → the names in the row, where they differ.
+    """
     if not isinstance(content, dict):
         return content
-    renamed = {ours: content[theirs] for ours, theirs in columns.items() if theirs in content}
-    return content | renamed
+    ours = {ours: content[theirs] for ours, theirs in columns.items() if theirs in content}
+    return content | ours

@@ -7,7 +7,7 @@ from tbpo_cli.data.pairs import PreferencePair, make_pair
 
 
 def is_answers(row: Columns) -> bool:
-    """Whether a row with the columns of this format is of it."""
+    """Whether the answers are text."""
     return isinstance(row["chosen"], str)
 
 

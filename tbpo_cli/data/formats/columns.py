@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from typing import Any
 
-from tbpo_cli.data.pairs import (
-    MESSAGE_KEYS,
-    REASONING_KEYS,
-    ROLES_BEFORE,
-    Message,
-    Messages,
-    RejectedRow,
-)
+from tbpo_cli.data.formats.messages import read_message
+from tbpo_cli.data.pairs import Message, Messages, RejectedRow
 
 Columns = dict[str, Any]  # of one row, by their names
+
+PROMPTS = ("prompt", "question", "instruction", "query")  # names of the column with the prompt
+
+
+def first_of(row: Columns, names: tuple[str, ...]) -> str:
+    """The first of some names of a column that the row has a value for; "" if none."""
+    return next((name for name in names if row.get(name) is not None), "")
 
 
 def text(row: Columns, column: str) -> str:
@@ -27,78 +26,47 @@ def text(row: Columns, column: str) -> str:
 
 
 def messages(row: Columns, column: str, role_of_text: str = "") -> Messages:
-    """A column of messages. Raises RejectedRow: wrong_type, unknown_role.
+    """A column of messages, or with one message. Raises RejectedRow: wrong_type, unknown_role.
 
     Args:
         role_of_text: where the column may also hold text, the role of the one message that it is.
     """
     value = row[column]
+    if isinstance(value, dict):
+        value = [value]
     if role_of_text and not isinstance(value, list):
         return ({"role": role_of_text, "content": text(row, column)},)
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RejectedRow("wrong_type", f"{column} is not a list of messages")
-    return tuple(_message(message, column) for message in value)
+    return tuple(read_message(message, column) for message in value)
 
 
-def _message(given: Columns, column: str) -> Message:
-    role = given.get("role")
-    if role not in [*ROLES_BEFORE]:
-        raise RejectedRow("unknown_role", f"{column}: {role!r}")
-    calls = given.get("tool_calls") or given.get("function_call")
-    message = {"role": role, "content": _content(given.get("content"), bool(calls), column)}
-    message |= {key: given[key] for key in MESSAGE_KEYS if given.get(key)}
-    if calls:
-        message["tool_calls"] = _calls(calls, column)
-    for key in REASONING_KEYS:
-        if not isinstance(message.get(key, ""), str):
-            raise RejectedRow("wrong_type", f"{column}: {key} of a message is not text")
-    return message
+def with_system(row: Columns, asked: Messages) -> Messages:
+    """Messages behind one with the text of the `system` column, if the row has one.
 
-
-def _content(content: Any, has_calls: bool, column: str) -> str:
-    """A message's text: text, a list of parts of text, or nothing beside calls of tools."""
-    if content is None and has_calls:
-        return ""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        parts = [part.get("text") for part in content if part.get("type", "text") == "text"]
-        if len(parts) < len(content):
-            kinds = sorted({str(part.get("type", "text")) for part in content} - {"text"})
-            raise RejectedRow("wrong_type", f"{column}: a message has {', '.join(kinds)}, not text")
-        if all(isinstance(part, str) for part in parts):
-            return "".join(part for part in parts if part)
-    if not isinstance(content, str):
-        found = type(content).__name__
-        raise RejectedRow("wrong_type", f"{column}: the content of a message is {found}, not text")
-    return content
-
-
-def _calls(calls: Any, column: str) -> list[Columns]:
-    """Calls of tools in one form, {"type": "function", "function": {"name", "arguments"}}.
-
-    Arguments that are a JSON object as text, as OpenAI's API gives them, become that object.
+    Raises:
+        RejectedRow: roles, if they begin with another message of the system.
     """
-    made = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RejectedRow("wrong_type", f"{column}: a call of a tool has no name")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with suppress(ValueError):
-                parsed = json.loads(arguments)
-                arguments = parsed if isinstance(parsed, dict) else arguments
-        outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
-        function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
-        made.append({**outer, "type": "function", "function": function})
-    return made
+    if not row.get("system"):
+        return asked
+    message = {"role": "system", "content": text(row, "system")}
+    if not asked or asked[0]["role"] != "system":
+        return (message, *asked)
+    if asked[0]["content"].strip() != message["content"].strip():
+        raise RejectedRow("roles", "the system column and the first message are not the same")
+    return asked
 
 
 def prompt(row: Columns) -> Messages:
-    """The `system` column as a message, then the `prompt` column, text or messages."""
-    asked = messages(row, "prompt", role_of_text="user")
-    if not row.get("system"):
-        return asked
-    return ({"role": "system", "content": text(row, "system")}, *asked)
+    """The system column, then the column with the prompt: text or messages.
+
+    An `input` beside an `instruction` follows it, as in Alpaca's rows.
+    """
+    column = first_of(row, PROMPTS)
+    asked = messages(row, column, role_of_text="user")
+    if column == "instruction" and row.get("input") and isinstance(row[column], str):
+        asked = ({"role": "user", "content": f"{row[column]}\n\n{text(row, 'input')}"},)
+    return with_system(row, asked)
 
 
 def answer(row: Columns, column: str) -> Message:

@@ -13,7 +13,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.judges import language_judge, reward_model, scorer
 from tbpo_cli.evaluation.judges.judge import Judge
 
-# Makes the judge of a key's value; the file is a cache for the answers of a server.
+# Makes the judge of a key's value; the file keeps what it has said.
 JudgeOf = Callable[[Any, Path | None], Judge]
 
 JUDGES: dict[str, JudgeOf] = {
@@ -23,14 +23,18 @@ JUDGES: dict[str, JudgeOf] = {
 }
 
 
-def judges_of(recipe: Recipe, cache: Path | None = None) -> list[Judge]:
+def judges_of(recipe: Recipe, cache_of: Callable[[str], Path] | None = None) -> list[Judge]:
     """Every judge that [eval] names, in the order of the table.
 
     Args:
-        cache: a file for the answers of a server.
+        cache_of: gives the file that keeps what the judge of a key has said; None: nothing is kept.
 
     Raises:
         TbpoError: if one of them cannot be made.
     """
     values = {key: getattr(recipe.eval, key) for key in JUDGES}
-    return [JUDGES[key](value, cache) for key, value in values.items() if value is not None]
+    return [
+        JUDGES[key](value, cache_of(key) if cache_of else None)
+        for key, value in values.items()
+        if value is not None
+    ]

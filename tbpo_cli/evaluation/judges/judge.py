@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
+from tbpo_cli.runs.files import json_lines
 
 Answer = tuple[Messages, str]  # a prompt and its completion
 
@@ -49,6 +55,7 @@ class Verdict:
         consistent: whether both orders gave the same verdict; None if they were not asked.
         tokens: that a server has read and written for it.
         cost: of these tokens; None where prices are not known.
+        repeats: the values of all repeats that can be read, of which `value` is the mean.
     """
 
     value: float | None
@@ -57,6 +64,7 @@ class Verdict:
     consistent: bool | None = None
     tokens: tuple[int, int] = (0, 0)
     cost: float | None = None
+    repeats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,14 @@ class Judge:
     compare: Callable[[Sequence[Comparison]], list[Verdict]]
 
 
-def score_judge(name: str, score: Callable[[Sequence[Answer]], Iterator[float]]) -> Judge:
+def score_judge(
+    name: str, score: Callable[[Sequence[Answer]], Iterator[float]], cache: Path | None = None
+) -> Judge:
     """A judge that scores each completion by itself: the higher of two scores wins.
 
     Args:
         score: gives the scores of some answers, in their order.
+        cache: a file with a score a line, which is added to; None: nothing is kept.
     """
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -85,13 +96,35 @@ def score_judge(name: str, score: Callable[[Sequence[Answer]], Iterator[float]])
             for one in comparisons
             for text in (one.completion_a, one.completion_b)
         ]
-        distinct = {str(answer): answer for answer in answers}
-        scored = zip(distinct, score([*distinct.values()]), strict=True)
-        known = dict(console.track(scored, name, len(distinct), every=1000))
-        scores = [known[str(answer)] for answer in answers]
+        known = _scores_of(cache)
+        keys = [_key(answer) for answer in answers]
+        new = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in known}
+        scored = zip(new, score([*new.values()]), strict=True) if new else ()
+        with nullcontext() if cache is None else cache.open("ab") as file:
+            for key, value in console.track(scored, name, len(new), every=1000):
+                known[key] = value
+                if file is not None:
+                    # A line break first: the last line may have been cut short.
+                    file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
+        scores = [known[key] for key in keys]
         pairs = zip(scores[::2], scores[1::2], strict=True)
         return [
             Verdict((a > b) + (a == b) / 2, f"{a:.4g} against {b:.4g}", (a, b)) for a, b in pairs
         ]
 
     return Judge(name, compare)
+
+
+def _key(answer: Answer) -> str:
+    return hashlib.sha256(json.dumps(answer).encode()).hexdigest()
+
+
+def _scores_of(cache: Path | None) -> dict[str, float]:
+    """The scores in a cache by the keys of their answers; a line that holds none is left out."""
+    known = {}
+    if cache is not None and cache.exists():
+        for line in json_lines(cache, may_be_cut=True):
+            with suppress(TypeError, ValueError, LookupError):
+                if math.isfinite(line["score"]):
+                    known[line["key"]] = float(line["score"])
+    return known

@@ -13,7 +13,7 @@ from tbpo_cli.evaluation.judges.judge import Answer, Judge, score_judge
 BATCH_SIZE = 16  # answers that it reads at a time
 
 
-def judge_of(source: str, _cache: Path | None = None) -> Judge:
+def judge_of(source: str, cache: Path | None = None) -> Judge:
     """A judge from a sequence classification model with one output: a folder or a Hub repository,
     of safetensors.
 
@@ -40,7 +40,7 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
         for found in model(stream, batch_size=size, add_special_tokens=False, truncation=True):
             yield found["score"]
 
-    return score_judge(source.rstrip("/").rpartition("/")[2], score)
+    return score_judge(source.rstrip("/").rpartition("/")[2], score, cache)
 
 
 def _reward_model(source: str) -> Any:

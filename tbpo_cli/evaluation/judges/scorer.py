@@ -14,7 +14,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.judge import Judge, score_judge
 
 
-def judge_of(source: str, _cache: Path | None = None) -> Judge:
+def judge_of(source: str, cache: Path | None = None) -> Judge:
     """A judge from a user's function of the last user message's text and the completion.
 
     Args:
@@ -62,7 +62,7 @@ def judge_of(source: str, _cache: Path | None = None) -> Judge:
             ) from error
 
     return score_judge(
-        f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers)
+        f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers), cache
     )
 
 

@@ -1,0 +1,125 @@
+"""Which pairs of a recipe's rows are kept, how often, and in which split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import TextIO
+
+import pyarrow as pa
+
+from tbpo_cli import console
+from tbpo_cli.config.recipe import Recipe, Source
+from tbpo_cli.data.chunks import prepare_rows
+from tbpo_cli.data.formats import recognise
+from tbpo_cli.data.pairs import RejectedRow
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
+from tbpo_cli.data.store import record_batch
+from tbpo_cli.data.tokens import Result, TokenizedPair
+
+EXCERPT_CHARACTERS = 200
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one source.
+
+    Args:
+        kept: number of pairs written, by split.
+        rejected: number of rows, or of pairs of a row of several, that cannot be used, by reason.
+        noted: number of pairs, by what a reader should know of them: duplicate (left out, since
+            the same comparison came before), reversed (the same comparison also occurs with chosen
+            and rejected exchanged), cut (to data.max_length), unsampled (left out by the weight of
+            the source), overlap (left out of the held-out pairs by data.max_eval_overlap).
+    """
+
+    key: str
+    source: str
+    format: str = ""
+    rows: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class PairFilter:
+    """Decides, row after row, which pairs of a recipe key are kept.
+
+    Args:
+        split: where the pairs go.
+        eval_prompts: hashes of the prompts that must not be trained on.
+        rejects: where the rows that cannot be used are written.
+        seen: ids of the pairs that were kept.
+        prompts: of each pair that was written, in order, the hash of its prompt.
+        counts: of each source.
+    """
+
+    recipe: Recipe
+    key: str
+    split: str
+    eval_prompts: set[str]
+    rejects: TextIO
+    seen: set[str] = field(default_factory=set)
+    prompts: list[str] = field(default_factory=list)
+    counts: list[Counts] = field(default_factory=list)
+
+    def keep(
+        self, source: Source, split: str, pool: Executor, writer: pa.RecordBatchFileWriter
+    ) -> None:
+        """Writes the pairs of one source, and counts them.
+
+        Args:
+            split: of a Hub data set, if the source names none.
+            pool: of `workers`, which makes pairs of rows.
+        """
+        data, is_sft = self.recipe.data, self.key == "sft.train"
+        data = replace(data, format="auto") if is_sft else data
+        format_name, rows = recognise(read_rows(source, split, self.key), data, is_sft)
+        counts = Counts(self.key, source.path, format_name, kept=Counter({self.split: 0}))
+        self.counts.append(counts)
+        with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
+            for chunk, results in prepare_rows(rows, format_name, data, pool):
+                kept: list[TokenizedPair] = []
+                for row, of_row in zip(chunk, results, strict=True):
+                    for result in of_row:
+                        kept += self._kept(row, result, source.weight, counts)
+                if kept:
+                    writer.write_batch(record_batch(kept))
+                    self.prompts += [pair.prompt_hash for pair in kept]
+                counts.kept[self.split] += len(kept)
+                counts.rows += len(chunk)
+                update(counts.rows, "rows")
+
+    def _kept(self, row: Row, result: Result, weight: float, counts: Counts) -> list[TokenizedPair]:
+        """The pair, as often as it is written; counts what becomes of it."""
+        if isinstance(result, TokenizedPair) and result.prompt_hash in self.eval_prompts:
+            result = RejectedRow("in_eval", "the prompt is among the evaluation prompts")
+        if isinstance(result, RejectedRow):
+            self._reject(row, result, counts)
+            return []
+        if self.recipe.data.dedup and result.pair_id in self.seen:
+            counts.noted["duplicate"] += 1
+            return []
+        self.seen.add(result.pair_id)
+        copies = int(weight) + (draw(self.recipe.run.seed, result.pair_id) < weight % 1)
+        counts.noted["reversed"] += result.reversed_id in self.seen
+        counts.noted["cut"] += result.is_cut
+        counts.noted["unsampled"] += not copies
+        return [result] * copies
+
+    def _reject(self, row: Row, reason: RejectedRow, counts: Counts) -> None:
+        counts.rejected[reason.reason] += 1
+        line = {"from": self.key, "source": row.source, "row": row.number}
+        line |= {"reason": reason.reason, "detail": reason.detail}
+        line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
+        self.rejects.write(json.dumps(line) + "\n")
+
+
+def draw(seed: int, text: str) -> float:
+    """A number in [0, 1) that the seed and the text decide."""
+    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
