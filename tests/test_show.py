@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 
+from tbpo_cli import console
 from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
 from tbpo_cli.cli.show import show
 from tbpo_cli.config.recipe import load_recipe, sources
@@ -82,6 +83,13 @@ def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, caps
     assert "layout shared_prompt: every prompt is read once" in foretold
     after = flat(shown(recipe_file, tmp_path / "run", capsys))
     assert "align up to date" in after and f"tokens/s of {tmp_path}/run/align)" in after
+
+
+def test_a_narrow_terminal_gets_narrow_lines(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(type(console.out), "width", 60)
+    text = shown(recipe_file, tmp_path / "run", capsys)
+    plan = text.partition("prepare  ")[2]
+    assert plan and all(len(line) <= 60 for line in plan.splitlines()), plan
 
 
 HEADS = {

@@ -175,3 +175,49 @@ def test_a_judge_or_a_row_cannot_command_the_terminal(tmp_path):
     recipe.write_text('[model]\nbase = "."\n[data]\ntrain = "rows.jsonl"\n')
     code, printed = at_a_terminal(tmp_path, "prepare", recipe)
     assert code == 2 and "\x1b]" not in printed, printed
+
+
+NOTE = "loss 0.2372  accuracy 69%  KL 0.1099  12,345 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("width", "kept", "left_out"),
+    [
+        (120, ("loss 0.2372", "accuracy 69%", "KL 0.1099", "12,345 tokens/s", "3.2/s"), ()),
+        (80, ("loss 0.2372", "accuracy 69%", "KL 0.1099"), ("tokens/s",)),
+        (60, ("loss 0.2372",), ("KL", "tokens/s")),
+    ],
+)
+def test_a_bar_keeps_step_total_and_time_left_and_drops_the_least_important_first(
+    width, kept, left_out
+):
+    """Beside a bar of 16 columns."""
+    columns = width - console.BAR - 1
+    line = console.one_line("align", 67, 121, "58 s left", NOTE, "3.2/s", columns)
+    assert line.startswith("align 67/121  58 s left") and len(line) <= columns
+    assert all(part in line for part in kept) and not any(part in line for part in left_out)
+
+
+def test_times_are_said_in_their_units():
+    assert [console.duration(seconds) for seconds in (7.4, 119, 148, 7199, 7500)] == [
+        "7 s",
+        "119 s",
+        "2 min 28 s",
+        "119 min 59 s",
+        "2 h 5 min",
+    ]
+
+
+def test_help_has_a_short_name_and_flags_show_no_type(tbpo):
+    done = tbpo("align", "-h")
+    assert done.returncode == 0 and "--restart" in done.stdout and "bool" not in done.stdout
+    assert "bool" not in tbpo("-h").stdout and "tbpo init quickstart" in tbpo("-h").stdout
+
+
+def test_a_stage_ends_with_the_next_command_for_this_run(tbpo, recipe_file, finished):
+    sets = ("--set", "align.max_steps=6", "--run-dir", finished)
+    done = tbpo("align", recipe_file, *sets)
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    expected = f"tbpo eval {recipe_file} --set align.max_steps=6 --run-dir {finished}"
+    assert last == f"next: {expected}"

@@ -218,7 +218,7 @@ def show(call: Call) -> None:
 def run_stage(name: str, call: Call) -> None:
     """Runs a stage and what it needs, or says what would run."""
     from tbpo_cli.cli.checks import require
-    from tbpo_cli.stages.chain import STAGES, plan, run_through, show_plan
+    from tbpo_cli.stages.chain import plan, run_through, show_plan
 
     recipe, run_dir = call.load()
     processes = call.processes()
@@ -227,10 +227,9 @@ def run_stage(name: str, call: Call) -> None:
         return
     if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
         check_gpus(processes)
-    if plan(name, recipe, run_dir)[name][0] != "done":
-        for stage in STAGES[name].needs(recipe):
+    for stage, (state, _) in plan(name, recipe, run_dir).items():
+        if state not in ("done", "begun"):  # what was begun has been checked then
             require(stage, recipe)
-        require(name, recipe)
     run_through(name, recipe, run_dir, call.restart, processes)
     console.say(f"next: {call.again(NEXT[name])}")
 

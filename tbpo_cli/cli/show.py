@@ -82,11 +82,13 @@ def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
 
 
 def _print(text: str, label: str = "", indent: int = 12) -> None:
-    """Text in lines of at most 80 columns after its label."""
+    """Text after its label, in lines of at most 80 columns, or fewer at a narrow terminal."""
     options: dict[str, Any] = {
         "break_on_hyphens": False,
         "break_long_words": False,
         "subsequent_indent": " " * indent,
     }
     begin = f"{label} ".ljust(indent) if label else ""
-    console.show("\n".join(textwrap.wrap(text, 80, initial_indent=begin, **options)))
+    console.show(
+        "\n".join(textwrap.wrap(text, min(80, console.out.width), initial_indent=begin, **options))
+    )

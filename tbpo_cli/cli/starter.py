@@ -39,5 +39,7 @@ def write(name: str, folder: Path) -> list[Path]:
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copyfile(source, target)
+            # Its comments name the file where it is in a checkout.
+            text = source.read_text(encoding="utf-8")
+            target.write_text(text.replace(f"recipes/{name}", name), encoding="utf-8")
     return targets
