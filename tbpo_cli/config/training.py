@@ -59,7 +59,8 @@ class Model:
     revision: str | None = None
     """The branch, tag or commit of a Hub repository. Default: its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The type of the frozen weights. "auto": bfloat16 on a GPU that has it, else float32."""
+    """The type of the frozen weights. "auto": bfloat16 on a GPU that has it, else float32,
+    whose matrix products a GPU computes in TF32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The implementation of attention."""
     chat_template: str | None = None

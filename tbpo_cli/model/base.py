@@ -66,6 +66,7 @@ def load_base(
     Raises:
         TbpoError: if it cannot be loaded whole, or is no causal language model.
     """
+    torch.backends.cuda.matmul.allow_tf32 = True  # for training and evaluation alike
     attention = None if model.attention == "auto" else model.attention
     if model.trust_remote_code:
         what = "model.trust_remote_code = true: code from"
