@@ -427,6 +427,29 @@ def test_only_what_is_new_is_measured(copied, tmp_path, capsys):
     assert "pairs, " not in capsys.readouterr().err, "another scorer scores, and that is all"
 
 
+def test_a_file_of_answers_is_an_opponent(copied, tmp_path, capsys):
+    """AlpacaEval's format. By length the file's answers win: the scorer likes the longer one."""
+    recipe, run = copied
+    lines = [json.loads(line) for line in (run / "sample/samples.jsonl").read_text().splitlines()]
+    prompts = sorted({line["messages"][-1]["content"] for line in lines})
+    rows = [{"instruction": text, "output": "red " * 50, "generator": "b"} for text in prompts[:6]]
+    folder = tmp_path / "baseline"
+    folder.mkdir()
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    answers = f"eval.answers=['{folder / 'model_outputs.json'}']"
+    run_stage("eval", recipe, run, *SAME, answers, "eval.gate=win_rate.baseline <= 0")
+    rate = next(rate for rate in read(run)["win_rates"] if rate["against"] == "baseline")
+    assert (rate["losses"], rate["wins"], rate["raw"]["n"]) == (6, 0, 6)
+    assert "loses to baseline: it wins 0.0% of 6 prompts" in read(run)["verdict"]
+    printed = capsys.readouterr().err
+    assert "baseline answers 6 of 8 prompts" in printed and "pairs, " not in printed
+    assert read(run)["gate"]["passed"]
+    rows = [row | {"instruction": "another"} for row in rows]
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    with pytest.raises(TbpoError, match="no prompt is answered there"):
+        run_stage("eval", recipe, run, *SAME, answers)
+
+
 def test_other_runs_stand_beside_the_policy(copied, tmp_path):
     """The same adapter by its folder has the policy's figures; a run with β = 0.2 has its own loss,
     β and label.
@@ -637,6 +660,12 @@ def test_something_that_is_no_model_is_told_before_anything_is_run(recipe_file, 
     for source in (str(tmp_path), "/no/such/run", "word"):
         with pytest.raises(TbpoError, match="there is nothing to compare with"):
             check_source(source)
+
+
+def test_an_evaluation_starts_no_training(recipe_file, tmp_path, tbpo):
+    done = tbpo("eval", recipe_file)
+    assert done.returncode == 2 and "the run has no aligned policy" in done.stderr, done.stderr
+    assert "fix: first: tbpo align" in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_a_run_from_another_base_is_refused(copied, tmp_path, base, rows):

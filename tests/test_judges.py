@@ -15,6 +15,7 @@ from judge_server import chat_completion, chat_server
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import names_of_answers, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
@@ -204,6 +205,59 @@ def test_thinking_is_not_judged(text, shown):
     assert without_thinking(text, ("<think>", "</think>")) == shown
     assert without_thinking(text, ("", "")) == text
     assert without_thinking(text.replace("think>", "r>"), ("<r>", "</r>")) == shown
+
+
+def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tmp_path):
+    """It says A is better in 2 of 3 repeats, B in one: (1 + 1 + 0)/3, and 1/3 unlike the rest."""
+    asked = []
+
+    def answer(body):
+        asked.append(sections(body))
+        is_second = asked.count(sections(body)) == 2
+        return "[[A]]" if (sections(body)[0] == "x") != is_second else "[[B]]"
+
+    comparisons = compare(("x", "y"))
+    repeats = ("eval.judge.repeats=3", "eval.judge.concurrency=1")
+    with chat_server(answer) as server:
+        judge = language_judge(server, *repeats)
+        (verdict,) = judge.compare(comparisons)
+        assert language_judge(server, *repeats).compare(comparisons) == [verdict]
+        assert len(server.requests) == 6, "two orders, three times"
+        language_judge(server, "eval.judge.repeats=4").compare(comparisons)
+        assert len(server.requests) == 8, "one repeat more asks for that alone"
+    assert verdict.repeats == (1.0, 0.0, 1.0) and verdict.value == pytest.approx(2 / 3)
+    assert verdict.consistent is True and verdict.tokens == (600, 60)
+    rates = win_rate(comparisons, [verdict], judge.name)
+    assert rates["raw"]["value"] == pytest.approx(2 / 3) and rates["wins"] == 1
+    assert rates["unlike_repeats"]["value"] == pytest.approx(1 / 3)
+
+
+ANSWERS = {
+    "outputs.json": [{"instruction": " one? ", "output": " 1 ", "generator": "x"}],
+    "lines.jsonl": {"prompt": "one?", "completion": "1"},
+    "arena.jsonl": {"uid": "u", "messages": [
+        {"role": "user", "content": "one?"}, {"role": "assistant", "content": {"answer": "1"}},
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_are_read_in_the_formats_of_published_baselines(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(ANSWERS[name]), encoding="utf-8")
+    assert read_answers(str(tmp_path / name)) == {"one?": "1"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"instruction": 3, "output": "x"}]', "null"])
+def test_a_file_without_answers_is_a_message(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text or '{"prompt": "x"}', encoding="utf-8")
+    with pytest.raises(TbpoError, match="the answers cannot be read") as error:
+        read_answers(str(tmp_path / "bad.json"))
+    assert "instruction and output" in error.value.expected
+
+
+def test_an_opponent_is_called_by_its_file_or_its_folder_in_alpaca_eval():
+    files = ["/x/gpt4/model_outputs.json", "/x/llama.jsonl"]
+    assert names_of_answers(files) == ["gpt4", "llama"]
 
 
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):

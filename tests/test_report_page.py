@@ -240,7 +240,7 @@ def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown
         "Methods", "loss", "win rate", "score of the completions", "reward accuracy"
     )
     assert page.follows("dpo", "dpo", "61.0%", "56.0 to 66.0%", "0.784")
-    assert page.follows("inconsistent", "prompt tokens", "cost")
+    assert page.follows("other verdict in the other order", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
         "open-llm-v1",

@@ -64,7 +64,9 @@ class Judge:
     concurrency: Count = 8
     """Requests at a time."""
     timeout: Positive = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds for a whole answer."""
+    repeats: Count = 1
+    """How often each question is asked; more than once only at a temperature above 0."""
     price_per_million: tuple[NotNegative, NotNegative] | None = None
     """The price of a million tokens of prompts and of completions, for the report."""
 
@@ -77,6 +79,8 @@ class Eval:
     """Run directories, adapters or models that the same report compares."""
     opponents: tuple[Literal["reference", "chosen"], ...] = ("reference",)
     """Whom the win rate is measured against, beside the models of `against`."""
+    answers: tuple[str, ...] = ()
+    """Files of answers to the same prompts, AlpacaEval's for one, as further opponents."""
     diversity_prompts: Annotated[int, Field(ge=0)] = 100
     """Prompts of the diversity metrics, 5 samples each; 0 leaves them out."""
     scorer: str | None = None

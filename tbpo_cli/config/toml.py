@@ -66,6 +66,7 @@ PATHS = {
     "sample.prompts": _FILE,
     "sample.adapter": _ADAPTER,
     "eval.against": _TRAINED,
+    "eval.answers": _FILE,
     "eval.scorer": _FILE,
     "eval.judge.template": _FILE,
     "eval.reward_model": BASE_FILES,

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.pairs import Message
 from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.store import PairStore
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import names_of_answers, read_answers
 from tbpo_cli.evaluation.judges.judge import Comparison
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
-Read = Callable[[Message, int], "Completion"]
+# From a message and the number of its tokens, None if it is not known.
+Read = Callable[[Message, int | None], "Completion"]
 Key = tuple[str, str, int]  # name of a model, id of a prompt, number of a sample
 
 
@@ -40,9 +44,10 @@ def comparisons_of(
 
     1. The completions of all models, by model, prompt and number of the sample.
     2. With "chosen" among the opponents, the preferred answers of the data, for every sample.
-    3. Who is compared: the policy with each opponent and each other model; then each other model
+    3. The answers of files, to those of the prompts that they have.
+    4. Who is compared: the policy with each opponent and each other model; then each other model
        with each opponent.
-    4. For each of these, every prompt and sample of the sample stage.
+    5. For each of these, every prompt and sample of the sample stage.
 
     Args:
         samples: of all models, with their name as `model`; those of the sample stage have
@@ -50,7 +55,7 @@ def comparisons_of(
         others: the names of the models of `eval.against`.
     """
     read = _reader(recipe)
-    opponents = recipe.eval.opponents
+    opponents: tuple[str, ...] = recipe.eval.opponents
     completions: dict[Key, Completion] = {
         (one["model"], one["prompt_id"], one["sample"]): read(
             {"content": one["completion"]}, len(one["token_ids"])
@@ -63,11 +68,16 @@ def comparisons_of(
     if "chosen" in opponents:
         chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
         completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
+    for name, file in zip(names_of_answers(recipe.eval.answers), recipe.eval.answers, strict=True):
+        completions |= _of_file(name, file, prompts, read)
+        opponents = (*opponents, name)
     pairings = [("policy", other) for other in (*opponents, *others)]
     pairings += [(model, opponent) for model in others for opponent in opponents]
     comparisons = []
     for model, against in pairings:
         for (prompt_id, number), messages in prompts.items():
+            if (against, prompt_id, number) not in completions:
+                continue  # a file of answers may have fewer
             one = completions[model, prompt_id, number]
             other = completions[against, prompt_id, number]
             texts = (one.text, other.text)
@@ -105,10 +115,15 @@ def _reader(recipe: Recipe) -> Read:
 
         return load_chat(recipe.model, recipe.data.template_date)
 
-    def read(message: Message, num_tokens: int) -> Completion:
+    def read(message: Message, num_tokens: int | None) -> Completion:
         text = without_thinking(message["content"], recipe.eval.thinking)
         is_shorter = text != message["content"]
-        if is_shorter or message.get("reasoning_content") or message.get("thinking"):
+        if (
+            num_tokens is None
+            or is_shorter
+            or message.get("reasoning_content")
+            or message.get("thinking")
+        ):
             num_tokens = len(chat().encoder.encode_plain([text])[0]) + 1
         return Completion(text, num_tokens)
 
@@ -126,4 +141,22 @@ def _chosen(
         pair = store[index]
         if pair.pair_id in texts:
             found[pair.pair_id] = read(texts[pair.pair_id].chosen, len(pair.chosen_ids))
+    return found
+
+
+def _of_file(
+    name: str, file: str, prompts: dict[tuple[str, int], Any], read: Read
+) -> dict[Key, Completion]:
+    """The answers of a file to some prompts. Raises TbpoError if it answers none of them."""
+    answers = read_answers(file)
+    found = {
+        (name, *key): read({"content": answers[text]}, None)
+        for key, messages in prompts.items()
+        if (text := messages[-1]["content"].strip()) in answers
+    }
+    if not found:
+        expected = "the prompts of [sample], word by word"
+        raise TbpoError("no prompt is answered there", f"eval.answers: {file}", expected)
+    if len(found) < len(prompts):
+        console.say(f"{name} answers {len(found)} of {len(prompts)} prompts: {file}")
     return found

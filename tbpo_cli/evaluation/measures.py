@@ -14,6 +14,7 @@ from typing import Any
 from tbpo_cli.config.recipe import Eval
 from tbpo_cli.config.validate import fault
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import names_of_answers
 
 NUM_GRAMS, PERCENTILES = 4, (5, 50, 95)
 # name: (what a person reads, how it is written)
@@ -111,7 +112,8 @@ def _gate_fault(settings: Eval) -> str:
     others = labels(settings.against)
     figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
     figures["reference"] = dict.fromkeys(own)
-    opponents = (*settings.opponents, *others) if settings.judged else ()
+    of_files = names_of_answers(settings.answers)
+    opponents = (*settings.opponents, *of_files, *others) if settings.judged else ()
     names = _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
     name = found[1]
     if name in names:

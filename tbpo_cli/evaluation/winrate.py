@@ -100,6 +100,7 @@ def win_rate(
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
     lengths = np.array([one.length_a - one.length_b for one, _ in read], np.float64)
     orders = [not verdict.consistent for _, verdict in read if verdict.consistent is not None]
+    unlike = [_unlike(verdict.repeats) for _, verdict in read if len(verdict.repeats) > 1]
     costs = [verdict.cost for verdict in verdicts if verdict.cost is not None]
     return {
         "model": comparisons[0].model,
@@ -107,15 +108,21 @@ def win_rate(
         "judge": judge,
         "raw": mean_of_groups(prompts, values) if read else None,
         "length_controlled": length_controlled(values, lengths, prompts) if read else None,
-        "wins": int((values == 1).sum()),
+        "wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
-        "losses": int((values == 0).sum()),
+        "losses": int((values < 0.5).sum()),
         "unreadable": len(verdicts) - len(read),
         "inconsistent": figure(orders) if orders else None,
+        "unlike_repeats": figure(unlike) if unlike else None,
         "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),
         "completion_tokens": sum(verdict.tokens[1] for verdict in verdicts),
         "cost": sum(costs) if costs else None,
     }
+
+
+def _unlike(repeats: Sequence[float]) -> float:
+    """The share of repeats whose verdict is not the most frequent one."""
+    return 1 - max(repeats.count(value) for value in repeats) / len(repeats)
 
 
 def length_controlled(values: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> Figure:

@@ -29,6 +29,16 @@ CURVES = (  # title, unit, the metrics in it
     ("gradient norm", "", ("grad_norm",)),
     ("learning rate", "", ("learning_rate",)),
 )
+WORDS = {  # of metrics, in a legend
+    "accuracy": "of pairs",
+    "token_accuracy": "of tokens",
+    "reward_chosen": "chosen",
+    "reward_rejected": "rejected",
+    "logps_chosen": "log p of chosen",
+    "logps_rejected": "log p of rejected",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +138,7 @@ def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The metrics of a training over its steps: a panel for each group of which something is in the
-    lines.
+    """The metrics of a training over its steps: a panel for each group that the lines have.
 
     Training is drawn as thin lines, evaluations as thick ones with dots.
     """
@@ -141,14 +150,19 @@ def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
                 [
                     (line["step"], line[name])
                     for line in lines
-                    if line["split"] == split and name in line
+                    if line["split"] == split and name in line and _means(line, name)
                 ]
                 for split in ("train", "eval")
             )
             series += [
-                Series(train, colour, name, line=1),
+                Series(train, colour, WORDS.get(name, name), line=1),
                 Series(evaluations, colour, line=2.5, dots=3),
             ]
         if any(each.points for each in series):
             panels.append(Panel(title, unit, "optimizer step", series))
     return panels
+
+
+def _means(line: dict[str, Any], name: str) -> bool:
+    """Whether a metric says something: no side is preferred by a policy that is its reference."""
+    return not (name in ("accuracy", "token_accuracy") and line.get("kl") == 0)

@@ -27,11 +27,14 @@ WON = (
     "losses",
     "unreadable",
     "inconsistent",
+    "unlike_repeats",
 )  # of a win rate's entry
 COST = ("prompt_tokens", "completion_tokens", "cost")
 LABELS = MEASURES | {
     "raw": ("win rate", "{:.1%}"),
     "cost": ("cost", "{:.2f}"),
+    "inconsistent": ("other verdict in the other order", "{:.1%}"),
+    "unlike_repeats": ("repeats unlike the others", "{:.1%}"),
     "loss": ("loss", "{}"),
     "difference": ("difference", "{:+.1%}"),
     "p": ("p", "{:.4f}"),

@@ -89,8 +89,9 @@ def _win_rates(results: Json) -> list[Panel]:
     half = Series([(0.0, 0.5), (farthest, 0.5)], None, line=1)
     series = [Series([point], colour, dots=4) for colour, point in points.items()]
     title = f"win rate against {rates[0]['against']}"
-    unit = f"by {rates[0]['judge']}"
-    return [Panel(title, unit, "KL from the reference, nats a token", [half, *series])]
+    return [
+        Panel(title, "share of prompts", "KL from the reference, nats a token", [half, *series])
+    ]
 
 
 def _asked(rate: Json) -> tuple[str, str]:

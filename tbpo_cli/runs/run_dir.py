@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,9 +120,14 @@ class RunDir:
         return differences(before, self.inputs(stage, recipe)) if before else []
 
     def begin(self, stage: Stage, recipe: Recipe) -> Path:
-        """Makes a stage's folder, and notes its inputs unless it was begun before."""
+        """Makes a stage's folder, and notes its inputs unless it was begun before.
+
+        Weights that a crash left half written are removed: only checkpoints are gone on from.
+        """
         folder = self.stage(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
+        for weights in ("adapter", "model"):
+            shutil.rmtree(folder / weights, ignore_errors=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
         if not self.started_from(stage.name):
             write_sealed(folder / INPUTS, self.inputs(stage, recipe))

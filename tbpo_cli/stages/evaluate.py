@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
+from tbpo_cli.evaluation.answers import read_answers
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.report.diagnoses import AFTER, diagnose
@@ -50,6 +51,8 @@ def check(recipe: Recipe) -> None:
         raise TbpoError(what, f"sample.prompts = {recipe.sample.prompts!r}", expected, fix)
     for source in recipe.eval.against:
         check_source(source)
+    for file in recipe.eval.answers:
+        read_answers(file)
     check_suites(recipe.eval.suites)
     judges_of(recipe)
 
@@ -90,6 +93,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     results = {
         "run": recipe.run.name,
         "names": names_of(run_dir.path.name, recipe.align.loss_name, others),
+        "training": _training(recipe, run_dir),
         "loss": recipe.align.loss_name,
         "date": time.strftime("%Y-%m-%d"),
         "num_pairs": models["policy"]["preference"]["all"]["margin"]["n"],
@@ -188,6 +192,23 @@ def _samples(recipe: Recipe, run_dir: RunDir) -> Rows:
         for row in _rows(recipe, run_dir, each, "answers")
     ]
     return json_lines(run_dir.stage("sample") / "samples.jsonl") + answers
+
+
+def _training(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
+    """What the policy was made from, in words; of what lies here only the names."""
+    from tbpo_cli.train.metrics import read_metrics
+
+    sources = [recipe.model.base, *(source.path for source in recipe.data.train)]
+    base, *data = (Path(path).name if Path(path).is_absolute() else path for path in sources)
+    lines = read_metrics(run_dir.stage("align") / "metrics.jsonl")
+    steps = max((line["step"] for line in lines), default=0)
+    return {
+        "base": base,
+        "data": " + ".join(data),
+        "learning rate": f"{recipe.align.learning_rate:g}",
+        "steps": f"{steps:,}",
+        "trained in": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
+    }
 
 
 def _measured(recipe: Recipe, run_dir: RunDir, candidate: Candidate) -> dict[str, Any]:

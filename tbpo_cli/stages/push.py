@@ -22,6 +22,7 @@ from tbpo_cli.runs.files import (
     is_sealed,
     read_sealed,
     seal_folder,
+    sync_tree,
     told_as_unwritable,
     write_sealed,
 )
@@ -107,6 +108,7 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
                 (part / name).write_bytes(content)
             else:
                 shutil.copyfile(content, part / name)
+        sync_tree(part)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

@@ -73,18 +73,24 @@ class Endpoint:
             raise TbpoError(what, "the environment", "the key of the server", f"export {KEY}=KEY")
         self._known = _replies_of(cache)
 
-    def ask(self, bodies: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
+    def ask(
+        self, bodies: Sequence[dict[str, Any]], repeats: int = 1
+    ) -> Iterator[tuple[int, Reply]]:
         """Yields (place, reply) for the bodies of requests, as they come.
 
-        What was answered before is not asked again, and equal requests are asked once.
+        What was answered before is not asked again, and equal requests are asked once; with
+        `repeats`, all of them that often, the places going on after the last body.
 
         Raises:
             TbpoError: if there is no such server or model, it refuses the key, or still fails after
                 some attempts.
         """
         places: dict[str, list[int]] = {}
+        bodies = [*bodies] * repeats
         for place, body in enumerate(bodies):
-            text = json.dumps([self._url, body], sort_keys=True)
+            number = place * repeats // len(bodies)
+            asked = [self._url, body, number] if number else [self._url, body]
+            text = json.dumps(asked, sort_keys=True)
             places.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(place)
         answered: asyncio.Queue[Answered] = asyncio.Queue()
         left = iter(places.items())

@@ -55,6 +55,7 @@ class Verdict:
         consistent: whether both orders gave the same verdict; None if they were not asked.
         tokens: that a server has read and written for it.
         cost: of these tokens; None where prices are not known.
+        repeats: the values of all repeats that can be read, of which `value` is the mean.
     """
 
     value: float | None
@@ -63,6 +64,7 @@ class Verdict:
     consistent: bool | None = None
     tokens: tuple[int, int] = (0, 0)
     cost: float | None = None
+    repeats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

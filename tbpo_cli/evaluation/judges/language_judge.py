@@ -33,6 +33,9 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
     2306.05685, section 3.4: the labels [[A]], [[B]], [[C]], and a win only if both orders say so,
     else a tie.
 
+    With `repeats` every question is asked several times, and the verdict is the mean: what the
+    judge draws by chance is in the values that the interval is made of.
+
     Args:
         cache: a file for the answers of the server.
 
@@ -40,16 +43,7 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         TbpoError: for a template without its places; later, if the server does not answer, or
             refuses every request.
     """
-    path = Path(settings.template or TEMPLATE)
-    try:
-        template = path.read_text(encoding="utf-8")
-        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
-            raise ValueError(f"it has no place {' or '.join(missing)}")
-    except (OSError, ValueError) as error:
-        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
-        raise TbpoError(
-            f"the judge's template cannot be used: {error}", str(path), expected
-        ) from None
+    template = _template(settings)
     endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -60,17 +54,21 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
             if a != b
             for request in ((prompt, a, b), (prompt, b, a))
         ]
-        answers = endpoint.ask([_body(settings, template, *request) for request in asked])
-        replies = dict(
-            console.track(
-                answers, f"asking {settings.model}", len(asked), every=len(asked) // 10 + 1
-            )
-        )
+        bodies = [_body(settings, template, *request) for request in asked]
+        answers = endpoint.ask(bodies, settings.repeats)
+        total = len(asked) * settings.repeats
+        tracked = console.track(answers, f"asking {settings.model}", total, every=total // 10 + 1)
+        replies = dict(tracked)
         if asked and all(reply.refused for reply in replies.values()):
             fix = "change eval.judge.body or the template"
             raise TbpoError(replies[0].refused, endpoint.shown, "an answer", fix)
         judged = (
-            _verdict(settings, replies[place], replies[place + 1])
+            _together(
+                [
+                    _verdict(settings, replies[start + place], replies[start + place + 1])
+                    for start in range(0, total, len(asked))
+                ]
+            )
             for place in range(0, len(asked), 2)
         )
         return [
@@ -79,6 +77,20 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         ]
 
     return Judge(settings.model, compare)
+
+
+def _template(settings: Settings) -> str:
+    """The text around prompt and completions. Raises TbpoError if it lacks a place for one."""
+    path = Path(settings.template or TEMPLATE)
+    try:
+        template = path.read_text(encoding="utf-8")
+        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
+            raise ValueError(f"it has no place {' or '.join(missing)}")
+    except (OSError, ValueError) as error:
+        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
+        what = f"the judge's template cannot be used: {error}"
+        raise TbpoError(what, str(path), expected) from None
+    return template
 
 
 def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -> dict[str, Any]:
@@ -113,6 +125,24 @@ def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
         return Verdict(None, f"no verdict can be read: {reason}", None, None, (read, written), cost)
     consistent = value == 1 - reverse
     return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
+
+
+def _together(repeats: list[Verdict]) -> Verdict:
+    """The verdict of all repeats: the mean of those that can be read."""
+    read = [one for one in repeats if one.value is not None]
+    if len(repeats) == 1 or not read:
+        return repeats[0]
+    values = tuple(float(one.value) for one in read if one.value is not None)
+    costs = [one.cost for one in repeats if one.cost is not None]
+    return Verdict(
+        sum(values) / len(values),
+        "\n\n".join(f"{place}. {one.reason}" for place, one in enumerate(repeats, 1)),
+        None,
+        all(one.consistent for one in read),
+        (sum(one.tokens[0] for one in repeats), sum(one.tokens[1] for one in repeats)),
+        sum(costs) if costs else None,
+        values,
+    )
 
 
 def _shown(reply: Reply) -> str:
