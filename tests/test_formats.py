@@ -178,7 +178,7 @@ RANKED = {"prompt": "hello", "responses": ["b", "d", "a", "c"], "scores": [3, 1,
     ],
 )
 def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
-    _, pairs = pairs_of(RANKED, ranked_pairs=how)
+    _, pairs = pairs_of(RANKED, ranking=how)
     assert [pair.chosen["content"] + pair.rejected["content"] for pair in pairs] == expected
     scores = dict(zip(RANKED["responses"], RANKED["scores"], strict=True))
     assert [pair.score_margin for pair in pairs] == [scores[a] - scores[b] for a, b in expected]

@@ -38,19 +38,17 @@ def may_be_absent(recipe: type, key: str) -> bool:
 def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
-    A key of another tool is answered with ours; one like a key of its table with that key; one of
-    another table with its place.
+    A key of another tool is answered with ours; one of another table with its place; one like a key
+    of its own table with that key.
     """
     name = keys[-1]
     theirs = THEIRS.get(name)
     if theirs is not None and theirs.ours != ".".join(keys):
         return counterpart(name)
-    if near:
-        return did_you_mean(keys, near)
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]
     places += [f"align.loss.{name}"] if name in loss_keys() else []
     if not places:
-        return ""
+        return did_you_mean(keys, near) if near else ""
     own = [place for place in places if place.startswith("align.")] or places
     return f"it belongs to another table: {' or '.join(own)}"
 
