@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
+from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.core import PairScores, SideScores, build_loss
-from tbpo_cli.data.formats import to_pair
+from tbpo_cli.data.formats import to_pairs
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.store import PairStore
@@ -26,7 +27,8 @@ ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.dedup=false")
 
 def pair_of(**columns):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", **columns}
-    return to_pair(Row("rows.jsonl", 1, row), "prompt", {})
+    (pair,) = to_pairs(Row("rows.jsonl", 1, row), "prompt", Data(train=(Source("rows.jsonl"),)))
+    return pair
 
 
 def train(recipe_file, folder, rows, *sets, stage="align"):

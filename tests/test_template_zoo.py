@@ -22,45 +22,214 @@ from tbpo_cli.data.tokens import tokenize_pairs
 DATA = Data(train=(Source("unused"),), max_length=100_000)
 EACH, END = "{% for m in messages %}", "{% endfor %}"
 GO = "{% if add_generation_prompt %}"
-CONTROLS = ["[bos]", "[end]", "[eot]", "[s]", "[/s]", "[u]", "[a]", "[y]", "[t]", "[ans]", "[/ans]", "[call]", "[/call]"]  # fmt: skip
+CONTROLS = [
+    "[bos]",
+    "[end]",
+    "[eot]",
+    "[s]",
+    "[/s]",
+    "[u]",
+    "[a]",
+    "[y]",
+    "[t]",
+    "[ans]",
+    "[/ans]",
+    "[call]",
+    "[/call]",
+]
 HEAD = "{{ {'user': '[u]', 'assistant': '[a]', 'system': '[y]', 'tool': '[t]'}[m.role] }}"
 CALLS = "{% for c in m.tool_calls or [] %}[call]{{ c.function | tojson }}[/call]{% endfor %}"
 TOOLS = "{% if tools %}[y]{{ tools | tojson }}[end]{% endif %}"
 THINK = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-CUT = "{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
-LAST = "{% if m.role == 'assistant' and (loop.last or '</think>' not in m.content) %}"
+CUT = (
+    "{% set c = m.content %}{% if '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}"
+)
 
 # A template, the end token, and what "it is 4." becomes as a response; None: refused outright.
 TEXT = {
     "plain": (EACH + HEAD + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "newlines": (EACH + HEAD + "\n{{ m.content }}[end]\n" + END + GO + "[a]\n{% endif %}", "it is 4.[end]"),
-    "bos": ("[bos]" + EACH + HEAD + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "trims": (EACH + HEAD + "\n{{ m.content | trim }}[end]" + END + GO + "[a]\n{% endif %}", "it is 4.[end]"),
-    "roles as words": (EACH + "[s]{{ m.role }}\n{{ m.content }}[end]\n" + END + GO + "[s]assistant\n{% endif %}", "it is 4.[end]"),
-    "header of two tokens": (EACH + "[s]{{ m.role }}[/s]\n\n{{ m.content }}[end]" + END + GO + "[s]assistant[/s]\n\n{% endif %}", "it is 4.[end]"),
-    "no header for the assistant": (EACH + "{% if m.role == 'user' %}[u] {{ m.content }} [a]{% else %} {{ m.content }}[end]{% endif %}" + END, " it is 4.[end]"),
-    "bare words around a question": (EACH + "{% if m.role == 'user' %}(INST) {{ m.content }} (/INST){% else %} {{ m.content }}[end]{% endif %}" + END, " it is 4.[end]"),
-    "bare words and no space": (EACH + "{% if m.role == 'user' %}(INST){{ m.content }}(/INST){% else %}{{ m.content }}[end]{% endif %}" + END, "it is 4.[end]"),
-    "words as headers": (EACH + "### {{ m.role }}:\n{{ m.content }}[end]\n\n" + END + GO + "### assistant:\n{% endif %}", "it is 4.[end]"),
-    "two closers": (EACH + HEAD + "{% if m.role == 'assistant' %}[ans]{% endif %}{{ m.content }}{% if m.role == 'assistant' %}[/ans]{% endif %}[end]" + END + GO + "[a][ans]{% endif %}", "it is 4.[/ans][end]"),
-    "three closers with newlines": (EACH + HEAD + "{{ m.content }}{% if m.role == 'assistant' %}[/ans]\n[/s]\n{% endif %}[end]\n" + END + GO + "[a]{% endif %}", "it is 4.[/ans]\n[/s]\n[end]"),
-    "end of the conversation": (EACH + HEAD + "{{ m.content }}[eot]\n" + END + GO + "[a]{% else %}[end]{% endif %}", "it is 4.[eot]"),
-    "another end for the last turn": (EACH + HEAD + "{{ m.content }}{% if loop.last and m.role == 'assistant' %}[end]{% else %}[eot]{% endif %}" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "end by a token that is not the tokenizer's": (EACH + HEAD + "{{ m.content }}[eot]" + END + GO + "[a]{% endif %}", "it is 4.[eot]"),
-    "a default system message": ("{% if messages[0].role != 'system' %}[y]You help.[end]{% endif %}" + EACH + HEAD + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "system in the first question": ("{% set s = messages[0].content if messages[0].role == 'system' else '' %}" + EACH + "{% if m.role != 'system' %}" + HEAD + "{{ s + '\n\n' if s and loop.index0 == 1 else '' }}{{ m.content }}[end]{% endif %}" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "a date": ("[y]{{ strftime_now('%d %b %Y') }}[end]" + EACH + HEAD + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "thinking kept": (EACH + HEAD + THINK + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "thinking stripped": (EACH + HEAD + CUT + "{{ c }}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "an empty thought before the last answer": (EACH + HEAD + "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}[end]" + END + GO + "[a]{% endif %}", "<think>\n\n</think>\n\nit is 4.[end]"),
-    "thinking begun by the generation prompt": (EACH + HEAD + "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}[end]" + END + GO + "[a]<think>\n{% endif %}", "\n</think>\n\nit is 4.[end]"),
-    "tools as JSON": (TOOLS + EACH + HEAD + "{{ m.content }}" + CALLS + "[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "tools listed": ("{% for t in tools or [] %}[y]{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}" + EACH + HEAD + "{{ m.content }}" + CALLS + "[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "calls as XML": (TOOLS + EACH + HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}[/call]{% endfor %}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "calls that want text": (TOOLS + EACH + HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]{{ c.function.name + ' ' + c.function.arguments }}[/call]{% endfor %}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "calls that print text": (TOOLS + EACH + HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]{{ c.function.name }} {{ c.function.arguments }}[/call]{% endfor %}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-    "calls are all but the first content": (TOOLS + EACH + HEAD + "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}[end]" + END + GO + "[a]{% endif %}", "it is 4.[end]"),
-}  # fmt: skip
+    "newlines": (
+        EACH + HEAD + "\n{{ m.content }}[end]\n" + END + GO + "[a]\n{% endif %}",
+        "it is 4.[end]",
+    ),
+    "bos": (
+        "[bos]" + EACH + HEAD + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "trims": (
+        EACH + HEAD + "\n{{ m.content | trim }}[end]" + END + GO + "[a]\n{% endif %}",
+        "it is 4.[end]",
+    ),
+    "roles as words": (
+        EACH + "[s]{{ m.role }}\n{{ m.content }}[end]\n" + END + GO + "[s]assistant\n{% endif %}",
+        "it is 4.[end]",
+    ),
+    "header of two tokens": (
+        EACH
+        + "[s]{{ m.role }}[/s]\n\n{{ m.content }}[end]"
+        + END
+        + GO
+        + "[s]assistant[/s]\n\n{% endif %}",
+        "it is 4.[end]",
+    ),
+    "no header for the assistant": (
+        EACH + "{% if m.role == 'user' %}[u] {{ m.content }} [a]{% else %} "
+        "{{ m.content }}[end]{% endif %}" + END,
+        " it is 4.[end]",
+    ),
+    "bare words around a question": (
+        EACH + "{% if m.role == 'user' %}(INST) {{ m.content }} (/INST){% else %} "
+        "{{ m.content }}[end]{% endif %}" + END,
+        " it is 4.[end]",
+    ),
+    "bare words and no space": (
+        EACH + "{% if m.role == 'user' %}(INST){{ m.content }}(/INST){% else %}"
+        "{{ m.content }}[end]{% endif %}" + END,
+        "it is 4.[end]",
+    ),
+    "words as headers": (
+        EACH
+        + "### {{ m.role }}:\n{{ m.content }}[end]\n\n"
+        + END
+        + GO
+        + "### assistant:\n{% endif %}",
+        "it is 4.[end]",
+    ),
+    "two closers": (
+        EACH + HEAD + "{% if m.role == 'assistant' %}[ans]{% endif %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}[/ans]{% endif %}[end]" + END + GO + "[a][ans]{% endif %}",
+        "it is 4.[/ans][end]",
+    ),
+    "three closers with newlines": (
+        EACH
+        + HEAD
+        + "{{ m.content }}{% if m.role == 'assistant' %}[/ans]\n[/s]\n{% endif %}[end]\n"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[/ans]\n[/s]\n[end]",
+    ),
+    "end of the conversation": (
+        EACH + HEAD + "{{ m.content }}[eot]\n" + END + GO + "[a]{% else %}[end]{% endif %}",
+        "it is 4.[eot]",
+    ),
+    "another end for the last turn": (
+        EACH + HEAD + "{{ m.content }}{% if loop.last and m.role == 'assistant' %}[end]"
+        "{% else %}[eot]{% endif %}" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "end by a token that is not the tokenizer's": (
+        EACH + HEAD + "{{ m.content }}[eot]" + END + GO + "[a]{% endif %}",
+        "it is 4.[eot]",
+    ),
+    "a default system message": (
+        "{% if messages[0].role != 'system' %}[y]You help.[end]{% endif %}"
+        + EACH
+        + HEAD
+        + "{{ m.content }}[end]"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "system in the first question": (
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+        + EACH
+        + "{% if m.role != 'system' %}"
+        + HEAD
+        + "{{ s + '\n\n' if s and loop.index0 == 1 else '' }}{{ m.content }}[end]{% endif %}"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "a date": (
+        "[y]{{ strftime_now('%d %b %Y') }}[end]"
+        + EACH
+        + HEAD
+        + "{{ m.content }}[end]"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "thinking kept": (
+        EACH + HEAD + THINK + "{{ m.content }}[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "thinking stripped": (
+        EACH + HEAD + CUT + "{{ c }}[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "an empty thought before the last answer": (
+        EACH + HEAD + "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}[end]" + END + GO + "[a]{% endif %}",
+        "<think>\n\n</think>\n\nit is 4.[end]",
+    ),
+    "thinking begun by the generation prompt": (
+        EACH + HEAD + "{% if m.role == 'assistant' %}<think>\n"
+        "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}[end]"
+        + END
+        + GO
+        + "[a]<think>\n{% endif %}",
+        "\n</think>\n\nit is 4.[end]",
+    ),
+    "tools as JSON": (
+        TOOLS + EACH + HEAD + "{{ m.content }}" + CALLS + "[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "tools listed": (
+        "{% for t in tools or [] %}[y]{{ t.function.name }}: "
+        "{{ t.function.description }}\n{% endfor %}"
+        + EACH
+        + HEAD
+        + "{{ m.content }}"
+        + CALLS
+        + "[end]"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "calls as XML": (
+        TOOLS
+        + EACH
+        + HEAD
+        + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]{{ c.function.name }}"
+        "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>"
+        "{% endfor %}[/call]{% endfor %}[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "calls that want text": (
+        TOOLS + EACH + HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]"
+        "{{ c.function.name + ' ' + c.function.arguments }}[/call]{% endfor %}[end]"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "calls that print text": (
+        TOOLS
+        + EACH
+        + HEAD
+        + "{{ m.content }}{% for c in m.tool_calls or [] %}[call]{{ c.function.name }} "
+        "{{ c.function.arguments }}[/call]{% endfor %}[end]" + END + GO + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+    "calls are all but the first content": (
+        TOOLS
+        + EACH
+        + HEAD
+        + "{% if m.tool_calls %}"
+        + CALLS
+        + "{% else %}{{ m.content }}{% endif %}[end]"
+        + END
+        + GO
+        + "[a]{% endif %}",
+        "it is 4.[end]",
+    ),
+}
 REFUSES_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 )
@@ -119,11 +288,16 @@ KINDS = {
 @pytest.fixture(scope="module")
 def tokenizers():
     rng = random.Random(0)
-    text = [f"{sentence(rng)} it is {rng.randint(0, 9)}.\n(INST) assistant user: <think>" for _ in range(300)]  # fmt: skip
+    text = [
+        f"{sentence(rng)} it is {rng.randint(0, 9)}.\n(INST) assistant user: <think>"
+        for _ in range(300)
+    ]
     made = {}
     for kind, train in KINDS.items():
         tokenizer = train(text)
-        tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CONTROLS])  # fmt: skip
+        tokenizer.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in CONTROLS]
+        )
         made[kind] = tokenizer
     return made
 
@@ -196,7 +370,9 @@ def test_a_control_token_in_a_users_text_changes_no_other_token(tokenizers, name
     tricked = tokens_of(chat, [user("one [end] dog")], assistant("it is 4.")).prompt_ids
     assert [i for i in tricked if i in controls] == [i for i in plain if i in controls]
     before = next(i for i, (a, b) in enumerate(zip(plain, tricked, strict=False)) if a != b)
-    behind = next(i for i, (a, b) in enumerate(zip(plain[::-1], tricked[::-1], strict=False)) if a != b)  # fmt: skip
+    behind = next(
+        i for i, (a, b) in enumerate(zip(plain[::-1], tricked[::-1], strict=False)) if a != b
+    )
     assert "end" in tokenizer.decode(tricked[before : len(tricked) - behind]), "it is readable"
     assert len(plain) - before - behind <= 3, "all but the neighbourhood is the same"
 
@@ -211,9 +387,19 @@ def test_an_answer_begins_without_a_stray_space_behind_bare_words(tokenizers, ki
     assert pair.chosen_ids == encoded_alone(tokenizer, kind, f"{answer}[end]")
 
 
-TOOL = {"type": "function", "function": {"name": "look_up", "description": "finds", "parameters": {}}}  # fmt: skip
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "two cats", "n": 3}}}  # fmt: skip
-CALLING = {"tools as JSON", "tools listed", "calls as XML", "calls that want text", "calls that print text", "calls are all but the first content"}  # fmt: skip
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "finds", "parameters": {}},
+}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "two cats", "n": 3}}}
+CALLING = {
+    "tools as JSON",
+    "tools listed",
+    "calls as XML",
+    "calls that want text",
+    "calls that print text",
+    "calls are all but the first content",
+}
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -252,7 +438,11 @@ def test_a_system_message_is_in_the_prompt_or_the_row_is_refused(tokenizers, nam
     chat = chat_of(tokenizers, "byte-level", TEXT[name][0])
     system = {"role": "system", "content": "be red"}
     found = tokens_of(chat, [system, user("x")], assistant("it is 4."))
-    if name in ("bare words around a question", "bare words and no space", "no header for the assistant"):  # fmt: skip
+    if name in (
+        "bare words around a question",
+        "bare words and no space",
+        "no header for the assistant",
+    ):
         assert found.prompt_ids, "rendered as if it were an answer, but there"
     assert "be red" in chat.tokenizer.decode(found.prompt_ids)
 
@@ -290,13 +480,24 @@ def test_generation_stops_at_all_end_tokens_of_template_base_and_tokenizer(token
     assert list(with_base.end_ids) == ids
     stops_early = Chat(chat.tokenizer, chat.template_date, base_end_ids=(ids[1],))
     stops_early.tokenizer.chat_template = TEXT["three closers with newlines"][0]
-    pair = tokens_of(Chat(stops_early.tokenizer, "2026-01-01", (ids[1],)), [user("x")], assistant("4"))  # fmt: skip
+    pair = tokens_of(
+        Chat(stops_early.tokenizer, "2026-01-01", (ids[1],)), [user("x")], assistant("4")
+    )
     assert chat.tokenizer.decode(pair.chosen_ids) == "4[/ans]\n[/s]", "the base stops there"
 
 
 def test_one_row_that_a_template_renders_otherwise_does_not_stop_the_others(tokenizers):
     """The template prints another header before an answer with a call."""
-    template = EACH + HEAD + "{% if m.tool_calls %}!{% endif %}{{ m.content }}" + CALLS + "[end]" + END + GO + "[a]{% endif %}"  # fmt: skip
+    template = (
+        EACH
+        + HEAD
+        + "{% if m.tool_calls %}!{% endif %}{{ m.content }}"
+        + CALLS
+        + "[end]"
+        + END
+        + GO
+        + "[a]{% endif %}"
+    )
     template = template.replace(HEAD, "{{ '[t]' if m.tool_calls else '' }}" + HEAD)
     chat = chat_of(tokenizers, "byte-level", template)
     assert tokens_of(chat, [user("x")], assistant("it is 4.")).chosen_ids

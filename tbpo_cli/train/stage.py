@@ -51,7 +51,6 @@ def train_stage(
     group = Group.of_environment()
     folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
     group.gather(None)
-    torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{stage.name}: loading {recipe.model.base}")
     policy = _load(stage.name, recipe, run_dir, loss, group)
     _check_fit(policy, stores, recipe.model)

@@ -173,6 +173,8 @@ class Stepper:
         is_incomplete = bool(known.isnan().any())
         if self.run.policy.is_sharded:  # a pass of the reference is made by all processes together
             is_incomplete = any(self.run.group.gather(is_incomplete))
+        if self.run.group.device.type == "cuda":
+            known = known.pin_memory()  # else the host waits for the transfer
         logps = known.to(self.run.group.device, non_blocking=True)
         if is_incomplete:
             logps = torch.where(logps.isnan(), self.scorer.view_logps(REFERENCE, batch), logps)
@@ -214,7 +216,7 @@ class Stepper:
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
     def _own_pairs(self, store: PairStore, pairs: Sequence[int], span: str) -> list[int]:
-        """Those of some pairs that this process computes: all processes have about as many tokens."""
+        """This process's part of some pairs: all processes have about as many tokens."""
         group = self.run.group
         num_tokens = span_lengths(store, pairs, span).sum(axis=1)
         return [pairs[number] for number in deal(num_tokens, group.size)[group.rank]]

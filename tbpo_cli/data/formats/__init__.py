@@ -80,7 +80,16 @@ FORMATS = {  # a row is of the first that fits it
 # Of one completion a row, in `sft.train` as well, where nothing is compared.
 NOT_FOR_SFT = ("unpaired",)
 # Columns that a row of any format may have.
-MORE_COLUMNS = ("system", "tools", "score_chosen", "score_rejected", "history", "input", "label")
+MORE_COLUMNS = (
+    "system",
+    "tools",
+    "weight",
+    "score_chosen",
+    "score_rejected",
+    "history",
+    "input",
+    "label",
+)
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
         [
