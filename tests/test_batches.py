@@ -80,13 +80,13 @@ def test_micro_batches_take_pairs_by_length_and_are_filled_to_the_last_token():
 
 @pytest.mark.parametrize(
     ("layout", "comparisons", "demonstrations"),
-    [("shared_prompt", 9 + 12, 5 + 11), ("packed", 12 + 17, 5 + 11), ("padded", 4 * 11, 2 * 11)],
+    [("shared_prompt", 9 + 13, 5 + 12), ("packed", 12 + 18, 5 + 12), ("padded", 4 * 12, 2 * 12)],
 )
 def test_a_layout_counts_a_response_that_is_not_there_as_no_line(
     layout, comparisons, demonstrations
 ):
-    """Pairs 0 and 1, with and without their rejected responses."""
-    lengths = np.array(LENGTHS[:2])
+    """Two pairs, with and without their rejected responses."""
+    lengths = np.array([(3, 2, 4), (5, 7, 1)])
     assert LAYOUTS[layout].num_tokens(lengths) == comparisons
     lengths[:, 2] = 0
     assert LAYOUTS[layout].num_tokens(lengths) == demonstrations

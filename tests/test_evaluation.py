@@ -662,6 +662,12 @@ def test_something_that_is_no_model_is_told_before_anything_is_run(recipe_file, 
             check_source(source)
 
 
+def test_an_evaluation_starts_no_training(recipe_file, tmp_path, tbpo):
+    done = tbpo("eval", recipe_file)
+    assert done.returncode == 2 and "the run has no aligned policy" in done.stderr, done.stderr
+    assert "fix: first: tbpo align" in done.stderr and not (tmp_path / "runs").exists()
+
+
 def test_a_run_from_another_base_is_refused(copied, tmp_path, base, rows):
     recipe, run = copied
     shutil.copytree(base, tmp_path / "base")

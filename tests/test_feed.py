@@ -1,8 +1,10 @@
 """The input of a training: the token budget, memory that runs out, and batches collated ahead."""
 
 import threading
+from collections import namedtuple
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import run_stage
@@ -74,6 +76,41 @@ def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_nam
     with pytest.raises(TbpoError, match="out of memory") as error:
         train(recipe_file, tmp_path / "run", *settings, room=10, error=OUT_OF_MEMORY["gpu"])
     assert fix in error.value.fix and error.value.exit_code == 2
+
+
+def test_too_little_memory_for_the_moments_is_told_before_the_first_step(
+    recipe_file, tmp_path, monkeypatch
+):
+    def allocate(_optimizer):
+        raise OUT_OF_MEMORY["gpu"]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", allocate)
+    with pytest.raises(TbpoError, match="out of memory") as error:
+        train(recipe_file, tmp_path / "run")
+    assert "moments" in error.value.where
+    assert "model.lora" in error.value.fix
+    assert not (tmp_path / "run/align/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "total", "is_on"),
+    [("auto", 10**12, False), ("auto", 10**5, True), (False, 10**5, False), (True, 10**12, True)],
+)
+def test_activations_are_computed_again_where_the_longest_pair_does_not_fit_otherwise(
+    recipe_file, tmp_path, monkeypatch, capsys, wanted, total, is_on
+):
+    """On a machine with a terabyte, and on one with 100 kB."""
+    memory = namedtuple("memory", "total")(total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    run_stage("prepare", recipe_file, tmp_path / "run")
+    settings = replace(load_recipe(recipe_file).align, activation_checkpointing=wanted)
+    stores = [PairStore(tmp_path / "run/prepare" / split) for split in ("train", "eval")]
+    policy = load_policy(load_recipe(recipe_file), torch.device("cpu"), None, with_reference=True)
+    loop.build_stepper(TrainingRun(policy, settings.loss, settings, *stores, tmp_path, 0))
+    layers = policy.model.get_base_model().model.layers
+    assert {layer.gradient_checkpointing for layer in layers} == {is_on}
+    said = capsys.readouterr().err
+    assert ("would not fit otherwise" in said) == (wanted == "auto" and is_on)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe_file, tmp_path):

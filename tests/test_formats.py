@@ -146,8 +146,14 @@ def test_a_system_column_comes_first_in_every_format(row):
     assert pair.prompt == (SYSTEM, USER)
 
 
-@pytest.mark.parametrize("row", [{"messages": [USER, HI]}, {"conversations": [said("human", "hello"), said("gpt", "hi")]},
-                                 {"instruction": "hello", "output": "hi"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, HI]},
+        {"conversations": [said("human", "hello"), said("gpt", "hi")]},
+        {"instruction": "hello", "output": "hi"},
+    ],
+)
 def test_a_system_column_comes_first_in_demonstrations(row):
     _, (pair,) = pairs_of({"system": "be brief", **row})
     assert (pair.prompt, pair.chosen, pair.rejected) == ((SYSTEM, USER), HI, None)
@@ -178,7 +184,7 @@ RANKED = {"prompt": "hello", "responses": ["b", "d", "a", "c"], "scores": [3, 1,
     ],
 )
 def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
-    _, pairs = pairs_of(RANKED, ranked_pairs=how)
+    _, pairs = pairs_of(RANKED, ranking=how)
     assert [pair.chosen["content"] + pair.rejected["content"] for pair in pairs] == expected
     scores = dict(zip(RANKED["responses"], RANKED["scores"], strict=True))
     assert [pair.score_margin for pair in pairs] == [scores[a] - scores[b] for a, b in expected]
@@ -191,13 +197,26 @@ def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
         (RANKED | {"scores": [2, 2, 2]}, "wrong_type"),
         (RANKED | {"scores": [2, 2, None, 2]}, "wrong_type"),
         ({"prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie"}, "no_preference"),
-        ({"prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie (bothbad)"}, "no_preference"),
+        (
+            {"prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie (bothbad)"},
+            "no_preference",
+        ),
         ({"prompt": "p", "response_a": "a", "response_b": "b", "winner": "C"}, "wrong_type"),
-        ({"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2}, "wrong_type"),
-        ({"prompt": "p", "chosen": [HI | {"content": [{"type": "image_url"}]}], "rejected": [GO]}, "wrong_type"),
+        (
+            {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2},
+            "wrong_type",
+        ),
+        (
+            {
+                "prompt": "p",
+                "chosen": [HI | {"content": [{"type": "image_url"}]}],
+                "rejected": [GO],
+            },
+            "wrong_type",
+        ),
         ({"input": {}, "preferred_output": [HI], "non_preferred_output": [GO]}, "missing_column"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_say_no_preference_have_a_reason(row, reason):
     assert pairs_of(row)[1] == [reason]
 
@@ -299,7 +318,7 @@ def test_files_are_read_as_people_have_them(tmp_path, name):
     assert [row.number for row in rows] == expected
 
 
-# ---------------------------------------------------------------- what is said of what is not understood
+# ---------------------------------------------- what is said of what is not understood
 
 
 def test_unknown_rows_are_shown_with_the_lines_that_would_name_their_columns():
@@ -345,7 +364,13 @@ def test_a_column_that_no_row_has_is_an_error(recipe_file, tmp_path, columns, fi
     rows = [row | {"chosen_clean": "x"} for row in preference_rows(4, seed=5)]
     train = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(TbpoError, match="names a column that no row has") as error:
-        run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", f"data.columns={columns}")  # fmt: skip
+        run_stage(
+            "prepare",
+            recipe_file,
+            tmp_path / "run",
+            f"data.train={train}",
+            f"data.columns={columns}",
+        )
     assert fix in error.value.fix
 
 
@@ -379,7 +404,9 @@ def test_a_column_that_only_some_sources_have_is_read_where_it_is(recipe_file, t
 def test_rows_that_give_no_pair_have_a_message_each(recipe_file, tmp_path, contents, what, where):
     train = write_jsonl(tmp_path / "rows.jsonl", contents)
     with pytest.raises(TbpoError) as error:
-        run_stage("prepare", recipe_file, tmp_path / "run", f'data.train={train}', 'data.format="auto"')  # fmt: skip
+        run_stage(
+            "prepare", recipe_file, tmp_path / "run", f"data.train={train}", 'data.format="auto"'
+        )
     assert what in error.value.what and where in error.value.where
 
 

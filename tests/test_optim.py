@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from tbpo_cli.config.recipe import Align
-from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer, learning_rate
+from tbpo_cli.train.optim import (
+    build_baseline_optimizer,
+    build_optimizer,
+    learning_rate,
+    make_moments,
+)
 
 FALLS = {  # the share of the rate after 0, 1/8, 4/8 and 7/8 of the steps that follow the warm-up
     "constant": (1, 1, 1, 1),
@@ -40,6 +45,28 @@ def test_the_optimizer_is_the_one_that_the_recipe_names_with_its_rate_and_decay(
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert weight.item() == pytest.approx(2 - {"adamw": 0.01, "rmsprop": 0.1}[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_moments_that_are_made_before_the_first_step_change_none_of_the_steps(name):
+    """Three steps with weight decay, with moments made before and without: the same bits."""
+    results = []
+    for is_made_before in (True, False):
+        weight = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
+        settings = Align(optimizer=name, learning_rate=0.01, weight_decay=0.5)
+        optimizer = build_optimizer(settings, [weight])
+        if is_made_before:
+            make_moments(optimizer)
+            assert weight.tolist() == [2.0, -3.0]
+            assert weight.grad is None
+            assert (
+                "exp_avg_sq" in optimizer.state[weight] or "square_avg" in optimizer.state[weight]
+            )
+        for gradient in ([1.0, 2.0], [0.5, -1.0], [-3.0, 0.1]):
+            weight.grad = torch.tensor(gradient)
+            optimizer.step()
+        results.append(weight.detach())
+    assert torch.equal(*results)
 
 
 def test_the_baselines_optimizer_has_the_rate_of_the_released_code_and_no_decay():

@@ -206,6 +206,20 @@ def test_gpus_are_launched_by_accelerate_with_the_flags_of_the_command_line():
     )
 
 
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_gpu_extends_its_segments_unless_the_user_has_set_it_up(
+    monkeypatch, own
+):
+    for name in launch.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    launch.let_segments_grow()
+    found = {name: os.environ[name] for name in launch.ALLOCATOR if name in os.environ}
+    mine = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert found == (mine if own is None else {own: "max_split_size_mb:128"})
+
+
 def test_inside_slurm_the_machines_find_each_other(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')

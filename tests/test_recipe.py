@@ -269,7 +269,7 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ("align.loss.rpo_alpha=1.0", "here it is align.loss.sft_weight"),
         ("align.beta=0.1", "here it is align.loss.beta"),
         ("data.beta=0.1", "here it is align.loss.beta"),
-        ("data.batch_pairs=8", "it belongs to another table: align.batch_pairs"),
+        ("model.temperature=1.0", "it belongs to another table: sample.temperature"),
         ("align.generator=sba", "it belongs to another table: align.loss.generator"),
         ("align.padding_free=true", "there is nothing to set"),
         ("align.loss.nme=dpo", "did you mean align.loss.name?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,14 +21,12 @@ def cut_to_span(pair: TokenizedPair, span: str) -> TokenizedPair:
     """
     if span == "aligned":
         length = pair.aligned_length
-        return TokenizedPair(
-            pair.pair_id, pair.prompt_ids, pair.chosen_ids[:length], pair.rejected_ids[:length]
-        )
+        chosen = pair.chosen_ids[:length]
+        return replace(pair, chosen_ids=chosen, rejected_ids=pair.rejected_ids[:length])
     if span == "aligned_and_chosen":
-        rejected = pair.rejected_ids[: pair.aligned_length]
-        return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, rejected)
+        return replace(pair, rejected_ids=pair.rejected_ids[: pair.aligned_length])
     if span == "chosen":
-        return TokenizedPair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, ())
+        return replace(pair, rejected_ids=())
     return pair
 
 

@@ -50,6 +50,7 @@ class PairBatch:
         predictor: (N,) int64, the flat index (line · L + column) of the position that predicts each
             token.
         chosen, rejected: T may differ; T of the rejected side is 0 if the loss does not read it.
+        pair_weights: (B,) fp32, how much each pair counts for in the loss.
         num_tokens: of the pairs, each prompt once, without padding.
         indices: the B indices of the pairs in their store; empty if they come from none.
         token_keys: (lines, L) int64, which token of which pair each is; None where nobody asks.
@@ -64,6 +65,7 @@ class PairBatch:
     predictor: Tensor
     chosen: SideBatch
     rejected: SideBatch
+    pair_weights: Tensor
     num_tokens: int
     indices: tuple[int, ...] = ()
     token_keys: Tensor | None = None
@@ -85,12 +87,14 @@ class PairBatch:
 
         1. Lay all tensors end to end in one int64 tensor.
         2. Copy it, from pinned memory if the device is a GPU.
-        3. Cut it into views, and cast each back to its own type.
+        3. Cut it into views, and cast each back to its own type. The weights of the pairs travel as
+           the integers of their bits.
         """
         if device == self.tokens.device:
             return self
         sides = (self.chosen, self.rejected)
         parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
+        parts += [self.pair_weights.view(torch.int32)]
         parts += [part for side in sides for part in (side.mask, side.slots)]
         parts += [] if self.segments is None else self.segments[:3]
         parts += [] if self.token_keys is None else [self.token_keys]
@@ -103,14 +107,15 @@ class PairBatch:
             for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
         ]
         names = ("input_ids", "position_ids", "tokens", "predictor")
-        chosen, rejected = SideBatch(*moved[4:6]), SideBatch(*moved[6:8])
+        chosen, rejected = SideBatch(*moved[5:7]), SideBatch(*moved[7:9])
         segments = self.segments
         if segments is not None:
-            key_index, cu_seqlens_q, cu_seqlens_k = moved[8:11]
+            key_index, cu_seqlens_q, cu_seqlens_k = moved[9:12]
             segments = segments._replace(
                 key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
             )
         named = dict(zip(names, moved, strict=False))
+        named["pair_weights"] = moved[4].view(torch.float32)
         if self.token_keys is not None:
             named["token_keys"] = moved[-1]
         return replace(self, **named, chosen=chosen, rejected=rejected, segments=segments)
@@ -254,6 +259,7 @@ def collate(
         torch.from_numpy(predictor),
         chosen,
         rejected,
+        torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
         num_tokens=len(tokens) + sum(len(pair.prompt_ids) for pair in pairs),
         indices=indices,
         token_keys=_token_keys(pairs, layout, indices) if with_token_keys else None,
@@ -301,5 +307,6 @@ def blank_batch() -> PairBatch:
         predictor=no_tokens,
         chosen=side,
         rejected=side,
+        pair_weights=torch.zeros(0),
         num_tokens=0,
     )

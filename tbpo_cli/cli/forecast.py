@@ -27,7 +27,14 @@ from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.group import Group
-from tbpo_cli.train.memory import MOMENTS, device_memory, estimate_memory, matrix_rate, operations
+from tbpo_cli.train.memory import (
+    MOMENTS,
+    device_memory,
+    estimate_memory,
+    matrix_rate,
+    needs_checkpointing,
+    operations,
+)
 from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.run import num_evaluated
 from tbpo_cli.train.stage import choose_sharding, open_stores
@@ -131,7 +138,11 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         trained = sum(weight.numel() for weight in policy.trained.values())
         disk = 4.0 * trained * (NUM_CHECKPOINTS * (1 + MOMENTS[settings.optimizer]) + 1)
         if counts.tokens:
-            lines.append(("time", _time(training, policy, run_dir, counts.tokens / processes)))
+            passed = counts.tokens / processes
+            longest_pair = counts.bounds[0]
+            kept = memory["weights"] + memory["gradients and moments"]
+            time = _time(training, policy, run_dir, passed, longest_pair, kept)
+            lines.append(("time", time))
     return Forecast(lines, memory, disk, diagnose(Facts(**facts), BEFORE))
 
 
@@ -226,8 +237,21 @@ def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) ->
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 
 
-def _time(training: Training, policy: Policy, run_dir: RunDir, tokens: float) -> str:
-    """How long some tokens take on a device, and what that is based on."""
+def _time(
+    training: Training,
+    policy: Policy,
+    run_dir: RunDir,
+    tokens: float,
+    longest_pair: int,
+    used: float,
+) -> str:
+    """How long some tokens take on a device, and what that is based on.
+
+    Args:
+        tokens: that pass through the model, on one device.
+        longest_pair: its tokens.
+        used: bytes of weights, gradients and moments on a device.
+    """
     folder: Path = run_dir.stage(training.name)
     lines = read_metrics(folder / "metrics.jsonl")
     measured = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line]
@@ -237,7 +261,10 @@ def _time(training: Training, policy: Policy, run_dir: RunDir, tokens: float) ->
     else:
         device = Group.of_environment().device
         products = matrix_rate(device, policy.autocast or policy.model.dtype)
-        needed = operations(policy, training.settings.activation_checkpointing)
+        again = needs_checkpointing(
+            policy.model, training.settings.activation_checkpointing, longest_pair, device, used
+        )
+        needed = operations(policy, again)
         share = EFFICIENCY[device.type]
         rate = share * products / needed
         basis = f"{share} of this {device.type}'s {products / 1e9:,.0f} GFLOP/s"

@@ -140,7 +140,7 @@ def evaluate(call: Call) -> None:
     """
     while call.against and call.flags and not call.flags[0].startswith("-"):  # --against RUN RUN
         call.against.append(call.flags.pop(0))
-    run_stage("eval", call)
+    run_stage("eval", call, of_policy=True)
 
 
 @command("push", *RUN, "to", "merge", "allow_unevaluated", "dry_run", "quiet")
@@ -215,8 +215,13 @@ def show(call: Call) -> None:
     what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
-def run_stage(name: str, call: Call) -> None:
-    """Runs a stage and what it needs, or says what would run."""
+def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
+    """Runs a stage and what it needs, or says what would run.
+
+    Args:
+        of_policy: whether the policy must have been trained: a command that asks about it does not
+            start a training of hours.
+    """
     from tbpo_cli.cli.checks import require
     from tbpo_cli.stages.chain import plan, run_through, show_plan
 
@@ -230,6 +235,9 @@ def run_stage(name: str, call: Call) -> None:
     for stage, (state, _) in plan(name, recipe, run_dir).items():
         if state not in ("done", "begun"):  # what was begun has been checked then
             require(stage, recipe)
+    if of_policy and not run_dir.manifest("align"):
+        what, expected = "the run has no aligned policy", "a complete align stage"
+        raise TbpoError(what, str(run_dir.path), expected, f"first: {call.again('align')}")
     run_through(name, recipe, run_dir, call.restart, processes)
     console.say(f"next: {call.again(NEXT[name])}")
 

@@ -64,7 +64,7 @@ class Judge:
     concurrency: Count = 8
     """Requests at a time."""
     timeout: Positive = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds for a whole answer."""
     repeats: Count = 1
     """How often each question is asked; more than once only at a temperature above 0."""
     price_per_million: tuple[NotNegative, NotNegative] | None = None

@@ -13,6 +13,10 @@ from tbpo_cli.config.other_tools import THEIRS, counterpart
 from tbpo_cli.config.validate import did_you_mean
 
 
+# A key of one training stage that has another name in the other.
+TWINS = {("sft", "batch_pairs"): "batch_examples", ("align", "batch_examples"): "batch_pairs"}
+
+
 def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a table and of the tables in it, as ("align.batch_pairs", its type)."""
     hints = typing.get_type_hints(table)
@@ -38,17 +42,21 @@ def may_be_absent(recipe: type, key: str) -> bool:
 def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
-    A key of another tool is answered with ours; one like a key of its table with that key; one of
-    another table with its place.
+    A key of another tool is answered with ours; one that is spelt like a key of its table with that
+    key; one of another table with its place. [sft] and [align] are alike: there, a key of the same
+    table comes before one of the other.
     """
     name = keys[-1]
     theirs = THEIRS.get(name)
     if theirs is not None and theirs.ours != ".".join(keys):
         return counterpart(name)
-    if near:
-        return did_you_mean(keys, near)
+    if keys in TWINS:
+        return did_you_mean(keys, TWINS[keys])
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]
     places += [f"align.loss.{name}"] if name in loss_keys() else []
+    is_misspelt = difflib.SequenceMatcher(None, name, near).ratio() > 0.8
+    if near and (is_misspelt or not places or keys[0] in ("sft", "align")):
+        return did_you_mean(keys, near)
     if not places:
         return ""
     own = [place for place in places if place.startswith("align.")] or places

@@ -44,7 +44,7 @@ class Lora:
     """The rank of the adapter's matrices."""
     alpha: Positive = 64.0
     """The adapter's product counts alpha / r times."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the adapter's inputs that a training step sets to zero."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """The layers that get an adapter: their names, or "all-linear" for all but the output head."""
@@ -58,8 +58,9 @@ class Model:
     """A folder with config, tokenizer and safetensors, or the id of a Hub repository."""
     revision: str | None = None
     """The branch, tag or commit of a Hub repository. Default: its main branch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type of the frozen weights. "auto": bfloat16 on a GPU that has it, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The type of the frozen weights. "auto": bfloat16 on a GPU that has it, else float32,
+    whose matrix products a GPU computes in TF32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The implementation of attention."""
     chat_template: str | None = None
@@ -144,7 +145,7 @@ class Data:
     max_eval_overlap: Fraction | None = None
     """Held-out prompts are left out if this share of their 8-grams is in training pairs. Default:
     none is."""
-    ranked_pairs: Literal["best_worst", "best_each", "all"] = "best_worst"
+    ranking: Literal["best_worst", "best_each", "all"] = "best_worst"
     """Of rows with several answers and their scores: the best answer is compared with the worst,
     or with each other one, or each answer with each that has a lower score."""
     dedup: bool = True
@@ -206,8 +207,9 @@ class Training:
     many as take about 5 % of the time, a tenth of the pairs that are trained on in between."""
     log_every: Count = 10
     """Steps between two lines of metrics that have KL and entropy."""
-    activation_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass: less memory, more time."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Whether activations are computed again in the backward pass: less memory, more time. "auto":
+    only where the longest pair does not fit otherwise."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.max_steps is not None:

@@ -68,10 +68,16 @@ class SideScores:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Both sides of a batch of pairs: B is the same, T may differ."""
+    """Both sides of a batch of pairs: B is the same, T may differ.
+
+    Args:
+        chosen, rejected: the two sides.
+        weights: (B,), what each pair counts for in means over pairs; None: 1. No loss reads them.
+    """
 
     chosen: SideScores
     rejected: SideScores
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.chosen.mask.shape[0] != self.rejected.mask.shape[0]:
@@ -121,7 +127,7 @@ def aligned_scores(scores: PairScores) -> PairScores:
         kept = {name: value[:, : mask.shape[1]] for name, value in present.items()}
         return SideScores(**kept | {"mask": mask})
 
-    return PairScores(cut(scores.chosen), cut(scores.rejected))
+    return PairScores(cut(scores.chosen), cut(scores.rejected), scores.weights)
 
 
 def sums_over_response(side: SideScores) -> dict[str, Tensor]:

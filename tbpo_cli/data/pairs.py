@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class PreferencePair:
         rejected: the other one; None for a demonstration, which only `sft` can use.
         tools: JSON schemas of the functions that the assistant may call.
         score_margin: score_chosen − score_rejected, for rows that have both.
+        weight: how much the pair counts for in a step's loss; at least 0, 1 without the column.
     """
 
     pair_id: str
@@ -56,16 +58,17 @@ class PreferencePair:
     rejected: Message | None
     tools: tuple[dict[str, Any], ...] = ()
     score_margin: float | None = None
+    weight: float = 1.0
 
 
 def make_pair(
     row: dict[str, Any], prompt: Messages, chosen: Message, rejected: Message | None
 ) -> PreferencePair:
-    """A checked pair, with the row's `tools`, `score_chosen` and `score_rejected` if it has them.
+    """A checked pair, with the row's `tools`, `weight` and scores if it has them.
 
     Raises:
-        RejectedRow: roles, empty_prompt, empty_response, identical, invalid_text, or wrong_type (of
-            the tools).
+        RejectedRow: roles, empty_prompt, empty_response, identical, invalid_text, bad_weight, or
+            wrong_type (of the tools).
     """
     _check_roles((*prompt, chosen))
     if not any(message["content"].strip() for message in prompt):
@@ -78,9 +81,8 @@ def make_pair(
     tools = _tools(row)
     prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
     pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
-    return PreferencePair(
-        pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, tools, _score_margin(row)
-    )
+    about = (tools, _score_margin(row), _weight(row))
+    return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, *about)
 
 
 def _check_roles(messages: Messages) -> None:
@@ -109,6 +111,15 @@ def _score_margin(row: dict[str, Any]) -> float | None:
         return float(row["score_chosen"]) - float(row["score_rejected"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _weight(row: dict[str, Any]) -> float:
+    """The `weight` column: a finite number, at least 0; 1 in a row without it."""
+    weight = row.get("weight", 1.0)
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or weight < 0:
+        raise RejectedRow("bad_weight", f"weight is {weight!r}, not a number of at least 0")
+    return float(weight)
 
 
 def _hash(content: Any) -> str:

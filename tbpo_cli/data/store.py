@@ -20,7 +20,7 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SCHEMA = pa.schema(
     {"pair_id": pa.string()}
     | {name: pa.list_(pa.int32()) for name in ID_COLUMNS}
-    | {"score_margin": pa.float64()}
+    | {"score_margin": pa.float64(), "weight": pa.float64()}
 )
 
 
@@ -45,7 +45,7 @@ def pair_writer(folder: Path) -> Iterator[pa.RecordBatchFileWriter]:
 class PairStore:
     """The pairs of a split: `len(store)` and `store[i]`.
 
-    `lengths` is (n, 3): the tokens of prompt, chosen and rejected of each pair.
+    `lengths` is (n, 3): the tokens of prompt, chosen and rejected of each pair; `weights` is (n,).
     """
 
     def __init__(self, folder: Path, reverse: bool = False) -> None:
@@ -58,6 +58,10 @@ class PairStore:
             )
         columns = [pc.list_value_length(self.table[name]).to_numpy() for name in ID_COLUMNS]
         self.lengths = np.stack(columns, axis=1).astype(np.int64)
+        # Stores of earlier versions have no weights.
+        self.weights = np.ones(len(self))
+        if "weight" in self.table.column_names:
+            self.weights = self.table["weight"].to_numpy()
         self.prompt_lengths, self.chosen_lengths, self.rejected_lengths = self.lengths.T
 
     def __len__(self) -> int:
@@ -65,7 +69,10 @@ class PairStore:
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ids = (self.table[name][index].values.to_numpy() for name in ID_COLUMNS)
-        return TokenizedPair(self.table["pair_id"][index].as_py(), *ids)
+        pair_id = self.table["pair_id"][index].as_py()
+        prompt, chosen, rejected = ids
+        weight = float(self.weights[index])
+        return TokenizedPair(pair_id, prompt, chosen, rejected, weight)
 
     @property
     def largest_id(self) -> int:

@@ -22,6 +22,7 @@ class TokenizedPair:
         chosen_ids: at least one id, the last is the end of the turn (unless the response was
             truncated).
         rejected_ids: likewise; empty for a demonstration.
+        weight: that of the PreferencePair.
         score_margin, reversed_id, prompt_hash: those of the PreferencePair, and
         is_cut: whether a response was truncated; all four for the making of a store, which does not
             give them back.
@@ -31,6 +32,7 @@ class TokenizedPair:
     prompt_ids: Sequence[int]
     chosen_ids: Sequence[int]
     rejected_ids: Sequence[int]
+    weight: float = 1.0
     score_margin: float | None = None
     reversed_id: str = ""
     prompt_hash: str = ""
@@ -95,5 +97,5 @@ def _fit(
         rejected = rejected[:tokens_left]
     if chosen == rejected:
         return RejectedRow("identical", "chosen and rejected are the same tokens")
-    about = (pair.score_margin, pair.reversed_id, pair.prompt_hash, is_cut)
+    about = (pair.weight, pair.score_margin, pair.reversed_id, pair.prompt_hash, is_cut)
     return TokenizedPair(pair.pair_id, prompt, chosen, rejected, *about)

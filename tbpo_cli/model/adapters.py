@@ -97,11 +97,11 @@ def text_layers(model: LanguageModel) -> list[str]:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         parts = name.split(".")
-        is_own_code = type(module).__module__.startswith("transformers.models.")
+        is_router = "router" in type(module).__name__.lower()
         takes_part = (
             module is not head
             and id(module) in inside
-            and not is_own_code  # a router that is a Linear, and returns more than a product
+            and not is_router  # some are a Linear, and return more than a product
             and not left_out & set(parts[-2:])
             and not any(word in part for part in parts for word in NOT_TEXT)
         )

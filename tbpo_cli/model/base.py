@@ -40,8 +40,11 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     """`model.dtype`; "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
     if model.dtype != "auto":
         return cast(torch.dtype, getattr(torch, model.dtype))
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if on_gpu else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    # Older GPUs emulate it, several times as slow as fp32.
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_base(
@@ -63,6 +66,7 @@ def load_base(
     Raises:
         TbpoError: if it cannot be loaded whole, or is no causal language model.
     """
+    torch.backends.cuda.matmul.allow_tf32 = True  # for training and evaluation alike
     attention = None if model.attention == "auto" else model.attention
     if model.trust_remote_code:
         what = "model.trust_remote_code = true: code from"

@@ -46,12 +46,10 @@ def read_head(model: LanguageModel, compute: torch.dtype | None = None) -> Head 
         return _unknown_head(f"it is a {type(linear).__name__}")
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    head = Head(
-        weight=linear.weight,
-        bias=linear.bias,
-        scale=scale / divisor,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is None:
+        softcap = getattr(config, "logits_soft_cap", None)
+    head = Head(weight=linear.weight, bias=linear.bias, scale=scale / divisor, softcap=softcap)
     if linear.weight.is_meta:
         return head
     ids = torch.arange(1, 1 + PROBE_TOKENS, device=linear.weight.device) % config.vocab_size

@@ -143,7 +143,9 @@ class Policy:
         Returns:
             The files.
         """
-        state = self.trained if self.adapters else self.model.state_dict(keep_vars=True)
+        state = self.model.state_dict(keep_vars=True)
+        if self.adapters:  # tied weights by each of their names, for which peft asks
+            state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
         state = gather_all(state, writes)
         if not writes:
             return []

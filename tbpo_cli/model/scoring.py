@@ -210,7 +210,8 @@ def _with_importance(scores: PairScores) -> PairScores:
         assert side.weights is not None
         return replace(side, weights=importance_weights(sign * side.weights, side.mask))
 
-    return PairScores(weighted(scores.chosen, 1), weighted(scores.rejected, -1))
+    chosen, rejected = weighted(scores.chosen, 1), weighted(scores.rejected, -1)
+    return replace(scores, chosen=chosen, rejected=rejected)
 
 
 def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
@@ -226,4 +227,4 @@ def _to_sides(columns: dict[str, Tensor], batch: PairBatch) -> PairScores:
         return SideScores(mask=of.mask, **scattered)
 
     lengths = [len(batch.chosen.slots), len(batch.rejected.slots)]
-    return PairScores(side(batch.chosen, 0), side(batch.rejected, 1))
+    return PairScores(side(batch.chosen, 0), side(batch.rejected, 1), batch.pair_weights)

@@ -29,8 +29,11 @@ def backbone(model: LanguageModel) -> LanguageModel:
     """The part of a transformers model whose last hidden state its output head reads."""
     causal = causal_model(model)
     inner = causal.base_model
-    # Where a model's own prefix names no part of it, transformers takes the whole for its backbone.
-    return causal.get_decoder() if inner is causal else inner
+    if inner is not causal:
+        return inner
+    # The prefix that the class names is no part of it: transformers then takes the whole.
+    decoder = causal.get_decoder()
+    return getattr(causal, "model", causal) if decoder is causal else decoder
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:

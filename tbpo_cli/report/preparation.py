@@ -113,6 +113,10 @@ def _describe(name: str, store: PairStore) -> dict[str, Any]:
             ["pairs whose chosen response has the lower score", f"{(margins < 0).mean():.1%}"]
         )
         shown.append(("score difference", "score of chosen − score of rejected", margins))
+    if (store.weights != 1).any():
+        figures.append(["sum of the weights of all pairs", f"{store.weights.sum():,.6g}"])
+        figures.append(["pairs of weight 0", f"{(store.weights == 0).mean():.1%}"])
+        shown.append(("weight", "weight of a pair in the loss", store.weights))
     histograms = [
         histogram(title, "pairs", f"{x_title}; mean {values.mean():.3g}", {0: values})
         for title, x_title, values in shown

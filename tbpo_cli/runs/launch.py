@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # In a stage's folder, while its workers run: the first machine has launched it; a worker has said
 # why it failed.
 LAUNCHED, TOLD = ".launched", ".told"
+# torch's settings of its allocator; the second is its old name.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ABSENT = 600.0  # seconds without the first machine that another one waits for it
 
 
@@ -114,8 +116,18 @@ def check_gpus(processes: Processes) -> None:
         raise TbpoError(what, "--gpus", "as many processes as GPUs", fix)
 
 
+def let_segments_grow() -> None:
+    """Lets torch's CUDA allocator extend its segments, unless the user has set it up.
+
+    The lengths differ from step to step: blocks of fixed size would leave memory that fits nothing.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def run_or_launch(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Processes) -> None:
     """Does the work of a stage in this process, or starts workers that do it."""
+    let_segments_grow()
     if processes.total > 1:
         _run_workers(run_dir.begin(stage, recipe), processes)
         return
@@ -132,6 +144,7 @@ def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
         TbpoError: if nobody holds the run for ABSENT seconds. (The first machine may be between two
             commands.)
     """
+    let_segments_grow()
     name = stage.name
     console.say(f"waiting for {processes.main_address} to begin {name} …")
     until = time.monotonic() + ABSENT

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+
+import torch
 
 from tbpo_cli import console
 from tbpo_cli.batch.batches import longest_sequence, span_lengths
@@ -20,10 +23,15 @@ from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
 from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
-from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
-from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
+from tbpo_cli.train.feed import TokenBudget, is_out_of_memory, keep_freed_memory
+from tbpo_cli.train.memory import (
+    bytes_of_learning,
+    kept_bytes,
+    needs_checkpointing,
+    tokens_that_fit,
+)
 from tbpo_cli.train.metrics import MetricsLog
-from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer
+from tbpo_cli.train.optim import build_baseline_optimizer, build_optimizer, make_moments
 from tbpo_cli.train.run import TrainingRun, num_evaluated
 from tbpo_cli.train.step import Stepper
 
@@ -87,10 +95,13 @@ def build_stepper(run: TrainingRun) -> Stepper:
     settings, policy, device = run.settings, run.policy, run.group.device
     if device.type == "cpu":
         keep_freed_memory()
-    longest = longest_sequence((run.train, run.evaluation))
+    stores = (run.train, run.evaluation)
+    longest = longest_sequence(stores)
     layout, reason = choose_layout(policy.models, settings.layout, longest)
     apply_layout(policy.models, layout)
-    kept, _ = kept_bytes(policy.model, settings.activation_checkpointing)
+    longest_pair = max(int(each.lengths.sum(axis=1).max(initial=0)) for each in stores)
+    checkpointing = use_checkpointing(run, longest_pair)
+    kept, _ = kept_bytes(policy.model, checkpointing)
     if run.mesh is not None:
         policy.shard(run.mesh)
     states = {
@@ -102,7 +113,9 @@ def build_stepper(run: TrainingRun) -> Stepper:
         baseline = StateBaseline(hidden_size, run.seed).to(device)
         optimizer = build_baseline_optimizer(baseline.parameters())
         states["baseline"] = TrainState(dict(baseline.named_parameters()), optimizer)
-    if settings.activation_checkpointing:
+    for state in states.values():
+        allocate_moments(state, device)
+    if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     budget = TokenBudget(
         settings.max_tokens_per_device,
@@ -112,7 +125,8 @@ def build_stepper(run: TrainingRun) -> Stepper:
     )
     scorer = Scorer.of(policy, baseline)
     pairs = sample_pairs(run.train)
-    layout, reason = confirm_layout(scorer, layout, settings.layout, reason, pairs)
+    confirm = functools.partial(confirm_layout, scorer, layout, settings.layout, reason, pairs)
+    layout, reason = budget.attempt(lambda _tokens: confirm())
     console.say(f"rows are {layout}: {reason}")
     cache = open_reference_cache(run)
     token_keys = use_token_dropout(policy.model)
@@ -123,6 +137,39 @@ def sample_pairs(store: PairStore) -> list[TokenizedPair]:
     """Real pairs to try a layout on: the longest one, and the first two."""
     longest = int(store.lengths.sum(axis=1).argmax())
     return [store[index] for index in dict.fromkeys([longest, *range(min(2, len(store)))])]
+
+
+def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
+    """Whether activations are computed again; the same in all processes, and said if "auto"."""
+    wanted = run.settings.activation_checkpointing
+    policy = run.policy
+    weights = [weight for model in policy.models for weight in model.parameters()]
+    used = sum(weight.numel() * weight.element_size() for weight in weights)
+    used += bytes_of_learning(policy, run.settings)
+    if run.mesh is not None:
+        used /= run.group.size
+    own = needs_checkpointing(policy.model, wanted, longest_pair, run.group.device, used)
+    uses = any(run.group.gather(own))
+    if uses and wanted == "auto":
+        tokens = f"the longest pair, of {longest_pair:,} tokens, would not fit otherwise"
+        console.say(f"activations are computed again in the backward pass: {tokens}")
+    return uses
+
+
+def allocate_moments(state: TrainState, device: torch.device) -> None:
+    """`make_moments`. Raises TbpoError if there is no memory for them."""
+    try:
+        make_moments(state.optimizer)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        num_weights = sum(weight.numel() for weight in state.parameters.values())
+        raise TbpoError(
+            f"out of memory: {str(error).splitlines()[0]}",
+            f"the optimizer's moments of {num_weights:,} trained weights on {device}",
+            "memory for weights, gradients and moments, 16 bytes a weight with adamw",
+            'train an adapter ([model.lora]), or give more --gpus with sharding = "fsdp"',
+        ) from None
 
 
 def open_reference_cache(run: TrainingRun) -> ReferenceCache | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import psutil
 import torch
 from torch import Tensor
@@ -75,6 +77,35 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
     return (one_layer + layers * width if activation_checkpointing else whole), one_layer
 
 
+def bytes_of_learning(policy: Policy, settings: Training) -> float:
+    """Bytes of the gradients and the optimizer's moments of all trained weights, in fp32."""
+    trained = sum(weight.numel() for weight in policy.trained.values())
+    return 4.0 * (1 + MOMENTS[settings.optimizer]) * trained
+
+
+def needs_checkpointing(
+    model: LanguageModel,
+    wanted: bool | Literal["auto"],
+    longest: int,
+    device: torch.device,
+    used: float | None = None,
+) -> bool:
+    """Whether activations are computed again in the backward pass.
+
+    Args:
+        wanted: `activation_checkpointing` of the recipe; "auto": if the longest pair takes more
+            than half of the memory that is left, as a micro-batch may.
+        longest: tokens of the longest pair; 0: unknown, and taken for short.
+        device, used: as of `memory_left`.
+    """
+    if wanted != "auto":
+        return wanted
+    if longest == 0:
+        return False
+    kept, _ = kept_bytes(model, False)
+    return longest * kept > memory_left(device, used) / 2
+
+
 def tokens_that_fit(kept: float, device: torch.device, used: float | None = None) -> int:
     """Tokens of the first micro-batch, a power of two: they fill half of the memory that is left.
 
@@ -87,9 +118,21 @@ def tokens_that_fit(kept: float, device: torch.device, used: float | None = None
     """
     if device.type != "cuda":
         return TOKENS_ON_CPU
-    used = torch.cuda.memory_allocated(device) if used is None else used
-    tokens = int((device_memory(device) - used) / 2 / kept)
+    tokens = int(memory_left(device, used) / 2 / kept)
     return min(MAX_TOKENS, max(MIN_TOKENS, int(2 ** (tokens.bit_length() - 1))))
+
+
+def memory_left(device: torch.device, used: float | None = None) -> float:
+    """Bytes of a device's memory without those that this process uses.
+
+    Args:
+        used: bytes that are taken; None: those that this process has allocated.
+    """
+    if used is None and device.type == "cuda":
+        used = torch.cuda.memory_allocated(device)
+    elif used is None:
+        used = psutil.Process().memory_info().rss
+    return device_memory(device) - used
 
 
 def device_memory(device: torch.device) -> int:
@@ -131,16 +174,18 @@ def estimate_memory(
     for p in (p for each in policy.models for p in each.parameters()):
         is_quantized = model.quantization and p.ndim == 2 and id(p) not in never_quantized
         weights += p.numel() * (NF4_BYTES if is_quantized else p.element_size()) / processes
-    kept, layer = kept_bytes(policy.model, settings.activation_checkpointing)
-    wanted = settings.max_tokens_per_device
-    fit = wanted if isinstance(wanted, int) else tokens_that_fit(kept, device, weights)
-    tokens = min(bounds[1], max(bounds[0], fit))
     fp32 = 4.0
-    per_weight = fp32 * (1 + MOMENTS[settings.optimizer])
+    learning = bytes_of_learning(policy, settings) / processes
+    wanted = settings.activation_checkpointing
+    again = needs_checkpointing(policy.model, wanted, bounds[0], device, weights + learning)
+    kept, layer = kept_bytes(policy.model, again)
+    limit = settings.max_tokens_per_device
+    fit = limit if isinstance(limit, int) else tokens_that_fit(kept, device, weights)
+    tokens = min(bounds[1], max(bounds[0], fit))
     vocab_size = policy.model.config.get_text_config().vocab_size
     parts = {
         "weights": weights,
-        "gradients and moments": per_weight * sum(trained.values()) / processes,
+        "gradients and moments": learning,
         "activations": tokens * (kept + in_flight * layer),
         "output head": fp32 * tiles * CHUNK_TOKENS * vocab_size,
         "python and its libraries": libraries,

@@ -25,6 +25,9 @@ Totals = dict[
 def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     """Sums and counts of every metric that the scores allow, still on their device.
 
+    All but `num_clipped` are means over pairs, or over their tokens, in which each pair has its
+    weight.
+
     - loss: nats, per pair or per chosen token, as the loss says.
     - reward_chosen, reward_rejected: β Σ r. margin: their difference. accuracy: pairs with a margin
       above 0.
@@ -34,17 +37,21 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     - num_clipped: values of log R outside ±30.
     """
     chosen, rejected = sums_over_response(scores.chosen), sums_over_response(scores.rejected)
-    aligned, weights = scores.aligned_mask, pair_weights(scores, loss)
-    totals: Totals = {"loss": ((output.per_pair.detach() * weights).sum(), weights.sum())}
+    aligned = scores.aligned_mask
+    of_pair = _weights_of_pairs(scores)
+    of_loss = pair_weights(scores, loss)
+
+    def mean(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        return (sums * of_pair).sum(), (counts * of_pair).sum()
+
+    totals: Totals = {"loss": ((output.per_pair.detach() * of_loss).sum(), of_loss.sum())}
     if "logps" in chosen:
-        totals["logps_chosen"] = (chosen["logps"].sum(), chosen["tokens"].sum())
-        totals["logps_rejected"] = (rejected["logps"].sum(), rejected["tokens"].sum())
+        totals["logps_chosen"] = mean(chosen["logps"], chosen["tokens"])
+        totals["logps_rejected"] = mean(rejected["logps"], rejected["tokens"])
     for name in ("kl", "reverse_kl", "entropy"):
         if name in chosen:
-            totals[name] = (
-                (chosen[name] + rejected[name]).sum(),
-                (chosen["tokens"] + rejected["tokens"]).sum(),
-            )
+            num_tokens = chosen["tokens"] + rejected["tokens"]
+            totals[name] = mean(chosen[name] + rejected[name], num_tokens)
     if "log_ratio" in chosen and scores.rejected.mask.shape[1]:
         beta = getattr(loss, "beta", 1.0)
         reward_chosen, reward_rejected = beta * chosen["log_ratio"], beta * rejected["log_ratio"]
@@ -53,7 +60,8 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
             "margin": reward_chosen - reward_rejected,
             "accuracy": reward_chosen > reward_rejected,
         }
-        totals |= {name: (values.sum(), len(values)) for name, values in of_pairs.items()}
+        one = torch.ones_like(of_pair)
+        totals |= {name: mean(values, one) for name, values in of_pairs.items()}
     log_ratio = output.log_ratio_aligned
     if (
         log_ratio is None
@@ -64,19 +72,30 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
         length = aligned.shape[1]
         log_ratio = scores.rejected.log_ratio[:, :length] - scores.chosen.log_ratio[:, :length]
     if log_ratio is not None:
-        totals["token_accuracy"] = (((log_ratio < 0) & aligned).sum(), aligned.sum())
+        num_right = ((log_ratio < 0) & aligned).sum(dim=1)
+        totals["token_accuracy"] = mean(num_right, aligned.sum(dim=1))
     if output.num_clipped is not None:
         totals["num_clipped"] = (output.num_clipped, 1)
     return totals
 
 
-def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
-    """What each pair counts for in a step's loss, (B,): 1, or its number of chosen tokens.
+def _weights_of_pairs(scores: PairScores) -> Tensor:
+    """(B,), 1 for each pair if none has a weight of its own."""
+    if scores.weights is not None:
+        return scores.weights
+    mask = scores.chosen.mask
+    return torch.ones(mask.shape[0], device=mask.device)
 
-    `loss.mean_over` decides.
+
+def pair_weights(scores: PairScores, loss: Loss) -> Tensor:
+    """What the loss of each pair counts for in that of the step, (B,).
+
+    It is the weight of the pair, times its number of chosen tokens if `loss.mean_over` says so.
     """
-    num_chosen = scores.chosen.mask.sum(dim=1)
-    return num_chosen if loss.mean_over == "chosen_tokens" else torch.ones_like(num_chosen)
+    weights = _weights_of_pairs(scores)
+    if loss.mean_over == "chosen_tokens":
+        return weights * scores.chosen.mask.sum(dim=1)
+    return weights
 
 
 def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:

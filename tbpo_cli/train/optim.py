@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
 
@@ -22,6 +23,30 @@ def build_optimizer(settings: Training, parameters: Iterable[nn.Parameter]) -> O
     return OPTIMIZERS[settings.optimizer](
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+
+
+@torch.no_grad()
+def make_moments(optimizer: Optimizer) -> None:
+    """Makes an optimizer's moments, as zeros; torch makes them in the first step.
+
+    So a device that has no memory for them is noticed before the training, and what is left for
+    activations is known. Weights do not change.
+
+    1. A step with gradients of zero and a rate of 0.
+    2. Everything that the step has left is set to 0, the number of steps as well.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def build_baseline_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -51,16 +51,9 @@ def train_stage(
     group = Group.of_environment()
     folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
     group.gather(None)
-    torch.backends.cuda.matmul.allow_tf32 = True
     console.say(f"{stage.name}: loading {recipe.model.base}")
     policy = _load(stage.name, recipe, run_dir, loss, group)
-    _check_embeddings(policy, stores, recipe.model)
-    check_positions(
-        policy.models,
-        longest_sequence(stores),
-        f"model.base = {recipe.model.base!r}",
-        "data.max_length = {limit}",
-    )
+    _check_fit(policy, stores, recipe.model)
     device = _device_name(group.device)
     _say_what_is_trained(stage.name, policy, stores, device, group)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
@@ -165,8 +158,8 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) 
     return policy
 
 
-def _check_embeddings(policy: Policy, stores: Stores, model: Model) -> None:
-    """Raises TbpoError if a token id of the pairs has no embedding."""
+def _check_fit(policy: Policy, stores: Stores, model: Model) -> None:
+    """Raises TbpoError if a token id has no embedding, or a sequence too few positions."""
     num_embeddings = policy.model.get_input_embeddings().weight.shape[0]
     largest = max(store.largest_id for store in stores)
     if largest >= num_embeddings:
@@ -176,6 +169,12 @@ def _check_embeddings(policy: Policy, stores: Stores, model: Model) -> None:
             f"ids below {num_embeddings:,}, as the model's config says",
             "take the tokenizer that belongs to the model",
         )
+    check_positions(
+        policy.models,
+        longest_sequence(stores),
+        f"model.base = {model.base!r}",
+        "data.max_length = {limit}",
+    )
 
 
 def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:

@@ -91,6 +91,7 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), max_norm)
 
         metrics = average([*totals, {"grad_norm": (gathered(norm), 1)}], run.group)
+        metrics.setdefault("loss", 0.0)  # there is no mean over pairs that all weigh 0
         if not np.isfinite([metrics["grad_norm"], metrics["loss"]]).all():
             raise self._divergence(number)
 
@@ -134,7 +135,7 @@ class Stepper:
     def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:
         """Adds the gradients of one micro-batch to those of the others.
 
-        The scalar is the sum of the losses of its pairs over the count of the whole step.
+        The scalar is the weighted sum of the losses of its pairs over the weight of the whole step.
         """
         run = self.run
         reports_all = self._reports_all(number)
@@ -151,14 +152,20 @@ class Stepper:
             scores = self.scorer.score(batch, run.loss.needs, reference)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
-        losses.sum().div(self._count(number)).backward()
+        losses.sum().div(self._total_weight(number)).backward()
         return scores, output
 
-    def _count(self, number: int) -> int:
-        """What the summed loss of a step is divided by: its pairs, or their chosen tokens."""
+    def _total_weight(self, number: int) -> float:
+        """What the summed loss of a step is divided by, over all processes.
+
+        The weights of its pairs, times their numbers of chosen tokens if the loss is a mean over
+        them. Of a step whose pairs all weigh 0, so that the sum is 0 as well: 1.
+        """
+        pairs = self._pairs(number)
+        weights = self.run.train.weights[pairs]
         if self.run.loss.mean_over == "chosen_tokens":
-            return int(self.run.train.chosen_lengths[self._pairs(number)].sum())
-        return self.run.settings.batch_size
+            weights = weights * self.run.train.chosen_lengths[pairs]
+        return float(weights.sum()) or 1.0
 
     def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
         """log π_ref of a batch's tokens, (N,): from the cache, else from the reference."""
@@ -166,6 +173,8 @@ class Stepper:
         is_incomplete = bool(known.isnan().any())
         if self.run.policy.is_sharded:  # a pass of the reference is made by all processes together
             is_incomplete = any(self.run.group.gather(is_incomplete))
+        if self.run.group.device.type == "cuda":
+            known = known.pin_memory()  # else the host waits for the transfer
         logps = known.to(self.run.group.device, non_blocking=True)
         if is_incomplete:
             logps = torch.where(logps.isnan(), self.scorer.view_logps(REFERENCE, batch), logps)
@@ -207,7 +216,7 @@ class Stepper:
         return list(collate_all(run.train, indices, max_tokens, span, self.layout, with_keys))
 
     def _own_pairs(self, store: PairStore, pairs: Sequence[int], span: str) -> list[int]:
-        """Those of some pairs that this process computes: all processes have about as many tokens."""
+        """This process's part of some pairs: all processes have about as many tokens."""
         group = self.run.group
         num_tokens = span_lengths(store, pairs, span).sum(axis=1)
         return [pairs[number] for number in deal(num_tokens, group.size)[group.rank]]

@@ -8,7 +8,10 @@ from zoo import compare, families
 
 QUICK = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "granite"),
-    *("cohere2", "smollm3", "stablelm", "starcoder2"),
+    *("cohere2", "smollm3", "stablelm", "starcoder2", "arcee", "apertus", "gemma3_text"),
+    *("gpt2", "opt", "bloom", "gpt_neox", "phi", "falcon"),
+    *("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "afmoe", "aria_text", "axk1", "axk2"),
+    *("mamba", "rwkv", "minimax", "recurrent_gemma"),
 ]
 
 

@@ -42,7 +42,7 @@ class Format:
         recognise: whether a row with these columns is of this format, where another one has the
             same.
         parse_all: in place of `parse`, for rows of which several pairs are made, as the second
-            argument, `data.ranked_pairs`, says.
+            argument, `data.ranking`, says.
     """
 
     columns: tuple[str | tuple[str, ...], ...]
@@ -80,7 +80,16 @@ FORMATS = {  # a row is of the first that fits it
 # Of one completion a row, in `sft.train` as well, where nothing is compared.
 NOT_FOR_SFT = ("unpaired",)
 # Columns that a row of any format may have.
-MORE_COLUMNS = ("system", "tools", "score_chosen", "score_rejected", "history", "input", "label")
+MORE_COLUMNS = (
+    "system",
+    "tools",
+    "weight",
+    "score_chosen",
+    "score_rejected",
+    "history",
+    "input",
+    "label",
+)
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
         [
@@ -152,7 +161,7 @@ def recognise(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[s
 
 
 def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
-    """The pairs that a row makes: one, or of a list of answers as `data.ranked_pairs` says.
+    """The pairs that a row makes: one, or of a list of answers as `data.ranking` says.
 
     Raises:
         RejectedRow: with the reason why the row cannot be used.
@@ -170,7 +179,7 @@ def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
             is_there = any(name in content for name in names)
             raise RejectedRow("null_column" if is_there else "missing_column", names[0])
     if known.parse_all is not None:
-        return known.parse_all(content, data.ranked_pairs)
+        return known.parse_all(content, data.ranking)
     assert known.parse is not None
     return [known.parse(content)]
 

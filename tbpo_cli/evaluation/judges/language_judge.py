@@ -43,16 +43,7 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         TbpoError: for a template without its places; later, if the server does not answer, or
             refuses every request.
     """
-    path = Path(settings.template or TEMPLATE)
-    try:
-        template = path.read_text(encoding="utf-8")
-        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
-            raise ValueError(f"it has no place {' or '.join(missing)}")
-    except (OSError, ValueError) as error:
-        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
-        raise TbpoError(
-            f"the judge's template cannot be used: {error}", str(path), expected
-        ) from None
+    template = _template(settings)
     endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -86,6 +77,20 @@ def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
         ]
 
     return Judge(settings.model, compare)
+
+
+def _template(settings: Settings) -> str:
+    """The text around prompt and completions. Raises TbpoError if it lacks a place for one."""
+    path = Path(settings.template or TEMPLATE)
+    try:
+        template = path.read_text(encoding="utf-8")
+        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
+            raise ValueError(f"it has no place {' or '.join(missing)}")
+    except (OSError, ValueError) as error:
+        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
+        what = f"the judge's template cannot be used: {error}"
+        raise TbpoError(what, str(path), expected) from None
+    return template
 
 
 def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -> dict[str, Any]:

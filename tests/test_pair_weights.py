@@ -1,0 +1,177 @@
+"""The column `weight`: a step's loss is Σ w L / Σ w over all of its pairs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import preference_rows, run_stage, write_jsonl
+from process import Process
+from safetensors.torch import load_file
+
+from tbpo_cli.batch.batches import cut_to_span
+from tbpo_cli.batch.layouts import collate
+from tbpo_cli.config.recipe import Data, Source
+from tbpo_cli.core import PairScores, SideScores, build_loss
+from tbpo_cli.data.formats import to_pairs
+from tbpo_cli.data.pairs import RejectedRow
+from tbpo_cli.data.sources import Row
+from tbpo_cli.data.store import PairStore
+from tbpo_cli.data.tokens import TokenizedPair
+from tbpo_cli.train.group import ONE
+from tbpo_cli.train.metrics import average, measure, pair_weights
+
+EXACT = ("model.lora.dropout=0.0", "align.log_every=1000", "align.eval_every=1000")
+ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.dedup=false")
+
+
+def pair_of(**columns):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", **columns}
+    (pair,) = to_pairs(Row("rows.jsonl", 1, row), "prompt", Data(train=(Source("rows.jsonl"),)))
+    return pair
+
+
+def train(recipe_file, folder, rows, *sets, stage="align"):
+    path = write_jsonl(folder.parent / f"{folder.name}.jsonl", rows)
+    return run_stage(stage, recipe_file, folder, f"data.train={path}", *EXACT, *ONE_STEP, *sets)
+
+
+def adapter(run, stage="align"):
+    return load_file(run / stage / "adapter/adapter_model.safetensors")
+
+
+def assert_same_weights(run, other, stage="align"):
+    ours, theirs = adapter(run, stage), adapter(other, stage)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def losses(run, stage="align"):
+    lines = map(json.loads, (run / stage / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def test_a_row_without_the_column_weighs_1_and_another_what_it_says():
+    assert pair_of().weight == 1 and pair_of(weight=0).weight == 0
+    assert pair_of(weight=2.5).weight == 2.5
+
+
+@pytest.mark.parametrize("weight", [None, -1, -0.5, "2", True, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_a_reason_to_reject_the_row(weight):
+    with pytest.raises(RejectedRow) as rejected:
+        pair_of(weight=weight)
+    assert rejected.value.reason == "bad_weight"
+    assert repr(weight) in rejected.value.detail
+
+
+def test_weights_are_kept_with_the_pairs_and_bad_ones_reported(recipe_file, tmp_path):
+    weights = [0.0, 2.0, 0.1, 1.0]
+    rows = [row | {"weight": w} for row, w in zip(preference_rows(4, seed=3), weights, strict=True)]
+    rows += [row | {"weight": -1} for row in preference_rows(1, seed=4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = run_stage(
+        "prepare", recipe_file, tmp_path / "run", f"data.train={path}",
+        "data.max_reject_fraction=0.5",
+    )  # fmt: skip
+    store = PairStore(run / "prepare/train")
+    assert store.weights.tolist() == [store[n].weight for n in range(4)] == weights
+    (reject,) = map(json.loads, (run / "prepare/rejects.jsonl").read_text().splitlines())
+    assert (reject["row"], reject["reason"]) == (5, "bad_weight")
+    assert "sum of the weights of all pairs" in (run / "prepare/report.html").read_text()
+
+
+@pytest.mark.parametrize("span", ["response", "aligned", "aligned_and_chosen", "chosen"])
+def test_a_batch_has_the_weights_of_its_pairs_on_every_device(span):
+    pairs = [TokenizedPair(str(w), [1, 2], [3, 4, 5], [6, 7], w) for w in (0.1, 0.0, 3.75)]
+    batch = collate([cut_to_span(pair, span) for pair in pairs], "packed")
+    expected = torch.tensor([0.1, 0.0, 3.75])
+    assert torch.equal(batch.pair_weights, expected)
+    assert torch.equal(batch.to(torch.device("cpu", 0)).pair_weights, expected), "bit by bit"
+
+
+def test_metrics_are_weighted_means():
+    """Three pairs of one token; the second one weighs nothing, the third three times the first."""
+    mask = torch.ones(3, 1, dtype=torch.bool)
+
+    def side(*log_ratios):
+        column = torch.tensor([*log_ratios])[:, None]
+        return SideScores(mask, logps=column, log_ratio=column, kl=-column)
+
+    weights = torch.tensor([1.0, 0.0, 3.0])
+    scores = PairScores(side(1.0, 50.0, -2.0), side(0.5, 9.0, 1.0), weights)
+    loss = build_loss("dpo", beta=1.0)
+    output = loss(scores)
+    values = average([measure(scores, output, loss)], ONE)
+    per_pair = output.per_pair.tolist()
+    assert values["loss"] == pytest.approx((per_pair[0] + 3 * per_pair[2]) / 4)
+    assert values["reward_chosen"] == pytest.approx((1.0 - 6.0) / 4)
+    assert values["margin"] == pytest.approx((0.5 - 9.0) / 4)
+    assert values["accuracy"] == values["token_accuracy"] == pytest.approx(1 / 4)
+    assert values["logps_rejected"] == pytest.approx((0.5 + 3.0) / 4)
+    assert values["kl"] == pytest.approx(-(1.5 - 3.0) / 8)
+    assert pair_weights(scores, build_loss("sft")).tolist() == [1.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "max_tokens"),
+    [
+        ("tbpo_a", "shared_prompt", 2048),
+        ("tbpo_a", "padded", 60),
+        ("dpo", "packed", 60),
+        ("tbpo_q", "shared_prompt", 60),
+    ],
+)
+def test_a_pair_of_weight_2_is_that_pair_twice_in_every_layout_and_micro_batch(
+    recipe_file, tmp_path, name, layout, max_tokens
+):
+    first, second, third = preference_rows(3, seed=7)
+    sets = (f"align.loss.name={name}", f"align.layout={layout}")
+    sets += (f"align.max_tokens_per_device={max_tokens}",)
+    rows = [first | {"weight": 2}, second, third | {"weight": 0}]
+    weighted = train(recipe_file, tmp_path / "weighted", rows, "align.batch_pairs=3", *sets)
+    rows = [first, first, second]
+    twice = train(recipe_file, tmp_path / "twice", rows, "align.batch_pairs=3", *sets)
+    plain = train(recipe_file, tmp_path / "plain", [first, second], "align.batch_pairs=2", *sets)
+    assert losses(weighted) == pytest.approx(losses(twice), rel=1e-5, abs=1e-6)
+    assert_same_weights(weighted, twice)
+    with pytest.raises(AssertionError):
+        assert_same_weights(weighted, plain)
+
+
+def test_sft_weighs_demonstrations_by_their_tokens_and_weights(recipe_file, tmp_path):
+    first, second = preference_rows(2, seed=8)
+    sets = ("sft.batch_examples=3", "sft.max_steps=2", "sft.warmup=0")
+    rows = [first | {"weight": 0.5}, second | {"weight": 0.25}, second | {"weight": 0}]
+    weighted = train(recipe_file, tmp_path / "weighted", rows, *sets, stage="sft")
+    rows = [first, first, second]
+    twice = train(recipe_file, tmp_path / "twice", rows, *sets, stage="sft")
+    assert losses(weighted, "sft") == pytest.approx(losses(twice, "sft"), rel=1e-5)
+    assert_same_weights(weighted, twice, "sft")
+
+
+def test_a_step_whose_pairs_all_weigh_0_changes_nothing(recipe_file, tmp_path):
+    rows = [row | {"weight": 0} for row in preference_rows(2, seed=9)]
+    run = train(recipe_file, tmp_path / "run", rows, "align.batch_pairs=2")
+    assert losses(run) == [0.0, 0.0]
+    assert not any(tensor.any() for name, tensor in adapter(run).items() if "lora_B" in name)
+
+
+def test_two_processes_and_a_resumed_run_divide_by_the_same_sum_of_weights(recipe_file, tmp_path):
+    rows = preference_rows(40, seed=5)
+    rows = [row | {"weight": number % 4 / 2} for number, row in enumerate(rows)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    sets = (f"data.train={path}", *EXACT, "align.max_steps=4", "align.checkpoint_every=2")
+    alone = run_stage("align", recipe_file, tmp_path / "alone", *sets)
+    flags = [part for one in sets for part in ("--set", one)]
+    two = tmp_path / "two"
+    done = Process(
+        "align", recipe_file, "--run-dir", two, *flags, "--cpu", "--gpus", "2", cwd=tmp_path
+    ).finish()
+    assert done.returncode == 0, done.stderr
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
+    assert_same_weights(alone, two)
+    (two / "align/manifest.json").unlink()
+    shutil.rmtree(two / "align/checkpoints/step-4")
+    resumed = run_stage("align", recipe_file, two, *sets)
+    assert losses(resumed) == pytest.approx(losses(alone), rel=1e-5)
+    assert_same_weights(alone, resumed)
