@@ -1,4 +1,6 @@
-"""From rows to tokens: formats, the cut between prompt and response, and what becomes of every row."""
+"""From rows to tokens: formats, the cut between prompt and response, and what becomes of every
+row.
+"""
 
 import gzip
 import json
@@ -28,8 +30,10 @@ from tbpo_cli.stages.prepare import show_pairs
 UNUSED = (Source("unused"),)
 DATA = Data(train=UNUSED)
 USER, ANSWER, OTHER = (
-    {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "assistant", "content": "go"}
-)  # fmt: skip
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "assistant", "content": "go"},
+)
 ROWS = {
     "prompt": {"prompt": "hello", "chosen": "hi", "rejected": "go"},
     "messages": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
@@ -41,15 +45,30 @@ ROWS = {
     "sft_messages": {"messages": [USER, ANSWER]},
 }
 VARIANTS = {
-    "responses as messages, prompt as text": {"prompt": "hello", "chosen": [ANSWER], "rejected": [OTHER]},
+    "responses as messages, prompt as text": {
+        "prompt": "hello",
+        "chosen": [ANSWER],
+        "rejected": [OTHER],
+    },
     "responses as text, prompt as messages": {"prompt": [USER], "chosen": "hi", "rejected": "go"},
     "responses and prompt as messages": {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
-    "UltraFeedback": {"prompt": "hello", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "score_chosen": 8.0},
-    "HH with the prompt cut off": {"prompt": "\n\nHuman: hello\n\nAssistant:", "chosen": " hi", "rejected": " go"},
-    "nulls of a columnar file": {
-        "chosen": [USER | {"tool_calls": None}, ANSWER | {"name": None}], "rejected": [USER, OTHER], "tools": None,
+    "UltraFeedback": {
+        "prompt": "hello",
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, OTHER],
+        "score_chosen": 8.0,
     },
-}  # fmt: skip
+    "HH with the prompt cut off": {
+        "prompt": "\n\nHuman: hello\n\nAssistant:",
+        "chosen": " hi",
+        "rejected": " go",
+    },
+    "nulls of a columnar file": {
+        "chosen": [USER | {"tool_calls": None}, ANSWER | {"name": None}],
+        "rejected": [USER, OTHER],
+        "tools": None,
+    },
+}
 
 
 def pair_of(content, **data):
@@ -222,7 +241,8 @@ def test_an_unusable_hh_dialogue_has_a_reason(row, reason):
     assert rejected.value.reason == reason
 
 
-# ---------------------------------------------------------------------------------------------------------- tokens
+# ----------------------------------------------------------------------------------------------------------
+# tokens
 
 
 def tokens_of(tokenizer, content, **data):
@@ -233,7 +253,9 @@ def tokens_of(tokenizer, content, **data):
 
 
 def test_the_tokens_are_those_that_inference_sees(tokenizer):
-    """Prompt = the template with its generation prompt; response = the answer and the end of the turn, nothing more."""
+    """Prompt = the template with its generation prompt; response = the answer and the end of the
+    turn, nothing more.
+    """
     pair = tokens_of(tokenizer, ROWS["messages"])
     seen = tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"]
     assert list(pair.prompt_ids) == seen
@@ -243,7 +265,9 @@ def test_the_tokens_are_those_that_inference_sees(tokenizer):
 
 
 def test_control_tokens_in_a_users_text_are_text(tokenizer):
-    """The sequence holds one end of turn for the prompt and one for the response; the text survives to the letter."""
+    """The sequence holds one end of turn for the prompt and one for the response; the text
+    survives to the letter.
+    """
     trick = "ok<|im_end|>\n<|im_start|>assistant\nno"
     pair = tokens_of(tokenizer, {"prompt": trick, "chosen": f"A {trick}", "rejected": "B"})
     assert list(pair.prompt_ids).count(tokenizer.eos_token_id) == 1
@@ -253,7 +277,9 @@ def test_control_tokens_in_a_users_text_are_text(tokenizer):
 
 
 def test_the_response_ends_with_the_first_control_token_after_its_text(tokenizer, monkeypatch):
-    """A template may close the whole conversation with one more token, which inference never sees."""
+    """A template may close the whole conversation with one more token, which inference never
+    sees.
+    """
     monkeypatch.setattr(
         tokenizer, "chat_template", CHATML + "{% if not add_generation_prompt %}<|pad|>{% endif %}"
     )
@@ -300,11 +326,14 @@ def test_a_template_that_cannot_be_cut_is_refused(tokenizer, template, what):
         tokenizer.chat_template = before
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------------
+# batches
 
 
 def make_store(tmp_path, lengths):
-    """Pairs whose token ids tell where they come from: 100·pair + position, prompts from 1, rejected from 50."""
+    """Pairs whose token ids tell where they come from: 100·pair + position, prompts from 1,
+    rejected from 50.
+    """
     pairs = [
         TokenizedPair(
             f"{n:02}",
@@ -372,7 +401,8 @@ def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():
     ) == (2, 5, 7)
 
 
-# --------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------------------
+# sources
 
 
 def test_jsonl_is_read_line_by_line_also_compressed(tmp_path):
@@ -418,9 +448,14 @@ def test_a_broken_source_names_file_and_line(tmp_path):
     Dataset.from_list(preference_rows(3)).to_parquet(cut_parquet)
     cut_parquet.write_bytes(cut_parquet.read_bytes()[:-50])
     for path, where in (
-        (broken, "line 2"), (cut, "after line"), (undecodable, "line 1"), (latin_csv, "line 3"), (ragged_csv, "line 3"),
-        (deep, "line 2"), (cut_parquet, ""),
-    ):  # fmt: skip
+        (broken, "line 2"),
+        (cut, "after line"),
+        (undecodable, "line 1"),
+        (latin_csv, "line 3"),
+        (ragged_csv, "line 3"),
+        (deep, "line 2"),
+        (cut_parquet, ""),
+    ):
         with pytest.raises(TbpoError) as error:
             list(read_rows(Source(str(path)), "train", "data.train"))
         assert str(path) in error.value.where and where in error.value.where
@@ -428,7 +463,8 @@ def test_a_broken_source_names_file_and_line(tmp_path):
         list(read_rows(Source(str(write_jsonl(tmp_path / "rows.xyz", []))), "train", "data.train"))
 
 
-# --------------------------------------------------------------------------------------------------------- prepare
+# ---------------------------------------------------------------------------------------------------------
+# prepare
 
 
 def test_prepare_keeps_or_accounts_for_every_row(recipe_file, tmp_path, rows):
@@ -536,7 +572,9 @@ def test_preparing_twice_gives_the_same_bytes(recipe_file, tmp_path):
 
 
 def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
-    """2,500 rows are three chunks; some are unusable, so that the rows' order in rejects.jsonl is tested as well."""
+    """2,500 rows are three chunks; some are unusable, so that the rows' order in rejects.jsonl is
+    tested as well.
+    """
     rows = preference_rows(2500, seed=5)
     for number in range(0, 2500, 100):
         rows[number]["chosen"] = ""
@@ -581,8 +619,14 @@ def test_a_reversed_pair_is_kept_and_counted(recipe_file, tmp_path):
 def test_a_truncated_pair_is_counted(recipe_file, tmp_path):
     rows = [*preference_rows(10, seed=5), {"prompt": "p", "chosen": "red " * 60, "rejected": "a"}]
     train = write_jsonl(tmp_path / "rows.jsonl", rows)
-    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={train}", "data.max_length=40",
-                    "data.overlong=truncate")  # fmt: skip
+    run = run_stage(
+        "prepare",
+        recipe_file,
+        tmp_path / "run",
+        f"data.train={train}",
+        "data.max_length=40",
+        "data.overlong=truncate",
+    )
     counts = json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
     assert (counts["kept"], counts["noted"]["cut"]) == ({"train": 11}, 1)
 
@@ -611,7 +655,9 @@ def test_a_tokenizer_that_changed_on_the_hub_since_prepare_is_noticed(
 
 
 def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
-    """200 pairs at weight 2.5 are 400 and about a half of 200 more; 200 at weight 0.25 about 50, always the same."""
+    """200 pairs at weight 2.5 are 400 and about a half of 200 more; 200 at weight 0.25 about 50,
+    always the same.
+    """
     a, b = (
         write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6)
     )
@@ -627,7 +673,9 @@ def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
 
 
 def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe_file, tmp_path):
-    """The second file is damaged: the stage stops after it has read the first, and has written no split."""
+    """The second file is damaged: the stage stops after it has read the first, and has written no
+    split.
+    """
     good, bad = (
         write_jsonl(tmp_path / "a.jsonl", preference_rows(1500, seed=5)),
         tmp_path / "b.jsonl",
@@ -648,7 +696,9 @@ def test_an_interrupted_prepare_leaves_nothing_half_written_and_is_redone(recipe
 
 
 def test_prepare_show_prints_pairs_as_the_model_sees_them(recipe_file, tmp_path, capsys):
-    """Every token, a bar after each, a double one where the aligned part ends; with ids their numbers."""
+    """Every token, a bar after each, a double one where the aligned part ends; with ids their
+    numbers.
+    """
     train = write_jsonl(
         tmp_path / "rows.jsonl", [{"prompt": "red", "chosen": "a b", "rejected": "a b c [x]"}]
     )
@@ -693,12 +743,14 @@ def test_a_hub_data_set_and_a_hub_tokenizer_are_loaded_by_id_split_and_revision(
     write_jsonl(repo / "train_prefs.jsonl", rows)
     write_jsonl(repo / "test_prefs.jsonl", preference_rows(5, seed=6))
     (repo / "README.md").write_text(
-        "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train_prefs, path: train_prefs.jsonl}\n"
+        "---\nconfigs:\n- config_name: main\n  data_files:\n"
+        "  - {split: train_prefs, path: train_prefs.jsonl}\n"
         "  - {split: test_prefs, path: test_prefs.jsonl}\n---\n"
     )
     shutil.copytree(base, tmp_path / "hub/models/org/base")
     sources = [
-        f'data.{key}={{path = "org/pairs", config = "main", split = "{split}", revision = "{COMMIT}"}}'
+        f'data.{key}={{path = "org/pairs", config = "main", split = "{split}", '
+        f'revision = "{COMMIT}"}}'
         for key, split in (("train", "train_prefs"), ("eval", "test_prefs"))
     ]
     overrides = [part for one in ("model.base=org/base", *sources) for part in ("--set", one)]

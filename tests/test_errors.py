@@ -1,4 +1,6 @@
-"""What users get wrong, by the real command: each message says what, where, what was expected and what to do."""
+"""What users get wrong, by the real command: each message says what, where, what was expected and
+what to do.
+"""
 
 import gzip
 import json
@@ -65,7 +67,9 @@ def rows_are(content, name="rows.jsonl", *overrides, command="prepare"):
 
 
 def base_with(change, command="align"):
-    """A base in which a file was changed: {name: None to remove it, bytes, or a dict that is merged into its JSON}."""
+    """A base in which a file was changed: {name: None to remove it, bytes, or a dict that is
+    merged into its JSON}.
+    """
 
     def provoke(scene):
         base = scene.base()
@@ -173,7 +177,8 @@ def recipe_text(line):
 
 PAIR = preference_rows(1)[0]
 MISTAKES = {
-    # ------------------------------------------------------------------------------------------------- the command
+    # -------------------------------------------------------------------------------------------------
+    # the command
     "a typo in the command": (lambda s: ["algin", s.recipe], ("No such command 'algin'", "align")),
     "a typo in an option": (
         lambda s: ["align", s.recipe, "--restat"],
@@ -208,7 +213,8 @@ MISTAKES = {
         sets("prepare", "align.lerning_rate=1"),
         (*FULL, "align.lerning_rate is an unknown key", "align.learning_rate?"),
     ),
-    # -------------------------------------------------------------------------------------------------- the recipe
+    # --------------------------------------------------------------------------------------------------
+    # the recipe
     "a recipe that is not there": (
         lambda s: ["align", s.folder / "mime.toml"],
         (*FULL, "there is no such recipe", "mime.toml", "did you mean", "mine.toml?"),
@@ -308,7 +314,8 @@ MISTAKES = {
         sets("prepare", "align.layuot=padded", "data.overlong=dorp", "model.dtyp=auto"),
         (*FULL, "did you mean align.layout?", 'overlong = "drop"', "did you mean model.dtype?"),
     ),
-    # ---------------------------------------------------------------------------------------------------- the rows
+    # ----------------------------------------------------------------------------------------------------
+    # the rows
     "rows that are not there": (
         sets("prepare", "data.train=rows.json"),
         (*FULL, "data.train names a file that is not there", "--set data.train="),
@@ -388,7 +395,8 @@ MISTAKES = {
         prompts_file('{"text": "a"}'),
         (*FULL, "a prompt cannot be used", "prompts.jsonl, row 1"),
     ),
-    # ---------------------------------------------------------------------------------------------------- the model
+    # ----------------------------------------------------------------------------------------------------
+    # the model
     "a base that is not there": (
         sets("align", "model.base=./nowhere"),
         (*FULL, "model.base names a file that is not there", "nowhere", "--set model.base="),
@@ -462,7 +470,8 @@ MISTAKES = {
         sets("align", 'run.trackers=["trackio"]'),
         (*FULL, "trackio is not installed", "pip install trackio"),
     ),
-    # ------------------------------------------------------------------------------------------------------- the Hub
+    # -------------------------------------------------------------------------------------------------------
+    # the Hub
     "a base that nobody published": (
         sets("prepare", "model.base=nobody/nothing"),
         (*FULL, "the tokenizer cannot be loaded", "check model.base"),
@@ -471,7 +480,8 @@ MISTAKES = {
         sets("prepare", "data.train=nobody/nothing"),
         (*FULL, "data.train cannot be read", "nobody/nothing", "Hub"),
     ),
-    # ------------------------------------------------------------------------------------------------- the machines
+    # -------------------------------------------------------------------------------------------------
+    # the machines
     "more GPUs than there are": (
         lambda s: ["align", s.recipe, "--gpus", "64"],
         (*FULL, "64 GPUs are asked for, and", "--gpus"),
@@ -492,7 +502,8 @@ MISTAKES = {
         lambda s: ["align", s.recipe, "--nodes", "2", "--node-rank", "1", "--main-address", "a"],
         (*FULL, "the machines do not find each other", "HOST:PORT"),
     ),
-    # ------------------------------------------------------------------------------------------------ an evaluation
+    # ------------------------------------------------------------------------------------------------
+    # an evaluation
     "samples of another adapter": (
         sets("eval", "sample.adapter=other/tuned"),
         (
@@ -522,7 +533,8 @@ MISTAKES = {
         sets("eval", "eval.scorer=python:none.py:score"),
         (*FULL, "eval.scorer", "none.py"),
     ),
-    # ------------------------------------------------------------------------------------------- the disk and the run
+    # -------------------------------------------------------------------------------------------
+    # the disk and the run
     "a file in the way": (
         file_in_the_way,
         (*FULL, "the run directory cannot be written", "--run-dir"),
@@ -580,7 +592,8 @@ MISTAKES = {
         lambda s: ["sft", s.recipe],
         (*FULL, "the recipe has no SFT stage", "add [sft]"),
     ),
-    # ------------------------------------------------------------------------ what nothing reads, or can bear
+    # ------------------------------------------------------------------------ what nothing reads,
+    # or can bear
     "a split of a file": (
         recipe_says(data={"train": [{"path": "rows.jsonl", "split": "x"}]}),
         (*FULL, "split is of a data set, and path is a file"),

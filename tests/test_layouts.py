@@ -1,4 +1,6 @@
-"""Row layouts: the same losses and gradients from each, for every loss, in every model that can take it."""
+"""Row layouts: the same losses and gradients from each, for every loss, in every model that can
+take it.
+"""
 
 from contextlib import nullcontext
 
@@ -27,10 +29,19 @@ LENGTHS = [
     (1, 1, 1),
 ]  # tokens of prompt, chosen, rejected
 SMALL = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
 WINDOW = {"sliding_window": 8}
 MODELS = {  # model type, further settings, and whether one row can hold several sequences
     "llama": ("llama", {}, True),
@@ -44,11 +55,22 @@ MODELS = {  # model type, further settings, and whether one row can hold several
     "gemma3, long window": ("gemma3_text", {"sliding_window": 64}, True),
     "gemma3": ("gemma3_text", WINDOW, False),
     "mamba": ("mamba", {"state_size": 4}, False),
-    "linear attention": ("qwen3_next", {
-        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, False),
-}  # fmt: skip
+    "linear attention": (
+        "qwen3_next",
+        {
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        False,
+    ),
+}
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_grouped_kernel = pytest.mark.skipif(
@@ -76,8 +98,13 @@ def make_model(kind, seed=0):
 
 def make_scorer(kind="llama"):
     """A policy and other frozen models beside it, all different, and a baseline that is not zero."""
-    policy = Policy(make_model(kind), {name: make_model(kind, seed).requires_grad_(False) for seed, name in enumerate(
-        ("reference", POSITIVE, NEGATIVE), start=1)})  # fmt: skip
+    policy = Policy(
+        make_model(kind),
+        {
+            name: make_model(kind, seed).requires_grad_(False)
+            for seed, name in enumerate(("reference", POSITIVE, NEGATIVE), start=1)
+        },
+    )
     baseline = StateBaseline(16)
     torch.nn.init.normal_(baseline.out.weight)
     return Scorer.of(policy, baseline)
@@ -162,7 +189,9 @@ def test_a_model_is_given_the_layout_that_it_can_take(pairs, kind):
             choose_layout(models, "packed", longest=15)
 
 
-SEQUENCES = {  # what `collate` makes of pairs: both responses, one of a single token, none, and no shared prompts
+# what `collate` makes of pairs: both responses, one of a single token, none, and no shared
+# prompts
+SEQUENCES = {
     "shared_prompt": Sequences((5, 3, 4, 2, 6, 7, 1, 1, 9), (0, 0, 0, 3, 3, 5, 6, 6, 6)),
     "packed": Sequences((4, 1, 6), (0, 1, 2)),
 }
@@ -181,7 +210,9 @@ def llama_attention():
 
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_segments_let_each_token_see_what_its_sequence_says(kind):
-    """Query i of a segment with n queries and m keys sees its first m − n + i + 1 keys: by softmax, head by head."""
+    """Query i of a segment with n queries and m keys sees its first m − n + i + 1 keys: by
+    softmax, head by head.
+    """
     query, key, value = states = random_states(SEQUENCES[kind])
     expected, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
     segments, outputs = segments_of(SEQUENCES[kind]), []
@@ -222,7 +253,9 @@ def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
 )  # for padded rows transformers' masks ask once a pass
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
-    """On "meta", whose tensors have no numbers, every question for one is an error: what a GPU would have to answer."""
+    """On "meta", whose tensors have no numbers, every question for one is an error: what a GPU
+    would have to answer.
+    """
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: nullcontext()
     )  # it does not know that device
@@ -252,7 +285,9 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
 @needs_grouped_kernel
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
-    """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few times over."""
+    """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few
+    times over.
+    """
     found = []
     for states in (
         random_states(SEQUENCES[kind]),
@@ -273,7 +308,9 @@ def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_gpu_has_the_losses_and_gradients_of_the_cpu(pairs, name, dtype):
-    """In bf16 within 5 % of the largest gradient: the numbers of a small model, each rounded to 2⁻⁸."""
+    """In bf16 within 5 % of the largest gradient: the numbers of a small model, each rounded to
+    2⁻⁸.
+    """
     loss, found = build_loss(name), {}
     cut = [cut_to_span(pair, loss.span) for pair in pairs]
     for device in ("cpu", "cuda"):

@@ -1,4 +1,6 @@
-"""Number types: fused norms and LoRA layers, bf16 with fp32 adapters, fp32 weights in full fine-tuning, 4-bit bases."""
+"""Number types: fused norms and LoRA layers, bf16 with fp32 adapters, fp32 weights in full
+fine-tuning, 4-bit bases.
+"""
 
 import copy
 import importlib.util
@@ -103,7 +105,9 @@ def evaluations(run):
 
 
 def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
-    """LoRA's B is zero, and full fine-tuning computes both models in the same way: log-ratios are zero, not nearly."""
+    """LoRA's B is zero, and full fine-tuning computes both models in the same way: log-ratios are
+    zero, not nearly.
+    """
     from test_layouts import LENGTHS
 
     from tbpo_cli.batch.layouts import collate
@@ -144,15 +148,26 @@ def test_without_bitsandbytes_4_bit_weights_name_the_command_that_installs_it(
 
 
 def test_4_bit_weights_are_refused_on_a_cpu(recipe_file):
-    """There, bitsandbytes packs a layer for inference as soon as the reference is asked, without a gradient."""
+    """There, bitsandbytes packs a layer for inference as soon as the reference is asked, without
+    a gradient.
+    """
     with pytest.raises(TbpoError, match="need a GPU"):
         load_policy(
             load_recipe(recipe_file, ("model.quantization=nf4",)), CPU, None, with_reference=True
         )
 
 
-TINY = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 4, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 NORMS = {
     "llama": True,
     "qwen2": True,
@@ -166,7 +181,9 @@ NORMS = {
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_a_model_with_fused_norms_is_transformers_model(kind):
-    """Logits and gradients: the same in fp32, and in bf16 as close to those. Gemma's weight of 1 + w is left alone."""
+    """Logits and gradients: the same in fp32, and in bf16 as close to those. Gemma's weight of 1
+    + w is left alone.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4} if kind == "gpt2" else TINY
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()

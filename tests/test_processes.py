@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -312,9 +313,9 @@ def test_workers_end_with_a_launcher_that_is_killed_and_the_run_stays_locked_unt
     process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
     wait_for_step(tmp_path / "run", 3, process)
     workers = workers_of(process)
-    lock = os.stat(tmp_path / "run/lock").st_ino
+    lock = (tmp_path / "run/lock").stat().st_ino
     for worker in workers:
-        assert os.stat(f"/proc/{worker.pid}/fd/0").st_ino == lock, "a worker holds the lock"
+        assert Path(f"/proc/{worker.pid}/fd/0").stat().st_ino == lock, "a worker holds the lock"
     launcher_of(process)[0].kill()
     code, _, err = finish(process)
     assert code == 2 and "was killed by signal 9" in err

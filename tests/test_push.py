@@ -1,4 +1,6 @@
-"""Publishing: what goes to the Hub, in one commit, that others can load it, and what happens when something fails."""
+"""Publishing: what goes to the Hub, in one commit, that others can load it, and what happens when
+something fails.
+"""
 
 import hashlib
 import json
@@ -40,9 +42,16 @@ TOKEN = "hf_" + "w" * 30
 SHORT = ("align.max_steps=2", "align.learning_rate=0.05")
 PUSH = (*SHORT, "push.repo=me/tuned", "push.base_model=org/base", "push.license=mit")
 FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "curves.svg", "recipe.toml",
-    "results.json", "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "curves.svg",
+    "recipe.toml",
+    "results.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def figure(value):
@@ -52,12 +61,33 @@ def figure(value):
 def evaluate(run):
     """Results as `tbpo eval` writes them, of the run's adapter."""
     metrics = {name: figure(0.5) for name in ("accuracy", "margin", "kl")}
-    model = {"source": str(run / "align/adapter"), "preference": {"all": metrics}, "score": None,
-             "diversity": {"distinct_1": figure(0.3)}, "suites": {"arc": {"easy": figure(0.4)}}}  # fmt: skip
-    win = {"model": "policy", "against": "reference", "judge": "world.py:score", "raw": figure(0.71),
-           "length_controlled": None, "wins": 5, "ties": 1, "losses": 2}  # fmt: skip
-    results = {"run": "tiny", "loss": "tbpo_a", "num_pairs": 8, "num_prompts": 8, "verdict": "It wins.", "gate": None,
-               "models": {"policy": model, "reference": model}, "win_rates": [win]}  # fmt: skip
+    model = {
+        "source": str(run / "align/adapter"),
+        "preference": {"all": metrics},
+        "score": None,
+        "diversity": {"distinct_1": figure(0.3)},
+        "suites": {"arc": {"easy": figure(0.4)}},
+    }
+    win = {
+        "model": "policy",
+        "against": "reference",
+        "judge": "world.py:score",
+        "raw": figure(0.71),
+        "length_controlled": None,
+        "wins": 5,
+        "ties": 1,
+        "losses": 2,
+    }
+    results = {
+        "run": "tiny",
+        "loss": "tbpo_a",
+        "num_pairs": 8,
+        "num_prompts": 8,
+        "verdict": "It wins.",
+        "gate": None,
+        "models": {"policy": model, "reference": model},
+        "win_rates": [win],
+    }
     (run / "eval").mkdir(exist_ok=True)
     (run / "eval/results.json").write_text(json.dumps(results))
     write_sealed(
@@ -126,8 +156,13 @@ def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_
     card = card_of(server)
     data = card.data.to_dict()
     card.validate()
-    wanted = {"library_name": "peft", "base_model": "org/base", "base_model_relation": "adapter", "license": "mit",
-              "pipeline_tag": "text-generation"}  # fmt: skip
+    wanted = {
+        "library_name": "peft",
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+    }
     assert {key: data[key] for key in wanted} == wanted
     index = {one.metric_name: one.metric_value for one in card.data.eval_results}
     assert index == {
@@ -245,7 +280,9 @@ def test_a_model_whose_weights_were_all_trained_is_published_whole(made, server,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_of_merged_weights_are_those_of_the_adapter(base, tmp_path, targets, dtype):
-    """In fp32 within its error; in bf16 no further from those in fp32 than the adapter's own are. The head is tied."""
+    """In fp32 within its error; in bf16 no further from those in fp32 than the adapter's own are.
+    The head is tied.
+    """
     from peft import LoraConfig, get_peft_model
 
     AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "base")
@@ -348,15 +385,32 @@ def test_a_private_repository_is_made_and_a_public_one_is_not_taken_for_it(made,
         publish(made, run, "push.private=true")
 
 
-@pytest.mark.parametrize("secret", [
-    "hf_" + "a1" * 15, "sk-" + "b2" * 12, "AKIA" + "Q" * 16, "OPENAI_API_KEY=abcdefgh123", '"api_key": "0123456789"',
-    "-----BEGIN RSA PRIVATE KEY-----", "https://me:geheim@example.org/x", "password: correcthorse",
-    "https://x.openai.azure.com/v1?api-key=0123456789abcdef", "https://0123456789abcdef@h/v1", "x-api-key: 0123456789",
-    "Authorization: Bearer abcdefghijklmnop", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
-    "xoxb-123456789012-abcdefghijklmnop", "AIzaSyA1234567890abcdefghijklmnopqrstuv", "glpat-abcdefghijklmnopqrst",
-    "0123456789abcdef0123456789abcdef01234567", "sk-abcdefghijklmnopqrstuvwxyzABCDEFGH", "https://me:hunt/er2@host/v1",
-    "npm_abcdefghijklmnopqrstuvwxyz0123456789", "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",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "a1" * 15,
+        "sk-" + "b2" * 12,
+        "AKIA" + "Q" * 16,
+        "OPENAI_API_KEY=abcdefgh123",
+        '"api_key": "0123456789"',
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "https://me:geheim@example.org/x",
+        "password: correcthorse",
+        "https://x.openai.azure.com/v1?api-key=0123456789abcdef",
+        "https://0123456789abcdef@h/v1",
+        "x-api-key: 0123456789",
+        "Authorization: Bearer abcdefghijklmnop",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+        "xoxb-123456789012-abcdefghijklmnop",
+        "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+        "glpat-abcdefghijklmnopqrst",
+        "0123456789abcdef0123456789abcdef01234567",
+        "sk-abcdefghijklmnopqrstuvwxyzABCDEFGH",
+        "https://me:hunt/er2@host/v1",
+        "npm_abcdefghijklmnopqrstuvwxyz0123456789",
+        "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",
+    ],
+)
 def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
     template = tmp_path / "card.md"
     template.write_text(f"# Mine\n\nrun it with {secret}\n")
@@ -366,10 +420,20 @@ def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
     assert not server.heads
 
 
-@pytest.mark.parametrize("text", [
-    "max_tokens_per_device = 1638400000", "https://huggingface.co:443/x@main", "sha256 " + "0a" * 32, "tokenizer = AutoTokenizer.from_pretrained(x)", '"prompt_tokens": 1234567890',
-    'api_key_env = "OPENAI_API_KEY"', 'api_key = "$OPENAI_API_KEY"', "KL a token: 0.12345678", "sk-learn-contributions",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens_per_device = 1638400000",
+        "https://huggingface.co:443/x@main",
+        "sha256 " + "0a" * 32,
+        "tokenizer = AutoTokenizer.from_pretrained(x)",
+        '"prompt_tokens": 1234567890',
+        'api_key_env = "OPENAI_API_KEY"',
+        'api_key = "$OPENAI_API_KEY"',
+        "KL a token: 0.12345678",
+        "sk-learn-contributions",
+    ],
+)
 def test_what_is_no_secret_passes(text):
     check_no_secret({"README.md": text})
 
@@ -421,10 +485,19 @@ def test_merged_weights_that_were_damaged_are_merged_again(made, run, server):
 
 
 FAULTS = [
-    ["GET", "whoami", 429], ["POST", "validate-yaml", 503], ["POST", "repos/create", "cut"], ["POST", "preupload", 500],
-    ["POST", "objects/batch", "cut"], ["PUT", "/lfs/", 503], ["PUT", "/lfs/", "cut"], ["POST", "/commit/", 502],
-    ["POST", "/commit/", "cut"], ["POST", "/commit/", "lost"], ["POST", "repos/create", "lost"], ["GET", "/tree/", 504],
-]  # fmt: skip
+    ["GET", "whoami", 429],
+    ["POST", "validate-yaml", 503],
+    ["POST", "repos/create", "cut"],
+    ["POST", "preupload", 500],
+    ["POST", "objects/batch", "cut"],
+    ["PUT", "/lfs/", 503],
+    ["PUT", "/lfs/", "cut"],
+    ["POST", "/commit/", 502],
+    ["POST", "/commit/", "cut"],
+    ["POST", "/commit/", "lost"],
+    ["POST", "repos/create", "lost"],
+    ["GET", "/tree/", 504],
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault)))
@@ -523,18 +596,34 @@ def test_after_sft_the_adapter_alone_makes_the_policy_of_the_base(made, tmp_path
 
 
 def test_from_the_hub_and_back(made, base, tmp_path, executable, capsys):
-    """Rows and base by id, push, and what was pushed: by peft, by transformers, as a start, in `sample`, offline."""
+    """Rows and base by id, push, and what was pushed: by peft, by transformers, as a start, in
+    `sample`, offline.
+    """
     root = tmp_path / "hub"
     shutil.copytree(base, root / "models/org/base")
     (root / "models/org/base/README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     (root / "datasets/org/pairs").mkdir(parents=True)
     write_jsonl(root / "datasets/org/pairs/train.jsonl", preference_rows(20, seed=5))
-    sets = [part for one in (*SHORT, "model.base=org/base", "data.train=org/pairs", "push.repo=me/tuned",
-                             "sample.max_new_tokens=8") for part in ("--set", one)]  # fmt: skip
+    sets = [
+        part
+        for one in (
+            *SHORT,
+            "model.base=org/base",
+            "data.train=org/pairs",
+            "push.repo=me/tuned",
+            "sample.max_new_tokens=8",
+        )
+        for part in ("--set", one)
+    ]
     with serve(root) as server:
         server.tokens[TOKEN] = "me"
-        online = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"),
-                  "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}  # fmt: skip
+        online = {
+            "HF_ENDPOINT": server.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+        }
         offline = {**online, "HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
         for command in (("align",), ("push", "--allow-unevaluated")):
             done = executable(
@@ -554,7 +643,8 @@ def test_from_the_hub_and_back(made, base, tmp_path, executable, capsys):
         code += (
             plain + "assert other(**inputs).logits.allclose(model(**inputs).logits, atol=1e-5)\n"
         )
-        code += "with model.disable_adapter(): assert not other(**inputs).logits.allclose(model(**inputs).logits)\n"
+        code += "with model.disable_adapter():\n    off = model(**inputs).logits\n"
+        code += "assert not other(**inputs).logits.allclose(off)\n"
         used = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, **online},
@@ -594,8 +684,10 @@ def test_an_adapter_is_pinned_to_a_revision_and_never_a_pickle(server, made):
     api.create_repo(repo)
     commits = []
     for value in ("1", "2"):
-        config, weights = (huggingface_hub.CommitOperationAdd(name, value.encode()) for name in
-                           ("adapter_config.json", "adapter_model.safetensors"))  # fmt: skip
+        config, weights = (
+            huggingface_hub.CommitOperationAdd(name, value.encode())
+            for name in ("adapter_config.json", "adapter_model.safetensors")
+        )
         commits.append(api.create_commit(repo, [config, weights], commit_message="x").oid)
     assert (local_adapter(f"{repo}@{commits[0]}", "x") / "adapter_config.json").read_text() == "1"
     assert (local_adapter(repo, "x") / "adapter_config.json").read_text() == "2"

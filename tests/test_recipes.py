@@ -61,8 +61,8 @@ ROOM = {
     "name", [path.stem for path in RECIPES.glob("*.toml") if path.stem != "quickstart"]
 )
 def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_path, capsys):
-    """Its base is a config of that shape; 4,096 tokens at a time, bf16, activation checkpointing, by the formula for a
-    GPU.
+    """Its base is a config of that shape; 4,096 tokens at a time, bf16, activation checkpointing,
+    by the formula for a GPU.
     """
     from tbpo_cli.cli.forecast import policy_on_meta, trainings_of
     from tbpo_cli.cli.show import show

@@ -1,4 +1,6 @@
-"""A run that cannot be lost: one writer, files that are whole, a disk that fills up, input that is broken at random."""
+"""A run that cannot be lost: one writer, files that are whole, a disk that fills up, input that
+is broken at random.
+"""
 
 import errno
 import fcntl
@@ -36,7 +38,8 @@ FUZZ = settings(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------- the lock
+# ----------------------------------------------------------------------------------------------------------
+# the lock
 
 HOLDER = """
 import sys, time
@@ -143,7 +146,8 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(
     assert (tmp_path / "lock").read_bytes() == b""
 
 
-# ---------------------------------------------------------------------------------------------------------- the disk
+# ----------------------------------------------------------------------------------------------------------
+# the disk
 
 
 @pytest.fixture
@@ -163,7 +167,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(
     small_disk, recipe_file, trained
 ):
-    """Room is left for a checkpoint or two and then taken away; once there is room again, the run ends as it should."""
+    """Room is left for a checkpoint or two and then taken away; once there is room again, the run
+    ends as it should.
+    """
     straight = trained / "run"
     run, ballast = small_disk / "run", small_disk / "ballast"
     run_stage("prepare", recipe_file, run)
@@ -189,7 +195,8 @@ def test_a_disk_that_turned_read_only_stops_with_a_message(small_disk, recipe_fi
     assert RunDir(small_disk / "run").manifest("prepare")
 
 
-# --------------------------------------------------------------------------------------------------------- damage
+# ---------------------------------------------------------------------------------------------------------
+# damage
 
 
 def damaged(content, rng):
@@ -224,10 +231,16 @@ def test_a_damaged_recipe_is_a_message(recipe_file, tmp_path, seed):
 
 
 @FUZZ
-@given(content=st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
-), table=st.sampled_from(["run", "model", "data", "align", "sft", "eval", "sample", "push"]))  # fmt: skip
+@given(
+    content=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        ),
+        max_leaves=8,
+    ),
+    table=st.sampled_from(["run", "model", "data", "align", "sft", "eval", "sample", "push"]),
+)
 def test_a_recipe_of_any_values_is_a_message(tmp_path, content, table):
     import tomli_w
 
@@ -287,7 +300,9 @@ def test_a_damaged_manifest_is_noticed(recipe_file, finished, name, seed):
 def test_a_damaged_checkpoint_never_counts_and_never_costs_the_good_one(
     recipe_file, trained, tmp_path, seed
 ):
-    """Whatever happens to the newest checkpoint, the run goes on from it or from the one before, to the same end."""
+    """Whatever happens to the newest checkpoint, the run goes on from it or from the one before,
+    to the same end.
+    """
     rng, run = random.Random(seed), tmp_path / "run"
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(trained / "run", run)
@@ -321,7 +336,8 @@ def test_what_is_sealed_is_read_back_and_nothing_else(tmp_path):
         read_sealed(tmp_path / "x.json")
 
 
-# --------------------------------------------------------------------------------------------------------- security
+# ---------------------------------------------------------------------------------------------------------
+# security
 
 
 def test_weights_that_are_a_pickle_are_refused_with_the_way_to_convert_them(
@@ -344,8 +360,14 @@ def test_an_adapter_that_is_a_pickle_is_refused(trained, recipe_file, tmp_path):
     torch.save({}, helper / "adapter_model.bin")
     (helper / "adapter_model.safetensors").unlink()
     with pytest.raises(TbpoError, match="a pickle is not loaded"):
-        run_stage("align", recipe_file, tmp_path / "run", "align.loss.name=tis_dpo",
-                  f"align.loss.positive={helper}", f"align.loss.negative={helper}")  # fmt: skip
+        run_stage(
+            "align",
+            recipe_file,
+            tmp_path / "run",
+            "align.loss.name=tis_dpo",
+            f"align.loss.positive={helper}",
+            f"align.loss.negative={helper}",
+        )
 
 
 OWN_CODE = """
@@ -405,7 +427,8 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tm
     )
 
 
-# ---------------------------------------------------------------------------------------------------- what stages leave
+# ----------------------------------------------------------------------------------------------------
+# what stages leave
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Completions: each draws its own random numbers, an interrupted stage goes on, processes share the prompts."""
+"""Completions: each draws its own random numbers, an interrupted stage goes on, processes share
+the prompts.
+"""
 
 import json
 import shutil
@@ -73,7 +75,9 @@ def test_greedy_completions_are_those_of_the_library(model):
 
 
 def test_the_draws_have_the_models_probabilities(model):
-    """4,000 draws of one token: the frequencies are the probabilities within 5 standard deviations."""
+    """4,000 draws of one token: the frequencies are the probabilities within 5 standard
+    deviations.
+    """
     settings = Sample(temperature=1.0, top_p=1.0, max_new_tokens=1)
     drawn = [
         c.token_ids[0] for c in generate(model, [[5, 6, 7]] * 4000, range(4000), settings, [2])
@@ -158,8 +162,11 @@ def test_an_interrupted_sample_goes_on_where_it_stopped(recipe_file, run_dir):
 
 def test_prompts_come_from_a_file_as_text_messages_or_lines(recipe_file, run_dir, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "other")
-    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"},
-             {"role": "user", "content": "dog"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "blue"},
+        {"role": "user", "content": "dog"},
+    ]
     rows = write_jsonl(
         tmp_path / "prompts.jsonl", [{"prompt": "red"}, {"prompt": turns}, {"messages": turns[:1]}]
     )
@@ -235,15 +242,21 @@ def test_processes_share_the_prompts(recipe_file, run_dir, tmp_path, tbpo):
 
 
 def test_a_prompt_of_the_command_line_may_be_a_conversation(recipe_file, run_dir, tbpo):
-    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"},
-             {"role": "user", "content": "dog"}]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "blue"},
+        {"role": "user", "content": "dog"},
+    ]
     given = "\n".join(
         [json.dumps({"messages": turns}), json.dumps({"prompt": turns}), '{"a": 1}', "cat\n"]
     )
     sets = [part for one in SHORT for part in ("--set", one)]
     done = tbpo("sample", recipe_file, "--run-dir", run_dir, "--prompt", "-", *sets, stdin=given)
     assert done.returncode == 0, done.stderr
-    whole = "user\nred<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n<|im_start|>user\ndog<|im_end|>"
+    whole = (
+        "user\nred<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n"
+        "<|im_start|>user\ndog<|im_end|>"
+    )
     assert (
         done.stdout.count(whole) == 2
         and '{"a": 1}<|im_end|>' in done.stdout

@@ -1,4 +1,6 @@
-"""From a batch to scores with real models: what the scorer computes, and which model the reference is."""
+"""From a batch to scores with real models: what the scorer computes, and which model the
+reference is.
+"""
 
 import json
 import shutil
@@ -43,7 +45,9 @@ def disturb(policy, scale=0.05):
 
 
 def dense_scores(policy, pairs):
-    """The oracle on logits of the models themselves, one response at a time: no layout, no padding of rows."""
+    """The oracle on logits of the models themselves, one response at a time: no layout, no
+    padding of rows.
+    """
     sides = []
     for responses in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]):
         width = max(map(len, responses))
@@ -71,9 +75,11 @@ def assert_same_scores(got, want, names, **tolerance):
     for side, dense in zip((got.chosen, got.rejected), want, strict=True):
         for name in names:
             torch.testing.assert_close(
-                getattr(side, name)[side.mask], getattr(dense, name)[side.mask], msg=lambda m, n=name: f"{n}: {m}",
+                getattr(side, name)[side.mask],
+                getattr(dense, name)[side.mask],
+                msg=lambda m, n=name: f"{n}: {m}",
                 **tolerance,
-            )  # fmt: skip
+            )
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -96,9 +102,11 @@ def test_scores_and_gradients_equal_the_dense_oracle_on_the_models_own_logits(
     parameters = list(policy.trained.values())
     gradients = []
     for sides in ((scores.chosen, scores.rejected), dense):
-        value = sum(getattr(side, name)[batch_side.mask].square().sum()
-                    for side, batch_side in zip(sides, (batch.chosen, batch.rejected), strict=True)
-                    for name in needs)  # fmt: skip
+        value = sum(
+            getattr(side, name)[batch_side.mask].square().sum()
+            for side, batch_side in zip(sides, (batch.chosen, batch.rejected), strict=True)
+            for name in needs
+        )
         gradients.append(torch.autograd.grad(value, parameters, allow_unused=True))
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -141,14 +149,23 @@ def test_a_linear_head_with_a_constant_factor_is_recognised(tmp_path, tokenizer)
     from transformers import CohereConfig, CohereForCausalLM
 
     config = CohereConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, logit_scale=0.25, max_position_embeddings=64, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logit_scale=0.25,
+        max_position_embeddings=64,
+        bos_token_id=None,
+    )
     assert read_head(CohereForCausalLM(config)).scale == 0.25
 
 
 def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
-    """Cutting the pairs before the forward pass gives the same TBPO loss and gradient as reading them whole."""
+    """Cutting the pairs before the forward pass gives the same TBPO loss and gradient as reading
+    them whole.
+    """
     policy = load_policy(recipe, CPU, None, with_reference=True)
     disturb(policy)
     policy.model.eval()
@@ -166,7 +183,9 @@ def test_tokens_past_the_aligned_length_change_nothing(recipe, pairs):
 
 
 def test_only_the_positions_that_the_loss_reads_are_scored(recipe, pairs):
-    """TBPO: the first T of each side; DPO: both whole responses; SFT: the chosen ones. Never prompt or padding."""
+    """TBPO: the first T of each side; DPO: both whole responses; SFT: the chosen ones. Never
+    prompt or padding.
+    """
     lengths = [(len(p.chosen_ids), len(p.rejected_ids), p.aligned_length) for p in pairs]
     expected = {
         "tbpo_a": sum(2 * aligned for *_, aligned in lengths),
@@ -224,7 +243,8 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
     assert policy.model.training
 
 
-# ------------------------------------------------------------------------------------------- which reference it is
+# -------------------------------------------------------------------------------------------
+# which reference it is
 
 
 def reference_logps(policy, pairs):
@@ -258,7 +278,9 @@ SETTINGS = {
 def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     setting, recipe_file, tmp_path, base
 ):
-    """Through the real stages: train, then compare the reference with the base (or what sft made) loaded by itself."""
+    """Through the real stages: train, then compare the reference with the base (or what sft made)
+    loaded by itself.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -100,13 +100,21 @@ def test_two_processes_shard_a_full_fine_tuning_by_themselves(full_recipe, tmp_p
 def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_sharding(
     full_recipe, tmp_path, untied
 ):
-    """14 pairs a step, a few tokens at a time: 5, 5 and 4 passes, or 7 and 7; one held-out pair for three processes.
+    """14 pairs a step, a few tokens at a time: 5, 5 and 4 passes, or 7 and 7; one held-out pair
+    for three processes.
 
     The third step mixes pairs whose log π_ref is known with such whose is not.
     """
     held_out = write_jsonl(tmp_path / "held_out.jsonl", preference_rows(1, seed=2))
-    sets = ("align.loss.name=tbpo_q", f"model.base={untied}", f"data.eval={held_out}", "align.batch_pairs=14",
-            "align.max_tokens_per_device=70", "align.max_steps=12", "align.checkpoint_every=100")  # fmt: skip
+    sets = (
+        "align.loss.name=tbpo_q",
+        f"model.base={untied}",
+        f"data.eval={held_out}",
+        "align.batch_pairs=14",
+        "align.max_tokens_per_device=70",
+        "align.max_steps=12",
+        "align.checkpoint_every=100",
+    )
     run_stage("align", full_recipe, tmp_path / "alone", *sets)
     stop(full_recipe, tmp_path / "run", "3", 4, sets)
     stop(full_recipe, tmp_path / "run", "2", 7, sets)
@@ -124,7 +132,9 @@ def test_a_base_under_an_adapter_is_sharded_if_the_recipe_says_so(recipe_file, t
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe, name):
-    """Zeros, not nothing: every weight's gradient takes part in the sum over the processes. Not NaN either."""
+    """Zeros, not nothing: every weight's gradient takes part in the sum over the processes. Not
+    NaN either.
+    """
     recipe, loss = load_recipe(full_recipe), LOSSES[name]()
     policy = load_policy(recipe, CPU, None, with_reference=True)
     policy.frozen.update(positive=policy.frozen["reference"], negative=policy.frozen["reference"])
@@ -205,7 +215,9 @@ torch.nn.functional.embedding = on_a_small_device
 def test_all_processes_begin_again_with_half_the_tokens_when_one_of_a_sharded_run_is_out_of_memory(
     full_recipe, tmp_path, monkeypatch
 ):
-    """The others wait for it within the pass, so that they cannot be asked. 1,024 → 512 → 256 tokens."""
+    """The others wait for it within the pass, so that they cannot be asked. 1,024 → 512 → 256
+    tokens.
+    """
     sets = ("align.max_steps=2", "align.batch_pairs=64", "align.eval_every=1")
     run_stage("align", full_recipe, tmp_path / "whole", *sets)
     (tmp_path / "sitecustomize.py").write_text(SMALL_SECOND_DEVICE)

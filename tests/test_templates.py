@@ -1,4 +1,6 @@
-"""What is trained on is what inference will see, for the shapes of template and tokenizer that models come with."""
+"""What is trained on is what inference will see, for the shapes of template and tokenizer that
+models come with.
+"""
 
 import json
 import shutil
@@ -21,50 +23,79 @@ EACH = "{% for m in messages %}"
 END = "{% endfor %}"
 START = "{% if add_generation_prompt %}"
 
-# name → (template, end of turn, other control tokens). Written here after the shape of the models' own.
+# name → (template, end of turn, other control tokens). Written here after the shape of the
+# models' own.
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
     "llama3": (
-        "<|begin|>" + EACH + "<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>" + END
-        + START + "<|header|>assistant<|/header|>\n\n{% endif %}",
-        "<|eot|>", ["<|begin|>", "<|header|>", "<|/header|>"],
+        "<|begin|>"
+        + EACH
+        + "<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>"
+        + END
+        + START
+        + "<|header|>assistant<|/header|>\n\n{% endif %}",
+        "<|eot|>",
+        ["<|begin|>", "<|header|>", "<|/header|>"],
     ),
     "mistral": (
         "<s>" + EACH + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }}</s>{% endif %}" + END,
-        "</s>", ["<s>"],
+        "</s>",
+        ["<s>"],
     ),
     "mistral with control tokens": (
-        "<s>" + EACH + "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}"
+        "<s>"
+        + EACH
+        + "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+        + "{% else %}{{ m.content }}</s>{% endif %}"
         + END,
-        "</s>", ["<s>", "[INST]", "[/INST]"],
+        "</s>",
+        ["<s>", "[INST]", "[/INST]"],
     ),
     "gemma": (
-        "<bos>" + EACH + "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n" + END
-        + START + "<start_of_turn>model\n{% endif %}",
-        "<end_of_turn>", ["<bos>", "<start_of_turn>"],
+        "<bos>"
+        + EACH
+        + "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n" + END + START + "<start_of_turn>model\n{% endif %}",
+        "<end_of_turn>",
+        ["<bos>", "<start_of_turn>"],
     ),
     "zephyr": (
-        EACH + "<|{{ m.role }}|>\n{{ m.content }}</s>\n" + END + START + "<|assistant|>\n{% endif %}", "</s>", [],
+        EACH
+        + "<|{{ m.role }}|>\n{{ m.content }}</s>\n"
+        + END
+        + START
+        + "<|assistant|>\n{% endif %}",
+        "</s>",
+        [],
     ),
     "phi": (
-        EACH + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + END
-        + START + "<|assistant|>\n{% else %}<|endoftext|>{% endif %}",
-        "<|end|>", ["<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"],
+        EACH
+        + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+        + END
+        + START
+        + "<|assistant|>\n{% else %}<|endoftext|>{% endif %}",
+        "<|end|>",
+        ["<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"],
     ),
     "default system prompt": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML,
-        "<|im_end|>", ["<|im_start|>"],
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        + CHATML,
+        "<|im_end|>",
+        ["<|im_start|>"],
     ),
     "date": ("Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML, "<|im_end|>", ["<|im_start|>"]),
     "tools": (
-        "{% if tools %}<|tools|>{{ tools | tojson }}\n{% endif %}" + EACH + "<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% for call in m.tool_calls or [] %}<|call|>{{ call.function | tojson }}{% endfor %}<|im_end|>\n" + END
-        + START + "<|im_start|>assistant\n{% endif %}",
-        "<|im_end|>", ["<|im_start|>", "<|tools|>", "<|call|>"],
+        "{% if tools %}<|tools|>{{ tools | tojson }}\n{% endif %}"
+        + EACH
+        + "<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<|call|>{{ call.function | tojson }}{% endfor %}"
+        "<|im_end|>\n" + END + START + "<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+        ["<|im_start|>", "<|tools|>", "<|call|>"],
     ),
-}  # fmt: skip
+}
 TOKENIZERS = ("byte-level BPE", "SentencePiece", "SentencePiece, legacy")
 
 
@@ -141,8 +172,9 @@ TEXTS = st.one_of(
 def test_prompt_and_response_are_what_inference_sees(
     chat_of, tokenizer_name, template_name, question, answer
 ):
-    """The prompt's ids are those of the rendered prompt. The response ends with the one end of turn, decodes to the
-    rest of the rendering, and where the tokenizer itself puts a boundary at the cut, its ids are the rest of these."""
+    """The prompt's ids are those of the rendered prompt. The response ends with the one end of
+    turn, decodes to the rest of the rendering, and where the tokenizer itself puts a boundary
+    at the cut, its ids are the rest of these."""
     chat = chat_of(tokenizer_name, template_name)
     tokenizer, end = chat.tokenizer, TEMPLATES[template_name][1]
     pair = tokens_of(chat, [user(question)], assistant(answer))
@@ -166,7 +198,9 @@ def test_prompt_and_response_are_what_inference_sees(
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("template_name", TEMPLATES)
 def test_control_tokens_in_a_users_text_are_text(chat_of, tokenizer_name, template_name):
-    """Written by a user, every control token of the model changes no count of control tokens, and is still readable."""
+    """Written by a user, every control token of the model changes no count of control tokens, and
+    is still readable.
+    """
     chat = chat_of(tokenizer_name, template_name)
     _, end, others = TEMPLATES[template_name]
     trick = f"before {end}{''.join(others)} after \ue0fa41\ue0fb"
@@ -190,7 +224,9 @@ def test_a_beginning_of_sequence_token_stands_once_where_the_template_puts_it(ch
 
 
 def test_sentencepiece_invents_no_space_before_an_answer(chat_of):
-    """After "[/INST]", " hello" is the token ▁hell…, not a space and then one; after a newline, "hello" has none."""
+    """After "[/INST]", " hello" is the token ▁hell…, not a space and then one; after a newline,
+    "hello" has none.
+    """
     for tokenizer_name in TOKENIZERS[1:]:
         for name, first in (("mistral", "▁hell"), ("zephyr", "hello")):
             chat = chat_of(tokenizer_name, name)

@@ -12,7 +12,6 @@ from typing import Any
 from tbpo_cli.config.other_tools import THEIRS, counterpart
 from tbpo_cli.config.validate import did_you_mean
 
-
 # A key of one training stage that has another name in the other.
 TWINS = {("sft", "batch_pairs"): "batch_examples", ("align", "batch_examples"): "batch_pairs"}
 
