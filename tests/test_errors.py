@@ -657,6 +657,22 @@ def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_t
     assert str(tmp_path / "none") in message_for(error.value).where
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"r": 10**9}, "has the rank 1,000,000,000"),
+        ({"target_modules": "(a+)+$"}, "may take for ever to match"),
+    ],
+)
+def test_an_absurd_adapter_is_refused_before_it_is_made(tmp_path, trained, change, says):
+    adapter = shutil.copytree(trained / "run/align/adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    arguments = ("align", trained / "tiny.toml", "--run-dir", tmp_path / "run")
+    done = command(*arguments, "--set", f"model.adapter={adapter}", cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr
+
+
 def ours_fails():
     """Raises an exception in a file of the package."""
     called_in("model/load.py", lambda: None, fails=True)

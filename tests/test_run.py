@@ -415,6 +415,7 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tm
         ("align", "adapter/adapter_model.safetensors"),
         ("align", "adapter/tokenizer.json"),
         ("align", "curves.svg"),
+        ("align", "inputs.json"),
     ],
 )
 @pytest.mark.parametrize("damage", ["deleted", "emptied", "bit flipped"])
@@ -428,9 +429,13 @@ def test_a_complete_stage_that_is_not_as_it_was_written_is_refused(
         path.unlink()
     else:
         path.write_bytes(b"" if damage == "emptied" else content)
-    with pytest.raises(TbpoError, match=f"the complete stage {stage} is not as it was") as error:
+    with pytest.raises(TbpoError) as error:
         run_stage("align", trained / "tiny.toml", finished)
-    assert str(path) in error.value.what and "--restart" in error.value.fix
+    assert str(path) in str(error.value)
+    if name == "inputs.json" and damage != "deleted":
+        return  # it carries its own hash, and tells what to move away
+    assert f"the complete stage {stage} is not as it was written" in error.value.what
+    assert "--restart" in error.value.fix
     run_stage("align", trained / "tiny.toml", finished, restart=True)
     assert not RunDir(finished).damage(stage) and (finished / f"{stage}.old-1").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ EXPERT_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", 
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 # Ways to start an adapter that take its product away from the base as they are loaded.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# A repetition of something with a repetition in it.
+SLOW_PATTERN = re.compile(r"\([^()]*[+*][^()]*\)[+*{]")
 LOADING_ERRORS = (
     OSError,
     RuntimeError,
@@ -235,6 +238,7 @@ def _check_start(folder: Path) -> None:
             "the config of a LoRA adapter, as peft writes it",
             "copy or download the adapter again",
         ) from error
+    _check_size(config, folder)
     start = str(getattr(config, "init_lora_weights", True)).lower()
     if start.startswith(CHANGES_THE_BASE):
         convert = "peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
@@ -244,6 +248,25 @@ def _check_start(folder: Path) -> None:
             "a plain LoRA adapter: policy and reference share one base",
             f"convert it with {convert}, as peft's page on LoRA says; or merge it into its base",
         )
+
+
+def _check_size(config: PeftConfig, folder: Path) -> None:
+    """Raises TbpoError for a rank that the weights do not have, or a slow pattern of names."""
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        keys = [key for key in file.keys() if "lora_" in key]  # noqa: SIM118 - no dict
+        sizes = [size for key in keys for size in file.get_slice(key).get_shape()]
+    targets = getattr(config, "target_modules", None)
+    is_slow = isinstance(targets, str) and (len(targets) > 1000 or SLOW_PATTERN.search(targets))
+    what = ""
+    if sizes and max(ranks) > max(sizes):
+        what = f"the adapter's config has the rank {max(ranks):,}, and its weights have not"
+    elif is_slow:
+        what = "the adapter's target_modules is a pattern that may take for ever to match"
+    if what:
+        expected = "a config as peft wrote it beside these weights, with target_modules as a list"
+        fix = "copy or download the adapter again"
+        raise TbpoError(what, str(folder / CONFIG_FILE), expected, fix)
 
 
 def _wrong_names(model: LanguageModel, folder: Path, name: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +90,10 @@ class RunDir:
         """What of a complete stage is not as it was written, one line a file. Reads all of it."""
         manifest = self.manifest(name)
         hashes = manifest.get("outputs", {}) | manifest.get("others", {})
-        return damage(self.stage(name), hashes)
+        faults = damage(self.stage(name), hashes)
+        if "stage" in manifest and self.started_from(name) != manifest["inputs"]:
+            faults.append(f"{self.stage(name) / INPUTS} is missing, or of another start")
+        return faults
 
     def check(self, name: str) -> None:
         """Raises TbpoError if a file of a complete stage is not as it was written."""
@@ -120,14 +122,9 @@ class RunDir:
         return differences(before, self.inputs(stage, recipe)) if before else []
 
     def begin(self, stage: Stage, recipe: Recipe) -> Path:
-        """Makes a stage's folder, and notes its inputs unless it was begun before.
-
-        Weights that a crash left half written are removed: only checkpoints are gone on from.
-        """
+        """Makes a stage's folder, and notes its inputs unless it was begun before."""
         folder = self.stage(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
-        for weights in ("adapter", "model"):
-            shutil.rmtree(folder / weights, ignore_errors=True)
         write_whole(self.path / "recipe.toml", recipe.to_toml())
         if not self.started_from(stage.name):
             write_sealed(folder / INPUTS, self.inputs(stage, recipe))
