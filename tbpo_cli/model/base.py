@@ -172,15 +172,15 @@ def _check_index(source: str, key: str, revision: str | None) -> None:
 
 
 def turn_noise_off(model: nn.Module) -> None:
-    """Sets every probability of dropout, layer drop and router noise in a model to zero.
+    """Sets every probability of dropout and layer drop in a model to zero.
 
     `Policy.train` keeps most of a model in evaluation mode. What is left to turn off is in layers
     that have to be in training mode for activation checkpointing, and use a number of their own.
     """
     for module in model.modules():
         for name, value in vars(module).items():
-            is_noise = any(word in name for word in ("drop", "jitter"))
-            if is_noise and isinstance(value, float):
+            # Not routers' jitter: they read it in evaluation mode too, as a threshold.
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
