@@ -241,8 +241,7 @@ def test_an_unusable_hh_dialogue_has_a_reason(row, reason):
     assert rejected.value.reason == reason
 
 
-# ----------------------------------------------------------------------------------------------------------
-# tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def tokens_of(tokenizer, content, **data):
@@ -326,8 +325,7 @@ def test_a_template_that_cannot_be_cut_is_refused(tokenizer, template, what):
         tokenizer.chat_template = before
 
 
-# ---------------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def make_store(tmp_path, lengths):
@@ -401,8 +399,7 @@ def test_the_order_of_pairs_is_a_function_of_seed_and_epoch():
     ) == (2, 5, 7)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def test_jsonl_is_read_line_by_line_also_compressed(tmp_path):
@@ -463,8 +460,7 @@ def test_a_broken_source_names_file_and_line(tmp_path):
         list(read_rows(Source(str(write_jsonl(tmp_path / "rows.xyz", []))), "train", "data.train"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# prepare
+# ------------------------------------------------------------------------------------------ prepare
 
 
 def test_prepare_keeps_or_accounts_for_every_row(recipe_file, tmp_path, rows):

@@ -177,8 +177,7 @@ def recipe_text(line):
 
 PAIR = preference_rows(1)[0]
 MISTAKES = {
-    # -------------------------------------------------------------------------------------------------
-    # the command
+    # ---------------------------------------------------------------------------------- the command
     "a typo in the command": (lambda s: ["algin", s.recipe], ("No such command 'algin'", "align")),
     "a typo in an option": (
         lambda s: ["align", s.recipe, "--restat"],
@@ -213,8 +212,7 @@ MISTAKES = {
         sets("prepare", "align.lerning_rate=1"),
         (*FULL, "align.lerning_rate is an unknown key", "align.learning_rate?"),
     ),
-    # --------------------------------------------------------------------------------------------------
-    # the recipe
+    # ----------------------------------------------------------------------------------- the recipe
     "a recipe that is not there": (
         lambda s: ["align", s.folder / "mime.toml"],
         (*FULL, "there is no such recipe", "mime.toml", "did you mean", "mine.toml?"),
@@ -314,8 +312,7 @@ MISTAKES = {
         sets("prepare", "align.layuot=padded", "data.overlong=dorp", "model.dtyp=auto"),
         (*FULL, "did you mean align.layout?", 'overlong = "drop"', "did you mean model.dtype?"),
     ),
-    # ----------------------------------------------------------------------------------------------------
-    # the rows
+    # ------------------------------------------------------------------------------------- the rows
     "rows that are not there": (
         sets("prepare", "data.train=rows.json"),
         (*FULL, "data.train names a file that is not there", "--set data.train="),
@@ -395,8 +392,7 @@ MISTAKES = {
         prompts_file('{"text": "a"}'),
         (*FULL, "a prompt cannot be used", "prompts.jsonl, row 1"),
     ),
-    # ----------------------------------------------------------------------------------------------------
-    # the model
+    # ------------------------------------------------------------------------------------ the model
     "a base that is not there": (
         sets("align", "model.base=./nowhere"),
         (*FULL, "model.base names a file that is not there", "nowhere", "--set model.base="),
@@ -470,8 +466,7 @@ MISTAKES = {
         sets("align", 'run.trackers=["trackio"]'),
         (*FULL, "trackio is not installed", "pip install trackio"),
     ),
-    # -------------------------------------------------------------------------------------------------------
-    # the Hub
+    # -------------------------------------------------------------------------------------- the Hub
     "a base that nobody published": (
         sets("prepare", "model.base=nobody/nothing"),
         (*FULL, "the tokenizer cannot be loaded", "check model.base"),
@@ -480,8 +475,7 @@ MISTAKES = {
         sets("prepare", "data.train=nobody/nothing"),
         (*FULL, "data.train cannot be read", "nobody/nothing", "Hub"),
     ),
-    # -------------------------------------------------------------------------------------------------
-    # the machines
+    # --------------------------------------------------------------------------------- the machines
     "more GPUs than there are": (
         lambda s: ["align", s.recipe, "--gpus", "64"],
         (*FULL, "64 GPUs are asked for, and", "--gpus"),
@@ -502,8 +496,7 @@ MISTAKES = {
         lambda s: ["align", s.recipe, "--nodes", "2", "--node-rank", "1", "--main-address", "a"],
         (*FULL, "the machines do not find each other", "HOST:PORT"),
     ),
-    # ------------------------------------------------------------------------------------------------
-    # an evaluation
+    # -------------------------------------------------------------------------------- an evaluation
     "samples of another adapter": (
         sets("eval", "sample.adapter=other/tuned"),
         (
@@ -533,8 +526,7 @@ MISTAKES = {
         sets("eval", "eval.scorer=python:none.py:score"),
         (*FULL, "eval.scorer", "none.py"),
     ),
-    # -------------------------------------------------------------------------------------------
-    # the disk and the run
+    # ------------------------------------------------------------------------- the disk and the run
     "a file in the way": (
         file_in_the_way,
         (*FULL, "the run directory cannot be written", "--run-dir"),

@@ -97,7 +97,7 @@ def make_model(kind, seed=0):
 
 
 def make_scorer(kind="llama"):
-    """A policy and other frozen models beside it, all different, and a baseline that is not zero."""
+    """A policy, other frozen models beside it, all different, and a baseline that is not zero."""
     policy = Policy(
         make_model(kind),
         {

@@ -93,7 +93,7 @@ LORA = {"lora": {"r": 4, "dropout": 0.0}}
 
 
 def test_weights_in_fp32_are_multiplied_in_bf16(make_run):
-    """All weights of a bf16 base: kept in fp32, and most products, forward and backward, in bf16."""
+    """All weights of a bf16 base are kept in fp32, and most products are made in bf16."""
     run = make_run("bf16", {"dtype": "bfloat16"}, loss={"name": "dpo"})
     assert {p.dtype for p in run.policy.trained.values()} == {torch.float32}
     stepper = loop.build_stepper(run)

@@ -38,8 +38,7 @@ FUZZ = settings(
 )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the lock
+# ----------------------------------------------------------------------------------------- the lock
 
 HOLDER = """
 import sys, time
@@ -146,8 +145,7 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(
     assert (tmp_path / "lock").read_bytes() == b""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# the disk
+# ----------------------------------------------------------------------------------------- the disk
 
 
 @pytest.fixture
@@ -195,8 +193,7 @@ def test_a_disk_that_turned_read_only_stops_with_a_message(small_disk, recipe_fi
     assert RunDir(small_disk / "run").manifest("prepare")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def damaged(content, rng):
@@ -336,8 +333,7 @@ def test_what_is_sealed_is_read_back_and_nothing_else(tmp_path):
         read_sealed(tmp_path / "x.json")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# security
+# ----------------------------------------------------------------------------------------- security
 
 
 def test_weights_that_are_a_pickle_are_refused_with_the_way_to_convert_them(
@@ -427,8 +423,7 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(recipe_file, tm
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# what stages leave
+# -------------------------------------------------------------------------------- what stages leave
 
 
 @pytest.mark.parametrize(

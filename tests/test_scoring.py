@@ -243,8 +243,7 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):
     assert policy.model.training
 
 
-# -------------------------------------------------------------------------------------------
-# which reference it is
+# ---------------------------------------------------------------------------- which reference it is
 
 
 def reference_logps(policy, pairs):
