@@ -29,7 +29,7 @@ DOORS = {  # file, function: the form that it makes
     ("data/store.py", "PairStore.__getitem__"): TokenizedPair,  # read back, by another command
     ("batch/layouts.py", "collate"): PairBatch,
     ("model/scoring.py", "Scorer.score"): PairScores,
-    ("core/losses/token_level.py", "TbpoA.__call__"): LossOutput,
+    ("core/losses/base.py", "PreferenceLoss.__call__"): LossOutput,
 }
 STEP = "train/step.py"
 MOST_FUNCTIONS, MOST_FILES = 130, 28  # that a stranger reads to know all of the way
