@@ -32,7 +32,7 @@ DOORS = {  # file, function: the form that it makes
     ("core/losses/base.py", "PreferenceLoss.__call__"): LossOutput,
 }
 STEP = "train/step.py"
-MOST_FUNCTIONS, MOST_FILES = 130, 28  # that a stranger reads to know all of the way
+MOST_FUNCTIONS, MOST_FILES = 140, 30  # that a stranger reads to know all of the way
 
 
 @dataclass
