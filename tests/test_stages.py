@@ -47,8 +47,8 @@ def test_align_prepares_first_trains_and_leaves_the_files_of_the_contract(traine
     ):
         assert (run / name).exists(), name
     assert sorted(p.name for p in (run / "align/adapter").iterdir() if p.suffix != ".md") == [
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
-        "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert [(line["split"], line["step"]) for line in metrics(run)] == [
         ("eval", 0),
@@ -271,7 +271,7 @@ def test_restart_redoes_an_earlier_stage_whose_inputs_changed(recipe_file, finis
 
 
 def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, tmp_path):
-    rows = [{"question": row["prompt"], **row} for row in preference_rows(20, seed=4)]
+    rows = [{"ask": row["prompt"], **row} for row in preference_rows(20, seed=4)]
     train = write_jsonl(
         tmp_path / "odd.jsonl", [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
     )
@@ -282,7 +282,7 @@ def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, t
         recipe_file,
         tmp_path / "run",
         f"data.train={train}",
-        'data.columns={prompt = "question"}',
+        'data.columns={prompt = "ask"}',
     )
     assert json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]["kept"] == {
         "train": 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
 from pathlib import Path
 
@@ -34,6 +36,13 @@ def message_for(error: Exception) -> TbpoError | None:
                 "a file or folder that can be used",
                 "mend that, and give the same command again, which goes on from there",
             )
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries written in Rust
+        return TbpoError(
+            f"the system refuses: {os.strerror(int(number[1]))}",
+            "a file that a library reads or writes",
+            "a disk with space that works",
+            "mend that, and give the same command again, which goes on from there",
+        )
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if not frames or frames[-1].is_relative_to(PACKAGE):
         return None

@@ -61,7 +61,9 @@ def local_adapter(source: str, key: str = "the adapter") -> Path:
                 snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
             )
         if missing := [name for name in files if not (folder / name).exists()]:
-            raise OSError(f"it has no {missing[0]}")
+            pickles = sorted(path.name for path in folder.glob("adapter_model.bin"))
+            why = f", and a pickle is not loaded: {pickles[0]}" if pickles else ""
+            raise OSError(f"it has no {missing[0]}{why}")
     except (OSError, ValueError) as error:
         what = f"the adapter cannot be loaded: {str(error).splitlines()[0]}"
         where = f"{key} = {source!r}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -125,8 +124,12 @@ def build_stepper(run: TrainingRun) -> Stepper:
     )
     scorer = Scorer.of(policy, baseline)
     pairs = sample_pairs(run.train)
-    confirm = functools.partial(confirm_layout, scorer, layout, settings.layout, reason, pairs)
-    layout, reason = budget.attempt(lambda _tokens: confirm())
+
+    def confirm(max_tokens: int) -> tuple[str, str]:
+        fitting = _fitting(pairs, max_tokens)
+        return confirm_layout(scorer, layout, settings.layout, reason, fitting)
+
+    layout, reason = budget.attempt(confirm)
     console.say(f"rows are {layout}: {reason}")
     cache = open_reference_cache(run)
     token_keys = use_token_dropout(policy.model)
@@ -137,6 +140,22 @@ def sample_pairs(store: PairStore) -> list[TokenizedPair]:
     """Real pairs to try a layout on: the longest one, and the first two."""
     longest = int(store.lengths.sum(axis=1).argmax())
     return [store[index] for index in dict.fromkeys([longest, *range(min(2, len(store)))])]
+
+
+def _fitting(pairs: list[TokenizedPair], max_tokens: int) -> list[TokenizedPair]:
+    """The first pairs that have so many tokens together, each response in a row; at least one."""
+    fitting: list[TokenizedPair] = []
+    for pair in pairs:
+        kept = [*fitting, pair]
+        rows = (len(one.prompt_ids) + len(ids) for one in kept for ids in _responses(one))
+        if fitting and sum(rows) > max_tokens:
+            break
+        fitting = kept
+    return fitting
+
+
+def _responses(pair: TokenizedPair) -> tuple[Sequence[int], Sequence[int]]:
+    return pair.chosen_ids, pair.rejected_ids
 
 
 def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
@@ -211,7 +230,12 @@ def _evaluate(run: TrainingRun, step: int, stepper: Stepper, log: MetricsLog) ->
     if len(run.evaluation) and is_new_for_main:
         # The weights have changed since the layout was chosen, and with them what they pass on.
         pairs = sample_pairs(run.evaluation)
-        confirm_layout(stepper.scorer, stepper.layout, stepper.layout, "", pairs)
+
+        def confirm(max_tokens: int) -> tuple[str, str]:
+            fitting = _fitting(pairs, max_tokens)
+            return confirm_layout(stepper.scorer, stepper.layout, stepper.layout, "", fitting)
+
+        stepper.budget.attempt(confirm)
         _write(run, log, "eval", step, stepper.evaluate(run.evaluated_pairs(step)))
     if run.group.is_main:
         write_page(run.folder / "curves.svg", "curves.svg", panels=curves(log.lines))
