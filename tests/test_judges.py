@@ -384,7 +384,8 @@ def test_what_was_answered_before_a_failure_is_kept(tmp_path):
         server.answer = lambda body: "ok"
         before = len(server.requests)
         assert len(list(Endpoint(server.url, 2, 5.0, cache).ask(bodies))) == 8
-        assert len(server.requests) == before + 1
+        # The eighth; an attempt of the first client may have been on its way still.
+        assert len(server.requests) - before in (1, 2)
 
 
 @pytest.mark.parametrize("trouble", ["drip", "endless"])
