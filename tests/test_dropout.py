@@ -34,6 +34,7 @@ def test_masks_of_other_tokens_steps_seeds_and_layers_are_independent():
         "side": mask_of(keys + (1 << 24)),
         "step": mask_of(keys, step=1),
         "seed": mask_of(keys, seed=1),
+        "largest seed": mask_of(keys, seed=2**32 - 1),
         "layer": mask_of(keys, layer=1),
         "feature": first.roll(1, dims=1),
     }

@@ -49,8 +49,9 @@ class TokenKeys:
         if token_keys is None:
             self.keys = None
             return
-        of_step = torch.tensor([seed * GAMMA + step], device=token_keys.device)
-        self.keys = mixed(token_keys * GAMMA + mixed(of_step))
+        # On the CPU, as a number: a tensor would be copied to the device while that waits.
+        of_step = int(mixed(torch.tensor(seed) * GAMMA + step))
+        self.keys = mixed(token_keys * GAMMA + of_step)
 
 
 class TokenDropout(nn.Module):
