@@ -136,7 +136,7 @@ class Call:
 
         recipe = load_recipe(self.recipe, self.overrides)
         path = str(self.recipe)
-        gather([*format_faults(recipe.data, path), *gate_faults(recipe.eval, path)])
+        gather([*format_faults(recipe.data, path), *gate_faults(recipe, path)])
         return recipe, RunDir.of(recipe, self.run_dir)
 
     def processes(self) -> Processes:
