@@ -54,7 +54,7 @@ def marker_of(recipe: Recipe, cache_of: Callable[[str], Path] | None = None) -> 
     named = recipe.judge.named if recipe.judge is not None else ()
     if len(named) != 1:
         what = "nobody gives marks to the answers"
-        fix = "write [judge] with scorer = \"python:FILE:NAME\", reward_model or endpoint and model"
+        fix = 'write [judge] with scorer = "python:FILE:NAME", reward_model or endpoint and model'
         if named:
             what = f"{len(named)} judges would give marks to the answers: {', '.join(named)}"
             fix = "leave one in [judge], and name the others under [eval.judge]"

@@ -131,9 +131,7 @@ def score_judge(
                     file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
         if failed:
             say_failures(name, list(failed.values()), len({*keys}))
-        return [
-            Mark(known[key]) if key in known else Mark(None, failed[key].what) for key in keys
-        ]
+        return [Mark(known[key]) if key in known else Mark(None, failed[key].what) for key in keys]
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         answers = [

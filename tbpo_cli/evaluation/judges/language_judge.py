@@ -13,14 +13,7 @@ from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
-from tbpo_cli.evaluation.judges.judge import (
-    Answer,
-    Comparison,
-    Judge,
-    Mark,
-    Verdict,
-    say_failures,
-)
+from tbpo_cli.evaluation.judges.judge import Answer, Comparison, Judge, Mark, Verdict, say_failures
 from tbpo_cli.evaluation.judges.reply import Reply
 
 TEMPLATE = Path(__file__).parent / "judge.txt"

@@ -41,7 +41,7 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
             console.say(f"{counted}: {source} reads their ends")
         size = BATCH_SIZE if model.tokenizer.pad_token is not None else 1
         stream = (text for text in texts)  # of which the pipeline gives the scores as they come
-        found = model(stream, batch_size=size, add_special_tokens=False, truncation=True)
+        found = iter(model(stream, batch_size=size, add_special_tokens=False, truncation=True))
         for text in rendered:
             yield next(found)["score"] if isinstance(text, str) else text
 
@@ -90,9 +90,7 @@ def _reward_model(source: str, key: str) -> Any:
         expected = (
             "a sequence classification model with one output and a chat template, in safetensors"
         )
-        raise TbpoError(
-            what, f"{key} = {source!r}", expected, f"change {key}"
-        ) from error
+        raise TbpoError(what, f"{key} = {source!r}", expected, f"change {key}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     return pipeline(
