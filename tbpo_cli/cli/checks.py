@@ -180,17 +180,14 @@ def _evaluation(recipe: Recipe) -> None:
 
 def _token(recipe: Recipe) -> None:
     """A token for the Hub; whether it may write there is asked by `_repository`."""
-    from huggingface_hub import get_token
+    from tbpo_cli.stages.push import check_token
 
-    from tbpo_cli.hub.client import TOKEN
-
-    if not get_token():
-        raise TbpoError("there is no token for the Hub", *TOKEN)
+    check_token()
 
 
 def _repository(recipe: Recipe) -> None:
     """The token may write to push.repo, and that is of the right kind."""
-    from tbpo_cli.hub.publish import check_repository
+    from tbpo_cli.stages.push import check_repository
 
     check_repository(recipe.push.repo or "", recipe)
 

@@ -207,7 +207,7 @@ def _training(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
         "data": " + ".join(data),
         "learning rate": f"{recipe.align.learning_rate:g}",
         "steps": f"{steps:,}",
-        "trained in": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
+        "time of training": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
     }
 
 
