@@ -115,7 +115,20 @@ def run_through(
             elif states[name][0] == "renewed":
                 run_dir.renew(STAGES[name], recipe)
             if not run_dir.manifest(name):
-                STAGES[name].run(recipe, run_dir, processes)
+                _make(STAGES[name], recipe, run_dir, processes)
+
+
+def _make(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Processes) -> None:
+    """Runs a stage. Raises TbpoError if it ends without a word and is not complete.
+
+    So would end one in which code of a model, or of a library, asks for the end of the process.
+    """
+    how = "its manifest is missing"
+    try:
+        stage.run(recipe, run_dir, processes)
+    except SystemExit as end:
+        how = f"code that it calls asked for the end of the process, with {end.code!r}"
+    run_dir.require(stage.name, how)
 
 
 def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, dict[str, object]]:
