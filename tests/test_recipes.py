@@ -235,7 +235,7 @@ def test_alpaca_eval_runs_from_the_training_to_the_corrected_win_rate(tmp_path, 
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     with chat_server(judge) as server:
         sets = (f"data.train={tmp_path / 'train.jsonl'}", f"data.eval={tmp_path / 'eval.jsonl'}")
-        sets += (f"eval.judge.endpoint={server.url}", "align.max_steps=1", "eval.gate=")
+        sets += (f"judge.endpoint={server.url}", "align.max_steps=1", "eval.gate=")
         run = run_stage("eval", RECIPES / "alpaca-eval.toml", tmp_path / "run", *sets)
         asked = {body["messages"][0]["content"] for _, _, body in server.requests}
     results = json.loads((run / "eval/results.json").read_text(encoding="utf-8"))
