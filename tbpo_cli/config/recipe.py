@@ -10,7 +10,8 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from tbpo_cli.config.choosing import Choose
-from tbpo_cli.config.evaluation import Eval, Judge, Push, Sample
+from tbpo_cli.config.evaluation import Eval, Push, Sample
+from tbpo_cli.config.judging import Judge
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
 from tbpo_cli.config.toml import apply_overrides, not_finite, read_toml, resolve_paths
@@ -60,6 +61,7 @@ class Recipe:
     model: Model
     data: Data
     choose: Choose = field(default_factory=Choose)
+    judge: Judge | None = None
     sft: Sft | None = None
     align: Align = field(default_factory=Align)
     sample: Sample = field(default_factory=Sample)
@@ -81,6 +83,16 @@ class Recipe:
     def training_stages(self) -> tuple[str, ...]:
         """The names of the training stages that the recipe has, in order."""
         return ("align",) if self.sft is None else ("sft", "align")
+
+    @property
+    def judge_of_eval(self) -> Judge | None:
+        """Who judges for `tbpo eval`: [eval.judge], else [judge]."""
+        return self.judge if self.eval.judge is None else self.eval.judge
+
+    @property
+    def table_of_judge(self) -> str:
+        """The name of the table that `judge_of_eval` is."""
+        return "judge" if self.eval.judge is None else "eval.judge"
 
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""
