@@ -23,7 +23,7 @@ from tbpo_cli.data.tokenizer import fingerprint, load_chat
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import compute_dtype
 from tbpo_cli.model.load import add_helper, load_policy
-from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import check_positions
 from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
@@ -153,11 +153,9 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) 
     load_device = group.device if is_on_device else torch.device("cpu")
     needs_reference = not loss.needs <= REFERENCE_FREE
     policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device)
-    if "weights" in loss.needs:
-        for view in (POSITIVE, NEGATIVE):
-            source = getattr(loss, view)
-            key = f"align.loss.{view}"
-            add_helper(policy, view, source, recipe.model, group.device, load_device, key)
+    for view in loss.helpers:
+        source, key = getattr(loss, view), f"align.loss.{view}"
+        add_helper(policy, view, source, recipe.model, group.device, load_device, key)
     return policy
 
 
