@@ -62,21 +62,20 @@ def train_stage(
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
     key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
     with open_trackers(recipe, folder / "logs", group) as track:
-        train(
-            TrainingRun(
-                policy=policy,
-                loss=loss,
-                settings=settings,
-                train=stores[0],
-                evaluation=stores[1],
-                folder=folder,
-                seed=recipe.run.seed,
-                reference=run_dir.path / "reference" / f"{key}.f32",
-                group=group,
-                track=track,
-                mesh=mesh,
-            )
+        run = TrainingRun(
+            policy=policy,
+            loss=loss,
+            settings=settings,
+            train=stores[0],
+            evaluation=stores[1],
+            folder=folder,
+            seed=recipe.run.seed,
+            reference=run_dir.path / "reference" / f"{key}.f32",
+            group=group,
+            track=track,
+            mesh=mesh,
         )
+        train(run)
     outputs = _save(policy, chat, run_dir.weights(stage.name), group)
     if not group.is_main:
         return
@@ -84,6 +83,7 @@ def train_stage(
         "seed": recipe.run.seed,
         "device": device,
         "num_processes": group.size,
+        "ways": run.ways,
         "seconds": round(time.monotonic() - started, 1),
         "base_commit": getattr(policy.model.config, "_commit_hash", None),  # of a Hub repository
     }
