@@ -216,6 +216,23 @@ def test_without_a_judge_or_with_several_it_is_said_who_gives_marks(recipe_file)
     assert "[eval.judge]" in error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("of_eval", "same"),
+    [
+        ((), ("scorer", "endpoint")),
+        (("eval.judge.scorer=python:/x.py:f",), ("scorer",)),
+        (("eval.judge.scorer=python:/x.py:g",), ()),
+        (("eval.judge.endpoint=http://there:1/v1", "eval.judge.model=m"), ("endpoint",)),
+        (("eval.judge.endpoint=http://here:1/v1", "eval.judge.model=n"), ()),
+        (("eval.judge.reward_model=user/rm",), ()),
+    ],
+)
+def test_judges_are_the_same_by_function_reward_model_or_language_model(recipe_file, of_eval, same):
+    own = ("judge.scorer=python:/x.py:f", "judge.endpoint=http://here:1/v1", "judge.model=m")
+    recipe = load_recipe(recipe_file, (*own, *of_eval))
+    assert recipe.judge.in_common(recipe.judge_of_eval) == same
+
+
 def test_eval_reads_its_own_judge_in_place_of_the_other(recipe_file, tmp_path):
     (tmp_path / "mine.py").write_text(SCORER)
     own = (f"judge.scorer=python:{tmp_path / 'mine.py'}:score",)
