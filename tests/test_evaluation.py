@@ -475,6 +475,20 @@ def test_a_file_of_answers_is_an_opponent(copied, tmp_path, capsys):
         run_stage("eval", recipe, run, *SAME, answers)
 
 
+def test_answers_to_the_same_questions_are_an_opponent_by_their_ids(copied, tmp_path):
+    """Arena-Hard 0.1: an answer has the id of its question. The scorer likes length."""
+    recipe, run = copied
+    questions = [{"question_id": f"q{n}", "turns": [{"content": f"red {n}"}]} for n in range(3)]
+    prompts = write_jsonl(tmp_path / "question.jsonl", questions)
+    said = [{"turns": [{"content": "red " * 50}]}]
+    answers = [{"question_id": f"q{n}", "choices": said} for n in (2, 0)]
+    answers = write_jsonl(tmp_path / "baseline.jsonl", answers)
+    sets = (*SHORT, f"sample.prompts={prompts}", f"eval.answers=['{answers}']")
+    run_stage("eval", recipe, run, *sets, "eval.opponents=[]", restart=True)
+    (rate,) = read(run)["win_rates"]
+    assert (rate["against"], rate["losses"], rate["raw"]["n"]) == ("baseline", 2, 2)
+
+
 def test_other_runs_stand_beside_the_policy(copied, tmp_path):
     """The same adapter by its folder has the policy's figures; a run with β = 0.2 has its own loss,
     β and label.
