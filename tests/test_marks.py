@@ -10,6 +10,7 @@ from test_judges import compare, reward_model, user
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import marker_of
+from tbpo_cli.evaluation.judges.judge import score_judge
 from tbpo_cli.evaluation.judges.language_judge import MARK_TEMPLATE
 from tbpo_cli.evaluation.winrate import win_rate
 
@@ -201,6 +202,34 @@ def test_a_chat_that_the_reward_models_template_refuses_has_no_mark(
     assert first.value == pytest.approx(alone[0].value, abs=1e-5)
     assert last.value == pytest.approx(alone[1].value, abs=1e-5)
     assert math.isfinite(first.value)
+
+
+def test_what_is_marked_before_a_judge_breaks_down_is_kept(tmp_path):
+    """Of four answers it gives two marks and one that is not finite, and dies; the next goes on."""
+    asked, kept = [], []
+
+    def dying(answers):
+        for number, (_, text) in enumerate(answers):
+            asked.append(text)
+            if number == 3:
+                kept.extend(line for line in cache.read_text().splitlines() if line)
+                raise RuntimeError("out of memory")
+            yield [1.0, math.inf, 2.0][number]
+
+    cache = tmp_path / "scores.jsonl"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score_judge("it", dying, cache).mark(ANSWERS)
+    assert asked == ["2", "two", "3", "4"] and len(kept) == 2, "also if the process is killed"
+
+    def whole(answers):
+        asked.clear()
+        asked.extend(text for _, text in answers)
+        yield from (5.0 for _ in answers)
+
+    (none, one) = score_judge("it", lambda answers: iter([math.inf, 1.0])).mark(ANSWERS[:2])
+    assert (none.value, one.value) == (None, 1.0) and "the score inf" in none.reason
+    marks = score_judge("it", whole, cache).mark(ANSWERS)
+    assert [mark.value for mark in marks] == [1.0, 5.0, 2.0, 5.0] and asked == ["two", "4"]
 
 
 # ------------------------------------------------- who judges
