@@ -358,6 +358,31 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
     )
 
 
+def test_a_scorer_that_fails_for_some_answers_leaves_them_out_and_the_evaluation_goes_on(
+    copied, capsys
+):
+    """The scorer fails for one of the data's own answers: seven of eight are compared."""
+    recipe, run = copied
+    before = read(run)
+    failing = preference_rows(8, seed=1)[0]["chosen"]
+    fault = f"\n    if completion == {failing!r}:\n        raise ValueError('not that one')"
+    code = SCORER.replace("(prompt, completion):", f"(prompt, completion):{fault}", 1)
+    assert code != SCORER
+    (recipe.parent / "scorer.py").write_text(code)
+    try:
+        run_stage("eval", recipe, run, *SAME)
+    finally:
+        (recipe.parent / "scorer.py").write_text(SCORER)
+    assert "gives no mark to 1 of " in capsys.readouterr().err
+    results = read(run)
+    against_reference, against_chosen = results["win_rates"]
+    assert against_reference == before["win_rates"][0]
+    assert (against_chosen["raw"]["n"], against_chosen["unreadable"]) == (7, 1)
+    lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
+    (failed,) = (line for line in lines if line["verdict"] is None)
+    assert failed["scores"] is None and "not that one" in failed["reason"]
+
+
 def test_diversity_follows_the_protocol(whole):
     _, run = whole
     rows = kept(run, "diversity")["policy"][1]
@@ -448,6 +473,20 @@ def test_a_file_of_answers_is_an_opponent(copied, tmp_path, capsys):
     (folder / "model_outputs.json").write_text(json.dumps(rows))
     with pytest.raises(TbpoError, match="no prompt is answered there"):
         run_stage("eval", recipe, run, *SAME, answers)
+
+
+def test_answers_to_the_same_questions_are_an_opponent_by_their_ids(copied, tmp_path):
+    """Arena-Hard 0.1: an answer has the id of its question. The scorer likes length."""
+    recipe, run = copied
+    questions = [{"question_id": f"q{n}", "turns": [{"content": f"red {n}"}]} for n in range(3)]
+    prompts = write_jsonl(tmp_path / "question.jsonl", questions)
+    said = [{"turns": [{"content": "red " * 50}]}]
+    answers = [{"question_id": f"q{n}", "choices": said} for n in (2, 0)]
+    answers = write_jsonl(tmp_path / "baseline.jsonl", answers)
+    sets = (*SHORT, f"sample.prompts={prompts}", f"eval.answers=['{answers}']")
+    run_stage("eval", recipe, run, *sets, "eval.opponents=[]", restart=True)
+    (rate,) = read(run)["win_rates"]
+    assert (rate["against"], rate["losses"], rate["raw"]["n"]) == ("baseline", 2, 2)
 
 
 def test_other_runs_stand_beside_the_policy(copied, tmp_path):

@@ -19,7 +19,7 @@ class Sample:
     """[sample] Completions. temperature and top_p are those of the paper's win rates."""
 
     prompts: str = "eval"
-    """A .jsonl file (prompt: text or messages), a .txt file, or "eval": the held-out prompts."""
+    """A file of prompts, AlpacaEval's or Arena-Hard's for one, or "eval": the held-out prompts."""
     max_prompts: Count | None = None
     """How many prompts are answered, from the first one on. Default: all."""
     num_samples: Count = 1

@@ -16,6 +16,7 @@ from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.hub.base import Base, local_base, published_base
 from tbpo_cli.hub.card import is_whole, render_card
+from tbpo_cli.hub.markdown import unescaped
 from tbpo_cli.hub.publish import Files, open_repository, publish
 from tbpo_cli.hub.publish import check_repository as check_repository
 from tbpo_cli.hub.publish import check_token as check_token
@@ -168,7 +169,7 @@ def _texts(
         for key, value in settings.items()
         if isinstance(value, str) and (key.endswith("revision") or "@" in value)
     }
-    check_no_secret(texts, {base.revision, *commits})
+    check_no_secret(texts | {"README.md": unescaped(card)}, {base.revision, *commits})
     return texts
 
 
