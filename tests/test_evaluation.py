@@ -358,6 +358,31 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
     )
 
 
+def test_a_scorer_that_fails_for_some_answers_leaves_them_out_and_the_evaluation_goes_on(
+    copied, capsys
+):
+    """The scorer fails for one of the data's own answers: seven of eight are compared."""
+    recipe, run = copied
+    before = read(run)
+    failing = preference_rows(8, seed=1)[0]["chosen"]
+    fault = f"\n    if completion == {failing!r}:\n        raise ValueError('not that one')"
+    code = SCORER.replace("(prompt, completion):", f"(prompt, completion):{fault}", 1)
+    assert code != SCORER
+    (recipe.parent / "scorer.py").write_text(code)
+    try:
+        run_stage("eval", recipe, run, *SAME)
+    finally:
+        (recipe.parent / "scorer.py").write_text(SCORER)
+    assert "gives no mark to 1 of " in capsys.readouterr().err
+    results = read(run)
+    against_reference, against_chosen = results["win_rates"]
+    assert against_reference == before["win_rates"][0]
+    assert (against_chosen["raw"]["n"], against_chosen["unreadable"]) == (7, 1)
+    lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
+    (failed,) = (line for line in lines if line["verdict"] is None)
+    assert failed["scores"] is None and "not that one" in failed["reason"]
+
+
 def test_diversity_follows_the_protocol(whole):
     _, run = whole
     rows = kept(run, "diversity")["policy"][1]

@@ -63,6 +63,7 @@ PATHS = {
     **dict.fromkeys(SOURCE_KEYS, _ROWS),
     "align.loss.positive": _TRAINED,
     "align.loss.negative": _TRAINED,
+    "align.loss.guide": _TRAINED,
     "sample.prompts": _FILE,
     "sample.adapter": _ADAPTER,
     "eval.against": _TRAINED,
