@@ -150,10 +150,7 @@ class RunDir:
             "inputs": self.started_from(name),
             "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
             "others": {str(path.relative_to(folder)): sha256(path) for path in others},
-            "versions": {
-                "python": platform.python_version(),
-                **{lib: version(lib) for lib in LIBRARIES},
-            },
+            "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_sealed(folder / MANIFEST, manifest | facts)
@@ -196,6 +193,11 @@ class RunDir:
         if not (manifest := self.manifest(name)):
             return ""
         return hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the libraries that decide a result."""
+    return {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
 
 
 def _is_sealed(path: Path) -> bool:
