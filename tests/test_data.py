@@ -74,7 +74,7 @@ VARIANTS = {
 def pair_of(content, **data):
     data = Data(train=UNUSED, **data)
     name, (row,) = recognise(iter([Row("here", 1, content)]), data)
-    (pair,) = to_pairs(row, name, data)
+    (pair,) = to_pairs(row, name, data).pairs
     return pair
 
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import preference_rows, run_stage, write_jsonl
 from datasets import Dataset
 
-from tbpo_cli.config.recipe import Data, Source
+from tbpo_cli.config.recipe import Choose, Data, Source
+from tbpo_cli.data.choosing import Chooser
 from tbpo_cli.data.formats import FORMATS, format_faults, recognise, to_pairs
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
@@ -25,7 +26,7 @@ def said(who, text):
     return {"from": who, "value": text}
 
 
-def pairs_of(*contents, for_sft=False, **data):
+def pairs_of(*contents, for_sft=False, choose=None, **data):
     """All pairs of some rows, by whatever format they are of; a rejected row is its reason."""
     settings = Data(train=UNUSED, **data)
     rows = [Row("here", number, content) for number, content in enumerate(contents, 1)]
@@ -33,7 +34,7 @@ def pairs_of(*contents, for_sft=False, **data):
     made = []
     for row in found:
         try:
-            made += to_pairs(row, name, settings)
+            made += to_pairs(row, name, settings, Chooser(choose or Choose())).pairs
         except RejectedRow as reason:
             made.append(reason.reason)
     return name, made
@@ -184,7 +185,7 @@ RANKED = {"prompt": "hello", "responses": ["b", "d", "a", "c"], "scores": [3, 1,
     ],
 )
 def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
-    _, pairs = pairs_of(RANKED, ranking=how)
+    _, pairs = pairs_of(RANKED, choose=Choose(pairs=how))
     assert [pair.chosen["content"] + pair.rejected["content"] for pair in pairs] == expected
     scores = dict(zip(RANKED["responses"], RANKED["scores"], strict=True))
     assert [pair.score_margin for pair in pairs] == [scores[a] - scores[b] for a, b in expected]
@@ -195,7 +196,12 @@ def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
     [
         (RANKED | {"scores": [2, 2, 2, 2]}, "no_preference"),
         (RANKED | {"scores": [2, 2, 2]}, "wrong_type"),
-        (RANKED | {"scores": [2, 2, None, 2]}, "wrong_type"),
+        (RANKED | {"scores": [2, 2, None, 2]}, "no_preference"),
+        (RANKED | {"scores": [2, None, float("nan"), float("inf")]}, "no_mark"),
+        (RANKED | {"scores": [2, 1, "good", 2]}, "wrong_type"),
+        (RANKED | {"responses": ["a", "a", "a", "a"]}, "identical"),
+        (RANKED | {"truncated": [True] * 4}, "all_cut"),
+        (RANKED | {"truncated": [True]}, "wrong_type"),
         ({"prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie"}, "no_preference"),
         (
             {"prompt": "p", "response_a": "a", "response_b": "b", "winner": "tie (bothbad)"},
@@ -291,7 +297,7 @@ def test_nulls_within_arguments_are_kept_from_json_and_left_out_of_columnar_file
     Dataset.from_list(rows).to_parquet(path)
     for file in (path, write_jsonl(tmp_path / "rows.jsonl", rows)):
         (row,) = read_rows(Source(str(file)), "train", "data.train")
-        (pair,) = to_pairs(row, "messages", Data(train=UNUSED))
+        (pair,) = to_pairs(row, "messages", Data(train=UNUSED)).pairs
         found[file.suffix] = pair.chosen["tool_calls"][0]["function"]["arguments"]
     assert found == {".parquet": {"a": 1}, ".jsonl": {"a": 1, "b": None}}
 

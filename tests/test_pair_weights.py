@@ -27,7 +27,9 @@ ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.dedup=false")
 
 def pair_of(**columns):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", **columns}
-    (pair,) = to_pairs(Row("rows.jsonl", 1, row), "prompt", Data(train=(Source("rows.jsonl"),)))
+    (pair,) = to_pairs(
+        Row("rows.jsonl", 1, row), "prompt", Data(train=(Source("rows.jsonl"),))
+    ).pairs
     return pair
 
 

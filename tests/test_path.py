@@ -18,7 +18,7 @@ from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 import tbpo_cli
 from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.core import LossOutput, PairScores
-from tbpo_cli.data.pairs import PreferencePair
+from tbpo_cli.data.pairs import MadePairs, PreferencePair
 from tbpo_cli.data.tokens import TokenizedPair
 
 PACKAGE = str(Path(tbpo_cli.__file__).parent)
@@ -94,6 +94,7 @@ def functions_on_the_stack(frame):
 
 def only(made):
     """The one pair's form, which a function for several returns in a list or beside others."""
+    made = made.pairs if isinstance(made, MadePairs) else made
     while isinstance(made, list | tuple):
         forms = list | tuple | PreferencePair | TokenizedPair
         made = next(item for item in made if isinstance(item, forms))

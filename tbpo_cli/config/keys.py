@@ -15,6 +15,9 @@ from tbpo_cli.config.validate import did_you_mean
 # A key of one training stage that has another name in the other.
 TWINS = {("sft", "batch_pairs"): "batch_examples", ("align", "batch_examples"): "batch_pairs"}
 
+# A key of an earlier version: what it is called now.
+RENAMED = {"data.ranking": "choose.pairs"}
+
 
 def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a table and of the tables in it, as ("align.batch_pairs", its type)."""
@@ -46,6 +49,8 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     table comes before one of the other.
     """
     name = keys[-1]
+    if now := RENAMED.get(".".join(keys)):
+        return f"it is called {now} now"
     theirs = THEIRS.get(name)
     if theirs is not None and theirs.ours != ".".join(keys):
         return counterpart(name)

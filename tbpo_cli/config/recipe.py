@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter
 
+from tbpo_cli.config.choosing import Choose
 from tbpo_cli.config.evaluation import Eval, Judge, Push, Sample
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
@@ -20,6 +21,7 @@ from tbpo_cli.errors import gather
 
 __all__ = [
     "Align",
+    "Choose",
     "Data",
     "Eval",
     "Judge",
@@ -61,6 +63,7 @@ class Recipe:
     run: Run
     model: Model
     data: Data
+    choose: Choose = field(default_factory=Choose)
     rounds: Rounds | None = None
     sft: Sft | None = None
     align: Align = field(default_factory=Align)

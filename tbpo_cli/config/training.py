@@ -145,9 +145,6 @@ class Data:
     max_eval_overlap: Fraction | None = None
     """Held-out prompts are left out if this share of their 8-grams is in training pairs. Default:
     none is."""
-    ranking: Literal["best_worst", "best_each", "all"] = "best_worst"
-    """Of rows with several answers and their scores: the best answer is compared with the worst,
-    or with each other one, or each answer with each that has a lower score."""
     dedup: bool = True
     """Whether a comparison that came before is left out."""
     max_reject_fraction: Fraction = 0.1

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     Executor,
@@ -22,9 +22,11 @@ from concurrent.futures import (
 from contextlib import contextmanager
 from multiprocessing import get_context
 
+from tbpo_cli.config.choosing import Choose
 from tbpo_cli.config.recipe import Data, Model
+from tbpo_cli.data.choosing import Chooser
 from tbpo_cli.data.formats import to_pairs
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import MadePairs, Noted, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.data.tokenizer import load_chat
 from tbpo_cli.data.tokens import Result, tokenize_pairs
@@ -32,7 +34,9 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import die_with_parent
 
 _worker = threading.local()
-Chunk = tuple[list[Row], list[list[Result]]]
+# Of a row: its pairs, or why it makes none; before them what is noted of its answers.
+OfRow = list[Result | Noted]
+Chunk = tuple[list[Row], list[OfRow]]
 
 
 def prepare_rows(
@@ -43,7 +47,7 @@ def prepare_rows(
     Raises:
         TbpoError: if the chat template cannot be cut, or if a worker died.
     """
-    waiting: deque[tuple[list[Row], Future[list[list[Result]]]]] = deque()
+    waiting: deque[tuple[list[Row], Future[list[OfRow]]]] = deque()
     try:
         while (chunk := list(itertools.islice(rows, ROWS_AT_A_TIME))) or waiting:
             if chunk:
@@ -59,13 +63,21 @@ def prepare_rows(
 
 
 @contextmanager
-def workers(model: Model, data: Data) -> Iterator[Executor]:
-    """`data.workers` processes. One worker is a thread: the tokenizer has threads of its own."""
+def workers(
+    model: Model, data: Data, choose: Choose | None = None, seed: int = 0
+) -> Iterator[Executor]:
+    """`data.workers` processes. One worker is a thread: the tokenizer has threads of its own.
+
+    Args:
+        choose: how lists of answers become pairs; None: as the defaults say.
+        seed: of what [choose] draws.
+    """
+    begin = (model, data, choose or Choose(), seed)
     if data.workers == 1:
-        pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=(model, data))
+        pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=begin)
     else:
         pool = ProcessPoolExecutor(
-            data.workers, get_context("spawn"), _begin_process, (os.getpid(), model, data)
+            data.workers, get_context("spawn"), _begin_process, (os.getpid(), *begin)
         )
     try:
         yield pool
@@ -73,32 +85,37 @@ def workers(model: Model, data: Data) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_process(parent: int, model: Model, data: Data) -> None:
+def _begin_process(parent: int, model: Model, data: Data, choose: Choose, seed: int) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _begin_worker(model, data)
+    _begin_worker(model, data, choose, seed)
 
 
-def _begin_worker(model: Model, data: Data) -> None:
+def _begin_worker(model: Model, data: Data, choose: Choose, seed: int) -> None:
     _worker.chat = load_chat(model, data.template_date)
     _worker.data = data
+    _worker.chooser = Chooser(choose, seed, _count_tokens)
 
 
-def _prepare(rows: list[Row], format_name: str) -> list[list[Result]]:
+def _count_tokens(texts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in _worker.chat.encoder.encode_plain(texts)]
+
+
+def _prepare(rows: list[Row], format_name: str) -> list[OfRow]:
     data: Data = _worker.data
     pairs: list[PreferencePair] = []
-    results: list[list[Result]] = []
+    results: list[OfRow] = []
     counts: list[int] = []  # of pairs of each row
     for row in rows:
         try:
-            of_row = to_pairs(row, format_name, data)
-            results.append([])
+            made = to_pairs(row, format_name, data, _worker.chooser)
+            results.append([made.noted] if made.noted else [])
         except RejectedRow as reason:
-            of_row = []
+            made = MadePairs([])
             results.append([reason])
-        pairs += of_row
-        counts.append(len(of_row))
+        pairs += made.pairs
+        counts.append(len(made.pairs))
     tokenized = iter(tokenize_pairs(pairs, _worker.chat, data))
     for of_row_results, count in zip(results, counts, strict=True):
         of_row_results += itertools.islice(tokenized, count)

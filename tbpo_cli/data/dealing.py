@@ -10,11 +10,11 @@ from typing import Any
 
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.config.rounds import Rounds
+from tbpo_cli.data.choosing import EVERY_PAIR
 from tbpo_cli.data.formats import FORMATS, read_prompt, renamed, to_pairs
 from tbpo_cli.data.formats.columns import PROMPTS, first_of
 from tbpo_cli.data.formats.demonstrations import CHATS
-from tbpo_cli.data.pairs import Messages, RejectedRow, make_pair
-from tbpo_cli.data.selection import draw
+from tbpo_cli.data.pairs import Messages, RejectedRow, draw, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.templates import Chat, Tools
 from tbpo_cli.data.tokens import tokenize_prompt
@@ -68,7 +68,7 @@ def question_of(content: Any, data: Data) -> Question:
     if not name or first_of(content, PROMPTS):
         messages, tools = read_prompt(content)
     else:
-        (pair, *_) = to_pairs(Row("", 0, content), name, data)
+        (pair, *_) = to_pairs(Row("", 0, content), name, data, EVERY_PAIR).pairs
         messages, tools = pair.prompt, pair.tools
     pair = make_pair({"tools": list(tools)}, messages, ANSWER, None)
     return Question(pair.prompt_hash, messages, tools)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tbpo_cli.data.selection import draw
+from tbpo_cli.data.pairs import draw
 from tbpo_cli.data.store import PairStore, pair_writer
 
 LEAST_PROMPTS = 20

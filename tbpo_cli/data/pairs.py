@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 # role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
@@ -25,12 +26,17 @@ ROLES_BEFORE = {
 }
 
 
-class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
-    """A row that cannot be used. `reason` is a stable code, `detail` says more."""
+Noted = Counter[str]  # numbers of answers of a row that are left out, or never chosen, by why
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+
+class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
+    """A row that cannot be used. `reason` is a stable code, `detail` says more, and `noted` counts
+    its answers that are left out.
+    """
+
+    def __init__(self, reason: str, detail: str = "", noted: Noted | None = None) -> None:
+        super().__init__(reason, detail, noted)
+        self.reason, self.detail, self.noted = reason, detail, noted or Noted()
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,14 @@ class PreferencePair:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class MadePairs:
+    """The pairs of a row, and how many of its answers are left out or never chosen, by why."""
+
+    pairs: list[PreferencePair]
+    noted: Noted = field(default_factory=Noted)
+
+
 def make_pair(
     row: dict[str, Any], prompt: Messages, chosen: Message, rejected: Message | None
 ) -> PreferencePair:
@@ -83,6 +97,12 @@ def make_pair(
     pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
     about = (tools, _score_margin(row), _weight(row))
     return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, *about)
+
+
+def draw(seed: int, text: str) -> float:
+    """A number in [0, 1) that the seed and the text decide."""
+    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _check_roles(messages: Messages) -> None:

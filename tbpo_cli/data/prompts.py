@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbpo_cli.config.recipe import Data, Recipe, Source
+from tbpo_cli.data.choosing import EVERY_PAIR
 from tbpo_cli.data.formats import read_prompt, recognise, to_pairs
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
@@ -86,7 +87,7 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
             if found.keys() == pair_ids:
                 return found
             with suppress(RejectedRow):
-                pairs = to_pairs(row, format_name, data)
+                pairs = to_pairs(row, format_name, data, EVERY_PAIR).pairs
                 found |= {pair.pair_id: pair for pair in pairs if pair.pair_id in pair_ids}
     if missing := pair_ids - found.keys():
         what = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from concurrent.futures import Executor
@@ -15,7 +14,7 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe, Source
 from tbpo_cli.data.chunks import prepare_rows
 from tbpo_cli.data.formats import recognise
-from tbpo_cli.data.pairs import RejectedRow
+from tbpo_cli.data.pairs import Noted, RejectedRow, draw
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import record_batch
 from tbpo_cli.data.tokens import Result, TokenizedPair
@@ -33,7 +32,8 @@ class Counts:
         noted: number of pairs, by what a reader should know of them: duplicate (left out, since
             the same comparison came before), reversed (the same comparison also occurs with chosen
             and rejected exchanged), cut (to data.max_length), unsampled (left out by the weight of
-            the source), overlap (left out of the held-out pairs by data.max_eval_overlap).
+            the source), overlap (left out of the held-out pairs by data.max_eval_overlap); and
+            number of answers of rows with several of them, by what `choose` notes.
     """
 
     key: str
@@ -94,8 +94,13 @@ class PairFilter:
                 counts.rows += len(chunk)
                 update(counts.rows, "rows")
 
-    def _kept(self, row: Row, result: Result, weight: float, counts: Counts) -> list[TokenizedPair]:
-        """The pair, as often as it is written; counts what becomes of it."""
+    def _kept(
+        self, row: Row, result: Result | Noted, weight: float, counts: Counts
+    ) -> list[TokenizedPair]:
+        """The pair, as often as it is written; counts what becomes of it, or notes of answers."""
+        if isinstance(result, Counter):
+            counts.noted.update(result)
+            return []
         if isinstance(result, TokenizedPair) and result.prompt_hash in self.eval_prompts:
             result = RejectedRow("in_eval", "the prompt is among the evaluation prompts")
         if isinstance(result, RejectedRow):
@@ -113,13 +118,8 @@ class PairFilter:
 
     def _reject(self, row: Row, reason: RejectedRow, counts: Counts) -> None:
         counts.rejected[reason.reason] += 1
+        counts.noted.update(reason.noted)
         line = {"from": self.key, "source": row.source, "row": row.number}
         line |= {"reason": reason.reason, "detail": reason.detail}
         line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
         self.rejects.write(json.dumps(line) + "\n")
-
-
-def draw(seed: int, text: str) -> float:
-    """A number in [0, 1) that the seed and the text decide."""
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

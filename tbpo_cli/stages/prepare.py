@@ -59,7 +59,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     counts: list[Counts] = []
     eval_prompts: set[str] = set()
     with (
-        workers(recipe.model, data) as pool,
+        workers(recipe.model, data, recipe.choose, recipe.run.seed) as pool,
         (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
     ):
         for key, sources, split, into in work:
@@ -258,6 +258,9 @@ NOTES = {
     "reversed": "{:,} pairs are there the other way round as well (kept)",
     "cut": "{:,} pairs have a response that was cut to data.max_length",
     "unsampled": "{:,} pairs are left out by the source's weight",
+    "no_mark": "{:,} answers have no mark (left out)",
+    "same_answer": "{:,} answers repeat another one to the same prompt (left out)",
+    "cut_answer": "{:,} answers were cut at their limit (never chosen)",
 }
 
 
@@ -273,6 +276,11 @@ FIXES = {  # by the most frequent reason
     "in_eval": "give data.eval other prompts than data.train",
     "unpaired": "give rows with both labels for a prompt, or use the good ones as sft.train",
     "no_preference": "give rows of which one answer is better",
+    "identical": "give rows whose answers differ",
+    "no_mark": "give rows with at least two answers that have a mark",
+    "all_cut": "give rows with a better answer that is whole",
+    "small_margin": "lower choose.min_margin",
+    "length_difference": "raise choose.max_length_difference",
     "unwanted": "give rows with label = true",
 }
 
@@ -315,7 +323,15 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
 STAGE = Stage(
     name="prepare",
     needs=lambda recipe: (),
-    keys=("run.seed", "model.base", "model.revision", "model.chat_template", "data.", "sft.train"),
+    keys=(
+        "run.seed",
+        "model.base",
+        "model.revision",
+        "model.chat_template",
+        "data.",
+        "choose.",
+        "sft.train",
+    ),
     run=run,
     report=report,
     base_files=(*TOKENIZER_FILES, "tokenization*.py"),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from tbpo_cli.config.recipe import Data
+from tbpo_cli.data.choosing import Chooser
 from tbpo_cli.data.formats.answers import from_answers, is_answers
 from tbpo_cli.data.formats.choices import WINNERS, from_choice, from_stack_exchange, is_choice
 from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of, messages, prompt, with_system
@@ -23,7 +24,7 @@ from tbpo_cli.data.formats.dialogues import from_dialogues, is_dialogues
 from tbpo_cli.data.formats.ranked import LISTS, RANKS, SCORES, from_ranked, is_ranked
 from tbpo_cli.data.formats.unknown import key_faults, nearest, unknown_rows
 from tbpo_cli.data.formats.unpaired import from_unpaired, is_unpaired, pair_up
-from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
+from tbpo_cli.data.pairs import MadePairs, Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
 
@@ -41,14 +42,14 @@ class Format:
         parse: a row with these columns → its pair, or RejectedRow.
         recognise: whether a row with these columns is of this format, where another one has the
             same.
-        parse_all: in place of `parse`, for rows of which several pairs are made, as the second
-            argument, `data.ranking`, says.
+        parse_all: in place of `parse`, for rows with several answers, of which the second argument
+            makes pairs.
     """
 
     columns: tuple[str | tuple[str, ...], ...]
     parse: Callable[[Columns], PreferencePair] | None
     recognise: Callable[[Columns], bool] = lambda row: True
-    parse_all: Callable[[Columns, str], list[PreferencePair]] | None = None
+    parse_all: Callable[[Columns, Chooser], MadePairs] | None = None
 
     def fits(self, content: Any) -> bool:
         """Whether a row is of this format."""
@@ -89,6 +90,7 @@ MORE_COLUMNS = (
     "history",
     "input",
     "label",
+    "truncated",
 )
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
@@ -160,8 +162,11 @@ def recognise(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[s
     return name, rows
 
 
-def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
-    """The pairs that a row makes: one, or of a list of answers as `data.ranking` says.
+def to_pairs(row: Row, format_name: str, data: Data, chooser: Chooser | None = None) -> MadePairs:
+    """The pairs that a row makes: one, or of a list of answers as [choose] says.
+
+    Args:
+        chooser: of a list of answers; None: as the defaults of [choose] say.
 
     Raises:
         RejectedRow: with the reason why the row cannot be used.
@@ -179,9 +184,9 @@ def to_pairs(row: Row, format_name: str, data: Data) -> list[PreferencePair]:
             is_there = any(name in content for name in names)
             raise RejectedRow("null_column" if is_there else "missing_column", names[0])
     if known.parse_all is not None:
-        return known.parse_all(content, data.ranking)
+        return known.parse_all(content, chooser or Chooser())
     assert known.parse is not None
-    return [known.parse(content)]
+    return MadePairs([known.parse(content)])
 
 
 def _is_deep(content: Any) -> bool:

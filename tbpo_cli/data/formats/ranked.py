@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+from tbpo_cli.data.choosing import Chooser, MarkedAnswer, choose
 from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of, messages, prompt, with_system
 from tbpo_cli.data.formats.dialogues import is_dialogue, read_dialogue
-from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow, make_pair
+from tbpo_cli.data.pairs import MadePairs, Message, Messages, RejectedRow, make_pair
 
 LISTS = ("responses", "completions", "answers", "candidates")
 SCORES = ("scores", "ratings", "overall_scores")  # the higher, the better
@@ -30,35 +32,37 @@ def is_ranked(row: Columns) -> bool:
     )
 
 
-def from_ranked(row: Columns, how: str) -> list[PreferencePair]:
+def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
     """{"prompt", "responses": [text, …], "scores": [number, …]}, or each answer with its score.
 
-    UltraFeedback's rows have `completions` with `overall_score`, Nectar's `answers` with `rank`.
-
-    Args:
-        how: "best_worst": the best answer against the worst; "best_each": the best against each
-            other one; "all": each against each that has a lower score. Answers with the same score
-            are never compared.
+    UltraFeedback's rows have `completions` with `overall_score`, Nectar's `answers` with `rank`. An
+    answer whose score is null or not finite has none. `truncated` says which answers were cut.
 
     Raises:
-        RejectedRow: wrong_type; no_preference, if all have the same score.
+        RejectedRow: wrong_type; a reason of `choose`, if no pair can be made of the answers.
     """
     asked = _prompt(row)
-    scored = sorted(_scored(row), key=lambda item: -item[0])
-    best, worst = scored[0], scored[-1]
-    if best[0] == worst[0]:
-        raise RejectedRow("no_preference", "all answers have the same score")
-    if how == "best_worst":
-        chosen = [(best, worst)]
-    elif how == "best_each":
-        chosen = [(best, other) for other in scored[1:]]
-    else:
-        chosen = [(one, other) for i, one in enumerate(scored) for other in scored[i + 1 :]]
-    return [
-        make_pair(row | {"score_chosen": a[0], "score_rejected": b[0]}, asked, a[1], b[1])
-        for a, b in chosen
-        if a[0] > b[0]
+    answers, marks = _scored(row)
+    texts = [json.dumps(answer, sort_keys=True) for answer in answers]
+    lengths = [0] * len(answers)
+    if chooser.settings.max_length_difference is not None and chooser.count_tokens is not None:
+        lengths = chooser.count_tokens([answer["content"] for answer in answers])
+    marked = [
+        MarkedAnswer(*one) for one in zip(texts, marks, lengths, _truncated(row), strict=True)
     ]
+    choice = choose(marked, chooser.settings, chooser.seed, json.dumps(asked))
+    if choice.reason:
+        raise RejectedRow(choice.reason, choice.detail, choice.noted)
+    pairs = [
+        make_pair(
+            row | {"score_chosen": marks[chosen], "score_rejected": marks[rejected]},
+            asked,
+            answers[chosen],
+            answers[rejected],
+        )
+        for chosen, rejected in choice.pairs
+    ]
+    return MadePairs(pairs, choice.noted)
 
 
 def _prompt(row: Columns) -> Messages:
@@ -69,37 +73,51 @@ def _prompt(row: Columns) -> Messages:
     return prompt(row)
 
 
-def _scored(row: Columns) -> list[tuple[float, Message]]:
-    """The answers with their scores; a rank is taken as a score below zero."""
+def _scored(row: Columns) -> tuple[list[Message], list[float | None]]:
+    """The answers and their scores; a rank is taken as a score below zero."""
     name = first_of(row, LISTS)
     answers = row[name]
     if not isinstance(answers, list) or not answers:
         raise RejectedRow("wrong_type", f"{name} is not a list of answers")
     column = first_of(row, (*SCORES, *RANKS))
     if column:
-        numbers = row[column]
-        if not isinstance(numbers, list) or len(numbers) != len(answers):
-            raise RejectedRow("wrong_type", f"{column} is not a list of {len(answers)} numbers")
+        numbers = _list(row, column, len(answers), "numbers")
         sign = -1 if column in RANKS else 1
     else:
         tables = [answer if isinstance(answer, dict) else {} for answer in answers]
         keys = [first_of(table, (*SCORE_OF_ANSWER, "rank")) for table in tables]
         numbers = [table.get(key) for table, key in zip(tables, keys, strict=True)]
-        sign = -1 if keys[0] == "rank" else 1
-    return [
-        (sign * _number(number, name), _answer(answer, name))
-        for number, answer in zip(numbers, answers, strict=True)
-    ]
+        sign = -1 if "rank" in keys else 1
+    scores = [_number(number, name) for number in numbers]
+    marks = [None if score is None else sign * score for score in scores]
+    return [_answer(answer, name) for answer in answers], marks
 
 
-def _number(given: Any, name: str) -> float:
+def _list(row: Columns, column: str, length: int, of: str) -> list[Any]:
+    """A column with a value for each answer. Raises RejectedRow: wrong_type."""
+    found = row[column]
+    if not isinstance(found, list) or len(found) != length:
+        raise RejectedRow("wrong_type", f"{column} is not a list of {length} {of}")
+    return found
+
+
+def _number(given: Any, name: str) -> float | None:
+    """A score; None for one that is null or not finite. Raises RejectedRow: wrong_type."""
     try:
-        number = float(given)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number):
-        raise RejectedRow("wrong_type", f"a score of {name} is {given!r}, not a number")
-    return number
+        number = math.nan if given is None else float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise RejectedRow(
+            "wrong_type", f"a score of {name} is {given!r:.100}, not a number"
+        ) from None
+    return number if math.isfinite(number) else None
+
+
+def _truncated(row: Columns) -> list[bool]:
+    """Which answers were cut, as the column `truncated` or a key of each answer says."""
+    answers = row[first_of(row, LISTS)]
+    if row.get("truncated") is None:
+        return [isinstance(answer, dict) and bool(answer.get("truncated")) for answer in answers]
+    return [bool(one) for one in _list(row, "truncated", len(answers), "true or false")]
 
 
 def _answer(given: Any, name: str) -> Message:
