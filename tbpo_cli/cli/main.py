@@ -223,6 +223,7 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
             start a training of hours.
     """
     from tbpo_cli.cli.checks import require
+    from tbpo_cli.runs.rounds import has_policy
     from tbpo_cli.stages.chain import plan, run_through, show_plan
 
     recipe, run_dir = call.load()
@@ -234,8 +235,8 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
         check_gpus(processes)
     for stage, (state, _) in plan(name, recipe, run_dir).items():
         if state not in ("done", "begun"):  # what was begun has been checked then
-            require(stage, recipe)
-    if of_policy and not run_dir.manifest("align"):
+            require(stage.rpartition("/")[2], recipe)
+    if of_policy and not has_policy(recipe, run_dir):
         what, expected = "the run has no aligned policy", "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, f"first: {call.again('align')}")
     run_through(name, recipe, run_dir, call.restart, processes)

@@ -91,19 +91,47 @@ def policy_after(recipe: Recipe, run_dir: RunDir, number: int) -> Path | None:
     return _folder(run_dir, number) / "align" / kind
 
 
-def link_results(run_dir: RunDir, number: int, names: tuple[str, ...] = LINKED) -> None:
-    """Makes the results of a round those of the run."""
-    for name in names:
-        path, target = run_dir.stage(name), Path(FOLDER) / str(number) / name
-        if path.is_symlink() and path.readlink() == target:
-            continue
+def has_policy(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Whether the run has the policy that its recipe asks for."""
+    if recipe.rounds is None:
+        return bool(run_dir.manifest("align"))
+    return bool(RunDir(_folder(run_dir, recipe.rounds.number)).manifest("align"))
+
+
+def is_linked(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Whether the results of the last round that they can be of are those of the run."""
+    return all(
+        run_dir.stage(name).is_symlink() and run_dir.stage(name).readlink() == target
+        for name, target in _links(recipe, run_dir).items()
+    )
+
+
+def link_last(recipe: Recipe, run_dir: RunDir) -> None:
+    """Makes the results of the last round those of the run, once it is complete; before that, where
+    there is no policy yet, the pairs of the first round.
+    """
+    if recipe.rounds is None or is_linked(recipe, run_dir):
+        return
+    for name, target in _links(recipe, run_dir).items():
+        path = run_dir.stage(name)
         if path.exists() and not path.is_symlink():
-            run_dir.set_aside(name)
+            run_dir.set_aside(name)  # of a recipe without rounds
         new = path.with_name(f".{name}.link")
         new.unlink(missing_ok=True)
         new.symlink_to(target)
         new.replace(path)
     sync(run_dir.path)
+
+
+def _links(recipe: Recipe, run_dir: RunDir) -> dict[str, Path]:
+    """The links in the run's folder: name of a stage, and where its results are."""
+    number = _settings(recipe).number
+    if has_policy(recipe, run_dir):
+        return {name: Path(FOLDER) / str(number) / name for name in LINKED}
+    first = RunDir(_folder(run_dir, 1))
+    if first.manifest("prepare") and not run_dir.manifest("align"):
+        return {"prepare": Path(FOLDER) / "1" / "prepare"}
+    return {}
 
 
 def _settings(recipe: Recipe) -> Rounds:

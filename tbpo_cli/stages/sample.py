@@ -158,12 +158,16 @@ def _sample(
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
     from tbpo_cli.model.adapters import local_adapter
-    from tbpo_cli.model.load import load_trained
+    from tbpo_cli.model.load import load_base_alone, load_trained
     from tbpo_cli.train.group import Group
 
-    device = Group.of_environment().device
-    if recipe.sample.adapter:
-        return load_trained(recipe, device, local_adapter(recipe.sample.adapter), None)
+    device, settings = Group.of_environment().device, recipe.sample
+    if settings.models == ("reference",) and recipe.sft is None and recipe.model.adapter is None:
+        return load_base_alone(recipe, device)
+    if settings.adapter and (Path(settings.adapter) / "config.json").exists():
+        return load_base_alone(recipe, device, settings.adapter)  # of a round without an adapter
+    if settings.adapter:
+        return load_trained(recipe, device, local_adapter(settings.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
@@ -234,8 +238,11 @@ def _show(samples: list[Json]) -> None:
 
 
 def _needs(recipe: Recipe) -> tuple[str, ...]:
-    trained = () if recipe.sample.adapter else recipe.training_stages
-    return ("prepare", *trained)
+    """The base alone, and an adapter of elsewhere, need no training; a file needs no pairs."""
+    settings = recipe.sample
+    is_base = settings.models == ("reference",) and recipe.sft is None
+    trained = () if settings.adapter or is_base else recipe.training_stages
+    return ("prepare", *trained) if trained or settings.prompts == "eval" else ()
 
 
 STAGE = Stage(
