@@ -36,6 +36,12 @@ class Place:
     run_dir: RunDir
 
 
+def root_of(run_dir: RunDir) -> Path:
+    """The folder of the run that a round's folder belongs to."""
+    path = run_dir.path
+    return next((each.parent for each in (path, *path.parents) if each.name == FOLDER), path)
+
+
 def all_rounds(run_dir: RunDir) -> RunDir:
     """The folder of the rounds of a run."""
     return RunDir(run_dir.path / FOLDER, run_dir.path)
