@@ -217,7 +217,8 @@ class Handler(BaseHTTPRequestHandler):
                     "role": self._role() if self._role() in ("read", "write") else "fineGrained"
                 }
             }
-            return self._json({"name": "someone", "type": "user", "orgs": [], "auth": auth})
+            about = {"name": "me", "type": "user", "orgs": [{"name": "org"}]}
+            return self._json({**about, "auth": auth})
         if path.startswith("/api/"):
             repo, rest = self._parts("/api/")
             if repo is None:

@@ -260,7 +260,7 @@ MISTAKES = {
     ),
     "percent for a share": (
         sets("prepare", "align.warmup=5"),
-        (*FULL, "align.warmup = 5", "less than or equal to 1"),
+        (*FULL, "align.warmup = 5", "at most 1"),
     ),
     "no pairs a step": (
         sets("prepare", "align.batch_pairs=0"),
@@ -268,7 +268,7 @@ MISTAKES = {
     ),
     "a rate below 0": (
         sets("prepare", "align.learning_rate=-1e-5"),
-        (*FULL, "align.learning_rate", "greater than 0"),
+        (*FULL, "align.learning_rate", "more than 0"),
     ),
     "a rate without end": (
         sets("prepare", "align.learning_rate=inf"),
@@ -578,7 +578,7 @@ MISTAKES = {
     ),
     "a temperature below 0": (
         sets("sample", "sample.temperature=-1"),
-        (*FULL, "sample.temperature = -1 is not possible", "greater than or equal to 0"),
+        (*FULL, "sample.temperature = -1 is not possible", "at least 0"),
     ),
     "sft without a table": (
         lambda s: ["sft", s.recipe],

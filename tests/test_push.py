@@ -377,6 +377,22 @@ def test_a_token_is_needed_that_may_write(made, run, server, monkeypatch, tmp_pa
         publish(made, run)
 
 
+def test_show_asks_the_hub_whether_the_token_may_write_to_the_repository(
+    made, run, server, executable
+):
+    settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    told = []
+    for repo in ("me/tuned", "you/tuned", "org/base"):
+        sets = ("--set", f"push.repo={repo}", "--run-dir", run)
+        done = executable("show", made[0], *sets, **settings)
+        told.append(" ".join(done.stdout.split()))
+    assert "✓ a token for the Hub ✓ it may write to me/tuned" in told[0]
+    assert "✗ it may write to you/tuned: no repository can be made there" in told[1]
+    assert "--set push.repo=me/tuned" in told[1]
+    assert "✗ it may write to org/base: the repository holds a whole model" in told[2]
+    assert not server.heads, "nothing is made"
+
+
 def test_a_private_repository_is_made_and_a_public_one_is_not_taken_for_it(made, run, server):
     publish(made, run, "push.private=true")
     assert server.private == {server.root / "models/me/tuned"}

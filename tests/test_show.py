@@ -14,10 +14,12 @@ from tbpo_cli import console
 from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
 from tbpo_cli.cli.show import show
 from tbpo_cli.config.recipe import load_recipe, sources
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.report.diagnoses import AFTER, BEFORE, diagnose
 from tbpo_cli.report.facts import RATES, Facts, after_training
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.train.checkpoint import bytes_on_disk
 from tbpo_cli.train.memory import estimate_memory, kept_bytes, tokens_that_fit
 
 
@@ -333,6 +335,45 @@ def test_what_is_missing_stops_a_stage_before_anything_is_prepared(
     done = tbpo(stage, recipe_file, *given)
     assert done.returncode == 2 and what in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gate_that_is_none_stops_the_evaluation_alone(tbpo, recipe_file, tmp_path):
+    gate = ("--set", "eval.gate=accurcy > 0.5", "--set", "sample.max_new_tokens=2")
+    few = ("--set", "align.max_steps=1", "--set", "sample.max_prompts=2")
+    done = tbpo("sample", recipe_file, *few, *gate)
+    assert done.returncode == 0 and (tmp_path / "runs/tiny/sample/manifest.json").exists()
+    stopped = tbpo("eval", recipe_file, *few, *gate)
+    assert stopped.returncode == 2 and "did you mean accuracy?" in stopped.stderr
+    text = flat(tbpo("show", recipe_file, *gate).stdout)
+    assert "✗ the condition accurcy > 0.5" in text and "did you mean accuracy?" in text
+    aligned = tbpo("align", recipe_file, *gate, "--run-dir", tmp_path / "other", *few)
+    assert aligned.returncode == 0 and "WARNING: tbpo eval would stop: eval.gate" in aligned.stderr
+
+
+def test_a_disk_that_is_too_full_for_the_checkpoints_stops_a_training_before_its_first_step(
+    recipe_file, tmp_path, monkeypatch
+):
+    run = run_stage("prepare", recipe_file, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(TbpoError, match="the disk is too full") as error:
+        run_stage("align", recipe_file, run)
+    assert "--run-dir" in error.value.fix
+    assert not (run / "align/metrics.jsonl").exists()
+
+
+def test_a_training_needs_less_space_where_its_checkpoints_are_there(recipe_file, tmp_path):
+    """Of n numbers in fp32 with two moments: 3 checkpoints of 12 n bytes and a result of 4 n; with
+    two of them there, one checkpoint and the result.
+    """
+    assert bytes_on_disk(10, 2) == 3 * 120 + 40
+    assert bytes_on_disk(10, 2, num_kept=2) == bytes_on_disk(10, 2, num_kept=5) == 120 + 40
+    change_recipe(recipe_file, model={"lora": None})
+    run = run_stage("align", recipe_file, tmp_path / "run")
+    checkpoint, _ = (run / "align/checkpoints").iterdir()
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    recipe = load_recipe(recipe_file)
+    disk = forecast(of_align(recipe), recipe, RunDir(run)).disk
+    assert disk == pytest.approx(3 * size + size / 3, rel=0.1)
 
 
 def test_a_changed_recipe_is_shown_with_what_it_invalidates(recipe_file, tmp_path, capsys):

@@ -131,12 +131,10 @@ class Call:
         """The recipe, checked, and its run directory."""
         from tbpo_cli.config.recipe import load_recipe
         from tbpo_cli.data.formats import format_faults
-        from tbpo_cli.evaluation.measures import gate_faults
         from tbpo_cli.runs.run_dir import RunDir
 
         recipe = load_recipe(self.recipe, self.overrides)
-        path = str(self.recipe)
-        gather([*format_faults(recipe.data, path), *gate_faults(recipe.eval, path)])
+        gather(format_faults(recipe.data, str(self.recipe)))
         return recipe, RunDir.of(recipe, self.run_dir)
 
     def processes(self) -> Processes:

@@ -6,14 +6,15 @@ Each check is a function that raises a TbpoError. `tbpo show` lists all; a stage
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError, gather
+from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
 
 
@@ -29,6 +30,20 @@ class Check:
     name: str
     problem: TbpoError | None
 
+    @property
+    def said(self) -> list[str]:
+        """What is wrong, what is expected, and what to do; empty if nothing is wrong."""
+        lines = (
+            []
+            if self.problem is None
+            else [
+                self.problem.what,
+                f"expected: {self.problem.expected}" if self.problem.expected else "",
+                self.problem.fix,
+            ]
+        )
+        return [line for line in lines if line]
+
 
 def run_check(name: str, function: Callable[[], None]) -> Check:
     """The check of that name, done by a function that raises TbpoError."""
@@ -41,19 +56,33 @@ def run_check(name: str, function: Callable[[], None]) -> Check:
 
 def all_checks(recipe: Recipe) -> list[Check]:
     """Everything that the recipe's stages need, in the order in which they run."""
-    return [*checks_of("align", recipe), *checks_of("eval", recipe), *checks_of("push", recipe)]
+    return [
+        check for stage in ("align", "sample", "eval", "push") for check in checks_of(stage, recipe)
+    ]
 
 
-def checks_of(stage: str, recipe: Recipe) -> Iterator[Check]:
-    """What a stage needs that can be known before it is run. Nothing is loaded."""
+def checks_of(stage: str, recipe: Recipe, asks: bool = True) -> Iterator[Check]:
+    """What a stage needs that can be known before it is run. Nothing is loaded.
+
+    Args:
+        asks: whether servers are asked; without it, what needs an answer of one is left out.
+    """
     for name, function in CHECKS.get(stage, {}).items():
-        if function.wanted(recipe):
+        if function.wanted(recipe) and (asks or not function.asks):
             yield run_check(name.format(recipe=recipe), partial(function.done, recipe))
 
 
 def require(stage: str, recipe: Recipe) -> None:
     """Raises TbpoError with everything that a stage lacks."""
     gather([check.problem for check in checks_of(stage, recipe) if check.problem])
+
+
+def warn_of_later_stages(stage: str, recipe: Recipe) -> None:
+    """Before hours of training: says what the stages after it will lack. No server is asked."""
+    for later in LATER.get(stage, ()):
+        for check in checks_of(later, recipe, asks=False):
+            if check.problem is not None:
+                console.say(f"WARNING: tbpo {later} would stop: {'; '.join(check.said)}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +92,12 @@ class _Check:
     Args:
         wanted: whether the recipe needs it.
         done: raises TbpoError if it is not there.
+        asks: whether a server is asked.
     """
 
     wanted: Callable[[Recipe], object]
     done: Callable[[Recipe], None]
+    asks: bool = False
 
 
 def _trackers(recipe: Recipe) -> None:
@@ -117,6 +148,23 @@ def _judge_server(recipe: Recipe) -> None:
             raise TbpoError(reply.refused, judge.endpoint, "an answer", "change [eval.judge]")
 
 
+def require_gate(recipe: Recipe) -> None:
+    """Raises TbpoError if `eval.gate` is no condition on something that the recipe measures."""
+    from tbpo_cli.evaluation.measures import gate_faults
+
+    gather(gate_faults(recipe.eval, "the recipe"))
+
+
+def _sampling(recipe: Recipe) -> None:
+    """The file of the prompts that are answered."""
+    from tbpo_cli.runs.inputs import files_of
+
+    if not files_of("sample.prompts", recipe.sample.prompts, ("*",)):
+        fix = "name a file, or --set sample.prompts=eval for the held-out prompts"
+        what = f"sample.prompts = {recipe.sample.prompts!r} is no file"
+        raise TbpoError(what, "[sample] prompts", "a .jsonl or .txt file", fix)
+
+
 def _evaluation(recipe: Recipe) -> None:
     """Scorer's file and function, reward model, lm-eval and its tasks, runs to compare with."""
     from tbpo_cli.stages.evaluate import check
@@ -124,17 +172,30 @@ def _evaluation(recipe: Recipe) -> None:
     check(recipe)
 
 
-def _push(recipe: Recipe) -> None:
+def _token(recipe: Recipe) -> None:
+    """A token for the Hub; whether it may write there is asked by `_repository`."""
+    from tbpo_cli.stages.push import check_token
+
+    check_token()
+
+
+def _repository(recipe: Recipe) -> None:
+    """The token may write to push.repo, and that is of the right kind."""
+    from tbpo_cli.stages.push import check_repository
+
+    check_repository(recipe.push.repo or "", recipe)
+
+
+def _can_ask_for_repository(recipe: Recipe) -> bool:
     from huggingface_hub import get_token
 
-    if not get_token():
-        fix = "hf auth login, or export HF_TOKEN=…"
-        raise TbpoError("there is no token for the Hub", "tbpo push", "a token that writes", fix)
+    return recipe.push.repo is not None and get_token() is not None
 
 
 def _names_something(recipe: Recipe) -> bool:
     settings = recipe.eval
-    return bool(settings.judged or settings.suites or settings.against or recipe.sample.adapter)
+    named = (settings.judged, settings.suites, settings.against, settings.answers)
+    return any(named) or recipe.sample.adapter is not None
 
 
 CHECKS: dict[str, dict[str, _Check]] = {
@@ -147,25 +208,33 @@ CHECKS: dict[str, dict[str, _Check]] = {
             lambda recipe: "weights" in recipe.align.loss.needs, _helpers
         ),
     },
+    "sample": {
+        "the prompts in {recipe.sample.prompts}": _Check(
+            lambda recipe: recipe.sample.prompts != "eval", _sampling
+        )
+    },
     "eval": {
-        "what [eval] names: scorer, reward model, suites, runs": _Check(
+        "the condition {recipe.eval.gate}": _Check(lambda recipe: recipe.eval.gate, require_gate),
+        "what [eval] names: scorer, reward model, suites, answers, runs": _Check(
             _names_something, _evaluation
         ),
-        "the judge's server answers": _Check(lambda recipe: recipe.eval.judge, _judge_server),
+        "the judge's server answers": _Check(
+            lambda recipe: recipe.eval.judge, _judge_server, asks=True
+        ),
     },
-    "push": {"a token for {recipe.push.repo}": _Check(lambda recipe: recipe.push.repo, _push)},
+    "push": {
+        "a token for the Hub": _Check(lambda recipe: recipe.push.repo, _token),
+        "it may write to {recipe.push.repo}": _Check(
+            _can_ask_for_repository, _repository, asks=True
+        ),
+    },
 }
+LATER = {"sft": ("align", "eval", "push"), "align": ("eval", "push")}
 CHECKS["sft"] = CHECKS["align"]
 
 
 def disk_check(run_dir: RunDir, needed: float) -> Check:
     """Whether the disk has the bytes of the checkpoints and results."""
-    folder = run_dir.path
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(run_dir.path)
     name = f"{needed / 1e9:.1f} GB for checkpoints; {free / 1e9:.0f} GB are free"
-    if free > needed:
-        return Check(name, None)
-    where, fix = str(run_dir.path), "make space, or --run-dir on another disk"
-    return Check(name, TbpoError("the disk is too full", where, f"{needed / 1e9:.1f} GB", fix))
+    return run_check(name, partial(require_space, run_dir.path, needed, free))

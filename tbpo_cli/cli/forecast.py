@@ -26,6 +26,7 @@ from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
+from tbpo_cli.train.checkpoint import bytes_on_disk
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import (
     MOMENTS,
@@ -41,7 +42,6 @@ from tbpo_cli.train.stage import choose_sharding, open_stores
 
 # Of bare matrix products, what a step reaches: tests/benchmarks/results/train_step*.md.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}
-NUM_CHECKPOINTS = 3  # two are kept while the next one is written
 
 Line = tuple[str, str]  # what it is about, and words for a person
 
@@ -136,7 +136,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         facts["weights"] = sum(weight.numel() for weight in policy.model.parameters())
         lines.append(("memory", _memory_line(memory, tokens, device)))
         trained = sum(weight.numel() for weight in policy.trained.values())
-        disk = 4.0 * trained * (NUM_CHECKPOINTS * (1 + MOMENTS[settings.optimizer]) + 1)
+        disk = bytes_on_disk(trained, MOMENTS[settings.optimizer])
         if counts.tokens:
             passed = counts.tokens / processes
             longest_pair = counts.bounds[0]

@@ -222,20 +222,25 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
         of_policy: whether the policy must have been trained: a command that asks about it does not
             start a training of hours.
     """
-    from tbpo_cli.cli.checks import require
+    from tbpo_cli.cli.checks import require, require_gate, warn_of_later_stages
     from tbpo_cli.runs.rounds import has_policy
     from tbpo_cli.stages.chain import plan, run_through, show_plan
 
     recipe, run_dir = call.load()
     processes = call.processes()
+    if name == "eval":
+        require_gate(recipe)  # also of a complete stage, whose gate is decided again
     if call.dry_run:
         show_plan(name, recipe, run_dir)
         return
     if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
         check_gpus(processes)
-    for stage, (state, _) in plan(name, recipe, run_dir).items():
+    states = plan(name, recipe, run_dir)
+    for stage, (state, _) in states.items():
         if state not in ("done", "begun"):  # what was begun has been checked then
             require(stage.rpartition("/")[2], recipe)
+    if any(state != "done" for state, _ in states.values()):
+        warn_of_later_stages(name, recipe)
     if of_policy and not has_policy(recipe, run_dir):
         what, expected = "the run has no aligned policy", "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, f"first: {call.again('align')}")

@@ -25,7 +25,7 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
         processes: of the training, one a device.
     """
     _show_values(recipe, given)
-    if not Path(recipe.model.base).exists():
+    if not Path(recipe.model.base).exists() or recipe.push.repo:
         _ask_hub_once()
     console.out.print()
     for name, (state, changes) in plan("eval", recipe, run_dir).items():
@@ -48,10 +48,10 @@ def _show_checks(checks: list[Check]) -> None:
     """A tick or a message for everything that the stages will need."""
     console.out.print()
     for check in checks:
-        text = f"{check.name}: {check.problem.what}" if check.problem else check.name
-        _print(text, "✗" if check.problem else "✓", indent=2)
-        if check.problem and check.problem.fix:
-            _print(check.problem.fix, "  →", indent=4)
+        what, *others = check.said or [""]
+        _print(f"{check.name}: {what}" if what else check.name, "✗" if what else "✓", indent=2)
+        for text in others:
+            _print(text, "  →", indent=4)
 
 
 def _ask_hub_once() -> None:

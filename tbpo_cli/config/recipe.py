@@ -16,8 +16,8 @@ from tbpo_cli.config.loss import complete_loss
 from tbpo_cli.config.rounds import Rounds
 from tbpo_cli.config.toml import apply_overrides, not_finite, read_toml, resolve_paths
 from tbpo_cli.config.training import Align, Data, Lora, Model, Run, Sft, Source, Sources, Training
-from tbpo_cli.config.validate import table, validate
-from tbpo_cli.errors import gather
+from tbpo_cli.config.validate import place, table, validate
+from tbpo_cli.errors import TbpoError, gather
 
 __all__ = [
     "Align",
@@ -115,7 +115,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     hint = partial(hint_for_unknown, Recipe)
     raw = read_toml(path)
     resolve_paths(raw, path.parent)
-    faults = apply_overrides(raw, overrides, partial(may_be_absent, Recipe))
+    faults = apply_overrides(raw, overrides, partial(may_be_absent, Recipe), hint)
     if isinstance(raw.setdefault("run", {}), dict):
         raw["run"].setdefault("name", path.stem)
     if isinstance(align := raw.setdefault("align", {}), dict):
@@ -124,9 +124,27 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
             del align["loss"]  # the other keys are checked all the same
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), (), hint)
-    gather(faults + recipe_faults)
+    gather(_placed(faults + recipe_faults, str(path), overrides))
     gather(not_finite(raw))
     return cast(Recipe, recipe)
+
+
+def _placed(faults: list[TbpoError], path: str, overrides: tuple[str, ...]) -> list[TbpoError]:
+    """Faults, of which those of keys that --set has given are where that is."""
+    given = [override.partition("=")[0].strip() for override in overrides]
+    at = {
+        place(path, tuple(key.split("."))): key for name in given for key in (name, f"{name}.name")
+    }
+    return [
+        replace(
+            fault,
+            where=f"--set {at[fault.where]}",
+            fix=fault.fix.replace("it there, or give", "it:"),
+        )
+        if fault.where in at
+        else fault
+        for fault in faults
+    ]
 
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:

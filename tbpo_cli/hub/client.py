@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import huggingface_hub as hf
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from tbpo_cli import console
@@ -72,6 +72,9 @@ def _passing_fault(error: Exception, repo: str) -> tuple[str, float]:
         )
     if not isinstance(fault, HfHubHTTPError | ValueError | ConnectionError):
         raise error
+    if isinstance(fault, OfflineModeIsEnabled):
+        fix = "unset HF_HUB_OFFLINE where the Hub can be reached"
+        raise TbpoError("the Hub is not asked", repo, "a Hub that answers", fix) from error
     expected, fix = "a request that it takes", "mend what it says, and push again"
     if status in (401, 403):
         expected, fix = TOKEN[1:]

@@ -19,20 +19,26 @@ from tbpo_cli.hub.client import TOKEN, look_up, with_retries
 Files = dict[str, Path | bytes]  # path in the repository → content, or the file that has it
 
 
+def check_token() -> None:
+    """Raises TbpoError if this machine has no token for the Hub."""
+    if hf.get_token() is None:
+        raise TbpoError("there is no token for the Hub", *TOKEN)
+
+
 @with_retries
-def open_repository(repo: str, recipe: Recipe, card: str) -> str:
-    """Makes the repository if there is none; returns its newest commit.
+def check_repository(repo: str, recipe: Recipe) -> None:
+    """Asks the Hub whether this token may publish the recipe's weights there; changes nothing.
 
     Raises:
-        TbpoError: if token, repository and card do not go together.
+        TbpoError: if there is no token, it may not write there, or the repository is of another
+            kind.
     """
     api = hf.HfApi()
     private = recipe.push.private
-    if hf.get_token() is None:
-        raise TbpoError("there is no token for the Hub", *TOKEN)
-    if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+    check_token()
+    owner = api.whoami()
+    if owner.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise TbpoError("the token may only read", *TOKEN)
-    hf.ModelCard(card).validate()
     if api.repo_exists(repo):
         api.auth_check(repo, write=True)
         other, kind = "config.json", "a whole model"
@@ -43,6 +49,7 @@ def open_repository(repo: str, recipe: Recipe, card: str) -> str:
             "is public": private and not api.model_info(repo).private,
         }
     else:
+        _check_namespace(repo, owner)
         kinds = ("dataset", "space")
         faults = {f"is a {kind}": api.repo_exists(repo, repo_type=kind) for kind in kinds}
     if fault := next((what for what, holds in faults.items() if holds), None):
@@ -53,7 +60,30 @@ def open_repository(repo: str, recipe: Recipe, card: str) -> str:
             f"a {'private ' if private else ''}{expected}",
             "give it another name",
         )
-    api.create_repo(repo, private=private, exist_ok=True)
+
+
+def _check_namespace(repo: str, owner: dict[str, Any]) -> None:
+    """Raises TbpoError if a new repository is neither the user's nor of one of their groups."""
+    names = [owner["name"], *(group["name"] for group in owner.get("orgs", ()))]
+    if repo.partition("/")[0] not in names:
+        raise TbpoError(
+            f"no repository can be made there with the token of {owner['name']}",
+            f"push.repo = {repo!r}",
+            f"{TOKEN[1]}: one of {', '.join(f'{name}/…' for name in names)}",
+            f"--set push.repo={names[0]}/{repo.partition('/')[2]}, or {TOKEN[2]}",
+        )
+
+
+@with_retries
+def open_repository(repo: str, recipe: Recipe, card: str) -> str:
+    """Makes the repository if there is none; returns its newest commit.
+
+    Raises:
+        TbpoError: if token, repository and card do not go together.
+    """
+    check_repository(repo, recipe)
+    hf.ModelCard(card).validate()
+    hf.HfApi().create_repo(repo, private=recipe.push.private, exist_ok=True)
     return look_up(repo)[0]
 
 

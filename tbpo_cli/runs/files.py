@@ -142,6 +142,24 @@ def unwritable(error: OSError, folder: Path) -> TbpoError:
     )
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: float, free: float) -> None:
+    """Raises TbpoError if the disk of a folder has fewer free bytes than are needed."""
+    if free < needed:
+        raise TbpoError(
+            f"the disk is too full: {free / 1e9:.2f} GB are free",
+            str(folder),
+            f"{needed / 1e9:.2f} GB for checkpoints and the result",
+            "make space, or --run-dir DIR on another disk",
+        )
+
+
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object that carries the hash of itself."""
     write_whole(

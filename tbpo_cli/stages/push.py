@@ -17,6 +17,8 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.hub.base import Base, local_base, published_base
 from tbpo_cli.hub.card import is_whole, render_card
 from tbpo_cli.hub.publish import Files, open_repository, publish
+from tbpo_cli.hub.publish import check_repository as check_repository
+from tbpo_cli.hub.publish import check_token as check_token
 from tbpo_cli.hub.secrets import check_no_secret, without_folders
 from tbpo_cli.runs.files import (
     is_sealed,

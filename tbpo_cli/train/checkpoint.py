@@ -59,6 +59,18 @@ class TrainState:
                     self.optimizer.state[parameter][state[0]] = value
 
 
+def bytes_on_disk(num_trained: int, num_moments: int, num_kept: int = 0) -> float:
+    """Bytes that a training will still write: its checkpoints and the result, in fp32.
+
+    Args:
+        num_trained: numbers that are trained.
+        num_moments: numbers of the optimizer's state for each of them.
+        num_kept: checkpoints that are there. KEPT of them stay while the next one is written.
+    """
+    num_written = KEPT + 1 - min(num_kept, KEPT)
+    return 4.0 * num_trained * (num_written * (1 + num_moments) + 1)
+
+
 def save_checkpoint(folder: Path, step: int, states: dict[str, TrainState], writes: bool) -> None:
     """Writes `folder/step-N`; all but the newest KEPT are removed. All processes call it.
 

@@ -25,11 +25,13 @@ from tbpo_cli.model.base import compute_dtype
 from tbpo_cli.model.load import add_helper, load_policy
 from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
 from tbpo_cli.model.probes import check_positions
+from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
+from tbpo_cli.train.checkpoint import bytes_on_disk, kept_checkpoints
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.loop import train
-from tbpo_cli.train.memory import device_memory
+from tbpo_cli.train.memory import MOMENTS, device_memory
 from tbpo_cli.train.run import TrainingRun
 from tbpo_cli.train.trackers import open_trackers
 
@@ -54,6 +56,7 @@ def train_stage(
     console.say(f"{stage.name}: loading {recipe.model.base}")
     policy = _load(stage.name, recipe, run_dir, loss, group)
     _check_fit(policy, stores, recipe.model)
+    _check_space(policy, settings, folder, group)
     device = _device_name(group.device)
     _say_what_is_trained(stage.name, policy, stores, device, group)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
@@ -176,6 +179,14 @@ def _check_fit(policy: Policy, stores: Stores, model: Model) -> None:
         f"model.base = {model.base!r}",
         "data.max_length = {limit}",
     )
+
+
+def _check_space(policy: Policy, settings: Sft | Align, folder: Path, group: Group) -> None:
+    """Raises TbpoError, in all processes, if the disk is too full for the checkpoints."""
+    num_trained = sum(weight.numel() for weight in policy.trained.values())
+    num_kept = len(kept_checkpoints(folder / "checkpoints"))
+    needed = bytes_on_disk(num_trained, MOMENTS[settings.optimizer], num_kept)
+    require_space(folder, needed, min(group.gather(free_bytes(folder))))
 
 
 def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:
