@@ -507,12 +507,32 @@ MISTAKES = {
         ),
     ),
     "a judge without an address": (
-        sets("eval", "eval.judge.model=judge"),
-        (*FULL, "eval.judge.endpoint is missing", "add endpoint"),
+        sets("eval", "judge.model=judge"),
+        (*FULL, "judge.endpoint is not possible", "given together"),
     ),
     "a judge without a name": (
-        sets("eval", 'eval.judge.endpoint="http://127.0.0.1:9/v1"'),
-        (*FULL, "eval.judge.model is missing"),
+        sets("eval", 'judge.endpoint="http://127.0.0.1:9/v1"'),
+        (*FULL, "judge.endpoint is not possible", "given together"),
+    ),
+    "a judge that names nobody": (
+        sets("eval", "judge.concurrency=2"),
+        (*FULL, "judge.scorer is not possible", "or reward_model, or endpoint and model"),
+    ),
+    "a key of a language model beside a function": (
+        sets("eval", "judge.scorer=python:x.py:f", "judge.repeats=3"),
+        (*FULL, "judge.repeats is not possible", "of a language model"),
+    ),
+    "a scale that goes down": (
+        sets("eval", "judge.scorer=python:x.py:f", "judge.scale=[10.0, 1.0]"),
+        (*FULL, "judge.scale is not possible", "the lowest and the highest mark"),
+    ),
+    "the scorer where it was": (
+        sets("eval", "eval.scorer=python:x.py:f"),
+        (*FULL, "eval.scorer is an unknown key", "it is called judge.scorer now"),
+    ),
+    "the reward model where it was": (
+        sets("eval", "eval.reward_model=x"),
+        (*FULL, "eval.reward_model is an unknown key", "it is called judge.reward_model now"),
     ),
     "a served policy without a name": (
         sets("sample", 'sample.endpoint="http://127.0.0.1:9/v1"'),
@@ -523,8 +543,8 @@ MISTAKES = {
         (*FULL, "eval.opponents", 'opponents = "reference"'),
     ),
     "a scorer that is not there": (
-        sets("eval", "eval.scorer=python:none.py:score"),
-        (*FULL, "eval.scorer", "none.py"),
+        sets("eval", "judge.scorer=python:none.py:score"),
+        (*FULL, "judge.scorer", "none.py"),
     ),
     # ------------------------------------------------------------------------- the disk and the run
     "a file in the way": (

@@ -50,7 +50,7 @@ def whole(tmp_path_factory, base, rows):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "scorer.py").write_text(SCORER)
     scorer = {"scorer": "python:./scorer.py:score"}
-    recipe = write_recipe(folder / "tiny.toml", base, rows, eval=scorer)
+    recipe = write_recipe(folder / "tiny.toml", base, rows, judge=scorer)
     return recipe, run_stage(
         "eval", recipe, folder / "run", *SHORT, 'eval.opponents=["reference","chosen"]'
     )
@@ -331,8 +331,8 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
         sets = (
             *SAME,
             "eval.diversity_prompts=0",
-            f"eval.judge.endpoint={server.url}",
-            "eval.judge.model=judge-1",
+            f"judge.endpoint={server.url}",
+            "judge.model=judge-1",
         )
         run_stage("eval", recipe, run, *sets, restart=True)
         asked = len(server.requests)
@@ -543,7 +543,7 @@ def test_the_reference_is_the_one_of_alignment(base, rows, tmp_path, changes):
     run_stage("align", tmp_path / "r.toml", tmp_path / "run")
     (tmp_path / "scorer.py").write_text(SCORER)
     sets = (
-        f"eval.scorer=python:{tmp_path / 'scorer.py'}:score",
+        f"judge.scorer=python:{tmp_path / 'scorer.py'}:score",
         "sample.models=['policy']",
         "eval.diversity_prompts=0",
     )
@@ -588,7 +588,7 @@ def test_the_gate_makes_the_exit_code_and_decides_again(copied, tbpo):
     ("gate", "expected"),
     [
         ("acuracy > 0.5", "did you mean accuracy?"),
-        ("win_rate > 0.5", "needs a scorer, a reward_model or a judge"),
+        ("win_rate > 0.5", "needs a judge: a table [judge]"),
         ("accuracy", "gate must be NAME > NUMBER"),
         ("accuracy > high", "gate must be NAME > NUMBER"),
         ("__import__('os') > 1", "is not: did you mean"),
@@ -597,8 +597,8 @@ def test_the_gate_makes_the_exit_code_and_decides_again(copied, tbpo):
     ],
 )
 def test_a_gate_that_is_none_is_a_fault_of_the_recipe(recipe_file, gate, expected):
-    settings = load_recipe(recipe_file, (f"eval.gate={gate}",)).eval
-    (fault,) = gate_faults(settings, "my.toml")
+    recipe = load_recipe(recipe_file, (f"eval.gate={gate}",))
+    (fault,) = gate_faults(recipe, "my.toml")
     assert fault.what == "eval.gate is not possible" and fault.where == "my.toml, [eval] gate"
     assert expected in fault.expected
 
@@ -611,8 +611,8 @@ def test_gates_may_name_tasks_labels_and_parts_of_an_interval(recipe_file):
     for gate in ("gsm8k.low >= 0.3", "letters>1e-3", "dpo.kl < 0.1", "b.self_bleu.high != 3",
      "reference.mmlu<=1",
                  "length < -.5"):  # fmt: skip
-        settings = load_recipe(recipe_file, (*sets, f"eval.gate={gate}")).eval
-        assert gate_faults(settings, "my.toml") == []
+        recipe = load_recipe(recipe_file, (*sets, f"eval.gate={gate}"))
+        assert gate_faults(recipe, "my.toml") == []
 
 
 def test_a_gate_reads_the_figure_that_it_names(whole):
@@ -695,8 +695,10 @@ def test_another_function_of_the_same_file_is_another_scorer(whole):
     from tbpo_cli.stages.chain import STAGES
 
     recipe, run = whole
-    loaded = load_recipe(recipe, (*SAME, f"eval.scorer=python:{recipe.parent / 'scorer.py'}:other"))
-    assert RunDir(run).changes(STAGES["eval"], loaded) == ['eval.scorer.name: "score" → "other"']
+    loaded = load_recipe(
+        recipe, (*SAME, f"judge.scorer=python:{recipe.parent / 'scorer.py'}:other")
+    )
+    assert RunDir(run).changes(STAGES["eval"], loaded) == ['judge.scorer.name: "score" → "other"']
 
 
 # Suites

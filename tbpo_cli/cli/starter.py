@@ -22,7 +22,9 @@ def descriptions() -> dict[str, str]:
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Copies a recipe, and the folder of its name if it has one; returns what was written.
+    """Copies a recipe, and the folder that it reads if there is one; returns what was written.
+
+    The folder of another recipe's name is not written again where it is there.
 
     Raises:
         TbpoError: if there is no such recipe, or something of that name is there already.
@@ -30,7 +32,10 @@ def write(name: str, folder: Path) -> list[Path]:
     if name not in descriptions():
         names = f"one of {', '.join(descriptions())}"
         raise TbpoError(f"there is no recipe {name!r}", expected=names, fix="tbpo init lists them")
-    sources = [source for source in (FOLDER / f"{name}.toml", FOLDER / name) if source.exists()]
+    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+    folders = [each for each in FOLDER.iterdir() if each.is_dir() and f'"./{each.name}' in text]
+    shared = [each for each in folders if each.name != name and (folder / each.name).is_dir()]
+    sources = [FOLDER / f"{name}.toml", *(each for each in folders if each not in shared)]
     targets = [folder / source.name for source in sources]
     if there := next((target.name for target in targets if target.exists()), None):
         fix = "move it away, or go elsewhere"
@@ -40,6 +45,5 @@ def write(name: str, folder: Path) -> list[Path]:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             # Its comments name the file where it is in a checkout.
-            text = source.read_text(encoding="utf-8")
             target.write_text(text.replace(f"recipes/{name}", name), encoding="utf-8")
     return targets

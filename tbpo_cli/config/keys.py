@@ -16,7 +16,11 @@ from tbpo_cli.config.validate import did_you_mean
 TWINS = {("sft", "batch_pairs"): "batch_examples", ("align", "batch_examples"): "batch_pairs"}
 
 # A key of an earlier version: what it is called now.
-RENAMED = {"data.ranking": "choose.pairs"}
+RENAMED = {
+    "data.ranking": "choose.pairs",
+    "eval.scorer": "judge.scorer",
+    "eval.reward_model": "judge.reward_model",
+}
 
 
 def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from tbpo_cli.config.choosing import Choose
-from tbpo_cli.config.evaluation import Eval, Judge, Push, Sample
+from tbpo_cli.config.evaluation import Eval, Push, Sample
+from tbpo_cli.config.judging import Judge
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
 from tbpo_cli.config.rounds import Rounds
@@ -64,6 +65,7 @@ class Recipe:
     model: Model
     data: Data
     choose: Choose = field(default_factory=Choose)
+    judge: Judge | None = None
     rounds: Rounds | None = None
     sft: Sft | None = None
     align: Align = field(default_factory=Align)
@@ -75,6 +77,8 @@ class Recipe:
         if self.rounds is not None and self.sft is not None:
             what = "cannot stand beside [rounds]: name what an SFT run made as model.adapter"
             raise ValueError(f"sft {what}, or as model.base")
+        if self.rounds is not None and len(self.judge.named if self.judge else ()) != 1:
+            raise ValueError("rounds needs one judge, whose marks choose: a table [judge]")
         for name, stage in (("sft", self.sft), ("align", self.align)):
             if stage is None:
                 continue
@@ -89,6 +93,16 @@ class Recipe:
     def training_stages(self) -> tuple[str, ...]:
         """The names of the training stages that the recipe has, in order."""
         return ("align",) if self.sft is None else ("sft", "align")
+
+    @property
+    def judge_of_eval(self) -> Judge | None:
+        """Who judges for `tbpo eval`: [eval.judge], else [judge]."""
+        return self.judge if self.eval.judge is None else self.eval.judge
+
+    @property
+    def table_of_judge(self) -> str:
+        """The name of the table that `judge_of_eval` is."""
+        return "judge" if self.eval.judge is None else "eval.judge"
 
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""

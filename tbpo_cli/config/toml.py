@@ -68,9 +68,16 @@ PATHS = {
     "sample.adapter": _ADAPTER,
     "eval.against": _TRAINED,
     "eval.answers": _FILE,
-    "eval.scorer": _FILE,
-    "eval.judge.template": _FILE,
-    "eval.reward_model": BASE_FILES,
+    **{
+        f"{table}.{key}": patterns
+        for table in ("judge", "eval.judge")
+        for key, patterns in {
+            "scorer": _FILE,
+            "reward_model": BASE_FILES,
+            "template": _FILE,
+            "mark_template": _FILE,
+        }.items()
+    },
     "eval.suites": _FILE,
     "push.card": _FILE,
 }

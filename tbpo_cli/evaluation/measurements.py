@@ -81,7 +81,7 @@ def measurements_of(
         if settings.diversity_prompts:
             protocol = {"protocol": PROTOCOL, "prompts": settings.diversity_prompts}
             found.append(Measurement(each, "diversity", "", own | drawn | protocol))
-        if settings.judged and each.name not in recipe.sample.models:
+        if recipe.judge_of_eval is not None and each.name not in recipe.sample.models:
             found.append(Measurement(each, "answers", "", own | drawn | {"sample": sampling}))
         for suite in settings.suites:
             asked = {"suite": suite, "tasks": tasks_of(suite), "files": _task_file(inputs, suite)}

@@ -174,18 +174,25 @@ def _texts(
 
 def _public(recipe: Recipe, base: Base) -> Recipe:
     """The recipe as others can run it: with the base on the Hub, and without private servers."""
-    sample, judge = recipe.sample, recipe.eval.judge
+    sample = recipe.sample
     if sample.endpoint is not None:
         sample = replace(sample, endpoint=NOWHERE)
-    if judge is not None:
-        judge = replace(judge, endpoint=NOWHERE, body=Judge(NOWHERE, judge.model).body)
     revision = None if Path(base.id).is_absolute() else base.revision
     return replace(
         recipe,
         model=replace(recipe.model, base=base.id, revision=revision),
         sample=sample,
-        eval=replace(recipe.eval, judge=judge),
+        judge=_public_judge(recipe.judge),
+        eval=replace(recipe.eval, judge=_public_judge(recipe.eval.judge)),
     )
+
+
+def _public_judge(judge: Judge | None) -> Judge | None:
+    """The judge without the address of its server, and what requests to it have besides."""
+    if judge is None or judge.endpoint is None:
+        return judge
+    usual = Judge(endpoint=NOWHERE, model=judge.model)
+    return replace(judge, endpoint=usual.endpoint, body=usual.body)
 
 
 def _show(files: Files, card: str) -> None:
