@@ -156,6 +156,6 @@ def deal(
 
 def _in_order(questions: Iterable[Question], seed: int) -> list[Question]:
     """Dealt like cards: the order is that of the seed, whatever the order of the rows."""
-    return sorted(questions, key=lambda each: (draw(seed, f"deal {each.prompt_hash}"), each.prompt_hash))
-
-
+    return sorted(
+        questions, key=lambda each: (draw(seed, f"deal {each.prompt_hash}"), each.prompt_hash)
+    )

@@ -76,9 +76,7 @@ def place_of_round(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
 def place_of_policy(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
     """What the held-out prompts are answered with by the policy of a round; of 0, by the first."""
     folder = _folder(run_dir, number)
-    changed = replace(
-        recipe, sample=_sample_of(recipe, run_dir, HELD_OUT, number), rounds=None
-    )
+    changed = replace(recipe, sample=_sample_of(recipe, run_dir, HELD_OUT, number), rounds=None)
     return Place(changed, RunDir(folder / "after" if number else folder, run_dir.path))
 
 

@@ -11,13 +11,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import told_as_unwritable
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
-from tbpo_cli.runs.rounds import (
-    all_rounds,
-    is_linked,
-    link_last,
-    place_of_policy,
-    place_of_round,
-)
+from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, sample, sft
@@ -244,8 +238,7 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
             is_complete = bool(manifests[step.label])
             what = f"was made from other inputs: {'; '.join(changes)}"
             raise TbpoError(
-                f"the stage {step.label} "
-                f"{what if is_complete and changes else 'is not complete'}",
+                f"the stage {step.label} {what if is_complete and changes else 'is not complete'}",
                 str(run_dir.path),
                 "a complete run",
                 f"tbpo {target} RECIPE first",

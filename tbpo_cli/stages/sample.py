@@ -17,6 +17,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.rounds import with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -92,7 +93,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
     group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
-    prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
+    prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
     left = group.share([key for key in _keys(recipe, prompts) if key not in done])
