@@ -8,9 +8,8 @@ those of tests/plain.py, a pass a sequence. The table says which ones agree, whi
 and how, and which ones have no small checkpoint here.
 """
 
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -25,9 +24,10 @@ import transformers  # noqa: E402
 from conftest import train_tokenizer  # noqa: E402
 from zoo import compare, families  # noqa: E402
 
-SECONDS = 180  # for one architecture
+SECONDS = 900  # for one architecture
 PROCESSES = 2
-ALONE = "--alone"  # in a process of its own: the outcome is its last line, as JSON
+BESIDE = multiprocessing.get_context("forkserver")
+BESIDE.set_forkserver_preload(["transformers", "peft", "zoo.compare", "tbpo_cli.train.loop"])
 RESULTS = TESTS / "benchmarks/results/architectures.md"
 
 
@@ -49,16 +49,26 @@ def examine(kind):
     return kind, "agrees", found.layout
 
 
+def send(kind, pipe):
+    pipe.send(examine(kind))
+
+
 def in_a_process(kind):
     """What `examine` gives, by a process of its own."""
-    arguments = [sys.executable, __file__, ALONE, kind]
+    ours, theirs = BESIDE.Pipe(duplex=False)
+    process = BESIDE.Process(target=send, args=(kind, theirs))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS + 60)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
+        if ours.poll(SECONDS + 60):
+            return ours.recv()
         return kind, "FAULT", f"it takes more than {SECONDS} s, and cannot be stopped from within"
-    except (ValueError, IndexError):
-        return kind, "FAULT", f"the process ended with {done.returncode}: {done.stderr[-200:]}"
+    except EOFError:
+        process.join()
+        return kind, "FAULT", f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
 
 
 def main(kinds):
@@ -80,7 +90,4 @@ def main(kinds):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [ALONE]:
-        print(json.dumps(examine(sys.argv[2])))
-    else:
-        main(sys.argv[1:] or families.KINDS)
+    main(sys.argv[1:] or families.KINDS)
