@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,17 @@ def is_whole(recipe: Recipe) -> bool:
 
 
 def render_card(
-    recipe: Recipe, base: Base, results: dict[str, Any] | None, manifests: dict[str, Any]
+    recipe: Recipe,
+    base: Base,
+    results: dict[str, Any] | None,
+    manifests: dict[str, Any],
+    end_ids: Sequence[int] = (),
 ) -> str:
     """The card of a run: its text is that of push.card, or of templates/card.md.
+
+    Args:
+        end_ids: the tokens at which generation is to stop. Whole weights have them in their
+            generation config; an adapter has none, and its base may stop at others.
 
     Raises:
         TbpoError: if the template cannot be rendered.
@@ -41,6 +50,7 @@ def render_card(
         "repo": recipe.push.repo or "USER/NAME",
         "base": base,
         "whole": is_whole(recipe),
+        "end_ids": list(end_ids),
         "results": results,
         "manifests": manifests,
         "name_of": name_of,
