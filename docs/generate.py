@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tbpo_cli.cli.losses import as_markdown
-from tbpo_cli.config import choosing, evaluation, training
+from tbpo_cli.config import choosing, evaluation, judging, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
 from tbpo_cli.core import GENERATORS, LOSSES
@@ -30,11 +31,11 @@ TABLES = {
     "[data]": training.Data,
     "[[data.train]]": training.Source,
     "[choose]": choosing.Choose,
+    "[judge]": judging.Judge,
     "[sft]": training.Sft,
     "[align]": training.Align,
     "[sample]": evaluation.Sample,
     "[eval]": evaluation.Eval,
-    "[eval.judge]": evaluation.Judge,
     "[push]": evaluation.Push,
 }
 NOTE = "*Made by `python docs/generate.py`.*"
@@ -64,7 +65,7 @@ def default(each: dataclasses.Field) -> str:
     if isinstance(value, str):
         return f'`"{value}"`'
     if isinstance(value, tuple):
-        return "`[" + ", ".join(f'"{part}"' for part in value) + "]`"
+        return "`[" + ", ".join(map(json.dumps, value)) + "]`"
     if isinstance(value, dict):
         return "`{" + ", ".join(f"{key} = {part}" for key, part in value.items()) + "}`"
     return f"`{value}`" if isinstance(value, int | float) else ""
@@ -78,7 +79,7 @@ def rows(cls: type, own: set[str] | None = None) -> list[str]:
     lines = ["| key | default | |", "|---|---|---|"]
     for each in dataclasses.fields(cls):
         if own is None or each.name in own:
-            text = texts[each.name].replace("|", "\\|")
+            text = " ".join(texts[each.name].split()).replace("|", "\\|")
             lines.append(f"| `{each.name}` | {default(each)} | {text} |")
     return lines
 

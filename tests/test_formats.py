@@ -173,6 +173,22 @@ def test_a_prompt_column_beside_whole_conversations_must_agree_with_them():
     assert pairs_of({"prompt": "a wholly different prompt", **sides})[1] == ["prompts_differ"]
 
 
+def test_simpos_rows_are_their_pair_or_chosen_again_from_all_their_answers():
+    row = {
+        "prompt": "hello",
+        "all_generated_responses": ["hm", "go", "hi"],
+        "all_rm_scores": [0.12, 0.1, 0.17],
+        "chosen": [USER, HI],
+        "rejected": [USER, GO],
+    }
+    name, (pair,) = pairs_of(row)
+    assert (name, pair.chosen, pair.rejected) == ("messages", HI, GO)
+    again, pairs = pairs_of(row, format="ranked", choose=Choose(pairs="best_each"))
+    texts = [one.chosen["content"] + one.rejected["content"] for one in pairs]
+    assert (again, texts) == ("ranked", ["hihm", "higo"])
+    assert pairs[1].pair_id == pair.pair_id and pairs[0].score_margin == pytest.approx(0.05)
+
+
 RANKED = {"prompt": "hello", "responses": ["b", "d", "a", "c"], "scores": [3, 1, 4, 3]}
 
 

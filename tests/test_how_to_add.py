@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from conftest import preference_rows, run_stage, write_jsonl
 
 from tbpo_cli import console
 from tbpo_cli.batch.layouts import LAYOUTS
-from tbpo_cli.config.recipe import Align, Eval, load_recipe
+from tbpo_cli.config.recipe import Align, Judge, load_recipe
 from tbpo_cli.config.validate import table
 from tbpo_cli.core import GENERATORS, LOSSES, LossOutput
 from tbpo_cli.core.losses import Loss
@@ -139,13 +140,14 @@ def test_the_names_that_a_recipe_allows_are_those_of_the_tables():
 
 
 @table
-class EvalWithLongest(Eval):
-    """[eval] with one key more, that of the judge: every key of a recipe is declared."""
+class JudgeWithLongest(Judge):
+    """[judge] with one key more, that of the judge: every key of a recipe is declared."""
 
     longest: bool | None = None
+    kinds: ClassVar[tuple[str, ...]] = (*Judge.kinds, "longest")
 
 
-def longest_of(_value, _cache):
+def longest_of(_settings, _table, _cache):
     return score_judge("longest", lambda answers: (len(completion) for _, completion in answers))
 
 
@@ -154,7 +156,7 @@ def test_a_judge(recipe_file, tmp_path, monkeypatch):
     sets = ("align.max_steps=1", "sample.max_new_tokens=6", "eval.diversity_prompts=0")
     recipe = load_recipe(recipe_file, sets)
     monkeypatch.setitem(JUDGES, "longest", longest_of)
-    recipe = replace(recipe, eval=EvalWithLongest(**{**vars(recipe.eval), "longest": True}))
+    recipe = replace(recipe, judge=JudgeWithLongest(longest=True))
     run = tmp_path / "run"
     run_through("eval", recipe, RunDir(run), restart=False)
     (rate,) = json.loads((run / "eval/results.json").read_text())["win_rates"]

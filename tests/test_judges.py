@@ -14,9 +14,9 @@ import torch
 from judge_server import chat_completion, chat_server
 from safetensors.torch import load_file, save_file
 
-from tbpo_cli.config.recipe import load_recipe
+from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers, read_answers
+from tbpo_cli.evaluation.answers import names_of_answers, question_id, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
@@ -51,7 +51,9 @@ def compare(*answers, prompt="What is 1 + 1?", **more):
 @pytest.fixture
 def judges(recipe_file, tmp_path):
     def judges(*sets, cache=None):
-        return judges_of(load_recipe(recipe_file, sets), cache and (lambda key: cache))
+        recipe = load_recipe(recipe_file, sets)
+        of_file = cache and (lambda key: cache)
+        return judges_of(recipe.judge_of_eval, recipe.table_of_judge, of_file)
 
     return judges
 
@@ -60,7 +62,7 @@ def judges(recipe_file, tmp_path):
 def language_judge(judges, tmp_path):
     def make(server, *sets):
         url = server if isinstance(server, str) else server.url
-        given = (f"eval.judge.endpoint={url}", "eval.judge.model=judge-1", *sets)
+        given = (f"judge.endpoint={url}", "judge.model=judge-1", *sets)
         (judge,) = judges(*given, cache=tmp_path / "answers.jsonl")
         return judge
 
@@ -88,7 +90,7 @@ def test_a_good_judge_gives_the_right_rate_and_its_reasons(language_judge):
     """2 wins, 1 loss, 1 tie of 4: (2 + 1/2) / 4."""
     comparisons = compare(("2", "3"), ("it is 2", "no"), ("3", "2"), ("2!", "2?"))
     with chat_server(prefers_two) as server:
-        judge = language_judge(server, "eval.judge.price_per_million=[10.0, 30.0]")
+        judge = language_judge(server, "judge.price_per_million=[10.0, 30.0]")
         verdicts = judge.compare(comparisons)
     assert [verdict.value for verdict in verdicts] == [1.0, 1.0, 0.0, 0.5]
     assert "I looked at both. [[A]]" in verdicts[0].reason and "[[B]]" in verdicts[0].reason
@@ -218,13 +220,13 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
         return "[[A]]" if (sections(body)[0] == "x") != is_second else "[[B]]"
 
     comparisons = compare(("x", "y"))
-    repeats = ("eval.judge.repeats=3", "eval.judge.concurrency=1")
+    repeats = ("judge.repeats=3", "judge.concurrency=1")
     with chat_server(answer) as server:
         judge = language_judge(server, *repeats)
         (verdict,) = judge.compare(comparisons)
         assert language_judge(server, *repeats).compare(comparisons) == [verdict]
         assert len(server.requests) == 6, "two orders, three times"
-        language_judge(server, "eval.judge.repeats=4").compare(comparisons)
+        language_judge(server, "judge.repeats=4").compare(comparisons)
         assert len(server.requests) == 8, "one repeat more asks for that alone"
     assert verdict.repeats == (1.0, 0.0, 1.0) and verdict.value == pytest.approx(2 / 3)
     assert verdict.consistent is True and verdict.tokens == (600, 60)
@@ -235,6 +237,7 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
 
 ANSWERS = {
     "outputs.json": [{"instruction": " one? ", "output": " 1 ", "generator": "x"}],
+    "inputs.json": [{"instruction": "one?", "input": "", "output": "1"}],
     "lines.jsonl": {"prompt": "one?", "completion": "1"},
     "arena.jsonl": {"uid": "u", "messages": [
         {"role": "user", "content": "one?"}, {"role": "assistant", "content": {"answer": "1"}},
@@ -246,6 +249,13 @@ ANSWERS = {
 def test_answers_are_read_in_the_formats_of_published_baselines(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(ANSWERS[name]), encoding="utf-8")
     assert read_answers(str(tmp_path / name)) == {"one?": "1"}
+
+
+def test_answers_of_arena_hard_0_1_are_named_by_their_questions(tmp_path):
+    row = {"question_id": 81, "model_id": "m", "choices": [{"turns": [{"content": " 1 "}]}]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert read_answers(str(tmp_path / "m.jsonl")) == {"81": "1"}
+    assert question_id({"question_id": 81}) == "81" and question_id({"prompt": "one?"}) == ""
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"instruction": 3, "output": "x"}]', "null"])
@@ -265,9 +275,7 @@ def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
     template = tmp_path / "mine.txt"
     template.write_text('{"format": "{x}"} Q:{prompt}|1:{a}|2:{b}|', encoding="utf-8")
     with chat_server(lambda body: "[[C]]") as server:
-        judge = language_judge(
-            server, f"eval.judge.template={template}", "eval.judge.body={top_p = 0.5}"
-        )
+        judge = language_judge(server, f"judge.template={template}", "judge.body={top_p = 0.5}")
         judge.compare(compare(("{b} {0} {", "{prompt} \\1 %s"), prompt="{a}"))
     bodies = [body for _, _, body in server.requests]
     texts = sorted(body["messages"][0]["content"] for body in bodies)
@@ -293,7 +301,7 @@ def test_a_template_without_its_places_is_a_message(language_judge, tmp_path, te
     if text:
         path.write_text(text)
     with pytest.raises(TbpoError, match=message) as error:
-        language_judge("http://127.0.0.1:9/v1", f"eval.judge.template={path}")
+        language_judge("http://127.0.0.1:9/v1", f"judge.template={path}")
     assert str(path) in error.value.where
 
 
@@ -330,9 +338,9 @@ def test_a_server_that_is_slow_wrong_limited_and_cut_in_turn_is_asked_until_it_a
         (503, "", {}),
     ]
     with chat_server(prefers_two, *troubles) as server:
-        verdicts = language_judge(
-            server, "eval.judge.timeout=1.0", "eval.judge.concurrency=3"
-        ).compare(comparisons)
+        verdicts = language_judge(server, "judge.timeout=1.0", "judge.concurrency=3").compare(
+            comparisons
+        )
     assert [verdict.value for verdict in verdicts] == [0.0] * 6
     assert len(server.requests) == 12 + len(troubles) and server.most_at_once <= 3 + 1, (
         "one that was given up"
@@ -359,7 +367,7 @@ def test_a_rerun_asks_nothing_twice_also_after_a_crash_in_the_middle_of_a_line(
         cache.write_bytes(cache.read_bytes()[:-20])
         assert language_judge(server).compare(comparisons) == first and len(server.requests) == 7
         assert language_judge(server).compare(comparisons) == first and len(server.requests) == 7
-        language_judge(server, "eval.judge.body={temperature = 0.5}").compare(comparisons[:1])
+        language_judge(server, "judge.body={temperature = 0.5}").compare(comparisons[:1])
         assert len(server.requests) == 9, "another request is another question"
 
 
@@ -583,7 +591,7 @@ def test_the_key_is_in_no_file_and_no_message(language_judge, tmp_path, capfd):
 
 def test_a_scorer_compares_by_the_last_user_message_and_equal_scores_tie(judges, tmp_path):
     prompt = "Put k d m b in order."
-    (judge,) = judges(f"eval.scorer=python:{WORLD}:score")
+    (judge,) = judges(f"judge.scorer=python:{WORLD}:score")
     texts = [
         ("Sure! b d k m.", "No idea."),
         ("Ugh! b d k m.", "Okay! b d k m."),
@@ -629,7 +637,7 @@ def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, wh
     path = tmp_path / "mine.py"
     path.write_text(code, encoding="utf-8")
     with pytest.raises(TbpoError) as error:
-        judges(f"eval.scorer=python:{path}:{name}")[0].compare(compare(("x", "y")))
+        judges(f"judge.scorer=python:{path}:{name}")[0].compare(compare(("x", "y")))
     assert what in error.value.what and where in error.value.where
     if code == SCORERS:
         assert error.value.fix == "did you mean lengthy?"
@@ -641,7 +649,7 @@ def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, wh
 )
 def test_a_scorer_that_is_not_there_is_a_message(judges, source, fix):
     with pytest.raises(TbpoError, match="the scorer's file is not there") as error:
-        judges(f"eval.scorer={source.format(WORLD.parent)}")
+        judges(f"judge.scorer={source.format(WORLD.parent)}")
     assert fix in error.value.fix and '"python:FILE:NAME"' in error.value.expected
 
 
@@ -667,7 +675,7 @@ def reward_model(tokenizer, folder, num_labels=1, template=True, max_length=256)
 def test_a_reward_model_scores_the_chat_in_batches_as_alone(judges, tokenizer, tmp_path):
     model = reward_model(tokenizer, tmp_path / "rm")
     answers = [("red dog " * (n % 7 + 1), "blue cat sings " * (n % 3 + 1)) for n in range(20)]
-    (judge,) = judges(f"eval.reward_model={tmp_path / 'rm'}")
+    (judge,) = judges(f"judge.reward_model={tmp_path / 'rm'}")
     comparisons = compare(*answers)
     verdicts = judge.compare(comparisons)
     assert judge.name == "rm" and {verdict.value for verdict in verdicts} <= {0.0, 1.0}
@@ -686,7 +694,7 @@ def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(
     """A chat of more than 20 tokens scores as its last 20."""
     model = reward_model(tokenizer, tmp_path / "rm", max_length=20)
     (comparison,) = compare(("red dog " * 20, "blue"))
-    (verdict,) = judges(f"eval.reward_model={tmp_path / 'rm'}")[0].compare([comparison])
+    (verdict,) = judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare([comparison])
     chat = [*comparison.prompt, {"role": "assistant", "content": comparison.completion_a}]
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt")["input_ids"][:, -20:]
     assert verdict.scores[0] == pytest.approx(float(model(ids).logits.detach()[0, 0]), abs=1e-5)
@@ -705,15 +713,15 @@ def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made,
     if made is not None:
         reward_model(tokenizer, tmp_path / "rm", **made)
     with pytest.raises(TbpoError, match=what) as error:
-        judges(f"eval.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
+        judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
     assert made is None or "one output" in error.value.expected
-    assert "eval.reward_model" in error.value.where
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_language_model_is_no_reward_model(judges, base):
     what = "not that of a LlamaForSequenceClassification: it lacks score.weight"
     with pytest.raises(TbpoError, match=what):
-        judges(f"eval.reward_model={base}")[0].compare(compare(("x", "y")))
+        judges(f"judge.reward_model={base}")[0].compare(compare(("x", "y")))
 
 
 def test_a_reward_model_with_a_weight_missing_is_an_error_with_its_name(
@@ -724,42 +732,44 @@ def test_a_reward_model_with_a_weight_missing_is_an_error_with_its_name(
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
     with pytest.raises(TbpoError, match="up_proj") as error:
-        judges(f"eval.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
-    assert "eval.reward_model" in error.value.where
+        judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_judge_of_the_table_is_a_key_of_the_recipe_that_makes_it_judged(judges, recipe_file):
     sets = {
-        "scorer": ("eval.scorer=python:x.py:f",),
-        "reward_model": ("eval.reward_model=x",),
-        "judge": ("eval.judge.endpoint=http://127.0.0.1:9", "eval.judge.model=m"),
+        "scorer": ("judge.scorer=python:x.py:f",),
+        "reward_model": ("judge.reward_model=x",),
+        "endpoint": ("judge.endpoint=http://127.0.0.1:9", "judge.model=m"),
     }
-    assert list(JUDGES) == list(sets)
-    assert all(load_recipe(recipe_file, given).eval.judged for given in sets.values())
+    assert tuple(JUDGES) == tuple(sets) == Judge.kinds
+    for key, given in sets.items():
+        assert load_recipe(recipe_file, given).judge_of_eval.named == (key,)
+    assert load_recipe(recipe_file).judge_of_eval is None
 
 
 def test_every_judge_that_is_named_judges(judges, tokenizer, tmp_path):
     reward_model(tokenizer, tmp_path / "rm")
     named = judges(
-        f"eval.scorer=python:{WORLD}:score", f"eval.reward_model={tmp_path / 'rm'}",
-        "eval.judge.endpoint=http://127.0.0.1:9", "eval.judge.model=m",
+        f"judge.scorer=python:{WORLD}:score", f"judge.reward_model={tmp_path / 'rm'}",
+        "judge.endpoint=http://127.0.0.1:9", "judge.model=m",
     )  # fmt: skip
     assert [judge.name for judge in named] == ["world.py:score", "rm", "m"] and judges() == []
 
 
-@pytest.mark.parametrize("key", ["eval.judge.endpoint", "sample.endpoint"])
+@pytest.mark.parametrize("key", ["judge.endpoint", "sample.endpoint"])
 def test_an_endpoint_that_is_no_address_is_a_fault_of_the_recipe(recipe_file, key):
     with pytest.raises(TbpoError, match=f'{key} = "localhost:8000" is not possible'):
         load_recipe(
-            recipe_file, (f"{key}=localhost:8000", "eval.judge.model=m", "sample.endpoint_model=m")
+            recipe_file, (f"{key}=localhost:8000", "judge.model=m", "sample.endpoint_model=m")
         )
 
 
 def test_the_resolved_recipe_of_a_judge_loads_to_itself(recipe_file, tmp_path):
     sets = (
-        "eval.judge.endpoint=http://127.0.0.1:9",
-        "eval.judge.model=m",
-        "eval.judge.price_per_million=[1.0, 2.0]",
+        "judge.endpoint=http://127.0.0.1:9",
+        "judge.model=m",
+        "judge.price_per_million=[1.0, 2.0]",
     )
     recipe = load_recipe(recipe_file, sets)
     (tmp_path / "resolved.toml").write_text(recipe.to_toml(), encoding="utf-8")

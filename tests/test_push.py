@@ -130,7 +130,7 @@ def card_of(server, repo="me/tuned"):
 
 
 def test_one_commit_holds_the_adapter_its_card_and_what_it_was_made_with(made, run, server, capsys):
-    publish(made, run, f"eval.scorer=python:{made[0].parent}/mine.py:score")
+    publish(made, run, f"judge.scorer=python:{made[0].parent}/mine.py:score")
     repo = server.root / "models/me/tuned"
     assert {path.name for path in repo.iterdir()} == FILES
     assert len(server.heads[repo]) == 1
@@ -466,7 +466,7 @@ def test_commits_that_are_known_are_no_secret():
 
 def test_servers_and_folders_of_this_machine_are_not_published(made, run, server, tmp_path):
     judge = "{endpoint = 'http://10.0.0.7:8000/v1', model = 'm', body = {seed = 123454321}}"
-    sets = (f"eval.judge={judge}", "sample.endpoint=http://inside:1/v1", "sample.endpoint_model=p")
+    sets = (f"judge={judge}", "sample.endpoint=http://inside:1/v1", "sample.endpoint_model=p")
     template = tmp_path / "card.md"
     template.write_text(f"# Mine\n\nIt is in {run}/align.\n")
     publish(made, run, *sets, f"push.card={template}")
@@ -475,7 +475,7 @@ def test_servers_and_folders_of_this_machine_are_not_published(made, run, server
     for private in ("10.0.0.7", "inside:1", "123454321", str(run), str(tmp_path)):
         assert private not in texts
     recipe = load_recipe(repo / "recipe.toml")
-    assert recipe.eval.judge.model == "m" and recipe.sample.endpoint_model == "p"
+    assert recipe.judge.model == "m" and recipe.sample.endpoint_model == "p"
 
 
 def test_results_that_were_edited_and_damaged_weights_are_not_published(made, run, server):

@@ -62,7 +62,7 @@ def test_all_faults_are_reported_at_once_with_the_nearest_name(load):
     assert "model.dtyp is an unknown key" in message and "did you mean model.dtype?" in message
     assert "data.train = 4 is not possible" in message
     assert 'overlong = "drop"' in message
-    assert 'align.learning_rate = "1e-3" is not possible' in message and "a valid number" in message
+    assert 'align.learning_rate = "1e-3" is not possible' in message and "a number" in message
     assert "align.loss.name = 'tbpo_b' is unknown" in message and 'name = "tbpo_q"' in message
     assert "pusj is an unknown table" in message and "did you mean push?" in message
     assert message.count("error:") == message.count("  where:") == message.count("  fix:") == 6
@@ -74,20 +74,16 @@ DPO = {"name": "dpo"}
 @pytest.mark.parametrize(
     ("tables", "what", "expected"),
     [
-        (
-            {"model": {"lora": {"r": 0}}},
-            "model.lora.r = 0 is not possible",
-            "greater than or equal to 1",
-        ),
+        ({"model": {"lora": {"r": 0}}}, "model.lora.r = 0 is not possible", "at least 1"),
         (
             {"align": {"batch_pairs": 2.5}},
             "align.batch_pairs = 2.5 is not possible",
-            "a valid integer",
+            "a whole number",
         ),
         (
             {"align": {"batch_pairs": True}},
             "align.batch_pairs = true is not possible",
-            "a valid integer",
+            "a whole number",
         ),
         (
             {"align": {"learning_rate": math.nan}},
@@ -108,7 +104,7 @@ DPO = {"name": "dpo"}
         (
             {"align": {"loss": DPO | {"beta": "x"}}},
             'align.loss.beta = "x" is not possible',
-            "a valid number",
+            "a number",
         ),
         (
             {"align": {"loss": DPO | {"gama": 1}}},
@@ -135,6 +131,18 @@ DPO = {"name": "dpo"}
             "align.loss.generator.lam is an unknown key",
             "one of name",
         ),
+        (
+            {"align": {"activation_checkpointing": "always"}},
+            'align.activation_checkpointing = "always" is not possible',
+            "true or false or 'auto'",
+        ),
+        (
+            {"data": {"train": [{"path": "a/b", "weight": 0}]}},
+            "data.train.weight = 0 is not possible",
+            "more than 0",
+        ),
+        ({"data": {"train": []}}, "data.train = [] is not possible", "at least one value"),
+        ({"run": {"trackers": "wandb"}}, 'run.trackers = "wandb" is not possible', 'a list, ["…"]'),
         ({"run": {"name": "../x"}}, 'run.name = "../x" is not possible', "letters, digits"),
         ({"sft": 3}, "sft = 3 is not possible", "a table: [sft]"),
     ],
@@ -217,7 +225,7 @@ def test_paths_in_the_file_are_relative_to_it_and_those_of_set_to_the_current_fo
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"[model\n", "not valid TOML"),
+        (b"[model\n", "closing bracket"),
         (b"\xff\xfe", "not UTF-8"),
         (None, "there is no such recipe"),
     ],
@@ -242,7 +250,17 @@ def test_an_unreadable_recipe_is_named(tmp_path, content, what):
         ("[model]\n[data]\n[model]\n", "[model] is there twice", "remove one"),
         ("[run]\nseed = 1\nseed = 2\n", "seed = 2 is there twice", "remove one"),
         ("[model]\nbase = org/model\n", "a text without quotes", 'write "org/model"'),
-        ("[model\n", "the recipe is not valid TOML", "mend that line"),
+        ("[model\n", "a heading without its closing bracket", "write [model]"),
+        ("[align]\nwarmup = .5\n", "a number that begins with a point", "write warmup = 0.5"),
+        ("[align]\nlearning_rate = 1.e-5\n", "a point that no digit", "write learning_rate = 1e-5"),
+        ("[align]\nwarmup = 10%\n", "a share in percent", "as 0.1 for 10 %"),
+        ("[run]\nseed = 1,\n", "a comma or semicolon at the end", "write seed = 1"),
+        ('[push]\nrepo = "a/b\n', "a text without its closing quotes", 'write repo = "a/b"'),
+        ("[model]\nbase 'a/b'\n", "a key without =", "write base = 'a/b'"),
+        ("[model.lora]\nr = 8 alpha = 16\n", "two keys on one line", "alpha = 16 on a line"),
+        ('[eval]\nopponents = ["a" "b"]\n', "a list without commas", "put a comma"),
+        ("tbpo align x.toml\n", "a line of Python or of a shell", "tbpo init"),
+        ("[run]\nseed = 1 + 1\n", "the recipe is not valid TOML", "mend that line"),
     ],
 )
 def test_what_is_not_toml_is_named_as_what_it_is(tmp_path, text, what, fix):
@@ -274,6 +292,21 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ("align.padding_free=true", "there is nothing to set"),
         ("align.loss.nme=dpo", "did you mean align.loss.name?"),
         ("align.loss.name=sigmoid", 'name = "dpo"'),
+        ("align.loss.generator={name = 'kliep', lam = 1}", "a key of ba and sba, not of kliep"),
+        ("align.loss.lam=0.5", "it is a key of the generator: align.loss.generator.lam"),
+        ("align.loss={name = 'dpo', lam = 1}", "it is a key of orpo and dpop, not of dpo"),
+        ("align.loss.gamma=1", "it is a key of simpo and d2po and confpo, not of tbpo_a"),
+        ("align.loss.generator.beta=1", "it is a key of the loss: align.loss.beta"),
+        ("align.lam=1", "align.loss.lam or align.loss.generator.lam"),
+        ("align.loss=DPO", 'name = "dpo"'),
+        ("align.lr=1e-5", "did you mean align.learning_rate?"),
+        ("model.lora.rank=8", "did you mean model.lora.r?"),
+        ("learning_rate=1e-5", "here it is align.learning_rate"),
+        ("temperature=0.5", "it belongs to another table: sample.temperature"),
+        ("align=dpo", "align is a table: --set align.KEY=VALUE"),
+        ('align.learning_rate="5e-6"', "without quotes: learning_rate = 5e-6"),
+        ("data.dedup=True", "dedup = true"),
+        ("eval.suites=mmlu", 'suites = ["mmlu"]'),
         ("align.xyz=1", "remove it"),
     ],
 )
@@ -281,6 +314,19 @@ def test_a_key_that_belongs_elsewhere_is_answered_with_its_place(load, override,
     with pytest.raises(TbpoError) as error:
         load(SMALL, override)
     assert fix in error.value.fix, error.value.fix
+
+
+def test_a_fault_of_the_command_line_is_placed_there(load):
+    with pytest.raises(TbpoError) as error:
+        load(merged(SMALL, {"align": {"warmup": 2}}), "align.epochs=0", "align.loss=dop")
+    places = {fault.where for fault in faults(error)}
+    assert len(places) == 3 and {"--set align.epochs", "--set align.loss.name"} < places
+    assert any(where.endswith("recipe.toml, [align] warmup") for where in places)
+
+
+def test_set_makes_a_table_that_is_absent(load):
+    assert load(SMALL, "sft={}").sft is not None
+    assert load(SMALL, "model.lora={}").model.lora.r == 32
 
 
 def test_a_learning_rate_at_the_top_of_the_file_is_answered_with_its_place(load):

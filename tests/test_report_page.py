@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from conftest import run_stage, write_jsonl, write_recipe
 
 from tbpo_cli.report.charts import HEIGHT, WIDTH, Panel, Series, histogram
 from tbpo_cli.report.evaluation import MAX_ROWS, write_report
@@ -100,6 +101,7 @@ def inputs(
     results = {
         "run": "quickstart",
         "loss": "tbpo_a",
+        "training": {"base": "pocket", "learning rate": "0.0003", "time of training": "16 s"},
         "date": "2026-11-23",
         "num_pairs": 1388,
         "num_prompts": len(texts),
@@ -198,6 +200,8 @@ def written(tmp_path):
 
 def test_the_page_says_the_verdict_and_every_figure_with_its_interval(written):
     page = written(*inputs())
+    assert page.follows("loss", "tbpo_a", "base", "pocket", "learning rate", "0.0003")
+    assert page.follows("time of training", "16 s", "evaluated on", "2026-11-23")
     assert (
         "tbpo_a is better than its reference: it wins on 74.2% (95 %: 71.5 to 77.1)" in page.texts
     )
@@ -243,7 +247,7 @@ def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown
     assert page.follows("other verdict in the other order", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
-        "open-llm-v1",
+        "open-llm-v1, without a chat template",
         "gsm8k",
         "●",
         "policy",
@@ -269,7 +273,7 @@ def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_
     frontier = next(
         chart for chart in charts if chart.get("aria-label").startswith("reward margin by KL")
     )
-    assert {"reward margin (nats)", "KL from the reference, nats a token"} <= {
+    assert {"reward margin", "nats", "KL from the reference, nats a token"} <= {
         text.text for text in frontier.iter("text")
     }
     places = [
@@ -288,16 +292,17 @@ def test_the_charts_show_each_model_at_its_place_with_error_bars_and_the_way_of_
         "dpo has the larger KL and the larger margin"
     )
     labels = [chart.get("aria-label").split(" by ")[0] for chart in charts]
-    assert labels[:7] == [
+    assert labels[:2] == ["74.2 %", "74.2 %"], "each win rate has a bar"
+    assert labels[2:9] == [
         "win rate against reference",
         "reward margin",
         "reliability",
-        "accuracy",
+        "reward accuracy",
         "entropy",
-        "length, tokens",
-        "score",
+        "length of the answers",
+        "score of the answers",
     ]
-    assert "loss" in labels[7:], "the training's curves"
+    assert "loss" in labels[9:], "the training's curves"
 
 
 def test_runs_bear_their_names_and_the_win_rates_are_a_chart_with_the_tests_beside(tmp_path):
@@ -322,12 +327,23 @@ def test_what_changed_is_marked_and_each_verdict_stands_with_its_completion(writ
     assert page.follows("wins against reference, by world.py:score:", "0.1 against 0.05")
     rows = [attributes for tag, attributes in page.elements if tag == "article"]
     assert rows == [
-        {"data-verdict": "", "data-score": ""},
-        {"data-verdict": "1", "data-score": "0.1"},
-    ]
+        {"data-place": "1", "data-verdict": "1", "data-score": "0.1"},
+        {"data-place": "0", "data-verdict": "", "data-score": ""},
+    ], "what changed most is first"
 
 
-def test_of_too_many_samples_the_worst_and_the_best_are_kept_in_their_order(written):
+def test_a_table_with_many_figures_has_them_as_rows(written):
+    many = {f"distinct_{n}": figure(n / 10) for n in range(1, 5)}
+    many |= {f"length_p{n}": figure(n) for n in (5, 50, 95)} | {"repetition": figure(0.3)}
+    results, *rest = inputs("dpo")
+    for entry in results["models"].values():
+        entry["diversity"] |= many
+    page = written(results, *rest)
+    assert page.follows("Diversity", "●", "policy", "●", "reference", "●", "dpo")
+    assert page.follows("self-BLEU", "41.3", "39.3 to 43.3", "41.3", "39.3 to 43.3", "41.3")
+
+
+def test_of_too_many_samples_the_worst_and_the_best_are_kept(written):
     results, samples, verdicts, metrics = inputs(
         texts=[(f"Say {n}.", f"{n}.", "x") for n in range(MAX_ROWS + 50)]
     )
@@ -335,7 +351,7 @@ def test_of_too_many_samples_the_worst_and_the_best_are_kept_in_their_order(writ
         verdict["verdict"] = 0.5 if 100 <= number < 200 else 1.0 if number % 2 else 0.0
     page = written(results, samples, verdicts, metrics)
     shown = [int(number) for number in re.findall(r">Say (\d+)\.<", page.source)]
-    assert len(shown) == MAX_ROWS and shown == sorted(shown)
+    assert len(shown) == MAX_ROWS and shown == sorted(shown), "all of them changed as much"
     assert set(range(MAX_ROWS + 50)) - set(shown) < set(range(100, 200)), "only ties are left out"
     assert any(
         "300 of 350, the worst and the best; 50 between them are left out." in text
@@ -401,6 +417,23 @@ def test_what_models_and_users_write_stays_text_and_only_the_page_s_own_script_m
     assert ATTACK.format(url="http://x") in page.texts, "it can be read as it was written"
 
 
+def test_rows_and_names_stay_text_in_the_page_of_prepared_pairs(tmp_path, base):
+    def prepared(text, folder):
+        folder.mkdir()
+        row = {"prompt": text, "chosen": f"{text} yes", "rejected": text}
+        rows = write_jsonl(folder / f"{text.replace('/', '_')[:99]}.jsonl", [row] * 3)
+        held_out = write_jsonl(folder / "eval.jsonl", [row | {"prompt": "other"}])
+        recipe = write_recipe(folder / "recipe.toml", base, (rows, held_out))
+        return Page(run_stage("prepare", recipe, folder / "run") / "prepare/report.html")
+
+    attack = ATTACK.format(url="http://x")
+    page, clean = prepared(attack, tmp_path / "attacked"), prepared("plain", tmp_path / "plain")
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in clean.elements}
+    assert not {name for _, names in page.elements for name in names if name.startswith("on")}
+    assert any("<img src=" in text and text.endswith(".jsonl") for text in page.texts), "the source"
+    assert "".join(page.texts).count("document.title") > 6, "the rows' tokens"
+
+
 def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not_finite(tmp_path):
     points = [(1.0, 0.11), (9.0, 0.93), (4.0, float("nan")), (float("inf"), 0.5)]
     panel = Panel("a <b>", "%", 'x "y"', [Series(points, dots=3), Series([], 7, line=1)])
@@ -409,13 +442,14 @@ def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not
     assert drawn.get("aria-label") == 'a <b> by x "y"'
     texts = [text.text for text in drawn.iter(f"{SVG}text")]
     assert texts == [
-        "a <b> (%)",
+        "a <b>",
+        "%",
         "0",
         "0.2",
         "0.4",
         "0.6",
         "0.8",
-        "1",
+        "1.0",
         "0",
         "2",
         "4",
@@ -429,6 +463,27 @@ def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not
     assert [group.get("class") for group in drawn.iter(f"{SVG}g")] == ["series-0", "series-1"], (
         "colours are used in turn"
     )
+
+
+@pytest.mark.parametrize(
+    "low, high, labels",
+    [
+        (0.2471, 0.2499, ["0.247", "0.248", "0.249", "0.250"]),
+        (-0.03, 0.01, ["−0.03", "−0.02", "−0.01", "0", "0.01"]),
+        (0, 5e-7, ["0", "1e−7", "2e−7", "3e−7", "4e−7", "5e−7"]),
+        (0, 1.5e-6, ["0", "5e−7", "1.0e−6", "1.5e−6"]),
+        (0, 40_000, ["0", "10,000", "20,000", "30,000", "40,000"]),
+    ],
+)
+def test_an_axis_has_as_many_digits_as_tell_its_numbers_apart(low, high, labels):
+    panel = Panel("", "", "", [Series([(0.0, low), (1.0, high)])])
+    assert [label for _, label in panel.y_labels] == labels
+
+
+def test_the_lengths_of_both_responses_lie_over_each_other_with_their_names():
+    values = {0: np.array([3, 3, 5]), 1: np.array([4, 90])}
+    panel = histogram("length", "pairs", "tokens", values, ["chosen", "rejected"])
+    assert [series.name for series in panel.series] == ["chosen", "rejected"]
 
 
 def test_a_histogram_counts_whole_numbers_in_bins_of_whole_numbers():

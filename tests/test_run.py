@@ -499,6 +499,6 @@ def test_a_module_that_a_scorer_imports_is_an_input(tmp_path):
     (tmp_path / "pack/__init__.py").write_text("")
     (tmp_path / "pack/more.py").write_text("")
     (tmp_path / "unused.py").write_text("")
-    found = files_of("eval.scorer", f"python:{code}:score", ("*",))
+    found = files_of("judge.scorer", f"python:{code}:score", ("*",))
     names = {str(path.relative_to(tmp_path)) for path in found}
     assert names == {"scorer.py", "helper.py", "pack/__init__.py", "pack/more.py"}

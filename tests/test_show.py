@@ -267,6 +267,10 @@ SAID = {
         ["chosen response of only 51%"],
     ),
     "chosen falls": ({"kl": 0.5, "chosen_fall": 0.8}, ["fell by 0.80 nats a token"]),
+    "the same judge": (
+        {"same_judges": "judge.scorer"},
+        ["the win rate by judge.scorer is no evidence"],
+    ),
     "answers get longer": ({"answer_ratio": 1.5}, ["1.5 times as long as the reference's"]),
 }
 
@@ -307,15 +311,15 @@ def test_an_alignment_that_learns_nothing_ends_with_a_sentence_and_the_key(tbpo,
 
 def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_file, tmp_path):
     (tmp_path / "scorer.py").write_text("def score(prompt, completion):\n    return 1.0\n")
-    sets = ("--set", "eval.scorer=python:./scorer.py:scor", "--set", 'run.trackers=["trackio"]')
+    sets = ("--set", "judge.scorer=python:./scorer.py:scor", "--set", 'run.trackers=["trackio"]')
     done = tbpo("show", recipe_file, *sets)
     text = flat(done.stdout)
     assert "✗ trackers" in text and "trackio is not installed" in text
     assert "→ pip install trackio" in text
-    assert "✗ what [eval] names" in text and "has no function scor" in text
+    assert "✗ what [judge] and [eval] name" in text and "has no function scor" in text
     assert "GB for checkpoints" in text and done.returncode == 0
-    fine = tbpo("show", recipe_file, "--set", "eval.scorer=python:./scorer.py:score")
-    assert "✓ what [eval] names" in flat(fine.stdout)
+    fine = tbpo("show", recipe_file, "--set", "judge.scorer=python:./scorer.py:score")
+    assert "✓ what [judge] and [eval] name" in flat(fine.stdout)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +328,8 @@ def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_fi
         ("align", ('run.trackers=["trackio"]',), "trackio is not installed"),
         ("align", ("align.loss=tis_dpo",), "the positive helper is not named"),
         ("align", ("model.quantization=nf4",), "4"),
-        ("eval", ("eval.scorer=python:./none.py:score",), "the scorer's file is not there"),
-        ("eval", ("eval.judge={endpoint = 'http://127.0.0.1:9/v1', model = 'x'}",), "127.0.0.1:9"),
+        ("eval", ("judge.scorer=python:./none.py:score",), "the scorer's file is not there"),
+        ("eval", ("judge={endpoint = 'http://127.0.0.1:9/v1', model = 'x'}",), "127.0.0.1:9"),
     ],
 )
 def test_what_is_missing_stops_a_stage_before_anything_is_prepared(

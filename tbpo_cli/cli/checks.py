@@ -120,8 +120,8 @@ def _quantization(recipe: Recipe) -> None:
 
 
 def _helpers(recipe: Recipe) -> None:
-    """The two policies of tis_dpo: run directories, adapters or repositories."""
-    for key in ("positive", "negative"):
+    """The policies beside the reference: run directories, adapters or repositories."""
+    for key in recipe.align.loss.helpers:
         source, where = getattr(recipe.align.loss, key), f"align.loss.{key}"
         if not source:
             fix = f"--set {where}=RUN, of tbpo align RECIPE --set align.loss.name=dpo"
@@ -135,24 +135,30 @@ def _helpers(recipe: Recipe) -> None:
             raise TbpoError(what, source, "a complete run or an adapter", "tbpo align it first")
 
 
+def _has_judge_server(recipe: Recipe) -> bool:
+    return recipe.judge_of_eval is not None and recipe.judge_of_eval.endpoint is not None
+
+
 def _judge_server(recipe: Recipe) -> None:
     """One request to the server of the judge, with a single token to answer."""
     from tbpo_cli.evaluation.judges.endpoint import Endpoint
 
-    judge = recipe.eval.judge
-    assert judge is not None
+    judge = recipe.judge_of_eval
+    assert judge is not None and judge.endpoint is not None
     message = {"role": "user", "content": "Say yes."}
     body = {**judge.body, "model": judge.model, "messages": [message]}
     for _, reply in Endpoint(judge.endpoint, 1, min(judge.timeout, 20.0)).ask([body]):
         if reply.refused:
-            raise TbpoError(reply.refused, judge.endpoint, "an answer", "change [eval.judge]")
+            raise TbpoError(
+                reply.refused, judge.endpoint, "an answer", f"change [{recipe.table_of_judge}]"
+            )
 
 
 def require_gate(recipe: Recipe) -> None:
     """Raises TbpoError if `eval.gate` is no condition on something that the recipe measures."""
     from tbpo_cli.evaluation.measures import gate_faults
 
-    gather(gate_faults(recipe.eval, "the recipe"))
+    gather(gate_faults(recipe, "the recipe"))
 
 
 def _sampling(recipe: Recipe) -> None:
@@ -174,17 +180,14 @@ def _evaluation(recipe: Recipe) -> None:
 
 def _token(recipe: Recipe) -> None:
     """A token for the Hub; whether it may write there is asked by `_repository`."""
-    from huggingface_hub import get_token
+    from tbpo_cli.stages.push import check_token
 
-    from tbpo_cli.hub.client import TOKEN
-
-    if not get_token():
-        raise TbpoError("there is no token for the Hub", *TOKEN)
+    check_token()
 
 
 def _repository(recipe: Recipe) -> None:
     """The token may write to push.repo, and that is of the right kind."""
-    from tbpo_cli.hub.publish import check_repository
+    from tbpo_cli.stages.push import check_repository
 
     check_repository(recipe.push.repo or "", recipe)
 
@@ -197,7 +200,7 @@ def _can_ask_for_repository(recipe: Recipe) -> bool:
 
 def _names_something(recipe: Recipe) -> bool:
     settings = recipe.eval
-    named = (settings.judged, settings.suites, settings.against, settings.answers)
+    named = (recipe.judge_of_eval, settings.suites, settings.against, settings.answers)
     return any(named) or recipe.sample.adapter is not None
 
 
@@ -207,8 +210,8 @@ CHECKS: dict[str, dict[str, _Check]] = {
         "bitsandbytes and a GPU for 4-bit weights": _Check(
             lambda recipe: recipe.model.quantization, _quantization
         ),
-        "the two helpers of {recipe.align.loss_name}": _Check(
-            lambda recipe: "weights" in recipe.align.loss.needs, _helpers
+        "the helpers of {recipe.align.loss_name}": _Check(
+            lambda recipe: recipe.align.loss.helpers, _helpers
         ),
     },
     "sample": {
@@ -218,12 +221,10 @@ CHECKS: dict[str, dict[str, _Check]] = {
     },
     "eval": {
         "the condition {recipe.eval.gate}": _Check(lambda recipe: recipe.eval.gate, require_gate),
-        "what [eval] names: scorer, reward model, suites, answers, runs": _Check(
+        "what [judge] and [eval] name: scorer, reward model, suites, answers, runs": _Check(
             _names_something, _evaluation
         ),
-        "the judge's server answers": _Check(
-            lambda recipe: recipe.eval.judge, _judge_server, asks=True
-        ),
+        "the judge's server answers": _Check(_has_judge_server, _judge_server, asks=True),
     },
     "push": {
         "a token for the Hub": _Check(lambda recipe: recipe.push.repo, _token),

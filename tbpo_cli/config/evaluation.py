@@ -5,13 +5,13 @@ The text under a field says what its key means; docs/recipe.md is made of these 
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tbpo_cli.config.judging import Judge
 from tbpo_cli.config.validate import table
-from tbpo_cli.config.values import Address, Count, HubId, NotNegative, Positive, Repository
+from tbpo_cli.config.values import Address, Count, HubId, NotNegative, Repository
 
 
 @table
@@ -19,7 +19,7 @@ class Sample:
     """[sample] Completions. temperature and top_p are those of the paper's win rates."""
 
     prompts: str = "eval"
-    """A .jsonl file (prompt: text or messages), a .txt file, or "eval": the held-out prompts."""
+    """A file of prompts, AlpacaEval's or Arena-Hard's for one, or "eval": the held-out prompts."""
     max_prompts: Count | None = None
     """How many prompts are answered, from the first one on. Default: all."""
     num_samples: Count = 1
@@ -50,28 +50,6 @@ class Sample:
 
 
 @table
-class Judge:
-    """[eval.judge] A language model that compares completions, on a server with OpenAI's API."""
-
-    endpoint: Address
-    """The server's address, up to and including /v1; its key is read from OPENAI_API_KEY."""
-    model: str
-    """The judge's name on the server."""
-    template: str | None = None
-    """A text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]."""
-    body: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 1024})
-    """Further keys of each request."""
-    concurrency: Count = 8
-    """Requests at a time."""
-    timeout: Positive = 120.0
-    """Seconds for a whole answer."""
-    repeats: Count = 1
-    """How often each question is asked; more than once only at a temperature above 0."""
-    price_per_million: tuple[NotNegative, NotNegative] | None = None
-    """The price of a million tokens of prompts and of completions, for the report."""
-
-
-@table
 class Eval:
     """[eval] What `tbpo eval` measures beside the metrics of the held-out pairs."""
 
@@ -83,23 +61,14 @@ class Eval:
     """Files of answers to the same prompts, AlpacaEval's for one, as further opponents."""
     diversity_prompts: Annotated[int, Field(ge=0)] = 100
     """Prompts of the diversity metrics, 5 samples each; 0 leaves them out."""
-    scorer: str | None = None
-    """"python:FILE:NAME", a function of the prompt's and the completion's text."""
-    reward_model: str | None = None
-    """A sequence classification model that scores: a folder or a Hub repository."""
     judge: Judge | None = None
-    """A language model that compares two completions."""
+    """A table as [judge], in its place: who judges for `tbpo eval` alone."""
     thinking: tuple[str, str] = ("<think>", "</think>")
     """The marks around thinking, which no judge is shown; ["", ""] shows everything."""
     suites: tuple[str, ...] = ()
-    """"open-llm-v1", names of lm-eval tasks, or paths of their YAML files."""
+    """"open-llm-v1", "ifeval", "gsm8k-chat", other lm-eval tasks, or paths of their YAML files."""
     gate: str = ""
     """A condition such as "win_rate > 0.5"; the exit code says whether it holds."""
-
-    @property
-    def judged(self) -> bool:
-        """Whether something says which of two completions is better."""
-        return any(judge is not None for judge in (self.scorer, self.reward_model, self.judge))
 
 
 @table

@@ -16,7 +16,11 @@ from tbpo_cli.config.validate import did_you_mean
 TWINS = {("sft", "batch_pairs"): "batch_examples", ("align", "batch_examples"): "batch_pairs"}
 
 # A key of an earlier version: what it is called now.
-RENAMED = {"data.ranking": "choose.pairs"}
+RENAMED = {
+    "data.ranking": "choose.pairs",
+    "eval.scorer": "judge.scorer",
+    "eval.reward_model": "judge.reward_model",
+}
 
 
 def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -49,6 +53,8 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     table comes before one of the other.
     """
     name = keys[-1]
+    if keys in {(each.name,) for each in dataclasses.fields(recipe)}:  # by --set TABLE=VALUE
+        return f"{name} is a table: --set {name}.KEY=VALUE"
     if now := RENAMED.get(".".join(keys)):
         return f"it is called {now} now"
     theirs = THEIRS.get(name)
@@ -57,7 +63,7 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     if keys in TWINS:
         return did_you_mean(keys, TWINS[keys])
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]
-    places += [f"align.loss.{name}"] if name in loss_keys() else []
+    places += [place for place in places_in_loss(name) if place != ".".join(keys)]
     is_misspelt = difflib.SequenceMatcher(None, name, near).ratio() > 0.8
     if near and (is_misspelt or not places or keys[0] in ("sft", "align")):
         return did_you_mean(keys, near)
@@ -67,13 +73,17 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     return f"it belongs to another table: {' or '.join(own)}"
 
 
-def loss_keys() -> set[str]:
-    """The fields of all losses and generators."""
+def places_in_loss(name: str) -> list[str]:
+    """Where the losses, and their generators, have a key of that name."""
     from tbpo_cli.core.generators import GENERATORS
     from tbpo_cli.core.losses import LOSSES
 
-    classes: list[Any] = [*LOSSES.values(), *GENERATORS.values()]
-    return {each.name for cls in classes for each in dataclasses.fields(cls)}
+    tables: dict[str, dict[str, Any]] = {"align.loss": LOSSES, "align.loss.generator": GENERATORS}
+    return [
+        f"{table}.{name}"
+        for table, classes in tables.items()
+        if any(name == each.name for cls in classes.values() for each in dataclasses.fields(cls))
+    ]
 
 
 def nearest(name: str, names: list[str], cutoff: float = 0.5) -> str:

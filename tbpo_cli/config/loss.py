@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tbpo_cli.core.losses import Loss
 
 Keys = tuple[str, ...]
+DEFAULT_GENERATOR = "sba"
 
 
 def complete_loss(
@@ -44,6 +45,8 @@ def complete_loss(
     generator_table = given.pop("generator", None) if takes_generator else None
     loss, faults = _build(LOSSES, given, path, keys, hint)
     if generator_table is not None:
+        if isinstance(generator_table, dict):
+            generator_table = {"name": DEFAULT_GENERATOR, **generator_table}
         generator_keys = (*keys, "generator")
         generator, generator_faults = _build(
             GENERATORS, generator_table, path, generator_keys, hint
@@ -71,18 +74,43 @@ def _build(
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
     if not (isinstance(name, str) and name in classes):
-        near = LOSS_NAMES.get(str(name), "") or nearest(str(name), list(classes))
+        small = str(name).lower()
+        near = LOSS_NAMES.get(small, "") or nearest(small, list(classes))
         what = f"{'.'.join(keys)}.name = {name!r} is unknown"
         fix = f'name = "{near}"' if near in classes else ""
         return None, [fault(what, path, (*keys, "name"), f"one of {', '.join(classes)}", fix)]
     names = ["name", *(each.name for each in dataclasses.fields(classes[name]))]
     unknown = [key for key in options if key not in names]
-    faults = [
-        unknown_key((*keys, key), names, path, isinstance(options.pop(key), dict), hint)
-        for key in unknown
-    ]
+    faults = []
+    for key in unknown:
+        owner = _owner(key, keys, name, classes)
+        is_table = isinstance(options.pop(key), dict)
+        found = unknown_key((*keys, key), names, path, is_table, hint)
+        faults.append(dataclasses.replace(found, fix=owner or found.fix))
     loss, other_faults = validate(classes[name], options, path, keys)
     return loss, faults + other_faults
+
+
+def _owner(key: str, keys: Keys, name: str, classes: dict[str, type]) -> str:
+    """Which loss or generator has a key that the one of that name has not; "" if none has."""
+    from tbpo_cli.core.generators import GENERATORS
+    from tbpo_cli.core.losses import LOSSES
+
+    own = _fields(classes[name])
+    if "generator" in own and any(key in _fields(cls) for cls in GENERATORS.values()):
+        return f"it is a key of the generator: {'.'.join(keys)}.generator.{key}"
+    if (
+        classes is not LOSSES
+        and any(key in _fields(cls) for cls in LOSSES.values())
+        and (not any(key in _fields(cls) for cls in classes.values()))
+    ):
+        return f"it is a key of the loss: {'.'.join(keys[:-1])}.{key}"
+    owners = [other for other, cls in classes.items() if key in _fields(cls)]
+    return f"it is a key of {' and '.join(owners)}, not of {name}" if owners else ""
+
+
+def _fields(cls: type) -> set[str]:
+    return {each.name for each in dataclasses.fields(cls)}
 
 
 def loss_of_table(table: Any) -> Loss:

@@ -6,6 +6,55 @@ import json
 import re
 from pathlib import Path
 
+# How a faulty line begins; what is wrong with it, what is expected, and what to write.
+OF_A_LINE = (
+    (r"(\[+[\w.]+)$", "a heading without its closing bracket", "[table]", "write {0}]"),
+    (r"([\w.]+)\s*=\s*(\.\d\S*)$", "a number that begins with a point", "0.5", "write {0} = 0{1}"),
+    (
+        r"([\w.]+)\s*=\s*(\d+)\.(e\S+)$",
+        "a point that no digit follows",
+        "1e-5 or 1.0e-5",
+        "write {0} = {1}{2}",
+    ),
+    (
+        r"([\w.]+)\s*=\s*([\d.]+)\s*%",
+        "a share in percent",
+        "a share from 0 to 1",
+        "write {0} = {1} / 100, as 0.1 for 10 %",
+    ),
+    (
+        r"([\w.]+)\s*=\s*([^,;]+)[,;]\s*(#.*)?$",
+        "a comma or semicolon at the end of a line",
+        "key = value, one a line",
+        "write {0} = {1}",
+    ),
+    (
+        r"([\w.]+)\s*=\s*(\"[^\"]*)$",
+        "a text without its closing quotes",
+        'key = "text"',
+        'write {0} = {1}"',
+    ),
+    (r"([\w.]+)\s+(['\"\d].*)$", "a key without =", "key = value", "write {0} = {1}"),
+    (
+        r"([\w.]+)\s*=\s*(\S+)\s+([\w.]+\s*=.*)$",
+        "two keys on one line",
+        "key = value, one a line",
+        "write {0} = {1}, and {2} on a line of its own",
+    ),
+    (
+        r"([\w.]+\s*=\s*\[.*['\"])\s+['\"]",
+        "a list without commas",
+        '["a", "b"]',
+        "put a comma between its entries",
+    ),
+    (
+        r"(from|import|tbpo|pip|python)\s",
+        "a line of Python or of a shell",
+        "key = value lines under [table] headings",
+        "remove it; tbpo init writes a recipe to begin with",
+    ),
+)
+
 
 def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
     """What a faulty recipe is, what is expected, and how it is mended.
@@ -39,6 +88,9 @@ def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
         expected = "single quotes around a text with backslashes"
         fix = f"write {line.partition('=')[0].strip()} = '{value.strip(chr(34))}'"
         return "a backslash in double quotes has a meaning of its own", expected, fix
+    for pattern, what, expected, fix in OF_A_LINE:
+        if found := re.match(pattern, line.strip()):
+            return what, expected, fix.format(*found.groups())
     if value and re.match(r"[A-Za-z/.~“‘]", value):
         return "a text without quotes", 'key = "text"', f'write "{value.strip("“”‘’")}"'
     expected = "key = value lines under [table] headings"

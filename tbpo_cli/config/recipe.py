@@ -10,13 +10,14 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from tbpo_cli.config.choosing import Choose
-from tbpo_cli.config.evaluation import Eval, Judge, Push, Sample
+from tbpo_cli.config.evaluation import Eval, Push, Sample
+from tbpo_cli.config.judging import Judge
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
 from tbpo_cli.config.toml import apply_overrides, not_finite, read_toml, resolve_paths
 from tbpo_cli.config.training import Align, Data, Lora, Model, Run, Sft, Source, Sources, Training
-from tbpo_cli.config.validate import table, validate
-from tbpo_cli.errors import gather
+from tbpo_cli.config.validate import place, table, validate
+from tbpo_cli.errors import TbpoError, gather
 
 __all__ = [
     "Align",
@@ -60,6 +61,7 @@ class Recipe:
     model: Model
     data: Data
     choose: Choose = field(default_factory=Choose)
+    judge: Judge | None = None
     sft: Sft | None = None
     align: Align = field(default_factory=Align)
     sample: Sample = field(default_factory=Sample)
@@ -81,6 +83,16 @@ class Recipe:
     def training_stages(self) -> tuple[str, ...]:
         """The names of the training stages that the recipe has, in order."""
         return ("align",) if self.sft is None else ("sft", "align")
+
+    @property
+    def judge_of_eval(self) -> Judge | None:
+        """Who judges for `tbpo eval`: [eval.judge], else [judge]."""
+        return self.judge if self.eval.judge is None else self.eval.judge
+
+    @property
+    def table_of_judge(self) -> str:
+        """The name of the table that `judge_of_eval` is."""
+        return "judge" if self.eval.judge is None else "eval.judge"
 
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""
@@ -107,7 +119,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     hint = partial(hint_for_unknown, Recipe)
     raw = read_toml(path)
     resolve_paths(raw, path.parent)
-    faults = apply_overrides(raw, overrides, partial(may_be_absent, Recipe))
+    faults = apply_overrides(raw, overrides, partial(may_be_absent, Recipe), hint)
     if isinstance(raw.setdefault("run", {}), dict):
         raw["run"].setdefault("name", path.stem)
     if isinstance(align := raw.setdefault("align", {}), dict):
@@ -116,9 +128,27 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
             del align["loss"]  # the other keys are checked all the same
         faults += loss_faults
     recipe, recipe_faults = validate(Recipe, raw, str(path), (), hint)
-    gather(faults + recipe_faults)
+    gather(_placed(faults + recipe_faults, str(path), overrides))
     gather(not_finite(raw))
     return cast(Recipe, recipe)
+
+
+def _placed(faults: list[TbpoError], path: str, overrides: tuple[str, ...]) -> list[TbpoError]:
+    """Faults, of which those of keys that --set has given are where that is."""
+    given = [override.partition("=")[0].strip() for override in overrides]
+    at = {
+        place(path, tuple(key.split("."))): key for name in given for key in (name, f"{name}.name")
+    }
+    return [
+        replace(
+            fault,
+            where=f"--set {at[fault.where]}",
+            fix=fault.fix.replace("it there, or give", "it:"),
+        )
+        if fault.where in at
+        else fault
+        for fault in faults
+    ]
 
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:

@@ -63,13 +63,21 @@ PATHS = {
     **dict.fromkeys(SOURCE_KEYS, _ROWS),
     "align.loss.positive": _TRAINED,
     "align.loss.negative": _TRAINED,
+    "align.loss.guide": _TRAINED,
     "sample.prompts": _FILE,
     "sample.adapter": _ADAPTER,
     "eval.against": _TRAINED,
     "eval.answers": _FILE,
-    "eval.scorer": _FILE,
-    "eval.judge.template": _FILE,
-    "eval.reward_model": BASE_FILES,
+    **{
+        f"{table}.{key}": patterns
+        for table in ("judge", "eval.judge")
+        for key, patterns in {
+            "scorer": _FILE,
+            "reward_model": BASE_FILES,
+            "template": _FILE,
+            "mark_template": _FILE,
+        }.items()
+    },
     "eval.suites": _FILE,
     "push.card": _FILE,
 }
@@ -122,6 +130,7 @@ def apply_overrides(
     raw: dict[str, Any],
     overrides: tuple[str, ...],
     may_be_absent: Callable[[str], bool] = lambda key: False,
+    hint: Callable[[tuple[str, ...], str], str] = lambda keys, near: "",
 ) -> list[TbpoError]:
     """Puts the "table.key=value" of the command line into `raw`.
 
@@ -129,6 +138,7 @@ def apply_overrides(
         raw: the recipe's tables, which are changed.
         overrides: a value is TOML or else text; "none" leaves a key or a table out.
         may_be_absent: whether a recipe can do without a key or a table.
+        hint: what to write in place of an unknown key.
 
     Returns:
         The faults of those that have no such form.
@@ -143,11 +153,13 @@ def apply_overrides(
         for value in (text, json.dumps(text, ensure_ascii=False)):
             with suppress(tomllib.TOMLDecodeError):
                 tables = tables or tomllib.loads(f"{key} = {value}")
-        if tables and equals and "." in key:
+        is_table = all(isinstance(value, dict) for value in tables.values())  # as of sft={}
+        if tables and equals and is_table:
             resolve_paths(tables, Path.cwd())
             _merge(raw, tables)
         else:
-            where, fix = f"--set {override}", "e.g. --set run.seed=1"
+            fix = hint((key,), "") or "e.g. --set run.seed=1"
+            where = f"--set {override}"
             faults.append(TbpoError("--set is not understood", where, "table.key=value", fix))
     return faults
 

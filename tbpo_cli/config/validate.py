@@ -10,7 +10,8 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -31,6 +32,31 @@ PATTERNS = {
     r"^https?://\S+$": 'an address, "http://…" or "https://…"',
 }
 
+# What must stand there, by pydantic's kind of fault; braces hold what its context names.
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text in quotes",
+    "tuple_type": 'a list, ["…"]',
+    "dict_type": "a table, {{name = value}}",
+    "too_short": "at least one value",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+WORDS = {
+    "true": "true",
+    "yes": "true",
+    "on": "true",
+    "false": "false",
+    "no": "false",
+    "off": "false",
+}
+SHORT_NAMES = {"lr": "learning_rate", "rank": "r", "steps": "max_steps", "path": "base"}
+FEW = 12  # keys that a message lists beside a better answer
 
 Hint = Callable[[Keys, str], str]  # of an unknown key and the nearest one that its table has
 
@@ -65,31 +91,59 @@ def validate(
     try:
         value: Any = TypeAdapter(checked).validate_json(text)
     except ValidationError as error:
-        faults: dict[Keys, TbpoError] = {}
-        for entry in error.errors():
-            keys = tuple(str(part) for part in entry["loc"] if _is_key(part))
-            if keys not in faults:
-                faults[keys] = _in_words(entry, (*where, *keys), cls, path, hint)
-        return None, list(faults.values())
+        return None, _faults_in_words(error.errors(), where, cls, path, hint)
     if not is_table:
         value = cls(**{each.name: getattr(value, each.name) for each in fields(value)})
     return value, []
 
 
+def _faults_in_words(
+    entries: Sequence[Any], where: Keys, cls: type, path: str, hint: Hint
+) -> list[TbpoError]:
+    """pydantic's errors in our words: one a key, though each type of a union has its own."""
+    by_key: dict[Keys, list[Any]] = {}
+    for entry in entries:
+        by_key.setdefault(tuple(str(part) for part in entry["loc"] if _is_key(part)), []).append(
+            entry
+        )
+    faults = []
+    for keys, (entry, *others) in by_key.items():
+        # A list of which an entry is faulty also has too few.
+        if entry["type"] == "too_short" and any(
+            keys == other[: len(keys)] != other for other in by_key
+        ):
+            continue
+        faults.append(_in_words(entry, (*where, *keys), cls, path, hint, others))
+    return faults
+
+
 def _is_key(part: Any) -> bool:
     """Whether a part of pydantic's location is a key of ours, and not one member of a union."""
-    return isinstance(part, str) and part.isidentifier() and part not in {"str", "none"}
+    types_of_unions = {"str", "none", "bool", "int", "float"}
+    return isinstance(part, str) and part.isidentifier() and part not in types_of_unions
+
+
+def place(path: str, keys: Keys) -> str:
+    """Where a key of the recipe stands."""
+    return (
+        f"{path}, [{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"{path}, [{keys[0]}]"
+    )
 
 
 def fault(what: str, path: str, keys: Keys, expected: str, fix: str = "") -> TbpoError:
     """A fault at a key of the recipe; without a `fix`, the key is to be changed."""
-    where = f"[{'.'.join(keys[:-1])}] {keys[-1]}" if len(keys) > 1 else f"[{keys[0]}]"
     fix = fix or f"change it there, or give --set {'.'.join(keys)}=…"
-    return TbpoError(what, f"{path}, {where}", expected, fix)
+    return TbpoError(what, place(path, keys), expected, fix)
 
 
-def _in_words(entry: Any, keys: Keys, cls: type, path: str, hint: Hint) -> TbpoError:
-    """One of pydantic's errors in our words."""
+def _in_words(
+    entry: Any, keys: Keys, cls: type, path: str, hint: Hint, others: Sequence[Any]
+) -> TbpoError:
+    """One of pydantic's errors in our words.
+
+    Args:
+        others: of the other types that the key may have.
+    """
     kind, given = entry["type"], entry["input"]
     if kind == "unexpected_keyword_argument":
         names = [each.name for each in fields(_owner(cls, entry["loc"]))]
@@ -98,7 +152,7 @@ def _in_words(entry: Any, keys: Keys, cls: type, path: str, hint: Hint) -> TbpoE
         return _missing(keys, path)
     if kind == "value_error" and isinstance(given, dict):  # of a __post_init__
         return _refused_together(entry, keys, path)
-    return _impossible(entry, keys, path)
+    return _impossible(entry, keys, path, others)
 
 
 def unknown_key(keys: Keys, names: list[str], path: str, is_table: bool, hint: Hint) -> TbpoError:
@@ -109,9 +163,13 @@ def unknown_key(keys: Keys, names: list[str], path: str, is_table: bool, hint: H
         hint: see `validate`.
     """
     near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
+    if SHORT_NAMES.get(keys[-1]) in names:
+        near = [SHORT_NAMES[keys[-1]]]
     fix = hint(keys, near[0] if near else "")
     what = f"{'.'.join(keys)} is an unknown {'table' if is_table else 'key'}"
     expected = f"one of {', '.join(names)}" if names else "no further keys"
+    if fix and len(names) > FEW:
+        expected = f"a key of [{'.'.join(keys[:-1])}]; tbpo show lists them"
     return fault(what, path, keys, expected, fix or "remove it")
 
 
@@ -130,21 +188,46 @@ def _refused_together(entry: Any, keys: Keys, path: str) -> TbpoError:
     return fault(f"{'.'.join(keys)} is not possible", path, keys, expected)
 
 
-def _impossible(entry: Any, keys: Keys, path: str) -> TbpoError:
+def _impossible(entry: Any, keys: Keys, path: str, others: Sequence[Any]) -> TbpoError:
     """A value of the wrong type or out of its range."""
     kind, given, name = entry["type"], entry["input"], ".".join(keys)
-    expected = entry["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = [_expected(each, name) for each in (entry, *others)]
     options: list[str] = []
-    if kind in {"dataclass_type", "dataclass_exact_type"}:
-        expected = f"a table: [{name}]"
-    elif kind == "string_pattern_mismatch":
-        expected = PATTERNS[entry["ctx"]["pattern"]]
-    elif kind in {"literal_error", "value_error"}:
-        options = expected.replace("'", "").replace(" or ", ", ").split(", ")
+    for each, text in zip((entry, *others), wanted, strict=True):
+        if each["type"] in {"literal_error", "value_error"}:
+            options += text.replace("'", "").replace(" or ", ", ").split(", ")
     near = difflib.get_close_matches(str(given), options, n=1)
-    fix = f'{keys[-1]} = "{near[0]}"' if near else ""
-    what = f"{name} = {json.dumps(given, default=str)} is not possible"
-    return fault(what, path, keys, expected, fix)
+    fix = f'{keys[-1]} = "{near[0]}"' if near else _as_wanted(kind, given, keys[-1])
+    what = f"{name} = {json.dumps(given, default=str, ensure_ascii=False)} is not possible"
+    return fault(what, path, keys, " or ".join(dict.fromkeys(wanted)), fix)
+
+
+def _expected(entry: Any, name: str) -> str:
+    """What pydantic expected, in our words."""
+    kind, context = entry["type"], entry.get("ctx", {})
+    if kind in {"dataclass_type", "dataclass_exact_type"}:
+        return f"a table: [{name}]"
+    if kind == "string_pattern_mismatch":
+        return PATTERNS[context["pattern"]]
+    if kind in EXPECTED:
+        return EXPECTED[kind].format(**context)
+    message: str = entry["msg"]
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _as_wanted(kind: str, given: Any, key: str) -> str:
+    """The line with the value that was meant, where that can be seen; else ""."""
+    text = str(given)
+    if kind in {"int_type", "float_type"} and isinstance(given, str):
+        with suppress(ValueError):
+            float(text)
+            return f"without quotes: {key} = {text}"
+    if kind == "bool_type":
+        word = WORDS.get(text.lower()) or {"1": "true", "0": "false"}.get(text)
+        return f"{key} = {word}" if word else ""
+    if kind == "tuple_type" and isinstance(given, str):
+        return f"{key} = [{json.dumps(given, ensure_ascii=False)}]"
+    return ""
 
 
 def _owner(table: Any, loc: tuple[Any, ...]) -> Any:

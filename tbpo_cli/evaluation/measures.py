@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tbpo_cli.config.recipe import Eval
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.config.validate import fault
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answers import names_of_answers
@@ -55,8 +55,21 @@ SUITES = {
         ("truthfulqa_mc2", 0),
         ("winogrande", 5),
         ("gsm8k", 5),
-    )
+    ),
+    "gsm8k-chat": (("gsm8k_cot_llama", 8),),
 }
+# Tasks of lm-eval whose published setting is a chat: the model's template, shots as turns before
+# the question. `ifeval`: arXiv 2311.07911; the others: arXiv 2407.21783, which names them so.
+CHAT_TASKS = frozenset(
+    {
+        "ifeval",
+        "leaderboard_ifeval",
+        "gsm8k_cot_llama",
+        "gsm8k_platinum_cot_llama",
+        "arc_challenge_chat",
+        "asdiv_cot_llama",
+    }
+)
 
 COMPARISONS = {
     ">=": operator.ge,
@@ -75,6 +88,17 @@ def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
     return SUITES.get(suite, ((suite, None),))
 
 
+def is_chat(task: str) -> bool:
+    """Whether a task, or the task in a YAML file of its name, is run as a chat."""
+    return Path(task).stem in CHAT_TASKS
+
+
+def setting_of(suite: str) -> str:
+    """How a suite is run, in words."""
+    has_template = all(is_chat(task) for task, _ in tasks_of(suite))
+    return f"{'with the' if has_template else 'without a'} chat template"
+
+
 def labels(sources: Sequence[str]) -> list[str]:
     """What models of `eval.against` are called: by their runs' names, or by their paths where these
     are not distinct.
@@ -85,41 +109,42 @@ def labels(sources: Sequence[str]) -> list[str]:
     return names if are_distinct else list(sources)
 
 
-def gate_faults(settings: Eval, path: str) -> list[TbpoError]:
+def gate_faults(recipe: Recipe, path: str) -> list[TbpoError]:
     """What is wrong with `eval.gate`: it is no condition, or is one on what the recipe does not
     measure.
 
     Args:
         path: of the recipe, for messages.
     """
-    expected = _gate_fault(settings) if settings.gate else ""
+    expected = _gate_fault(recipe) if recipe.eval.gate else ""
     if not expected:
         return []
     return [fault("eval.gate is not possible", path, ("eval", "gate"), expected)]
 
 
-def _gate_fault(settings: Eval) -> str:
+def _gate_fault(recipe: Recipe) -> str:
     """What is expected of a gate in place of the one that is given; "" if it is right."""
+    settings, is_judged = recipe.eval, recipe.judge_of_eval is not None
     if not (found := GATE.fullmatch(settings.gate)):
         return "gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5"
     tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]
     own = [
         *OWN,
         *(DIVERSITY if settings.diversity_prompts else ()),
-        *(SCORE if settings.judged else ()),
+        *(SCORE if is_judged else ()),
         *tasks,
     ]
     others = labels(settings.against)
     figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
     figures["reference"] = dict.fromkeys(own)
     of_files = names_of_answers(settings.answers)
-    opponents = (*settings.opponents, *of_files, *others) if settings.judged else ()
+    opponents = (*settings.opponents, *of_files, *others) if is_judged else ()
     names = _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
     name = found[1]
     if name in names:
         return ""
-    if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not settings.judged:
-        return f"gate must name what is measured; {name} needs a scorer, a reward_model or a judge"
+    if name.partition(".")[0] in (*WIN_RATES, *SCORE) and not is_judged:
+        return f"gate must name what is measured; {name} needs a judge: a table [judge]"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.3) or ["accuracy"]
     return f"gate must name what is measured, and {name} is not: did you mean {near[0]}?"
 

@@ -7,7 +7,7 @@ is too slow for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def judge_all(
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
-    judges = judges_of(recipe, cache_of)
+    judges = judges_of(recipe.judge_of_eval, recipe.table_of_judge, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
         judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
@@ -58,11 +58,8 @@ def judge_all(
             if not win_rates[-1]["raw"]:
                 reason = verdicts[0].reason[:300]
                 console.say(f"{judge.name} gave no verdict on {model} against {against}: {reason}")
-            scored = zip(
-                *(verdict.scores or () for verdict in verdicts), strict=True
-            )  # of the model, of the other
-            for name, values in zip((model, against), scored, strict=False):
-                scores.setdefault(name, mean_of_groups([one.prompt_id for one in of_both], values))
+            for name, groups, values in _scores(of_both, verdicts):
+                scores.setdefault(name, mean_of_groups(groups, values))
         lines += [
             {
                 "prompt_id": one.prompt_id,
@@ -80,6 +77,23 @@ def judge_all(
             for one, said in judged
         ]
     return win_rates, lines, scores
+
+
+def _scores(
+    comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]
+) -> Iterator[tuple[str, list[str], list[float]]]:
+    """For both models of some comparisons: its name, ids of prompts, and scores, where the judge
+    has scored both completions.
+    """
+    scored = [
+        (one, said.scores)
+        for one, said in zip(comparisons, verdicts, strict=True)
+        if said.scores is not None
+    ]
+    if scored:
+        prompts = [one.prompt_id for one, _ in scored]
+        yield scored[0][0].model, prompts, [own for _, (own, _) in scored]
+        yield scored[0][0].against, prompts, [other for _, (_, other) in scored]
 
 
 def win_rate(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hf
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import Environment, StrictUndefined, TemplateError, Undefined
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.core.losses import LOSSES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import MEASURES
 from tbpo_cli.hub.base import Base
+from tbpo_cli.hub.markdown import code, escaped
 from tbpo_cli.runs.inputs import FREE_KEYS
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -34,6 +35,8 @@ def render_card(
     end_ids: Sequence[int] = (),
 ) -> str:
     """The card of a run: its text is that of push.card, or of templates/card.md.
+
+    No name, value or result can add to its metadata or its markup.
 
     Args:
         end_ids: the tokens at which generation is to stop. Whole weights have them in their
@@ -61,10 +64,7 @@ def render_card(
     }
     path = Path(recipe.push.card) if recipe.push.card else TEMPLATE
     try:
-        template = Template(
-            path.read_text("utf-8"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        text = template.render(names)
+        text = _environment().from_string(path.read_text("utf-8")).render(names)
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise TbpoError(
             f"the card cannot be made: {error}",
@@ -73,6 +73,21 @@ def render_card(
             "mend it",
         ) from None
     return f"---\n{_metadata(recipe, base, results).to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _environment() -> Environment:
+    """Values are escaped for Markdown, unless a filter has made them markup: `code`, `tojson` for
+    a text in a program, `urlencode` in an address, `safe` for what is Markdown.
+    """
+    environment = Environment(
+        autoescape=True,  # what a macro makes is markup, and not escaped again
+        finalize=lambda value: value if isinstance(value, Undefined) else escaped(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = code
+    return environment
 
 
 def _metadata(recipe: Recipe, base: Base, results: dict[str, Any] | None) -> hf.ModelCardData:

@@ -19,6 +19,12 @@ from tbpo_cli.hub.client import TOKEN, look_up, with_retries
 Files = dict[str, Path | bytes]  # path in the repository → content, or the file that has it
 
 
+def check_token() -> None:
+    """Raises TbpoError if this machine has no token for the Hub."""
+    if hf.get_token() is None:
+        raise TbpoError("there is no token for the Hub", *TOKEN)
+
+
 @with_retries
 def check_repository(repo: str, recipe: Recipe) -> None:
     """Asks the Hub whether this token may publish the recipe's weights there; changes nothing.
@@ -29,8 +35,7 @@ def check_repository(repo: str, recipe: Recipe) -> None:
     """
     api = hf.HfApi()
     private = recipe.push.private
-    if hf.get_token() is None:
-        raise TbpoError("there is no token for the Hub", *TOKEN)
+    check_token()
     owner = api.whoami()
     if owner.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise TbpoError("the token may only read", *TOKEN)

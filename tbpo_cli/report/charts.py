@@ -17,8 +17,9 @@ COLOURS = (  # of series: on light, on dark
     ("#8a5fb8", "#b597dd"), ("#a8820f", "#d2b04c"), ("#c0477d", "#e480aa"),
 )  # fmt: skip
 WIDTH, HEIGHT = 340, 220  # of a panel, pixels
-LEFT, RIGHT, TOP, BOTTOM = 58, 328, 34, 182  # its axes
+LEFT, RIGHT, TOP, BOTTOM = 58, 320, 36, 182  # its axes
 NUM_BINS = 40
+MOST_DIGITS = 4  # after the point, of a number on an axis; with more it is written with an exponent
 CURVES = (  # title, unit, the metrics in it
     ("loss", "nats", ("loss",)),
     ("reward accuracy", "share of pairs", ("accuracy", "token_accuracy")),
@@ -91,6 +92,16 @@ class Panel:
         ]
         return _ticks(values + [0.0] * any(series.area for series in self.series))
 
+    @property
+    def x_labels(self) -> list[tuple[float, str]]:
+        """The ticks, each with its number as text."""
+        return [(tick, _label(tick, self.x_ticks)) for tick in self.x_ticks]
+
+    @property
+    def y_labels(self) -> list[tuple[float, str]]:
+        """The ticks, each with its number as text."""
+        return [(tick, _label(tick, self.y_ticks)) for tick in self.y_ticks]
+
     def x(self, value: float) -> float:
         return _place(value, self.x_ticks, LEFT, RIGHT)
 
@@ -114,13 +125,32 @@ def _ticks(values: list[float]) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def _label(tick: float, ticks: list[float]) -> str:
+    """A tick's number with the digits that tell it from the others, as many for all of them."""
+    step = ticks[1] - ticks[0]
+    if abs(tick) < step / 2:
+        return "0"
+    digits = -math.floor(math.log10(step) + 1e-9)
+    if digits <= MOST_DIGITS:
+        return f"{tick:,.{max(0, digits)}f}".replace("-", "−")
+    of_mantissa = max(0, math.floor(math.log10(abs(tick)) + 1e-9) + digits)
+    mantissa, _, exponent = f"{tick:.{of_mantissa}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
 def _place(value: float, ticks: list[float], first: float, last: float) -> float:
     return round(first + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (last - first), 1)
 
 
-def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]) -> Panel:
+def histogram(
+    title: str, unit: str, x_title: str, values: dict[int, np.ndarray], names: Sequence[str] = ()
+) -> Panel:
     """How many of some values, at least one a colour, lie in bins of equal width; of ints, in bins
     of whole numbers.
+
+    Args:
+        values: by colour.
+        names: of the colours, for the legend.
     """
     every = np.concatenate(list(values.values()))
     low, high = every.min(), every.max()
@@ -129,11 +159,11 @@ def histogram(title: str, unit: str, x_title: str, values: dict[int, np.ndarray]
         width = -(-(high - low + 1) // NUM_BINS)
         edges = np.arange(low, high + width + 1, width)
     series = []
-    for colour, of_one in values.items():
+    for (colour, of_one), name in zip(values.items(), names or [""] * len(values), strict=True):
         steps = zip(
             np.repeat(edges, 2)[1:-1], np.repeat(np.histogram(of_one, edges)[0], 2), strict=True
         )
-        series.append(Series(list(steps), colour, line=1, area=True))
+        series.append(Series(list(steps), colour, name, line=1, area=True))
     return Panel(title, unit, x_title, series)
 
 
@@ -150,7 +180,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
                 [
                     (line["step"], line[name])
                     for line in lines
-                    if line["split"] == split and name in line and _means(line, name)
+                    if line["split"] == split and name in line
                 ]
                 for split in ("train", "eval")
             )
@@ -161,8 +191,3 @@ def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
         if any(each.points for each in series):
             panels.append(Panel(title, unit, "optimizer step", series))
     return panels
-
-
-def _means(line: dict[str, Any], name: str) -> bool:
-    """Whether a metric says something: no side is preferred by a policy that is its reference."""
-    return not (name in ("accuracy", "token_accuracy") and line.get("kl") == 0)

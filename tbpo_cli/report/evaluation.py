@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
-from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE
+from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE, setting_of
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.evaluation_charts import panels_of
 from tbpo_cli.report.pages import write_page
 
 MAX_ROWS = 300
+MAX_COLUMNS = 10  # of a table, with its first one, on a page 1,200 pixels wide
 NUM_SHOWN = 6  # columns of the win rates in the terminal: up to the losses
 WON = (
     "raw",
@@ -70,23 +71,21 @@ def write_report(
         map(_kind, results["win_rates"]), None
     )  # the comparison that the samples are ordered by
     own = next(iter(results["models"]))  # the policy
-    rows = _rows(samples, verdicts, main)
-    ranked = sorted(
-        range(len(rows)), key=lambda n: 0.5 if rows[n]["verdict"] is None else rows[n]["verdict"]
-    )
-    kept = sorted(ranked[: MAX_ROWS // 2] + ranked[MAX_ROWS // 2 :][-MAX_ROWS // 2 :])
+    rows = _rows(samples, verdicts, main, own)
     write_page(
         path,
         "eval.html",
         title=f"Evaluation of {results['run']}",
         results=results,
+        about={"loss": results["loss"], **results["training"], "evaluated on": results["date"]},
         colours={name: number for number, name in enumerate(results["models"])},
-        tables=tables(results),
+        tables=[_upright(*table) for table in tables(results)],
+        bars=_bars(results["win_rates"]),
         panels=panels_of(
             results, samples, [line for line in verdicts if _kind(line) == main], metrics
         ),
         training=curves(metrics),
-        rows=[rows[n] | {"pieces": _pieces(rows[n]["samples"], own)} for n in kept],
+        rows=[row | {"pieces": _pieces(row["samples"], own)} for row in _kept(rows)],
         num_rows=len(rows),
     )
 
@@ -165,7 +164,7 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     for suite in dict.fromkeys(suite for model in models.values() for suite in model["suites"]):
         of_suite = {name: model["suites"].get(suite, {}) for name, model in models.items()}
         tasks = dict.fromkeys(task for figures in of_suite.values() for task in figures)
-        found.append((suite, *_table(tasks, of_suite)))
+        found.append((f"{suite}, {setting_of(suite)}", *_table(tasks, of_suite)))
     for name, model in models.items():
         buckets = {
             f"{b['shortest']} to {b['longest']}": b["metrics"]
@@ -204,8 +203,45 @@ def _cell(value: Any, form: str) -> Json | str:
     return {"value": ends["value"], "interval": interval, "n": value["n"]}
 
 
-def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | None) -> list[Json]:
-    """The samples of one prompt and number side by side, with what was judged of them."""
+def _upright(
+    title: str, headings: list[str], rows: list[list[Any]]
+) -> tuple[str, list[str], list[list[Any]]]:
+    """A table; one that is too wide for a page has its columns as rows."""
+    if len(headings) <= MAX_COLUMNS or len(rows) > MAX_COLUMNS:
+        return title, headings, rows
+    turned = [list(line) for line in zip(headings, *rows, strict=True)]
+    return title, turned[0], turned[1:]
+
+
+def _bars(rates: list[Json]) -> list[Json | None]:
+    """What is drawn of each win rate: its value and interval, in percent of the width."""
+    ends = ("value", "low", "high")
+    return [
+        rate["raw"] and {end: round(min(max(100 * rate["raw"][end], 0), 100), 1) for end in ends}
+        for rate in rates
+    ]
+
+
+def _kept(rows: list[Json]) -> list[Json]:
+    """At most MAX_ROWS rows, those that changed most first.
+
+    Of more, the worst and the best are kept; of the same verdict, those that changed most.
+    """
+    verdicts = [0.5 if row["verdict"] is None else row["verdict"] for row in rows]
+    changes = [row["change"] for row in rows]
+    worst = sorted(range(len(rows)), key=lambda n: (verdicts[n], -changes[n]))
+    best = sorted(range(len(rows)), key=lambda n: (-verdicts[n], -changes[n]))
+    in_turn = dict.fromkeys(place for pair in zip(worst, best, strict=True) for place in pair)
+    kept = sorted([*in_turn][:MAX_ROWS], key=lambda n: (-changes[n], n))
+    return [rows[n] for n in kept]
+
+
+def _rows(
+    samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | None, own: str
+) -> list[Json]:
+    """The samples of one prompt and number side by side, with what was judged of them, and by how
+    much the policy's completion differs from the reference's.
+    """
     rows: dict[Any, Json] = {}
     for sample in samples:
         empty: Json = {
@@ -226,7 +262,17 @@ def _rows(samples: list[Json], verdicts: list[Json], main: tuple[str, ...] | Non
                 "verdict": verdict["verdict"],
                 "score": verdict["scores"] and verdict["scores"][0],
             }
+    for place, row in enumerate(rows.values()):
+        row |= {"place": place, "change": _change(row["samples"], own)}
     return list(rows.values())
+
+
+def _change(samples: dict[str, Json], own: str) -> float:
+    """The share of the words of two completions that the other one does not have, 0 to 1."""
+    if "reference" not in samples or own not in samples:
+        return 0.0
+    before, after = (samples[name]["completion"].split() for name in ("reference", own))
+    return 1 - SequenceMatcher(None, before, after).quick_ratio()
 
 
 def _pieces(samples: dict[str, Json], own: str) -> dict[str, list[tuple[bool, str]]]:

@@ -13,7 +13,10 @@ Json = dict[str, Any]
 IDEAL = Series([(0.5, 0.5), (1, 1)], None, line=1)
 # The reference's distance from itself.
 ORIGIN = {"value": 0.0, "low": 0.0, "high": 0.0}
-BY_LENGTH = (("accuracy", "share of pairs"), ("entropy", "nats a token"))
+BY_LENGTH = (
+    ("accuracy", "reward accuracy", "share of pairs"),
+    ("entropy", "entropy", "nats a token"),
+)
 
 
 def panels_of(
@@ -45,29 +48,29 @@ def panels_of(
         Panel("reward margin", "nats", "KL from the reference, nats a token", frontier),
         Panel("reliability", "share of pairs", "predicted by σ(|margin|)", [IDEAL, *reliability]),
     ]
-    for metric, unit in BY_LENGTH:
+    for metric, title, unit in BY_LENGTH:
         buckets = [
             [_of_bucket(b, metric) for b in of["buckets"] if metric in b["metrics"]] for of in pairs
         ]
         series = [Series(points, colour, line=1, dots=3) for colour, points in enumerate(buckets)]
-        panels.append(Panel(metric, unit, "tokens of the pair's longer response", series))
+        panels.append(Panel(title, unit, "tokens of the pair's longer response", series))
     lengths = [(sample["model"], len(sample["token_ids"])) for sample in samples]
     scores = [
         pair
         for v in verdicts
         for pair in zip((v["model"], v["against"]), v["scores"] or (), strict=False)
     ]
-    for title, values in (("length, tokens", lengths), ("score", scores)):
+    for title, x_title, values in (
+        ("length of the answers", "tokens", lengths),
+        ("score of the answers", "score", scores),
+    ):
         of_models = [
             np.array([value for name, value in values if name == model]) for model in models
         ]
         if any(map(len, of_models)):
             panels.append(
                 histogram(
-                    title,
-                    "completions",
-                    title,
-                    {c: of for c, of in enumerate(of_models) if len(of)},
+                    title, "answers", x_title, {c: of for c, of in enumerate(of_models) if len(of)}
                 )
             )
     return panels

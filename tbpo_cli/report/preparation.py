@@ -12,7 +12,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokenizer import load_tokenizer
 from tbpo_cli.data.tokens import TokenizedPair
-from tbpo_cli.report.charts import histogram
+from tbpo_cli.report.charts import Panel, histogram
 from tbpo_cli.report.pages import write_page
 
 if TYPE_CHECKING:
@@ -97,28 +97,36 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
 def _describe(name: str, store: PairStore) -> dict[str, Any]:
     """Figures and histograms of a split."""
     prompt, chosen, rejected = store.prompt_lengths, store.chosen_lengths, store.rejected_lengths
-    lengths, figures = {"prompt": prompt, "chosen": chosen}, []
+    figures, responses = [], {"chosen": chosen}
+    shown = [("length of the prompts", "tokens", {"prompt": prompt})]
     if store.has_rejected:
-        aligned = np.minimum(chosen, rejected)
-        beyond = 1 - 2 * aligned.sum() / (chosen.sum() + rejected.sum())
-        lengths |= {"rejected": rejected, "aligned": aligned}
+        shared = np.minimum(chosen, rejected)
+        beyond = 1 - 2 * shared.sum() / (chosen.sum() + rejected.sum())
+        responses["rejected"] = rejected
+        shown.append(("aligned length", "tokens", {"aligned": shared}))
         figures = [
             ["response tokens beyond the aligned length", f"{beyond:.1%}"],
             ["pairs whose chosen response is longer", f"{(chosen > rejected).mean():.1%}"],
             ["mean of chosen − rejected tokens", f"{(chosen - rejected).mean():+.1f}"],
         ]
-    shown = [(part, f"{part}, tokens", values) for part, values in lengths.items()]
+    shown.insert(1, ("length of the responses", "tokens", responses))
     if len(margins := store.score_margins):
         figures.append(
             ["pairs whose chosen response has the lower score", f"{(margins < 0).mean():.1%}"]
         )
-        shown.append(("score difference", "score of chosen − score of rejected", margins))
+        shown.append(("score difference", "score of chosen − score of rejected", {"": margins}))
     if (store.weights != 1).any():
         figures.append(["sum of the weights of all pairs", f"{store.weights.sum():,.6g}"])
         figures.append(["pairs of weight 0", f"{(store.weights == 0).mean():.1%}"])
-        shown.append(("weight", "weight of a pair in the loss", store.weights))
-    histograms = [
-        histogram(title, "pairs", f"{x_title}; mean {values.mean():.3g}", {0: values})
-        for title, x_title, values in shown
-    ]
+        shown.append(("weight", "weight of a pair in the loss", {"": store.weights}))
+    histograms = [_histogram(title, x_title, values) for title, x_title, values in shown]
     return {"name": name, "num_pairs": len(store), "figures": figures, "histograms": histograms}
+
+
+def _histogram(title: str, x_title: str, values: dict[str, np.ndarray]) -> Panel:
+    """The distributions of some values, by their names, over each other, with their means."""
+    means = [f"{of_one.mean():.3g}" for of_one in values.values()]
+    if len(values) > 1:
+        means = [f"{mean} {name}" for mean, name in zip(means, values, strict=True)]
+    x_title = f"{x_title}; mean {', '.join(means)}"
+    return histogram(title, "pairs", x_title, dict(enumerate(values.values())), list(values))

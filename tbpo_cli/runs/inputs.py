@@ -20,7 +20,8 @@ Files = dict[str, dict[str, Any]]  # by path: size, times and hash
 # nothing.
 FREE_KEYS = {
     "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
-    "eval.gate", "eval.judge.concurrency", "eval.judge.timeout",
+    "eval.gate", "judge.concurrency", "judge.timeout", "eval.judge.concurrency",
+    "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "eval_pairs",
         "log_every", "activation_checkpointing", "sharding")),

@@ -44,7 +44,7 @@ def check(recipe: Recipe) -> None:
             what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
         )
     is_of_data = recipe.sample.prompts == "eval"
-    if recipe.eval.judged and "chosen" in recipe.eval.opponents and not is_of_data:
+    if recipe.judge_of_eval is not None and "chosen" in recipe.eval.opponents and not is_of_data:
         what = 'eval.opponents cannot have "chosen" where sample.prompts is not "eval"'
         expected = "prompts of the held-out pairs, which have a chosen response"
         fix = "--set eval.opponents='[\"reference\"]'"
@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> None:
     for file in recipe.eval.answers:
         read_answers(file)
     check_suites(recipe.eval.suites)
-    judges_of(recipe)
+    judges_of(recipe.judge_of_eval, recipe.table_of_judge)
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -82,7 +82,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     samples = _samples(recipe, run_dir)
     others = [each.name for each in candidates[2:]]
     win_rates, verdicts, scores = judge_all(
-        recipe, run_dir, samples, others, lambda key: _cache_of(run_dir, key)
+        recipe, run_dir, samples, others, lambda key: _cache_of(recipe, run_dir, key)
     )
     models = {
         each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
@@ -159,7 +159,7 @@ def _measurements(recipe: Recipe, run_dir: RunDir) -> list[Measurement]:
     return measurements_of(recipe, run_dir, candidates, run_dir.started_from("eval"))
 
 
-def _cache_of(run_dir: RunDir, key: str) -> Path:
+def _cache_of(recipe: Recipe, run_dir: RunDir, key: str) -> Path:
     """The file that keeps what a judge has said.
 
     The answers of a server have cost something: they outlive --restart. Those of the other judges
@@ -167,9 +167,9 @@ def _cache_of(run_dir: RunDir, key: str) -> Path:
     """
     from tbpo_cli.evaluation.measurements import digest, inputs_under
 
-    if key == "judge":
+    if key == "endpoint":
         return run_dir.path / "judge-cache.jsonl"
-    judge = inputs_under(run_dir.started_from("eval"), f"eval.{key}")
+    judge = inputs_under(run_dir.started_from("eval"), f"{recipe.table_of_judge}.{key}")
     return run_dir.stage("eval") / KEPT / f"scores-{key}-{digest(judge)}.jsonl"
 
 
@@ -207,7 +207,7 @@ def _training(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
         "data": " + ".join(data),
         "learning rate": f"{recipe.align.learning_rate:g}",
         "steps": f"{steps:,}",
-        "trained in": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
+        "time of training": console.duration(run_dir.manifest("align").get("seconds", 0.0)),
     }
 
 
@@ -278,7 +278,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 STAGE = Stage(
     name="eval",
     needs=lambda recipe: ("prepare", *recipe.training_stages, "sample"),
-    keys=("run.seed", "model.", "data.template_date", "eval."),
+    keys=("run.seed", "model.", "data.template_date", "judge.", "eval."),
     run=run,
     report=report,
     work=work,

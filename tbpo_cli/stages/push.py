@@ -16,7 +16,10 @@ from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.hub.base import Base, local_base, published_base
 from tbpo_cli.hub.card import is_whole, render_card
+from tbpo_cli.hub.markdown import unescaped
 from tbpo_cli.hub.publish import Files, open_repository, publish
+from tbpo_cli.hub.publish import check_repository as check_repository
+from tbpo_cli.hub.publish import check_token as check_token
 from tbpo_cli.hub.secrets import check_no_secret, without_folders
 from tbpo_cli.runs.files import (
     is_sealed,
@@ -179,24 +182,31 @@ def _texts(
         for key, value in settings.items()
         if isinstance(value, str) and (key.endswith("revision") or "@" in value)
     }
-    check_no_secret(texts, {base.revision, *commits})
+    check_no_secret(texts | {"README.md": unescaped(card)}, {base.revision, *commits})
     return texts
 
 
 def _public(recipe: Recipe, base: Base) -> Recipe:
     """The recipe as others can run it: with the base on the Hub, and without private servers."""
-    sample, judge = recipe.sample, recipe.eval.judge
+    sample = recipe.sample
     if sample.endpoint is not None:
         sample = replace(sample, endpoint=NOWHERE)
-    if judge is not None:
-        judge = replace(judge, endpoint=NOWHERE, body=Judge(NOWHERE, judge.model).body)
     revision = None if Path(base.id).is_absolute() else base.revision
     return replace(
         recipe,
         model=replace(recipe.model, base=base.id, revision=revision),
         sample=sample,
-        eval=replace(recipe.eval, judge=judge),
+        judge=_public_judge(recipe.judge),
+        eval=replace(recipe.eval, judge=_public_judge(recipe.eval.judge)),
     )
+
+
+def _public_judge(judge: Judge | None) -> Judge | None:
+    """The judge without the address of its server, and what requests to it have besides."""
+    if judge is None or judge.endpoint is None:
+        return judge
+    usual = Judge(endpoint=NOWHERE, model=judge.model)
+    return replace(judge, endpoint=usual.endpoint, body=usual.body)
 
 
 def _show(files: Files, card: str) -> None:

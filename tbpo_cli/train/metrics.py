@@ -22,6 +22,9 @@ Totals = dict[
 ]  # name → (sum, number of pairs or tokens it is a mean over)
 
 
+DIFFERS = " differs"  # after a metric's name: of how many pairs or tokens it says something
+
+
 def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     """Sums and counts of every metric that the scores allow, still on their device.
 
@@ -32,6 +35,8 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     - reward_chosen, reward_rejected: β Σ r. margin: their difference. accuracy: pairs with a margin
       above 0.
     - token_accuracy: aligned tokens with log R_t < 0.
+      Neither accuracy is given where the two sides of no pair, or no token, differ in it at all,
+      as before the first step: nothing is preferred then.
     - kl = KL(π_ref ‖ π_θ), reverse_kl = KL(π_θ ‖ π_ref), entropy: per response token of both sides.
     - logps_chosen, logps_rejected: per token.
     - num_clipped: values of log R outside ±30.
@@ -62,6 +67,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
         }
         one = torch.ones_like(of_pair)
         totals |= {name: mean(values, one) for name, values in of_pairs.items()}
+        totals["accuracy" + DIFFERS] = ((reward_chosen != reward_rejected).sum(), 1)
     log_ratio = output.log_ratio_aligned
     if (
         log_ratio is None
@@ -74,6 +80,7 @@ def measure(scores: PairScores, output: LossOutput, loss: Loss) -> Totals:
     if log_ratio is not None:
         num_right = ((log_ratio < 0) & aligned).sum(dim=1)
         totals["token_accuracy"] = mean(num_right, aligned.sum(dim=1))
+        totals["token_accuracy" + DIFFERS] = (((log_ratio != 0) & aligned).sum(), 1)
     if output.num_clipped is not None:
         totals["num_clipped"] = (output.num_clipped, 1)
     return totals
@@ -104,10 +111,11 @@ def average(parts: Sequence[Totals], group: Group) -> dict[str, float]:
     The host waits for the device once.
     """
     summed = _add_up(group.gather(_add_up(parts)))
+    saying = {name.removesuffix(DIFFERS): n for name, (n, _) in summed.items() if DIFFERS in name}
     return {
         name: total if name.startswith("num_") else total / count
         for name, (total, count) in summed.items()
-        if count
+        if count and DIFFERS not in name and saying.get(name, 1)
     }
 
 

@@ -38,6 +38,7 @@ def make(folder: Path) -> None:
     recipe["data"]["max_reject_fraction"] = 0.5
     recipe["align"] |= {"batch_pairs": 4, "max_steps": 4, "eval_every": 4, "loss": {"name": "dpo"}}
     recipe["sample"] = {"max_new_tokens": 4, "max_prompts": 2}
-    recipe["eval"] = {"diversity_prompts": 0, "scorer": f"python:{folder}/scorer.py:score"}
+    recipe["eval"] = {"diversity_prompts": 0}
+    recipe["judge"] = {"scorer": f"python:{folder}/scorer.py:score"}
     recipe["push"] = {"base_model": "org/base", "license": "mit"}
     (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))

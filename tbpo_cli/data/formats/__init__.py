@@ -254,11 +254,14 @@ def _is_deep(content: Any) -> bool:
 def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
     """The prompt, and the `tools`, of a row with `prompt` (text or messages) or `messages`.
 
-    Both are checked as in a pair.
+    Both are checked as in a pair. AlpacaEval's rows have `instruction`, which is a name of the
+    prompt; Arena-Hard's have `prompt` or, in its version 0.1, `turns`, a list with one question.
 
     Raises:
         RejectedRow: with the reason why it cannot be used.
     """
+    if isinstance(content, dict) and content.get("turns") is not None:
+        content = content | {"prompt": _only_turn(content["turns"])}
     if not isinstance(content, dict) or not first_of(content, (*PROMPTS, *CHATS)):
         raise RejectedRow("missing_column", "prompt or messages")
     if first_of(content, PROMPTS):
@@ -267,6 +270,13 @@ def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
         asked = with_system(content, messages(content, first_of(content, CHATS)))
     pair = make_pair(content, asked, {"role": "assistant", "content": "an answer"}, None)
     return pair.prompt, pair.tools
+
+
+def _only_turn(turns: Any) -> Any:
+    """The text of the one question in `turns`, which MT-Bench and Arena-Hard have."""
+    if not isinstance(turns, list) or len(turns) != 1:
+        raise RejectedRow("wrong_type", "turns is not a list with one question")
+    return turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
 
 
 def renamed(content: Any, columns: dict[str, str]) -> Any:

@@ -20,9 +20,9 @@ SIDES = ("prompt", "chosen", "rejected", "completion")
 SHOWN = 40  # characters of a value
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The name that is most like another one; "" if none is."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1)), "")
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), "")
 
 
 def unknown_rows(row: Row, formats: str) -> TbpoError:
@@ -83,7 +83,7 @@ def key_faults(columns: dict[str, str], known: tuple[str, ...], path: str) -> li
             continue
         near = nearest(ours, known)
         fix = f'{near} = "{theirs}"' if near else "take the line out"
-        if theirs in known:
+        if theirs in known and not nearest(ours, known, 0.8):
             fix = f'the other way round: {theirs} = "{ours}"'
         faults.append(
             TbpoError(

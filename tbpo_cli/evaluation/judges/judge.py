@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import json_lines
 
 Answer = tuple[Messages, str]  # a prompt and its completion
@@ -68,27 +69,69 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What a judge thinks of an answer.
+
+    Args:
+        value: the higher, the better; None if the judge gives none, or it cannot be read.
+        reason: for a person.
+        tokens: that a server has read and written for it.
+        cost: of these tokens; None where prices are not known.
+    """
+
+    value: float | None
+    reason: str = ""
+    tokens: tuple[int, int] = (0, 0)
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
 class Judge:
-    """Says which of two completions is better.
+    """Says which of two completions is better, and how good one is.
 
     Args:
         name: what reports call it.
         compare: gives the verdicts on some comparisons, in their order.
+        mark: gives the marks of some answers, in their order. It raises TbpoError if no answer gets
+            one.
     """
 
     name: str
     compare: Callable[[Sequence[Comparison]], list[Verdict]]
+    mark: Callable[[Sequence[Answer]], list[Mark]]
 
 
 def score_judge(
-    name: str, score: Callable[[Sequence[Answer]], Iterator[float]], cache: Path | None = None
+    name: str,
+    score: Callable[[Sequence[Answer]], Iterator[float | TbpoError]],
+    cache: Path | None = None,
 ) -> Judge:
     """A judge that scores each completion by itself: the higher of two scores wins.
 
     Args:
-        score: gives the scores of some answers, in their order.
+        score: gives the scores of some answers, in their order; in place of one, why there is none.
         cache: a file with a score a line, which is added to; None: nothing is kept.
     """
+
+    def mark(answers: Sequence[Answer]) -> list[Mark]:
+        known = _scores_of(cache)
+        keys = [_key(answer) for answer in answers]
+        new = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in known}
+        scored = zip(new, score([*new.values()]), strict=True) if new else ()
+        failed: dict[str, TbpoError] = {}
+        # Not buffered: what is scored is kept, however the process ends.
+        with nullcontext() if cache is None else cache.open("ab", buffering=0) as file:
+            for key, value in console.track(scored, name, len(new), every=1000):
+                if isinstance(value, TbpoError) or not math.isfinite(value):
+                    failed[key] = _no_score(name, value)
+                    continue
+                known[key] = value
+                if file is not None:
+                    # A line break first: the last line may have been cut short.
+                    file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
+        if failed:
+            say_failures(name, list(failed.values()), len({*keys}))
+        return [Mark(known[key]) if key in known else Mark(None, failed[key].what) for key in keys]
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         answers = [
@@ -96,23 +139,34 @@ def score_judge(
             for one in comparisons
             for text in (one.completion_a, one.completion_b)
         ]
-        known = _scores_of(cache)
-        keys = [_key(answer) for answer in answers]
-        new = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in known}
-        scored = zip(new, score([*new.values()]), strict=True) if new else ()
-        with nullcontext() if cache is None else cache.open("ab") as file:
-            for key, value in console.track(scored, name, len(new), every=1000):
-                known[key] = value
-                if file is not None:
-                    # A line break first: the last line may have been cut short.
-                    file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
-        scores = [known[key] for key in keys]
-        pairs = zip(scores[::2], scores[1::2], strict=True)
-        return [
-            Verdict((a > b) + (a == b) / 2, f"{a:.4g} against {b:.4g}", (a, b)) for a, b in pairs
-        ]
+        marks = mark(answers)
+        return [_verdict(*both) for both in zip(marks[::2], marks[1::2], strict=True)]
 
-    return Judge(name, compare)
+    return Judge(name, compare, mark)
+
+
+def say_failures(name: str, failed: Sequence[TbpoError], num_answers: int) -> None:
+    """Says how many of some answers have no mark. Raises the first failure if none has one."""
+    if len(failed) == num_answers:
+        raise failed[0]
+    counted = f"{len(failed):,} of {num_answers:,} answers"
+    console.say(f"WARNING: {name} gives no mark to {counted}; the first of them: {failed[0].what}")
+
+
+def _no_score(name: str, value: float | TbpoError) -> TbpoError:
+    """Why there is no score."""
+    if isinstance(value, TbpoError):
+        return value
+    fix = "name another judge"
+    return TbpoError(f"{name} gives the score {value}", name, "a finite number", fix)
+
+
+def _verdict(a: Mark, b: Mark) -> Verdict:
+    """Of the marks of two completions."""
+    if a.value is None or b.value is None:
+        return Verdict(None, f"no verdict: {a.reason or b.reason}")
+    value = (a.value > b.value) + (a.value == b.value) / 2
+    return Verdict(value, f"{a.value:.4g} against {b.value:.4g}", (a.value, b.value))
 
 
 def _key(answer: Answer) -> str:

@@ -1,103 +1,184 @@
-"""The judge that is a language model on a server: `[eval.judge]`."""
+"""The judge that is a language model on a server: `judge.endpoint`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Judge as Settings
+from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
-from tbpo_cli.evaluation.judges.judge import Comparison, Judge, Verdict
+from tbpo_cli.evaluation.judges.judge import Answer, Comparison, Judge, Mark, Verdict, say_failures
 from tbpo_cli.evaluation.judges.reply import Reply
 
 TEMPLATE = Path(__file__).parent / "judge.txt"
+MARK_TEMPLATE = Path(__file__).parent / "mark.txt"
+PLACES, LABELS = ("{prompt}", "{a}", "{b}"), "[[A]], [[B]] or [[C]]"
+MARK_PLACES = ("{prompt}", "{answer}")
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
+MARK = re.compile(r"\[\[\s*([-+]?\d+(?:\.\d+)?)\s*\]\]")
 LAST_LINE = re.compile(
     r"^\W*(?:final )?(?:verdict|answer|winner)?(?: is)?\W*(A|B|C|tie)\W*\Z", re.I | re.M
 )
 
 
-def judge_of(settings: Settings, cache: Path | None = None) -> Judge:
-    """A language model that is shown both completions, in both orders.
+def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge:
+    """A language model that compares two completions, or marks one.
 
-    The last label of an answer counts, or its last line if that is nothing but a letter; an answer
-    that was cut gives no verdict. Labels within a prompt or a completion are shown in a form that
-    counts for nothing. Completions that are the same tie without being shown.
+    To compare, it is shown both, in both orders. The last label of an answer counts, or its last
+    line if that is nothing but a letter; an answer that was cut gives no verdict. Labels within a
+    prompt or a completion are shown in a form that counts for nothing. Completions that are the
+    same tie without being shown.
 
     Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv
     2306.05685, section 3.4: the labels [[A]], [[B]], [[C]], and a win only if both orders say so,
-    else a tie.
+    else a tie; section 3.1: the grading of a single answer, [[7]].
 
-    With `repeats` every question is asked several times, and the verdict is the mean: what the
-    judge draws by chance is in the values that the interval is made of.
+    A mark is the last number in double brackets; one outside `scale` is none, nor is that of an
+    answer that was cut.
+
+    With `repeats` every question is asked several times, and verdict and mark are the means: what
+    the judge draws by chance is in the values that the interval is made of.
 
     Args:
+        table: "judge" or "eval.judge", for messages.
         cache: a file for the answers of the server.
 
     Raises:
-        TbpoError: for a template without its places; later, if the server does not answer, or
-            refuses every request.
+        TbpoError: for a template without its places; later, if the server does not answer, refuses
+            every request, or gives no mark to any answer.
     """
-    template = _template(settings)
-    endpoint = Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache)
+    assert settings.endpoint is not None and settings.model is not None
+    judge = _LanguageJudge(
+        settings,
+        table,
+        Endpoint(settings.endpoint, settings.concurrency, settings.timeout, cache),
+        _template(settings.template or TEMPLATE, PLACES, LABELS),
+        _template(settings.mark_template or MARK_TEMPLATE, MARK_PLACES, "a mark as [[7]]"),
+    )
+    return Judge(settings.model, judge.compare, judge.mark)
 
-    def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
+
+@dataclass(frozen=True)
+class _LanguageJudge:
+    """The two things that a language model is asked for.
+
+    Args:
+        template: text around two completions.
+        mark_template: text around one.
+    """
+
+    settings: Settings
+    table: str
+    endpoint: Endpoint
+    template: str
+    mark_template: str
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """Verdicts, each of the replies to both orders."""
         both = [(one.prompt, one.completion_a, one.completion_b) for one in comparisons]
-        asked = [
-            request
+        bodies = [
+            _body(self.settings, self.template, prompt, {"a": first, "b": second}, VERDICT)
             for prompt, a, b in both
             if a != b
-            for request in ((prompt, a, b), (prompt, b, a))
+            for first, second in ((a, b), (b, a))
         ]
-        bodies = [_body(settings, template, *request) for request in asked]
-        answers = endpoint.ask(bodies, settings.repeats)
-        total = len(asked) * settings.repeats
-        tracked = console.track(answers, f"asking {settings.model}", total, every=total // 10 + 1)
-        replies = dict(tracked)
-        if asked and all(reply.refused for reply in replies.values()):
-            fix = "change eval.judge.body or the template"
-            raise TbpoError(replies[0].refused, endpoint.shown, "an answer", fix)
+        replies = self._replies(bodies, "", "template")
         judged = (
             _together(
-                [
-                    _verdict(settings, replies[start + place], replies[start + place + 1])
-                    for start in range(0, total, len(asked))
-                ]
+                [_verdict(self.settings, *pair) for pair in zip(forward, backward, strict=True)]
             )
-            for place in range(0, len(asked), 2)
+            for forward, backward in zip(replies[::2], replies[1::2], strict=True)
         )
         return [
             next(judged) if a != b else Verdict(0.5, "the completions are the same")
             for _, a, b in both
         ]
 
-    return Judge(settings.model, compare)
+    def mark(self, answers: Sequence[Answer]) -> list[Mark]:
+        """Marks, each of the replies to one answer."""
+        low, high = (f"{end:g}" for end in self.settings.scale)
+        ends = {"low": low, "high": high}
+        bodies = [
+            _body(self.settings, self.mark_template, prompt, {"answer": text, **ends}, MARK)
+            for prompt, text in answers
+        ]
+        replies = self._replies(bodies, " for marks", "mark_template")
+        marks = [_mark(self.settings, of_one) for of_one in replies]
+        expected, fix = f"a mark as [[{high}]]", f"change {self.table}.mark_template"
+        failed = [
+            TbpoError(one.reason, self.endpoint.shown, expected, fix)
+            for one in marks
+            if one.value is None
+        ]
+        if failed:
+            say_failures(str(self.settings.model), failed, len(marks))
+        return marks
+
+    def _replies(self, bodies: list[dict[str, Any]], what: str, template: str) -> list[list[Reply]]:
+        """For each body, the replies of all repeats. Raises TbpoError if all are refused."""
+        asked = self.endpoint.ask(bodies, self.settings.repeats)
+        total = len(bodies) * self.settings.repeats
+        doing = f"asking {self.settings.model}{what}"
+        replies = dict(console.track(asked, doing, total, every=total // 10 + 1))
+        if bodies and all(reply.refused for reply in replies.values()):
+            fix = f"change {self.table}.body or {self.table}.{template}"
+            raise TbpoError(replies[0].refused, self.endpoint.shown, "an answer", fix)
+        return [
+            [replies[start + place] for start in range(0, total, len(bodies))]
+            for place in range(len(bodies))
+        ]
 
 
-def _template(settings: Settings) -> str:
-    """The text around prompt and completions. Raises TbpoError if it lacks a place for one."""
-    path = Path(settings.template or TEMPLATE)
+def _template(file: str | Path, places: tuple[str, ...], labels: str) -> str:
+    """The text around prompt and completions.
+
+    Args:
+        places: what it must contain.
+        labels: what it is to ask for, for messages.
+
+    Raises:
+        TbpoError: if it lacks a place.
+    """
+    path = Path(file)
     try:
         template = path.read_text(encoding="utf-8")
-        if missing := [name for name in ("{prompt}", "{a}", "{b}") if name not in template]:
+        if missing := [name for name in places if name not in template]:
             raise ValueError(f"it has no place {' or '.join(missing)}")
     except (OSError, ValueError) as error:
-        expected = "a text file with {prompt}, {a} and {b} that asks for [[A]], [[B]] or [[C]]"
+        expected = f"a text file with {', '.join(places)} that asks for {labels}"
         what = f"the judge's template cannot be used: {error}"
         raise TbpoError(what, str(path), expected) from None
     return template
 
 
-def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -> dict[str, Any]:
+def _body(
+    settings: Settings,
+    template: str,
+    prompt: Messages,
+    texts: dict[str, str],
+    labels: re.Pattern[str],
+) -> dict[str, Any]:
+    """A request.
+
+    Args:
+        texts: what stands in the template's places, beside the prompt.
+        labels: those that the judge is asked for. Within prompt and texts they are shown in another
+            form, so that a judge that quotes one says nothing by that.
+    """
     turns = [f"{message['role']}: {message['content']}" for message in prompt]
     shown = "\n\n".join(turns) if len(turns) > 1 else str(prompt[0]["content"])
-    texts = {"prompt": _without_labels(shown), "a": _without_labels(a), "b": _without_labels(b)}
-    content = re.sub(r"\{(prompt|a|b)\}", lambda place: texts[place[1]], template)
+    filled = {
+        name: labels.sub(lambda label: f"[ [{label[1]}] ]", text)
+        for name, text in {"prompt": shown, **texts}.items()
+    }
+    places = "|".join(filled)
+    content = re.sub(rf"\{{({places})\}}", lambda place: filled[place[1]], template)
     return {
         "model": settings.model,
         "messages": [{"role": "user", "content": content}],
@@ -105,11 +186,35 @@ def _body(settings: Settings, template: str, prompt: Messages, a: str, b: str) -
     }
 
 
-def _without_labels(text: str) -> str:
-    """A text whose labels are none any more, so that a judge that quotes it gives no verdict by
-    that.
+def _mark(settings: Settings, replies: Sequence[Reply]) -> Mark:
+    """The mean of the marks that can be read in the replies of all repeats."""
+    marks = [value for reply in replies if (value := _mark_in(settings, reply)) is not None]
+    value = sum(marks) / len(marks) if marks else None
+    reason = "\n\n".join(map(_shown, replies))
+    if value is None:
+        low, high = settings.scale
+        reason = f"no mark from {low:g} to {high:g} can be read: {reason:.300}"
+    return Mark(value, reason, *_spent(settings, replies))
+
+
+def _mark_in(settings: Settings, reply: Reply) -> float | None:
+    """The last number in double brackets; None if there is none on the scale, or the answer was
+    cut.
     """
-    return VERDICT.sub(lambda label: f"[ [{label[1]}] ]", text)
+    found = MARK.findall(reply.text)
+    if reply.was_cut or not found:
+        return None
+    low, high = settings.scale
+    value = float(found[-1])
+    return value if low <= value <= high else None
+
+
+def _spent(settings: Settings, replies: Sequence[Reply]) -> tuple[tuple[int, int], float | None]:
+    """Tokens that the server has read and written, and what they cost."""
+    read = sum(reply.prompt_tokens for reply in replies)
+    written = sum(reply.completion_tokens for reply in replies)
+    prices = settings.price_per_million
+    return (read, written), (read * prices[0] + written * prices[1]) / 1e6 if prices else None
 
 
 def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
@@ -117,14 +222,11 @@ def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
     value = _value(forward)
     reverse = _value(backward)
     reason = f"{_shown(forward)}\n\nThe other way round: {_shown(backward)}"
-    read = forward.prompt_tokens + backward.prompt_tokens
-    written = forward.completion_tokens + backward.completion_tokens
-    prices = settings.price_per_million
-    cost = (read * prices[0] + written * prices[1]) / 1e6 if prices else None
+    spent = _spent(settings, (forward, backward))
     if value is None or reverse is None:
-        return Verdict(None, f"no verdict can be read: {reason}", None, None, (read, written), cost)
+        return Verdict(None, f"no verdict can be read: {reason}", None, None, *spent)
     consistent = value == 1 - reverse
-    return Verdict(value if consistent else 0.5, reason, None, consistent, (read, written), cost)
+    return Verdict(value if consistent else 0.5, reason, None, consistent, *spent)
 
 
 def _together(repeats: list[Verdict]) -> Verdict:

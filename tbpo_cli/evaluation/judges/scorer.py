@@ -1,4 +1,4 @@
-"""The judge that is a function of the user's: `eval.scorer`."""
+"""The judge that is a function of the user's: `judge.scorer`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import sys
 import traceback
 from pathlib import Path
 
+from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.judge import Judge, score_judge
 
 
-def judge_of(source: str, cache: Path | None = None) -> Judge:
+def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge:
     """A judge from a user's function of the last user message's text and the completion.
 
-    Args:
-        source: "python:FILE:NAME".
+    An answer for which it fails, ends the process or gives no finite number has no mark.
 
     Raises:
-        TbpoError: if there is no such function; later, with the prompt, if it fails, ends the
-            process or gives no finite number.
+        TbpoError: if there is no such function.
     """
+    assert settings.scorer is not None
+    source, key = settings.scorer, f"{table}.scorer"
     file, _, name = source.removeprefix("python:").rpartition(":")
     path = Path(file)
-    where = f"eval.scorer = {source!r}"
+    where = f"{key} = {source!r}"
     if not path.is_file() or path.suffix != ".py":
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        fix = f"did you mean {near[0]}?" if near else "change eval.scorer"
+        fix = f"did you mean {near[0]}?" if near else f"change {key}"
         raise TbpoError("the scorer's file is not there", where, '"python:FILE:NAME"', fix)
     spec = importlib.util.spec_from_file_location(f"tbpo_scorer_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # of a .py file
@@ -42,12 +43,12 @@ def judge_of(source: str, cache: Path | None = None) -> Judge:
         near = difflib.get_close_matches(
             name, [key for key, value in vars(module).items() if callable(value)], 1
         )
-        fix = f"did you mean {near[0]}?" if near else "write it, or change eval.scorer"
+        fix = f"did you mean {near[0]}?" if near else f"write it, or change {key}"
         raise TbpoError(
             f"the scorer's file has no function {name}", where, "def NAME(prompt, completion)", fix
         )
 
-    def score(prompt: Messages, completion: str) -> float:
+    def score(prompt: Messages, completion: str) -> float | TbpoError:
         text = next(
             (message["content"] for message in reversed(prompt) if message["role"] == "user"), ""
         )
@@ -57,9 +58,7 @@ def judge_of(source: str, cache: Path | None = None) -> Judge:
                 raise ValueError(f"it returned {value!r:.100}")
             return float(value)
         except (Exception, SystemExit) as error:
-            raise _failure(
-                f"the scorer {name} fails for the prompt {text[:200]!r}", error, file
-            ) from error
+            return _failure(f"the scorer {name} fails for the prompt {text[:200]!r}", error, file)
 
     return score_judge(
         f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers), cache
