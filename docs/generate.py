@@ -80,7 +80,7 @@ def rows(cls: type, own: set[str] | None = None) -> list[str]:
     lines = ["| key | default | |", "|---|---|---|"]
     for each in dataclasses.fields(cls):
         if own is None or each.name in own:
-            text = texts[each.name].replace("|", "\\|")
+            text = " ".join(texts[each.name].split()).replace("|", "\\|")
             lines.append(f"| `{each.name}` | {default(each)} | {text} |")
     return lines
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from conftest import run_stage, write_jsonl, write_recipe
 
 from tbpo_cli.report.charts import HEIGHT, WIDTH, Panel, Series, histogram
 from tbpo_cli.report.evaluation import MAX_ROWS, write_report
@@ -246,7 +247,7 @@ def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown
     assert page.follows("other verdict in the other order", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
-        "open-llm-v1",
+        "open-llm-v1, without a chat template",
         "gsm8k",
         "●",
         "policy",
@@ -414,6 +415,23 @@ def test_what_models_and_users_write_stays_text_and_only_the_page_s_own_script_m
         f"script-src 'sha256-{own}'",
     ]
     assert ATTACK.format(url="http://x") in page.texts, "it can be read as it was written"
+
+
+def test_rows_and_names_stay_text_in_the_page_of_prepared_pairs(tmp_path, base):
+    def prepared(text, folder):
+        folder.mkdir()
+        row = {"prompt": text, "chosen": f"{text} yes", "rejected": text}
+        rows = write_jsonl(folder / f"{text.replace('/', '_')[:99]}.jsonl", [row] * 3)
+        held_out = write_jsonl(folder / "eval.jsonl", [row | {"prompt": "other"}])
+        recipe = write_recipe(folder / "recipe.toml", base, (rows, held_out))
+        return Page(run_stage("prepare", recipe, folder / "run") / "prepare/report.html")
+
+    attack = ATTACK.format(url="http://x")
+    page, clean = prepared(attack, tmp_path / "attacked"), prepared("plain", tmp_path / "plain")
+    assert {tag for tag, _ in page.elements} == {tag for tag, _ in clean.elements}
+    assert not {name for _, names in page.elements for name in names if name.startswith("on")}
+    assert any("<img src=" in text and text.endswith(".jsonl") for text in page.texts), "the source"
+    assert "".join(page.texts).count("document.title") > 6, "the rows' tokens"
 
 
 def test_a_panel_has_round_ticks_that_span_its_values_and_leaves_out_what_is_not_finite(tmp_path):

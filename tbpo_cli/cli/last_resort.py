@@ -17,12 +17,14 @@ READ_IN = {
     "evaluation": ("[eval]", "judges, models and suites that the libraries can use"),
     "hub": ("[push]", "a Hub that answers as the Hub does"),
 }
+WITHOUT_FRAMES = {"safetensors", "pyarrow"}  # libraries in Rust and C++ with errors of their own
 
 
 def message_for(error: Exception) -> TbpoError | None:
     """The message for an error of the system, or of a library with an input; None for a bug.
 
-    An error is a library's if it was raised in one, below a call in a folder of READ_IN.
+    An error is a library's if it was raised in one, below a call in a folder of READ_IN, or is of
+    a kind that only a library in another language raises, which leaves no frame of its own.
     """
     if isinstance(error, MemoryError):
         fix = "a smaller max_tokens_per_device or batch_size, or a machine with more memory"
@@ -44,12 +46,13 @@ def message_for(error: Exception) -> TbpoError | None:
             "mend that, and give the same command again, which goes on from there",
         )
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    if not frames or frames[-1].is_relative_to(PACKAGE):
+    kind = type(error).__module__.partition(".")[0]
+    if not frames or (frames[-1].is_relative_to(PACKAGE) and kind not in WITHOUT_FRAMES):
         return None
     ours = [path.relative_to(PACKAGE) for path in frames if path.is_relative_to(PACKAGE)]
     if not ours or ours[-1].parts[0] not in READ_IN:
         return None
-    library = next((part for part in _modules(frames[-1])), frames[-1].stem)
+    library = kind if kind in WITHOUT_FRAMES else [*_modules(frames[-1]), frames[-1].stem][0]
     key, expected = READ_IN[ours[-1].parts[0]]
     said = " ".join(str(error).split())[:500]
     return TbpoError(

@@ -22,20 +22,21 @@ def descriptions() -> dict[str, str]:
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Copies a recipe, and the folder that it reads if there is one; returns what was written.
+    """Copies a recipe, and the folders that it names; returns what was written.
 
-    The folder of another recipe's name is not written again where it is there.
+    A folder of another recipe's name may be there already, and is left as it is.
 
     Raises:
-        TbpoError: if there is no such recipe, or something of that name is there already.
+        TbpoError: if there is no such recipe, or something of its name is there already.
     """
     if name not in descriptions():
         names = f"one of {', '.join(descriptions())}"
         raise TbpoError(f"there is no recipe {name!r}", expected=names, fix="tbpo init lists them")
-    text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    folders = [each for each in FOLDER.iterdir() if each.is_dir() and f'"./{each.name}' in text]
-    shared = [each for each in folders if each.name != name and (folder / each.name).is_dir()]
-    sources = [FOLDER / f"{name}.toml", *(each for each in folders if each not in shared)]
+    recipe = FOLDER / f"{name}.toml"
+    text = recipe.read_text(encoding="utf-8")
+    folders = [each for each in sorted(FOLDER.iterdir()) if f'"./{each.name}' in text]
+    kept = [each for each in folders if each.name != name and (folder / each.name).is_dir()]
+    sources = [recipe, *(each for each in folders if each.is_dir() and each not in kept)]
     targets = [folder / source.name for source in sources]
     if there := next((target.name for target in targets if target.exists()), None):
         fix = "move it away, or go elsewhere"

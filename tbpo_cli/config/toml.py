@@ -64,6 +64,7 @@ PATHS = {
     "align.start": _TRAINED,
     "align.loss.positive": _TRAINED,
     "align.loss.negative": _TRAINED,
+    "align.loss.guide": _TRAINED,
     "sample.prompts": _FILE,
     "sample.adapter": _ADAPTER,
     "eval.against": _TRAINED,

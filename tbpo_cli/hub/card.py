@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub as hf
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import Environment, StrictUndefined, TemplateError, Undefined
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.core.losses import LOSSES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import MEASURES
 from tbpo_cli.hub.base import Base
+from tbpo_cli.hub.markdown import code, escaped
 from tbpo_cli.runs.inputs import FREE_KEYS
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -26,9 +28,19 @@ def is_whole(recipe: Recipe) -> bool:
 
 
 def render_card(
-    recipe: Recipe, base: Base, results: dict[str, Any] | None, manifests: dict[str, Any]
+    recipe: Recipe,
+    base: Base,
+    results: dict[str, Any] | None,
+    manifests: dict[str, Any],
+    end_ids: Sequence[int] = (),
 ) -> str:
     """The card of a run: its text is that of push.card, or of templates/card.md.
+
+    No name, value or result can add to its metadata or its markup.
+
+    Args:
+        end_ids: the tokens at which generation is to stop. Whole weights have them in their
+            generation config; an adapter has none, and its base may stop at others.
 
     Raises:
         TbpoError: if the template cannot be rendered.
@@ -41,6 +53,7 @@ def render_card(
         "repo": recipe.push.repo or "USER/NAME",
         "base": base,
         "whole": is_whole(recipe),
+        "end_ids": list(end_ids),
         "results": results,
         "manifests": manifests,
         "judge": _judge(recipe),
@@ -52,10 +65,7 @@ def render_card(
     }
     path = Path(recipe.push.card) if recipe.push.card else TEMPLATE
     try:
-        template = Template(
-            path.read_text("utf-8"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        text = template.render(names)
+        text = _environment().from_string(path.read_text("utf-8")).render(names)
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise TbpoError(
             f"the card cannot be made: {error}",
@@ -72,7 +82,22 @@ def _judge(recipe: Recipe) -> str:
     if recipe.rounds is None or judge is None:
         return ""
     name = str(judge.scorer or judge.reward_model or judge.model)
-    return f"`{name_of(name.removeprefix('python:'))}`"
+    return name_of(name.removeprefix("python:"))
+
+
+def _environment() -> Environment:
+    """Values are escaped for Markdown, unless a filter has made them markup: `code`, `tojson` for
+    a text in a program, `urlencode` in an address, `safe` for what is Markdown.
+    """
+    environment = Environment(
+        autoescape=True,  # what a macro makes is markup, and not escaped again
+        finalize=lambda value: value if isinstance(value, Undefined) else escaped(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = code
+    return environment
 
 
 def _metadata(recipe: Recipe, base: Base, results: dict[str, Any] | None) -> hf.ModelCardData:

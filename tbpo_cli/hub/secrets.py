@@ -10,6 +10,7 @@ from typing import Any
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.hub.markdown import escaped
 
 # detect-secrets knows the forms of some twenty services. Its detectors of random text see a secret
 # in every name, its keyword detector reads program text only, and its addresses are wider here.
@@ -69,5 +70,6 @@ def without_folders(text: str, folders: Collection[Path]) -> str:
     """The text with only the names of quoted paths, and of what lies in one of the folders."""
     text = re.sub(r'"(python:)?/(?:[^"\n]*/)?([^"/\n]+)"', r'"\1\2"', text)
     for folder in sorted(map(str, folders), key=len, reverse=True):
-        text = text.replace(f"{folder}/", "")
+        for shown in (folder, escaped(folder)):
+            text = text.replace(f"{shown}/", "")
     return text

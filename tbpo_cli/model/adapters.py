@@ -233,14 +233,21 @@ def _check_start(folder: Path) -> None:
     """Raises TbpoError if the adapter's config says that loading it changes the base."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_size(config, folder)
+    except (*LOADING_ERRORS, RecursionError) as error:
         raise TbpoError(
-            f"the adapter's config cannot be read: {str(error).splitlines()[0]}",
-            str(folder / CONFIG_FILE),
-            "the config of a LoRA adapter, as peft writes it",
+            f"the adapter's files cannot be read: {' '.join(str(error).split())[:200]}",
+            str(folder),
+            "the config and the weights of a LoRA adapter, as peft writes them",
             "copy or download the adapter again",
         ) from error
-    _check_size(config, folder)
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise TbpoError(
+            "the adapter acts only after certain tokens (alora_invocation_tokens)",
+            str(folder / CONFIG_FILE),
+            "a plain LoRA adapter, which acts on every token",
+            "train another one, or take the base alone",
+        )
     start = str(getattr(config, "init_lora_weights", True)).lower()
     if start.startswith(CHANGES_THE_BASE):
         convert = "peft_model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)"

@@ -16,6 +16,7 @@ from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.hub.base import Base, local_base, published_base
 from tbpo_cli.hub.card import is_whole, render_card
+from tbpo_cli.hub.markdown import unescaped
 from tbpo_cli.hub.publish import Files, open_repository, publish
 from tbpo_cli.hub.publish import check_repository as check_repository
 from tbpo_cli.hub.publish import check_token as check_token
@@ -64,7 +65,7 @@ def run(
                 "e.g. apache-2.0",
                 "--set push.license=…",
             )
-        card = render_card(recipe, base, results, manifests)
+        card = _card(recipe, run_dir, base, results, manifests)
         texts = _texts(recipe, run_dir, base, card, results)
         head = "" if dry_run else open_repository(repo, recipe, texts["README.md"])
         files: Files = {name: text.encode() for name, text in texts.items()}
@@ -99,7 +100,7 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.partial")
     with run_dir.lock(), told_as_unwritable(folder.parent):
         base = local_base(recipe, manifests["align"])
-        card = render_card(recipe, base, results, manifests)
+        card = _card(recipe, run_dir, base, results, manifests)
         texts = _texts(recipe, run_dir, base, card, results)
         files: Files = {name: text.encode() for name, text in texts.items()}
         files |= _weights(recipe, run_dir, base)
@@ -123,6 +124,19 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
         words = ["vllm", "serve", base.id, "--enable-lora", "--max-lora-rank", rank]
         words += ["--lora-modules", module]
     console.show(shlex.join(words))
+
+
+def _card(
+    recipe: Recipe,
+    run_dir: RunDir,
+    base: Base,
+    results: dict[str, Any] | None,
+    manifests: dict[str, Any],
+) -> str:
+    from tbpo_cli.model.merge import saved_end_ids
+
+    ends = saved_end_ids(run_dir.weights("align"))
+    return render_card(recipe, base, results, manifests, ends)
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
@@ -168,7 +182,7 @@ def _texts(
         for key, value in settings.items()
         if isinstance(value, str) and (key.endswith("revision") or "@" in value)
     }
-    check_no_secret(texts, {base.revision, *commits})
+    check_no_secret(texts | {"README.md": unescaped(card)}, {base.revision, *commits})
     return texts
 
 

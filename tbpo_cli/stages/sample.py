@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import write_answers
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
@@ -30,13 +31,19 @@ Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
 
 SHOWN_PROMPTS = 3
+ANSWERS = "answers"  # the folder of what is written for benchmarks
 ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
 SERVER_TIMEOUT = 600.0  # seconds for a completion
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
-    """Writes sample/samples.jsonl: for each prompt, sample and model its completion."""
+    """Writes sample/samples.jsonl: for each prompt, sample and model its completion.
+
+    The answers to AlpacaEval's or Arena-Hard's prompts are also written in their formats.
+    """
+    from tbpo_cli.data.prompts import prompt_rows
+
     run_or_launch(STAGE, recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
@@ -44,6 +51,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         folder / "samples.jsonl",
         "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples),
     )
+    names = {"policy": run_dir.path.name, "reference": f"{run_dir.path.name}-reference"}
+    named = [one | {"model": names[one["model"]]} for one in samples]
+    write_answers(folder / ANSWERS, prompt_rows(recipe), named)
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
@@ -63,6 +73,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     )
     _show([sample for sample in samples if sample["row"] < SHOWN_PROMPTS])
     console.say(f"all of them: {path}")
+    for file in sorted(path.parent.glob(f"{ANSWERS}/**/*.json*")):
+        console.say(f"for the benchmark's own tools: {file}")
 
 
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
