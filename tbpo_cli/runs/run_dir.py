@@ -47,9 +47,15 @@ NOT_SEALED = {MANIFEST, INPUTS, "checkpoints", "logs"}  # with hidden files: nob
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run. Everything written here appears whole or not at all."""
+    """The folder of one run. Everything written here appears whole or not at all.
+
+    Args:
+        path: the folder.
+        root: of a round, the folder of the run that it belongs to, whose lock holds for it as well.
+    """
 
     path: Path
+    root: Path | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, run_dir: Path | None) -> RunDir:
@@ -80,7 +86,7 @@ class RunDir:
 
     def owner(self) -> str:
         """Which process has the run, or had it and ended without a word; "" if none."""
-        return read_owner(self.path / "lock").name
+        return read_owner((self.root or self.path) / "lock").name
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What a complete stage says of itself; empty if it is not complete."""

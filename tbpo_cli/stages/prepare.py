@@ -14,10 +14,11 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Data, Recipe, Source
 from tbpo_cli.config.toml import TOKENIZER_FILES
 from tbpo_cli.data.chunks import workers
-from tbpo_cli.data.formats.unknown import absent_columns
+from tbpo_cli.data.formats import columns_read
+from tbpo_cli.data.formats.unknown import absent_columns, unread_columns
 from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
 from tbpo_cli.data.selection import Counts, PairFilter
-from tbpo_cli.data.sources import ROWS_AT_A_TIME, read_rows
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
@@ -126,7 +127,9 @@ def _work(recipe: Recipe) -> list[Work]:
 
 
 def _check_sources(work: list[Work], data: Data) -> None:
-    """Raises TbpoError for rows that are both trained and measured on, and for absent columns."""
+    """Raises TbpoError for rows that are both trained and measured on, and for columns that the
+    recipe names and that are absent or not read.
+    """
     places: dict[tuple[str | None, ...], str] = {}
     for key, sources, split, _ in work[:2] if data.eval is not None else []:
         for source in sources:
@@ -146,15 +149,24 @@ def _check_sources(work: list[Work], data: Data) -> None:
                     "leave data.eval out: data.eval_fraction of the prompts are held out then",
                 )
     if data.columns:
-        seen: set[str] = set()
-        for key, sources, split, _ in work:
-            for source in sources:
-                rows = itertools.islice(read_rows(source, split, key), ROWS_AT_A_TIME)
-                seen |= {
-                    name for row in rows if isinstance(row.content, dict) for name in row.content
-                }
-        named = ", ".join(source.path for _, sources, *_ in work for source in sources)
-        gather(absent_columns(data.columns, seen, named))
+        _check_columns(work, data)
+
+
+def _check_columns(work: list[Work], data: Data) -> None:
+    """Raises TbpoError for [data.columns] that no source has, or that its format does not read."""
+    seen: set[str] = set()
+    samples: list[tuple[str, list[Row]]] = []
+    for key, sources, split, _ in work:
+        for source in sources:
+            rows = list(itertools.islice(read_rows(source, split, key), ROWS_AT_A_TIME))
+            samples.append((key, rows))
+            seen |= {name for row in rows if isinstance(row.content, dict) for name in row.content}
+    where = ", ".join(source.path for _, sources, *_ in work for source in sources)
+    gather(absent_columns(data.columns, seen, where))
+    found = [columns_read(iter(rows), data, key == "sft.train") for key, rows in samples if rows]
+    read = set().union(*(columns for _, columns in found))
+    formats = dict.fromkeys(name for name, _ in found)
+    gather(unread_columns(data.columns, read, formats, where))
 
 
 def _hold_out(recipe: Recipe, folder: Path, kept: PairFilter) -> set[str]:
