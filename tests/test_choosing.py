@@ -51,6 +51,12 @@ def test_the_rejected_answer_is_the_nearest_to_two_standard_deviations_below_the
     assert choice(MARKS).pairs == ((2, 0),)
 
 
+def test_the_standard_deviation_is_that_of_the_marks_themselves():
+    """μ − 2σ = −6.35, nearer to −5 than to −8; with n − 1 as the denominator it would be −6.64."""
+    marks = [-8.0, -5.0, 0.0, 0.0, *[1.0] * 7]
+    assert choice(marks, pairs="best_two_sigma").pairs == ((4, 1),)
+
+
 @pytest.mark.parametrize("marks", [[1, 2, 3, 4, 5], [0, 9, 9, 9, 9], [5, 1, 1, 7, 3], [2, 1, 3]])
 def test_with_five_answers_or_fewer_two_standard_deviations_mean_the_worst(marks):
     """No mark of n is lower than μ − σ √(n − 1), which is μ − 2σ for n = 5."""
@@ -111,6 +117,8 @@ def test_answers_without_a_mark_are_left_out_and_counted():
 def test_answers_with_the_same_text_are_one_and_the_whole_one_of_them():
     made = choice([1.0, 4.0, 4.0, 4.0], texts=["x", "y", "y", "y"], cut=(1,))
     assert made.pairs == ((2, 0),) and made.noted == {"same_answer": 2}
+    in_order = choice([5.0, 5.0, 5.0, 1.0], texts=["y", "x", "y", "z"], cut=(0,))
+    assert in_order.pairs == ((1, 3),), "of equal marks the first whole answer, by its own place"
     same = choice([1.0, 4.0], texts=["x", "x"])
     assert (same.reason, same.noted) == ("identical", {"same_answer": 1})
 

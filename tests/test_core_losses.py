@@ -164,6 +164,7 @@ SETTINGS = {  # as the papers, or the codes that they released, have them
             "generator": {"lam": 0.5, "scale": 4.0}},
     "tdpo": {"beta": 0.1, "version": 2, "alpha": 0.5},
     "tis_dpo": {"beta": 0.1, "positive": "", "negative": ""},
+    "tgdpo": {"beta": 0.1, "alpha": 0.5, "guide": ""},
     "tbpo_q": {"beta": 0.1, "label_smoothing": 0.0, "min_ratio": 0.0,
                "generator": {"lam": 0.0, "scale": 4.0}, "baseline_clip": 10.0},
     "tbpo_a": {"beta": 0.1, "label_smoothing": 0.0, "min_ratio": 0.0,
@@ -353,6 +354,21 @@ def test_token_weights_of_1_give_dpo():
     for loss in (build_loss("ld_dpo", alpha=1.0), build_loss("d2po", gamma=1.0)):
         torch.testing.assert_close(loss(scores).per_pair, dpo)
     torch.testing.assert_close(build_loss("tis_dpo")(scores).per_pair, dpo)
+    torch.testing.assert_close(build_loss("tgdpo", alpha=0.0)(scores).per_pair, dpo)
+
+
+def test_tgdpo_weighs_tokens_by_the_rewards_that_a_helper_gives_them():
+    """β = 0.2, α = 0.5, so αβ = 0.1. Chosen: ρ = 1 and 0, so weights 1.1 and 1. Rejected: ρ = −2,
+    so weight 1.2. −β (1.1 · 1 + 1 · 2 − 1.2 · 3) = 0.1.
+    """
+    chosen = side_of(log_ratio=[1.0, 2.0], weights=[1.0, 0.0])
+    rejected = side_of(log_ratio=[3.0], weights=[-2.0])
+    loss = build_loss("tgdpo", beta=0.2, alpha=0.5)(PairScores(chosen, rejected)).per_pair
+    assert loss.item() == pytest.approx(math.log1p(math.exp(0.1)), rel=1e-12)
+    loss.sum().backward()
+    slope = 0.2 / (1 + math.exp(-0.1))
+    assert chosen.log_ratio.grad.flatten().tolist() == pytest.approx([-1.1 * slope, -slope])
+    assert rejected.log_ratio.grad.item() == pytest.approx(1.2 * slope)
 
 
 def test_the_mean_of_robust_over_flipped_labels_is_dpo_over_the_true_ones():

@@ -203,7 +203,7 @@ MISTAKES = {
     ),
     "--set without a value": (
         sets("prepare", "seed"),
-        ("--set is not understood", "table.key=value", "run.seed=1"),
+        ("--set is not understood", "table.key=value", "run.seed"),
     ),
     "--set without a table": (
         sets("prepare", "seed=1"),
@@ -245,7 +245,7 @@ MISTAKES = {
     ),
     "an unknown key": (
         recipe_says(align={"lr": 1}),
-        (*FULL, "align.lr is an unknown key", "[align] lr", "one of max_tokens"),
+        (*FULL, "align.lr is an unknown key", "[align] lr", "a key of [align]"),
     ),
     "a typo in a key": (
         recipe_says(align={"warmpu": 0.1}),
@@ -265,7 +265,7 @@ MISTAKES = {
     ),
     "no pairs a step": (
         sets("prepare", "align.batch_pairs=0"),
-        (*FULL, "align.batch_pairs = 0", "or equal to 1"),
+        (*FULL, "align.batch_pairs = 0", "at least 1"),
     ),
     "a rate below 0": (
         sets("prepare", "align.learning_rate=-1e-5"),

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from judge_server import chat_completion, chat_server
+from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers, read_answers
+from tbpo_cli.evaluation.answers import names_of_answers, question_id, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
@@ -236,6 +237,7 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
 
 ANSWERS = {
     "outputs.json": [{"instruction": " one? ", "output": " 1 ", "generator": "x"}],
+    "inputs.json": [{"instruction": "one?", "input": "", "output": "1"}],
     "lines.jsonl": {"prompt": "one?", "completion": "1"},
     "arena.jsonl": {"uid": "u", "messages": [
         {"role": "user", "content": "one?"}, {"role": "assistant", "content": {"answer": "1"}},
@@ -247,6 +249,13 @@ ANSWERS = {
 def test_answers_are_read_in_the_formats_of_published_baselines(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(ANSWERS[name]), encoding="utf-8")
     assert read_answers(str(tmp_path / name)) == {"one?": "1"}
+
+
+def test_answers_of_arena_hard_0_1_are_named_by_their_questions(tmp_path):
+    row = {"question_id": 81, "model_id": "m", "choices": [{"turns": [{"content": " 1 "}]}]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert read_answers(str(tmp_path / "m.jsonl")) == {"81": "1"}
+    assert question_id({"question_id": 81}) == "81" and question_id({"prompt": "one?"}) == ""
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"instruction": 3, "output": "x"}]', "null"])
@@ -703,9 +712,9 @@ def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(
 @pytest.mark.parametrize(
     ("made", "what"),
     [
-        ({"num_labels": 2}, "it has 2 outputs"),
-        ({"template": False}, "it has 1 outputs and no chat template, and lacks no weights"),
-        (None, "the reward model cannot be used"),
+        ({"num_labels": 2}, "the reward model has 2 outputs"),
+        ({"template": False}, "the reward model has 1 outputs and no chat template"),
+        (None, "the model cannot be loaded"),
     ],
 )
 def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made, what):
@@ -713,12 +722,26 @@ def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made,
         reward_model(tokenizer, tmp_path / "rm", **made)
     with pytest.raises(TbpoError, match=what) as error:
         judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
-    assert "one output" in error.value.expected and "judge.reward_model" in error.value.where
+    assert made is None or "one output" in error.value.expected
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_language_model_is_no_reward_model(judges, base):
-    with pytest.raises(TbpoError, match="it has 2 outputs and a chat template, and lacks score"):
+    what = "not that of a LlamaForSequenceClassification: it lacks score.weight"
+    with pytest.raises(TbpoError, match=what):
         judges(f"judge.reward_model={base}")[0].compare(compare(("x", "y")))
+
+
+def test_a_reward_model_with_a_weight_missing_is_an_error_with_its_name(
+    judges, tokenizer, tmp_path
+):
+    reward_model(tokenizer, tmp_path / "rm")
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
+    with pytest.raises(TbpoError, match="up_proj") as error:
+        judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_judge_of_the_table_is_a_key_of_the_recipe_that_makes_it_judged(judges, recipe_file):

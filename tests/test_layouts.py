@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tbpo_cli.batch.batches import cut_to_span, micro_batches
 from tbpo_cli.batch.layouts import LAYOUTS, collate
@@ -15,6 +16,7 @@ from tbpo_cli.batch.packing import Sequences, segments_of
 from tbpo_cli.core import LOSSES, StateBaseline, build_loss
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model import attention
 from tbpo_cli.model.attention import BY_SEQUENCE, attend_by_sequence, in_one_kernel
 from tbpo_cli.model.layout import apply_layout, choose_layout
 from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
@@ -73,9 +75,6 @@ MODELS = {  # model type, further settings, and whether one row can hold several
 }
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_grouped_kernel = pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="torch 2.11 has no such kernel for grouped heads"
-)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +233,6 @@ def test_segments_let_each_token_see_what_its_sequence_says(kind):
     )
 
 
-@needs_grouped_kernel
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_takes_what_it_is_given_forward_and_backward(kind):
     """Of shapes alone ("meta"), where the kernel's own checks of its arguments run."""
@@ -280,9 +278,49 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
         norm.item()
 
 
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_where_the_kernel_has_no_groups_keys_and_values_are_repeated(kind, monkeypatch):
+    """As on torch 2.11: the kernel gets as many key heads as queries, and gradients the shapes of
+    what was given.
+    """
+    monkeypatch.setattr(attention, "HAS_GROUPS", False)
+    states = random_states(SEQUENCES[kind], "meta", torch.bfloat16)
+    result = in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("meta"), None)
+    assert result.shape == (1, sum(SEQUENCES[kind].lengths), 4, 8)
+    gradients = torch.autograd.grad(result.float().sum(), states)
+    assert [each.shape for each in gradients] == [each.shape for each in states]
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_under_autocast_every_kernel_gets_queries_and_keys_in_its_dtype(kind, monkeypatch):
+    """Rotary positions in fp32 leave them in fp32, beside values in bf16."""
+    query, key, value = random_states(SEQUENCES[kind])
+    given = set()
+
+    def kernel(module, *states, **options):
+        given.update(each.dtype for each in states if each is not None)
+        return sdpa_attention_forward(module, *states, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = (query, key, value.detach().bfloat16())
+        found, _ = attend_by_sequence(llama_attention(), *mixed, None, SEQUENCES[kind])
+    assert given == {torch.bfloat16} and found.dtype == torch.bfloat16
+    half = (each.detach().bfloat16() for each in (query, key, value))
+    expected, _ = attend_by_sequence(llama_attention(), *half, None, SEQUENCES[kind])
+    assert torch.equal(found, expected)
+
+
+def test_the_attention_that_is_taken_is_named_and_what_the_fast_way_wants():
+    model = make_model("llama")
+    cpu = attention.describe_attention([model], torch.bfloat16, torch.device("cpu"))
+    assert cpu == ("a call of torch's fused attention for each sequence", "")
+    how, why = attention.describe_attention([model], torch.float32, torch.device("cuda"))
+    assert how == cpu[0] and "takes half precision alone" in why
+
+
 @needs_gpu
 @pytest.mark.gpu
-@needs_grouped_kernel
 @pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
     """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few

@@ -38,6 +38,7 @@ def test_what_a_loss_needs_is_what_its_statistics_cost():
     assert described("dpo").needs == "a reference, policy logits"
     assert described("simpo").needs == "policy logits"
     assert described("tis_dpo").needs == "a reference, two helper policies, policy logits"
+    assert described("tgdpo").needs == "a reference, a helper policy, policy logits"
     assert described("tbpo_a").compares == "tokens"
     assert described("dpo").compares == "whole responses"
 

@@ -10,6 +10,7 @@ from test_judges import compare, reward_model, user
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import marker_of
+from tbpo_cli.evaluation.judges.judge import score_judge
 from tbpo_cli.evaluation.judges.language_judge import MARK_TEMPLATE
 from tbpo_cli.evaluation.winrate import win_rate
 
@@ -203,6 +204,34 @@ def test_a_chat_that_the_reward_models_template_refuses_has_no_mark(
     assert math.isfinite(first.value)
 
 
+def test_what_is_marked_before_a_judge_breaks_down_is_kept(tmp_path):
+    """Of four answers it gives two marks and one that is not finite, and dies; the next goes on."""
+    asked, kept = [], []
+
+    def dying(answers):
+        for number, (_, text) in enumerate(answers):
+            asked.append(text)
+            if number == 3:
+                kept.extend(line for line in cache.read_text().splitlines() if line)
+                raise RuntimeError("out of memory")
+            yield [1.0, math.inf, 2.0][number]
+
+    cache = tmp_path / "scores.jsonl"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score_judge("it", dying, cache).mark(ANSWERS)
+    assert asked == ["2", "two", "3", "4"] and len(kept) == 2, "also if the process is killed"
+
+    def whole(answers):
+        asked.clear()
+        asked.extend(text for _, text in answers)
+        yield from (5.0 for _ in answers)
+
+    (none, one) = score_judge("it", lambda answers: iter([math.inf, 1.0])).mark(ANSWERS[:2])
+    assert (none.value, one.value) == (None, 1.0) and "the score inf" in none.reason
+    marks = score_judge("it", whole, cache).mark(ANSWERS)
+    assert [mark.value for mark in marks] == [1.0, 5.0, 2.0, 5.0] and asked == ["two", "4"]
+
+
 # ------------------------------------------------- who judges
 
 
@@ -214,6 +243,23 @@ def test_without_a_judge_or_with_several_it_is_said_who_gives_marks(recipe_file)
     with pytest.raises(TbpoError, match="2 judges would give marks") as error:
         marker_of(load_recipe(recipe_file, sets))
     assert "[eval.judge]" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("of_eval", "same"),
+    [
+        ((), ("scorer", "endpoint")),
+        (("eval.judge.scorer=python:/x.py:f",), ("scorer",)),
+        (("eval.judge.scorer=python:/x.py:g",), ()),
+        (("eval.judge.endpoint=http://there:1/v1", "eval.judge.model=m"), ("endpoint",)),
+        (("eval.judge.endpoint=http://here:1/v1", "eval.judge.model=n"), ()),
+        (("eval.judge.reward_model=user/rm",), ()),
+    ],
+)
+def test_judges_are_the_same_by_function_reward_model_or_language_model(recipe_file, of_eval, same):
+    own = ("judge.scorer=python:/x.py:f", "judge.endpoint=http://here:1/v1", "judge.model=m")
+    recipe = load_recipe(recipe_file, (*own, *of_eval))
+    assert recipe.judge.in_common(recipe.judge_of_eval) == same
 
 
 def test_eval_reads_its_own_judge_in_place_of_the_other(recipe_file, tmp_path):

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 from conftest import run_stage
+from judge_server import chat_server
 
 from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.core import LOSSES
@@ -58,7 +59,12 @@ ROOM = {
 
 
 @pytest.mark.parametrize(
-    "name", [path.stem for path in RECIPES.glob("*.toml") if path.stem != "quickstart"]
+    "name",
+    [
+        path.stem
+        for path in RECIPES.glob("*.toml")
+        if path.stem not in ("quickstart", "alpaca-eval", "rounds")
+    ],
 )
 def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_path, capsys):
     """Its base is a config of that shape; 4,096 tokens at a time, bf16, activation checkpointing,
@@ -208,6 +214,55 @@ def test_a_short_quickstart_learns(tmp_path):
     run = run_stage("align", RECIPES / "quickstart.toml", tmp_path / "run", "align.max_steps=30")
     last = json.loads((run / "align/metrics.jsonl").read_text().splitlines()[-1])
     assert last["split"] == "eval" and last["accuracy"] > 0.6 and last["margin"] > 0
+
+
+def test_alpaca_eval_runs_from_the_training_to_the_corrected_win_rate(tmp_path, world):
+    """The judge knows the right answers: it takes the better one, and of two alike neither."""
+
+    def judge(body):
+        text = body["messages"][0]["content"]
+        prompt = next(row["instruction"] for row in rows if row["instruction"] in text)
+        a, b = (
+            text.split(f"[Answer of {name}]\n")[1].split(f"\n[End of the answer of {name}]")[0]
+            for name in "AB"
+        )
+        better = world.score(prompt, a) - world.score(prompt, b)
+        return f"[[{'A' if better > 0 else 'B' if better < 0 else 'C'}]]"
+
+    rows = json.loads((QUICKSTART / "baseline.json").read_text(encoding="utf-8"))
+    for name in ("train", "eval"):
+        lines = (QUICKSTART / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:32]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with chat_server(judge) as server:
+        sets = (f"data.train={tmp_path / 'train.jsonl'}", f"data.eval={tmp_path / 'eval.jsonl'}")
+        sets += (f"judge.endpoint={server.url}", "align.max_steps=1", "eval.gate=")
+        run = run_stage("eval", RECIPES / "alpaca-eval.toml", tmp_path / "run", *sets)
+        asked = {body["messages"][0]["content"] for _, _, body in server.requests}
+    results = json.loads((run / "eval/results.json").read_text(encoding="utf-8"))
+    (rate,) = results["win_rates"]
+    assert (rate["model"], rate["against"], rate["raw"]["n"]) == ("policy", "baseline", 40)
+    assert 0 < rate["length_controlled"]["value"] < 1 and rate["inconsistent"]["value"] == 0
+    answers = json.loads((run / "sample/answers/run/model_outputs.json").read_text())
+    expected = [
+        world.score(one["instruction"], one["output"])
+        - world.score(theirs["instruction"], theirs["output"])
+        for one, theirs in zip(answers, rows, strict=True)
+    ]
+    assert rate["wins"] == sum(each > 0 for each in expected)
+    assert rate["losses"] == sum(each < 0 for each in expected)
+    differ = [one["output"] != theirs["output"] for one, theirs in zip(answers, rows, strict=True)]
+    assert len(asked) == 2 * sum(differ), "each pair in both orders"
+    assert "baseline" in results["verdict"]
+
+
+def test_a_recipe_comes_with_the_folders_that_it_names(tbpo, tmp_path):
+    assert tbpo("init", "alpaca-eval").stdout.splitlines() == [
+        "wrote alpaca-eval.toml",
+        "wrote quickstart",
+    ]
+    assert (tmp_path / "quickstart/baseline.json").exists()
+    (tmp_path / "alpaca-eval.toml").unlink()
+    assert tbpo("init", "alpaca-eval").stdout.splitlines() == ["wrote alpaca-eval.toml"]
 
 
 def test_init_lists_the_recipes_and_writes_one_with_its_data_that_runs(tbpo, tmp_path):

@@ -16,6 +16,7 @@ from tbpo_cli.data.prompts import prompt_of
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import question_id, read_answers
 from tbpo_cli.model.generate import generate
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.sample import answer
@@ -183,6 +184,61 @@ def test_prompts_come_from_a_file_as_text_messages_or_lines(recipe_file, run_dir
         "sample", recipe_file, other, *SHORT, f"sample.prompts={lines}", "sample.max_prompts=1"
     )
     assert {sample["prompt"] for sample in read(other)} == {prompts[0]}
+
+
+BENCHMARKS = {
+    "alpaca_eval.json": (
+        {"dataset": "d", "instruction": "red", "output": "theirs", "generator": "baseline"},
+        {"dataset": "d", "instruction": "one red"},
+    ),
+    "question.jsonl": (
+        {"question_id": "q1", "category": "arena-hard-v0.1", "turns": [{"content": "red"}]},
+        {"question_id": "q2", "category": "arena-hard-v0.1", "turns": [{"content": "one red"}]},
+    ),
+    "question-v2.jsonl": (
+        {"uid": "u1", "category": "hard_prompt", "prompt": "red"},
+        {"uid": "u2", "category": "hard_prompt", "prompt": "one red"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_are_answered_in_their_own_format(recipe_file, run_dir, tmp_path, name, capsys):
+    rows = BENCHMARKS[name]
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(json.dumps(rows) if name.endswith(".json") else lines)
+    prompts = (f"sample.prompts={tmp_path / name}", "sample.num_samples=2")
+    folder = run_stage("sample", recipe_file, run_dir, *SHORT, *prompts) / "sample"
+    first = [one for one in read(run_dir) if (one["model"], one["sample"]) == ("policy", 0)]
+    texts = [one["completion"] for one in first]
+    written = sorted(path for path in folder.glob("answers/**/*") if path.is_file())
+    assert all(
+        f"tools: {path}" in capsys.readouterr().err.replace("\n", "") for path in written[:1]
+    )
+    if name == "alpaca_eval.json":
+        assert [path.parent.name for path in written] == ["run", "run-reference"]
+        assert json.loads(written[0].read_text()) == [
+            {"dataset": "d", "instruction": asked, "output": text, "generator": "run"}
+            for asked, text in zip(("red", "one red"), texts, strict=True)
+        ]
+    else:
+        assert [path.name for path in written] == ["run-reference.jsonl", "run.jsonl"]
+        answers = [json.loads(line) for line in written[1].read_text().splitlines()]
+        assert [question_id(each) for each in answers] == [question_id(row) for row in rows]
+        keys = {"uid", "ans_id", "model", "messages"}
+        if name == "question.jsonl":
+            keys = {"question_id", "answer_id", "model_id", "choices"}
+            assert answers[1]["choices"] == [{"index": 0, "turns": [{"content": texts[1]}]}]
+        assert all(each.keys() == keys for each in answers)
+    known = read_answers(str(written[-1] if name != "alpaca_eval.json" else written[0]))
+    assert list(known.values()) == [text.strip() for text in texts]
+    assert RunDir(run_dir).damage("sample") == []
+
+
+def test_a_question_of_several_turns_is_a_message(recipe_file, run_dir, tmp_path):
+    rows = write_jsonl(tmp_path / "mt_bench.jsonl", [{"question_id": 81, "turns": ["a", "b"]}])
+    with pytest.raises(TbpoError, match="turns is not a list with one question"):
+        run_stage("sample", recipe_file, run_dir, *SHORT, f"sample.prompts={rows}")
 
 
 @pytest.mark.parametrize(

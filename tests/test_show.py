@@ -267,6 +267,10 @@ SAID = {
         ["chosen response of only 51%"],
     ),
     "chosen falls": ({"kl": 0.5, "chosen_fall": 0.8}, ["fell by 0.80 nats a token"]),
+    "the same judge": (
+        {"same_judges": "judge.scorer"},
+        ["the win rate by judge.scorer is no evidence"],
+    ),
     "answers get longer": ({"answer_ratio": 1.5}, ["1.5 times as long as the reference's"]),
 }
 

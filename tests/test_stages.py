@@ -149,6 +149,46 @@ def test_tis_dpo_weighs_tokens_by_two_helpers_that_it_can_train(recipe_file, tmp
         run_stage("align", recipe_file, tmp_path / "none", "align.loss.name=tis_dpo")
 
 
+def test_tgdpo_weighs_tokens_by_a_helper_that_another_run_has_trained(recipe_file, tmp_path):
+    """A helper that is the reference gives every token weight 1, and so DPO."""
+    dpo = ("align.loss.name=dpo", "align.learning_rate=1e-2")
+    guide = run_stage("align", recipe_file, tmp_path / "guide", *dpo)
+    same = run_stage("align", recipe_file, tmp_path / "same", *dpo, "align.learning_rate=1e-12")
+    losses = {}
+    for name, helper in (("guided", guide), ("unguided", same)):
+        sets = ("align.loss.name=tgdpo", "align.loss.alpha=50.0", f"align.loss.guide={helper}")
+        run = run_stage("align", recipe_file, tmp_path / name, *sets)
+        losses[name] = metrics(run)[-2]["loss"]
+    plain = metrics(run_stage("align", recipe_file, tmp_path / "dpo", "align.loss.name=dpo"))
+    assert losses["unguided"] == pytest.approx(plain[-2]["loss"], rel=1e-5)
+    assert losses["guided"] != pytest.approx(plain[-2]["loss"], rel=1e-3)
+    manifest = json.loads((run / "align/manifest.json").read_text())
+    assert "align.loss.guide" in manifest["inputs"]["files"]
+    with pytest.raises(TbpoError, match="the guide helper is not named"):
+        run_stage("align", recipe_file, tmp_path / "none", "align.loss.name=tgdpo")
+
+
+def test_how_rows_attention_and_head_are_computed_is_said_and_in_the_manifest(
+    recipe_file, tmp_path, capsys
+):
+    run = run_stage("align", recipe_file, tmp_path / "run", "align.max_steps=1")
+    said = capsys.readouterr().err
+    ways = json.loads((run / "align/manifest.json").read_text())["ways"]
+    assert ways == {
+        "rows": "shared_prompt: every prompt is read once, nothing is padded",
+        "attention": "a call of torch's fused attention for each sequence",
+        "head": "no policy logits: policy and reference have one frozen, linear head",
+    }
+    assert f"attention: {ways['attention']}; output head: {ways['head']}" in said
+    assert "WARNING: a slower way" not in said
+    eager = run_stage(
+        "align", recipe_file, tmp_path / "eager", "align.max_steps=1", "model.attention=eager"
+    )
+    assert "WARNING: a slower way is taken: its attention is eager" in capsys.readouterr().err
+    ways = json.loads((eager / "align/manifest.json").read_text())["ways"]
+    assert ways["attention"] == "eager" and ways["slow"] == "its attention is eager"
+
+
 def test_sft_comes_before_align_if_the_recipe_has_it(recipe_file, tmp_path):
     change_recipe(recipe_file, sft={"batch_examples": 8, "max_steps": 4, "learning_rate": 1e-2})
     run = run_stage("align", recipe_file, tmp_path / "run")

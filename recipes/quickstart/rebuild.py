@@ -8,6 +8,7 @@
 3. `tbpo sft base.toml` in a temporary folder: a Llama of random weights learns the demonstrations,
    whose quality is mixed, so the base answers right only some of the time.
 4. Pairs: two samples of the base at temperature 1 for each prompt, labelled by `world.preference`.
+5. 40 further prompts with demonstrations as a baseline's answers, in AlpacaEval's format.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tbpo_cli.model.generate import completions
 
 HERE = Path(__file__).parent
 NUM_EVAL, NUM_PAIRS, NUM_DEMONSTRATIONS = 400, 4_000, 60_000
+NUM_BASELINE = 40
 NUM_SPARE = 40  # further prompts to evaluate, in place of those whose two samples are the same
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -70,6 +72,21 @@ def main() -> None:
     ):
         rows = preference_rows(model, tokenizer, [prompt.text for prompt in prompts], seed)
         write_jsonl(HERE / file, itertools.islice(rows, count))
+    taken = {prompt.text for prompts in (evaluated, compared, demonstrated) for prompt in prompts}
+    write_baseline(HERE / "baseline.json", taken)
+
+
+def write_baseline(path: Path, taken: set[str]) -> None:
+    """Prompts that are nowhere else, with a baseline's answers, in AlpacaEval's format."""
+    rng, rows = Random("baseline"), {}
+    while len(rows) < NUM_BASELINE:
+        prompt = world.make_prompt(rng)
+        if prompt.text not in taken:
+            answer = world.demonstration(prompt, rng)
+            rows[prompt.text] = {"dataset": "pocket", "instruction": prompt.text}
+            rows[prompt.text] |= {"output": answer, "generator": "demonstrations"}
+    text = json.dumps([*rows.values()], indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def split_prompts() -> tuple[list[world.Prompt], list[world.Prompt], list[world.Prompt]]:

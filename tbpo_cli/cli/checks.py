@@ -120,8 +120,8 @@ def _quantization(recipe: Recipe) -> None:
 
 
 def _helpers(recipe: Recipe) -> None:
-    """The two policies of tis_dpo: run directories, adapters or repositories."""
-    for key in ("positive", "negative"):
+    """The policies beside the reference: run directories, adapters or repositories."""
+    for key in recipe.align.loss.helpers:
         source, where = getattr(recipe.align.loss, key), f"align.loss.{key}"
         if not source:
             fix = f"--set {where}=RUN, of tbpo align RECIPE --set align.loss.name=dpo"
@@ -210,8 +210,8 @@ CHECKS: dict[str, dict[str, _Check]] = {
         "bitsandbytes and a GPU for 4-bit weights": _Check(
             lambda recipe: recipe.model.quantization, _quantization
         ),
-        "the two helpers of {recipe.align.loss_name}": _Check(
-            lambda recipe: "weights" in recipe.align.loss.needs, _helpers
+        "the helpers of {recipe.align.loss_name}": _Check(
+            lambda recipe: recipe.align.loss.helpers, _helpers
         ),
     },
     "sample": {

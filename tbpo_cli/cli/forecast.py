@@ -20,7 +20,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.layout import choose_layout
 from tbpo_cli.model.load import load_policy
-from tbpo_cli.model.policy import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
+from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
@@ -102,7 +102,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
     """What is known of a training of `processes` processes, one a device."""
     settings, device = training.settings, Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
-    if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
+    if [*plan("prepare", recipe, run_dir).values()][-1][0] == "done":
         counts = count_pairs(training, run_dir)
     unknown = "pairs, tokens and steps are known once `tbpo prepare` has read the rows"
     lines = [(training.name, counts.line or unknown)]
@@ -159,7 +159,7 @@ def policy_on_meta(training: Training, recipe: Recipe, device: torch.device) -> 
     shapes = replace(recipe, model=model)
     with meta:
         policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
-        views = [POSITIVE, NEGATIVE] if "weights" in loss.needs else []
+        views = [*loss.helpers]
         if training.settings is recipe.align and recipe.sft is not None and policy.adapters:
             views.append(REFERENCE)
         for view in views:

@@ -19,6 +19,7 @@ COMPARED = {  # by the span of the loss, and then by what it compares
     "response": "whole responses",
 }
 COLUMNS = ("loss", "compares", "needs", "fields", "source", "when to take it")
+HELPERS = {1: "a helper policy", 2: "two helper policies"}
 WIDTH = 100
 
 
@@ -72,8 +73,8 @@ def _needs(loss: Loss) -> str:
     """The models and the logits that a step of the loss computes."""
     statistics = loss.needs & STATISTICS
     models = [] if statistics <= REFERENCE_FREE else ["a reference"]
-    if "weights" in loss.needs:
-        models.append("two helper policies")
+    if loss.helpers:
+        models.append(HELPERS[len(loss.helpers)])
     if "state_baseline" in loss.needs:
         models.append("a learned baseline")
     if statistics != {"advantage"}:

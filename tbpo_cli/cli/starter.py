@@ -22,15 +22,21 @@ def descriptions() -> dict[str, str]:
 
 
 def write(name: str, folder: Path) -> list[Path]:
-    """Copies a recipe, and the folder of its name if it has one; returns what was written.
+    """Copies a recipe, and the folders that it names; returns what was written.
+
+    A folder of another recipe's name may be there already, and is left as it is.
 
     Raises:
-        TbpoError: if there is no such recipe, or something of that name is there already.
+        TbpoError: if there is no such recipe, or something of its name is there already.
     """
     if name not in descriptions():
         names = f"one of {', '.join(descriptions())}"
         raise TbpoError(f"there is no recipe {name!r}", expected=names, fix="tbpo init lists them")
-    sources = [source for source in (FOLDER / f"{name}.toml", FOLDER / name) if source.exists()]
+    recipe = FOLDER / f"{name}.toml"
+    text = recipe.read_text(encoding="utf-8")
+    folders = [each for each in sorted(FOLDER.iterdir()) if f'"./{each.name}' in text]
+    kept = [each for each in folders if each.name != name and (folder / each.name).is_dir()]
+    sources = [recipe, *(each for each in folders if each.is_dir() and each not in kept)]
     targets = [folder / source.name for source in sources]
     if there := next((target.name for target in targets if target.exists()), None):
         fix = "move it away, or go elsewhere"
@@ -40,6 +46,5 @@ def write(name: str, folder: Path) -> list[Path]:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             # Its comments name the file where it is in a checkout.
-            text = source.read_text(encoding="utf-8")
             target.write_text(text.replace(f"recipes/{name}", name), encoding="utf-8")
     return targets

@@ -19,7 +19,7 @@ class Sample:
     """[sample] Completions. temperature and top_p are those of the paper's win rates."""
 
     prompts: str = "eval"
-    """A .jsonl file (prompt: text or messages), a .txt file, or "eval": the held-out prompts."""
+    """A file of prompts, AlpacaEval's or Arena-Hard's for one, or "eval": the held-out prompts."""
     max_prompts: Count | None = None
     """How many prompts are answered, from the first one on. Default: all."""
     num_samples: Count = 1
@@ -66,7 +66,7 @@ class Eval:
     thinking: tuple[str, str] = ("<think>", "</think>")
     """The marks around thinking, which no judge is shown; ["", ""] shows everything."""
     suites: tuple[str, ...] = ()
-    """"open-llm-v1", names of lm-eval tasks, or paths of their YAML files."""
+    """"open-llm-v1", "ifeval", "gsm8k-chat", other lm-eval tasks, or paths of their YAML files."""
     gate: str = ""
     """A condition such as "win_rate > 0.5"; the exit code says whether it holds."""
 

@@ -70,6 +70,18 @@ class Judge:
         }
         return [name for name, value in usual.items() if getattr(self, name) != value]
 
+    def in_common(self, other: Judge) -> tuple[str, ...]:
+        """The kinds of judges that are the same in both tables. A language model is the same one at
+        another address.
+        """
+        keys = {"endpoint": "model"}
+        return tuple(
+            kind
+            for kind in self.named
+            if kind in other.named
+            and getattr(self, keys.get(kind, kind)) == getattr(other, keys.get(kind, kind))
+        )
+
     @property
     def named(self) -> tuple[str, ...]:
         """The kinds of judges that the table names, in order."""

@@ -169,7 +169,7 @@ def unknown_key(keys: Keys, names: list[str], path: str, is_table: bool, hint: H
     what = f"{'.'.join(keys)} is an unknown {'table' if is_table else 'key'}"
     expected = f"one of {', '.join(names)}" if names else "no further keys"
     if fix and len(names) > FEW:
-        expected = ""
+        expected = f"a key of [{'.'.join(keys[:-1])}]; tbpo show lists them"
     return fault(what, path, keys, expected, fix or "remove it")
 
 

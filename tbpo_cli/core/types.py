@@ -33,7 +33,8 @@ class SideScores:
         kl: (B, T) nats, K_t = KL(π_ref(·|s_t) ‖ π_θ(·|s_t)), exact over the vocabulary.
         advantage: (B, T) nats, A_t = r_t + K_t.
         state_baseline: (B, T), the learned b_φ(s_t) of TBPO-Q.
-        weights: (B, T), the token weights ω_t of TIS-DPO.
+        weights: (B, T), what helper policies say of the tokens: the weights ω_t of TIS-DPO, or the
+            guidance ρ_t of TGDPO. It carries no gradient.
         reverse_kl: (B, T) nats, KL(π_θ(·|s_t) ‖ π_ref(·|s_t)). A diagnostic: no loss differentiates
             it.
         entropy: (B, T) nats, the policy's entropy at s_t. A diagnostic.

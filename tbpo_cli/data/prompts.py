@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tbpo_cli.config.recipe import Data, Recipe, Source
 from tbpo_cli.data.choosing import EVERY_PAIR
@@ -107,6 +108,24 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
     except RejectedRow as reason:
         what = f"a prompt cannot be used: {reason.reason} {reason.detail}"
         where = f"{row.source}, row {row.number}: {json.dumps(row.content, default=str)[:80]}"
-        expected = 'text, or {"prompt": text or messages}, or {"messages": [...]}'
+        expected = (
+            'text, or {"prompt": text or messages}, {"messages": [...]}, {"instruction": text} or '
+            '{"turns": [one question]}'
+        )
         raise TbpoError(what, where, expected, "mend that line") from None
-    return Prompt(f"{Path(row.source).name}:{row.number}", tuple(ids), messages, tools)
+    return Prompt(_id_of(row), tuple(ids), messages, tools)
+
+
+def prompt_rows(recipe: Recipe) -> dict[str, Any]:
+    """The rows of the file that `sample.prompts` names, by the ids of their prompts; none of the
+    held-out pairs.
+    """
+    if recipe.sample.prompts == "eval":
+        return {}
+    rows = read_rows(Source(recipe.sample.prompts), "train", "sample.prompts")
+    first = itertools.islice(rows, recipe.sample.max_prompts)
+    return {_id_of(row): row.content for row in first}
+
+
+def _id_of(row: Row) -> str:
+    return f"{Path(row.source).name}:{row.number}"

@@ -11,10 +11,10 @@ from typing import Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.pairs import Message
-from tbpo_cli.data.prompts import held_out_texts
+from tbpo_cli.data.prompts import held_out_texts, prompt_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers, read_answers
+from tbpo_cli.evaluation.answers import names_of_answers, question_id, read_answers
 from tbpo_cli.evaluation.judges.judge import Comparison
 from tbpo_cli.runs.run_dir import RunDir
 
@@ -68,8 +68,9 @@ def comparisons_of(
     if "chosen" in opponents:
         chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
         completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
+    rows = prompt_rows(recipe) if recipe.eval.answers else {}
     for name, file in zip(names_of_answers(recipe.eval.answers), recipe.eval.answers, strict=True):
-        completions |= _of_file(name, file, prompts, read)
+        completions |= _of_file(name, file, prompts, rows, read)
         opponents = (*opponents, name)
     pairings = [("policy", other) for other in (*opponents, *others)]
     pairings += [(model, opponent) for model in others for opponent in opponents]
@@ -145,17 +146,22 @@ def _chosen(
 
 
 def _of_file(
-    name: str, file: str, prompts: dict[tuple[str, int], Any], read: Read
+    name: str, file: str, prompts: dict[tuple[str, int], Any], rows: dict[str, Any], read: Read
 ) -> dict[Key, Completion]:
-    """The answers of a file to some prompts. Raises TbpoError if it answers none of them."""
+    """The answers of a file to some prompts. Raises TbpoError if it answers none of them.
+
+    Args:
+        rows: of the file of the prompts, if they are of one, by the ids of the prompts.
+    """
     answers = read_answers(file)
-    found = {
-        (name, *key): read({"content": answers[text]}, None)
-        for key, messages in prompts.items()
-        if (text := messages[-1]["content"].strip()) in answers
-    }
+    found = {}
+    for (prompt_id, number), messages in prompts.items():
+        names = (messages[-1]["content"].strip(), question_id(rows.get(prompt_id)))
+        said = next((answers[each] for each in names if each in answers), None)
+        if said is not None:
+            found[name, prompt_id, number] = read({"content": said}, None)
     if not found:
-        expected = "the prompts of [sample], word by word"
+        expected = "the prompts of [sample], word by word, or with their question_id"
         raise TbpoError("no prompt is answered there", f"eval.answers: {file}", expected)
     if len(found) < len(prompts):
         console.say(f"{name} answers {len(found)} of {len(prompts)} prompts: {file}")

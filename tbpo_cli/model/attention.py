@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from tbpo_cli.batch.packing import Segments, Sequences, segments_of
 BY_SEQUENCE = "tbpo_by_sequence"
 # Options of an attention that the varlen kernel does not have.
 NOT_IN_VARLEN = ("dropout", "softcap", "position_bias", "s_aux")
+# torch 2.11 has no such option: there keys and values are repeated.
+HAS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attend_by_sequence(
@@ -41,12 +44,54 @@ def attend_by_sequence(
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key, value = _as_autocast(query, key, value)
     plain = not any(options.get(name) for name in NOT_IN_VARLEN)
-    if segments is not None and plain and query.is_cuda and _varlen_agrees(
+    if segments is not None and plain and query.is_cuda and not varlen_fault(
         query.dtype, query.shape[1], key.shape[1], query.shape[3]
     ):  # fmt: skip
         return in_one_kernel(query, key, value, segments, options.get("scaling")), None
     return one_by_one(module, query, key, value, sequences, **options), None
+
+
+def _as_autocast(*states: Tensor) -> list[Tensor]:
+    """Queries, keys and values in the dtype of autocast, if that is on.
+
+    Rotary positions in fp32 leave queries and keys in fp32, beside values in bf16; the varlen
+    kernel takes none but half precision.
+    """
+    device = states[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return [*states]
+    dtype = torch.get_autocast_dtype(device)
+    return [each.to(dtype) for each in states]
+
+
+def describe_attention(
+    models: Sequence[Any], dtype: torch.dtype, device: torch.device
+) -> tuple[str, str]:
+    """How attention over packed lines is computed there, and what the fast way is wanting.
+
+    It tries the varlen kernel for all layers' shapes: what it finds is kept for the passes.
+
+    Args:
+        models: transformers' models, whose attention is BY_SEQUENCE.
+        dtype: of the matrix products.
+    """
+    each_call = "a call of torch's fused attention for each sequence"
+    if device.type != "cuda":
+        return each_call, ""
+    for heads, key_heads, size in sorted(set(map(_head_shape, models))):
+        if fault := varlen_fault(dtype, heads, key_heads, size):
+            return each_call, fault
+    return "one varlen kernel for all sequences of a row", ""
+
+
+def _head_shape(model: Any) -> tuple[int, int, int]:
+    """(heads, key-value heads, size of a head) of a model, from its config."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def one_by_one(
@@ -92,8 +137,11 @@ def in_one_kernel(
 ) -> Tensor:
     """All sequences of a line in one call: see `Segments` for the queries and keys of each."""
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    # torch 2.11 does not have this option.
-    grouped: Any = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    groups = query.shape[1] // key.shape[1]
+    grouped: Any = {"enable_gqa": True} if groups > 1 else {}
+    if groups > 1 and not HAS_GROUPS:
+        grouped = {}
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     attended = varlen_attn(
         query.contiguous(),
         key[segments.key_index],
@@ -110,13 +158,13 @@ def in_one_kernel(
 
 
 @functools.cache
-def _varlen_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
-    """Whether the varlen kernel is right here: outputs and gradients on a small line.
+def varlen_fault(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> str:
+    """Why the varlen kernel is not taken on this GPU, in words; "" if it is right here.
 
-    They are compared with those of a call for each sequence.
+    Its outputs and gradients on a small line are compared with those of a call for each sequence.
     """
     if dtype not in (torch.bfloat16, torch.float16):
-        return False
+        return f"the varlen kernel takes half precision alone, and products are in {dtype}"
     sequences = Sequences((5, 3, 4, 2, 6), (0, 0, 0, 3, 3))
     segments = segments_of(sequences).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -140,11 +188,13 @@ def _varlen_agrees(dtype: torch.dtype, heads: int, key_heads: int, size: int) ->
             found = with_gradients(
                 lambda query, key, value: in_one_kernel(query, key, value, segments, None)
             )
-    except (RuntimeError, TypeError, ValueError):  # this device, torch or head size has none
-        return False
-    return all(
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the varlen kernel does not take {heads} heads of size {size} here: {reason}"
+    agrees = all(
         torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(found, wanted, strict=True)
     )
+    return "" if agrees else "the varlen kernel gives other numbers here"
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

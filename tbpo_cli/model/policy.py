@@ -23,6 +23,7 @@ POLICY = "default"
 REFERENCE = "reference"
 POSITIVE = "positive"
 NEGATIVE = "negative"
+GUIDE = "guide"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tbpo_cli.core.losses import importance_weights
 from tbpo_cli.core.types import PairScores, SideScores
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.heads import gathered_head, hidden_states, read_head
-from tbpo_cli.model.policy import NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
+from tbpo_cli.model.policy import GUIDE, NEGATIVE, POLICY, POSITIVE, REFERENCE, Policy
 from tbpo_cli.model.sharding import LanguageModel
 
 
@@ -95,7 +95,7 @@ class Scorer:
             reference_logps: (N,) log π_ref of the batch's tokens, if it is known: the reference is
                 then not run. Only for `needs` with `from_reference_logps`.
         """
-        statistics = needs & STATISTICS
+        statistics = self._read(needs)
         if reference_logps is not None:
             statistics = statistics - {"log_ratio"} | {"logps"}
         reference = self._reference_states(statistics, batch)
@@ -110,7 +110,7 @@ class Scorer:
 
         Without a reference, those that need none.
         """
-        statistics = needs & STATISTICS
+        statistics = self._read(needs)
         measured = self._diagnostics - statistics
         reference = self._reference_states(statistics | measured, batch)
         states = self._policy_states(batch)
@@ -139,13 +139,26 @@ class Scorer:
         self, columns: dict[str, Tensor], needs: frozenset[str], batch: PairBatch, states: Tensor
     ) -> PairScores:
         """The scores of both sides, with what is not a statistic of policy and reference."""
-        if "weights" in needs:
+        if "weights" in needs and self._is_guided:
+            reference_logps = (columns["logps"] - columns["log_ratio"]).detach()
+            columns["weights"] = self.view_logps(GUIDE, batch) - reference_logps
+        elif "weights" in needs:
             columns["weights"] = self.view_logps(POSITIVE, batch) - self.view_logps(NEGATIVE, batch)
         if "state_baseline" in needs:
             assert self.baseline is not None
             columns["state_baseline"] = self.baseline(states)
         scores = _to_sides(columns, batch)
-        return _with_importance(scores) if "weights" in needs else scores
+        return _with_importance(scores) if "weights" in needs and not self._is_guided else scores
+
+    @property
+    def _is_guided(self) -> bool:
+        """Whether the weights of tokens are the guidance of one helper, as TGDPO's."""
+        return GUIDE in self.policy.views
+
+    def _read(self, needs: frozenset[str]) -> frozenset[str]:
+        """The statistics to compute: log π_θ as well where it leads to log π_ref of a guidance."""
+        needs_reference_logps = "weights" in needs and self._is_guided
+        return needs & STATISTICS | (frozenset({"logps"}) if needs_reference_logps else frozenset())
 
     def _reference_states(self, needs: frozenset[str], batch: PairBatch) -> Tensor | None:
         return None if needs <= REFERENCE_FREE else self._view_states(REFERENCE, batch)

@@ -202,6 +202,16 @@ AFTER = (
         "nothing, if the length-controlled win rate holds; else see the length bias in "
         "prepare/report.html",
     ),
+    # A policy learns what its judge likes, errors and all: the judge's marks rise also where a
+    # better one's fall (arXiv 2210.10760).
+    Diagnosis(
+        ("same_judges",),
+        lambda f: bool(f.same_judges),
+        "a judge of the evaluation has also chosen the training pairs",
+        "the win rate by {same_judges} is no evidence: the training pairs were chosen by the same "
+        "judge, and a policy learns its errors, too",
+        "[eval.judge], which names another judge for tbpo eval",
+    ),
 )
 
 DIAGNOSES = BEFORE + AFTER

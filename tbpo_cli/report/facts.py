@@ -49,6 +49,7 @@ class Facts:
         chosen_fall: by how much log π of a chosen token fell, nats.
         loss_fall: by how much the held-out loss fell.
         answer_ratio: mean length of the policy's samples over that of the reference's.
+        same_judges: the judges, in words, that both chose the training pairs and compared answers.
     """
 
     stage: str = "align"
@@ -73,6 +74,7 @@ class Facts:
     chosen_fall: float | None = None
     loss_fall: float | None = None
     answer_ratio: float | None = None
+    same_judges: str | None = None
 
     @property
     def small(self) -> float:
@@ -146,4 +148,5 @@ def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
     lengths = [model["diversity"].get("length", {}).get("value") for model in (policy, reference)]
     if all(lengths):
         known["answer_ratio"] = lengths[0] / lengths[1]
+    known["same_judges"] = " and ".join(results.get("same_judges", ()))
     return Facts(**known)

@@ -47,9 +47,15 @@ NOT_SEALED = {MANIFEST, INPUTS, "checkpoints", "logs"}  # with hidden files: nob
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run. Everything written here appears whole or not at all."""
+    """The folder of one run. Everything written here appears whole or not at all.
+
+    Args:
+        path: the folder.
+        root: of a round, the folder of the run that it belongs to, whose lock holds for it as well.
+    """
 
     path: Path
+    root: Path | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, run_dir: Path | None) -> RunDir:
@@ -80,7 +86,7 @@ class RunDir:
 
     def owner(self) -> str:
         """Which process has the run, or had it and ended without a word; "" if none."""
-        return read_owner(self.path / "lock").name
+        return read_owner((self.root or self.path) / "lock").name
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What a complete stage says of itself; empty if it is not complete."""
@@ -161,10 +167,7 @@ class RunDir:
             "inputs": self.started_from(name),
             "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
             "others": {str(path.relative_to(folder)): sha256(path) for path in others},
-            "versions": {
-                "python": platform.python_version(),
-                **{lib: version(lib) for lib in LIBRARIES},
-            },
+            "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_sealed(folder / MANIFEST, manifest | facts)
@@ -207,6 +210,11 @@ class RunDir:
         if not (manifest := self.manifest(name)):
             return ""
         return hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the libraries that decide a result."""
+    return {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
 
 
 def _is_sealed(path: Path) -> bool:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.answers import write_answers
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.rounds import with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -29,13 +31,19 @@ Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
 
 SHOWN_PROMPTS = 3
+ANSWERS = "answers"  # the folder of what is written for benchmarks
 ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
 SERVER_TIMEOUT = 600.0  # seconds for a completion
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
-    """Writes sample/samples.jsonl: for each prompt, sample and model its completion."""
+    """Writes sample/samples.jsonl: for each prompt, sample and model its completion.
+
+    The answers to AlpacaEval's or Arena-Hard's prompts are also written in their formats.
+    """
+    from tbpo_cli.data.prompts import prompt_rows
+
     run_or_launch(STAGE, recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
@@ -43,6 +51,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         folder / "samples.jsonl",
         "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples),
     )
+    names = {"policy": run_dir.path.name, "reference": f"{run_dir.path.name}-reference"}
+    named = [one | {"model": names[one["model"]]} for one in samples]
+    write_answers(folder / ANSWERS, prompt_rows(recipe), named)
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
     run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
@@ -62,6 +73,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     )
     _show([sample for sample in samples if sample["row"] < SHOWN_PROMPTS])
     console.say(f"all of them: {path}")
+    for file in sorted(path.parent.glob(f"{ANSWERS}/**/*.json*")):
+        console.say(f"for the benchmark's own tools: {file}")
 
 
 def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
@@ -92,7 +105,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
     group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
-    prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
+    prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
     left = group.share([key for key in _keys(recipe, prompts) if key not in done])
@@ -158,12 +171,16 @@ def _sample(
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
     from tbpo_cli.model.adapters import local_adapter
-    from tbpo_cli.model.load import load_trained
+    from tbpo_cli.model.load import load_base_alone, load_trained
     from tbpo_cli.train.group import Group
 
-    device = Group.of_environment().device
-    if recipe.sample.adapter:
-        return load_trained(recipe, device, local_adapter(recipe.sample.adapter), None)
+    device, settings = Group.of_environment().device, recipe.sample
+    if settings.models == ("reference",) and recipe.sft is None and recipe.model.adapter is None:
+        return load_base_alone(recipe, device)
+    if settings.adapter and (Path(settings.adapter) / "config.json").exists():
+        return load_base_alone(recipe, device, settings.adapter)  # of a round without an adapter
+    if settings.adapter:
+        return load_trained(recipe, device, local_adapter(settings.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
@@ -234,8 +251,11 @@ def _show(samples: list[Json]) -> None:
 
 
 def _needs(recipe: Recipe) -> tuple[str, ...]:
-    trained = () if recipe.sample.adapter else recipe.training_stages
-    return ("prepare", *trained)
+    """The base alone, and an adapter of elsewhere, need no training; a file needs no pairs."""
+    settings = recipe.sample
+    is_base = settings.models == ("reference",) and recipe.sft is None
+    trained = () if settings.adapter or is_base else recipe.training_stages
+    return ("prepare", *trained) if trained or settings.prompts == "eval" else ()
 
 
 STAGE = Stage(

@@ -16,9 +16,11 @@ from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.model.attention import BY_SEQUENCE, describe_attention
 from tbpo_cli.model.dropout import use_token_dropout
-from tbpo_cli.model.layout import apply_layout, choose_layout, confirm_layout
+from tbpo_cli.model.layout import PADDED, apply_layout, choose_layout, confirm_layout
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
+from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
 from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
@@ -130,10 +132,32 @@ def build_stepper(run: TrainingRun) -> Stepper:
         return confirm_layout(scorer, layout, settings.layout, reason, fitting)
 
     layout, reason = budget.attempt(confirm)
-    console.say(f"rows are {layout}: {reason}")
+    say_ways(run, scorer, layout, reason)
     cache = open_reference_cache(run)
     token_keys = use_token_dropout(policy.model)
     return Stepper(run, scorer, states, layout, budget, cache, token_keys)
+
+
+def say_ways(run: TrainingRun, scorer: Scorer, layout: str, reason: str) -> None:
+    """Says how rows, attention and head are computed, and why; a slow way is a warning.
+
+    The varlen kernel is tried here, before any layer runs in a pass that may be checkpointed.
+    """
+    policy, device = run.policy, run.group.device
+    models = [causal_model(model) for model in policy.models]
+    attention = models[0].config._attn_implementation
+    slow = reason if layout == PADDED and run.settings.layout == "auto" else ""
+    if attention == BY_SEQUENCE:
+        dtype = policy.autocast or models[0].dtype
+        attention, slow = describe_attention(models, dtype, device)
+    head = scorer.describe(run.loss.needs)
+    run.ways.update(rows=f"{layout}: {reason}", attention=attention, head=head)
+    if slow:
+        run.ways["slow"] = slow
+    console.say(f"rows are {layout}: {reason}")
+    console.say(f"attention: {attention}; output head: {head}")
+    if slow:
+        console.say(f"WARNING: a slower way is taken: {slow}")
 
 
 def sample_pairs(store: PairStore) -> list[TokenizedPair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,6 +40,7 @@ class TrainingRun:
         reference: the file for log π_ref of the training pairs; None: it is not kept.
         group: the processes that train together, all with the same arguments.
         track: is given every line of metrics.jsonl.
+        ways: how rows, attention and head are computed, for the manifest; `train` fills it in.
         mesh: the processes over which the weights are sharded; None: each has all weights.
     """
 
@@ -54,6 +55,7 @@ class TrainingRun:
     group: Group = ONE
     track: TrackMetrics = track_nothing
     mesh: DeviceMesh | None = None
+    ways: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_steps(self) -> int:

@@ -23,7 +23,7 @@ from tbpo_cli.data.tokenizer import fingerprint, load_chat
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import compute_dtype
 from tbpo_cli.model.load import add_helper, load_policy
-from tbpo_cli.model.policy import NEGATIVE, POSITIVE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import check_positions
 from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
@@ -62,21 +62,20 @@ def train_stage(
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
     key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
     with open_trackers(recipe, folder / "logs", group) as track:
-        train(
-            TrainingRun(
-                policy=policy,
-                loss=loss,
-                settings=settings,
-                train=stores[0],
-                evaluation=stores[1],
-                folder=folder,
-                seed=recipe.run.seed,
-                reference=run_dir.path / "reference" / f"{key}.f32",
-                group=group,
-                track=track,
-                mesh=mesh,
-            )
+        run = TrainingRun(
+            policy=policy,
+            loss=loss,
+            settings=settings,
+            train=stores[0],
+            evaluation=stores[1],
+            folder=folder,
+            seed=recipe.run.seed,
+            reference=run_dir.path / "reference" / f"{key}.f32",
+            group=group,
+            track=track,
+            mesh=mesh,
         )
+        train(run)
     outputs = _save(policy, chat, run_dir.weights(stage.name), group)
     if not group.is_main:
         return
@@ -84,6 +83,7 @@ def train_stage(
         "seed": recipe.run.seed,
         "device": device,
         "num_processes": group.size,
+        "ways": run.ways,
         "seconds": round(time.monotonic() - started, 1),
         "base_commit": getattr(policy.model.config, "_commit_hash", None),  # of a Hub repository
     }
@@ -152,12 +152,11 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) 
     is_on_device = group.size == 1 or recipe.model.quantization is not None
     load_device = group.device if is_on_device else torch.device("cpu")
     needs_reference = not loss.needs <= REFERENCE_FREE
-    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device)
-    if "weights" in loss.needs:
-        for view in (POSITIVE, NEGATIVE):
-            source = getattr(loss, view)
-            key = f"align.loss.{view}"
-            add_helper(policy, view, source, recipe.model, group.device, load_device, key)
+    start = recipe.align.start if name == "align" else None
+    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device, start)
+    for view in loss.helpers:
+        source, key = getattr(loss, view), f"align.loss.{view}"
+        add_helper(policy, view, source, recipe.model, group.device, load_device, key)
     return policy
 
 

@@ -122,7 +122,7 @@ def the_store(steps: int) -> PairStore:
     )
 
 
-def the_recipe(shape: str, loss: str, steps: int, folder: Path):
+def the_recipe(shape: str, loss: str, steps: int, folder: Path, pairs: int = PAIRS):
     hidden, inner, layers, heads, kv_heads, vocab_size, tied = SHAPES[shape]
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
@@ -137,7 +137,7 @@ def the_recipe(shape: str, loss: str, steps: int, folder: Path):
         f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n'
         f"[model.lora]\nr = {RANK}\nalpha = {2.0 * RANK}\ndropout = 0.0\n"
         f'[data]\ntrain = "unused"\n'
-        f"[align]\nbatch_pairs = {PAIRS}\nmax_steps = {steps + WARM_UP}\n"
+        f"[align]\nbatch_pairs = {pairs}\nmax_steps = {steps + WARM_UP}\n"
         "learning_rate = 1e-5\nwarmup = 0.0\n"
         f'schedule = "constant"\nlog_every = 1000000\ncheckpoint_every = 1000000\n'
         f'[align.loss]\nname = "{loss}"\n'

@@ -11,7 +11,7 @@ from tbpo_cli.core.losses.anchored import ApoDown, ApoZero, Dpop
 from tbpo_cli.core.losses.base import Loss as Loss
 from tbpo_cli.core.losses.reference_free import Cpo, Orpo, Sft, SimPo
 from tbpo_cli.core.losses.token_level import TbpoA, TbpoQ
-from tbpo_cli.core.losses.token_weighted import ConfPo, D2po, LdDpo, TisDpo
+from tbpo_cli.core.losses.token_weighted import ConfPo, D2po, LdDpo, TgDpo, TisDpo
 from tbpo_cli.core.losses.token_weighted import importance_weights as importance_weights
 from tbpo_cli.core.losses.whole_response import Bpo, Dpo, DpoNorm, Hinge, Ipo, Robust, Tdpo, Wpo
 
@@ -35,6 +35,7 @@ LOSSES: dict[str, type[Loss]] = {
     "d2po": D2po,
     "confpo": ConfPo,
     "tis_dpo": TisDpo,
+    "tgdpo": TgDpo,
     "tbpo_q": TbpoQ,
     "tbpo_a": TbpoA,
 }

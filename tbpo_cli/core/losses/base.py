@@ -41,12 +41,14 @@ class Loss:
             "chosen": those of the chosen side alone.
         mean_over: what a step's loss is a mean over: its pairs, or its chosen tokens (each pair
             then weighs by its number of them).
+        helpers: the fields that name policies beside the reference, which the loss reads.
         when: a sentence for the reader of `tbpo losses`: when to take this loss.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_ratio"})
     span: ClassVar[Span] = "response"
     mean_over: ClassVar[Literal["pairs", "chosen_tokens"]] = "pairs"
+    helpers: ClassVar[tuple[str, ...]] = ()
     when: ClassVar[str] = ""
 
     def __call__(self, scores: PairScores) -> LossOutput:

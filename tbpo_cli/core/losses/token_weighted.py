@@ -55,10 +55,43 @@ class TisDpo(TokenWeighted):
     positive: str = ""
     negative: str = ""
     reads = frozenset({"log_ratio", "weights"})
+    helpers = ("positive", "negative")
     when = "Three trainings are affordable, and the tokens that decide shall count for more."
 
     def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
         return statistic_of(scores.chosen, "weights"), statistic_of(scores.rejected, "weights")
+
+
+@dataclass(frozen=True)
+class TgDpo(TokenWeighted):
+    """TGDPO: softplus(−β (Σω^w r^w − Σω^l r^l)), ω^w = 1 + αβρ^w, ω^l = 1 − αβρ^l.
+
+    ρ = log π_g − log π_ref of the token, in `weights`, and βρ is the reward that DPO has given it
+    in the helper π_g. `guide` names the helper, as a run directory or adapter: a policy that DPO
+    (or another loss) has trained from the same reference. The helper's β is taken to be that of
+    this loss, as in the released code.
+
+    Source: arXiv 2506.14574, with the guidance f(u) = 1 + αu of its released code, whose α for
+    Llama-3-8B is the default.
+    """
+
+    alpha: float = 0.5
+    guide: str = ""
+    reads = frozenset({"log_ratio", "weights"})
+    helpers = ("guide",)
+    when = "Two trainings are affordable: the first one's rewards say which tokens count for more."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_possible = math.isfinite(self.alpha) and self.alpha >= 0
+        require(is_possible, f"alpha must not be negative, got {self.alpha}")
+
+    def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+        strength = self.alpha * self.beta
+        chosen, rejected = (
+            statistic_of(side, "weights").detach() for side in (scores.chosen, scores.rejected)
+        )
+        return 1 + strength * chosen, 1 - strength * rejected
 
 
 @dataclass(frozen=True)

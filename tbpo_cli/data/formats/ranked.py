@@ -11,8 +11,9 @@ from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of, messages, 
 from tbpo_cli.data.formats.dialogues import is_dialogue, read_dialogue
 from tbpo_cli.data.pairs import MadePairs, Message, Messages, RejectedRow, make_pair
 
-LISTS = ("responses", "completions", "answers", "candidates")
-SCORES = ("scores", "ratings", "overall_scores")  # the higher, the better
+# Names of the columns; the last one of LISTS and of SCORES is of SimPO's data.
+LISTS = ("responses", "completions", "answers", "candidates", "all_generated_responses")
+SCORES = ("scores", "ratings", "overall_scores", "all_rm_scores")  # the higher, the better
 RANKS = ("ranks", "ranking", "rank")  # 1 is the best
 # Of an answer that is a table of its own.
 TEXT_OF_ANSWER = ("response", "content", "text", "completion", "answer", "output")
