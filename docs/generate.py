@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tbpo_cli.cli.losses import as_markdown
-from tbpo_cli.config import choosing, evaluation, judging, training
+from tbpo_cli.config import choosing, evaluation, judging, rounds, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
 from tbpo_cli.core import GENERATORS, LOSSES
@@ -30,6 +30,7 @@ TABLES = {
     "[model.lora]": training.Lora,
     "[data]": training.Data,
     "[[data.train]]": training.Source,
+    "[rounds]": rounds.Rounds,
     "[choose]": choosing.Choose,
     "[judge]": judging.Judge,
     "[sft]": training.Sft,

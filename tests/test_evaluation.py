@@ -823,6 +823,112 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     assert not decide("perplexity.low > 0", read(run))["passed"]
 
 
+CHAT = """
+task: gsm8k_cot_llama
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: generate_until
+test_split: test
+num_fewshot: 2
+fewshot_config:
+  sampler: first_n
+  samples:
+    - {{question: "two", answer: "2"}}
+    - {{question: "red", answer: "cat"}}
+doc_to_text: "{{{{question}}}}?"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+generation_kwargs:
+  until: []
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+"""
+
+
+def test_a_chat_task_has_the_models_template_and_its_shots_as_turns(copied, tmp_path, monkeypatch):
+    """What the harness asks the template for, and what it gives the model to go on from."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    rendered, asked = [], []
+    render, generate_until = HFLM.apply_chat_template, HFLM._model_generate
+
+    def recorded(self, messages, **options):
+        rendered.append((messages, render(self, messages, **options)))
+        return rendered[-1][1]
+
+    def generated(self, context, **options):
+        asked.append((self.tokenizer.batch_decode(context), options["eos_token_id"]))
+        return generate_until(self, context=context, **options)
+
+    monkeypatch.setattr(HFLM, "apply_chat_template", recorded)
+    monkeypatch.setattr(HFLM, "_model_generate", generated)
+    recipe, run = copied
+    rows = [{"question": "one", "answer": "1"}]
+    chat, plain = tmp_path / "gsm8k_cot_llama.yaml", tmp_path / "letters.yaml"
+    chat.write_text(CHAT.format(data=write_jsonl(tmp_path / "rows.jsonl", rows)))
+    question = [{"question": "one", "choices": [" cat", " dog"], "label": 0}]
+    plain.write_text(TASK.format(data=write_jsonl(tmp_path / "letters.jsonl", question)))
+    suites = f"eval.suites=['{chat}', '{plain}']"
+    run_stage("eval", recipe, run, *SAME, suites, restart=True)
+    turns = [("user", "two?"), ("assistant", "2"), ("user", "red?"), ("assistant", "cat")]
+    for messages, _ in rendered:  # of the policy and of the reference; of the plain task none
+        assert [(m["role"], m["content"]) for m in messages] == [*turns, ("user", "one?")]
+    assert len(rendered) == len(asked) == 2
+    assert all(given == [text] for (given, _), (_, text) in zip(asked, rendered, strict=True))
+    assert asked[0][1] == [2], "the token at which the template ends an answer"
+    found = read(run)["models"]["policy"]["suites"]
+    assert found[str(chat)]["gsm8k_cot_llama"]["chat_template"] is True
+    assert found[str(plain)]["letters"]["chat_template"] is False
+    page = (run / "eval/report.html").read_text(encoding="utf-8")
+    assert "gsm8k_cot_llama.yaml, with the chat template" in page
+    assert "letters.yaml, without a chat template" in page
+
+
+def test_ifeval_is_the_task_of_the_harness(base, rows, tmp_path, monkeypatch):
+    """On rows of our own, in a folder of the data set's name: the answers that have no comma."""
+    for package in ("lm_eval", "langdetect", "immutabledict", "nltk"):
+        pytest.importorskip(package)
+    long = shutil.copytree(base, tmp_path / "base")  # for answers of up to 1,280 tokens
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    recipe, run = write_recipe(tmp_path / "tiny.toml", long, rows), tmp_path / "run"
+    kinds = {"red": "punctuation:no_comma", "one": "punctuation:no_comma"}
+    kinds["red dog"] = "change_case:english_capital"
+    held_out = [
+        {"key": n, "prompt": text, "instruction_id_list": [kind], "kwargs": [{"end_phrase": None}]}
+        for n, (text, kind) in enumerate(kinds.items())
+    ]
+    (tmp_path / "google/IFEval").mkdir(parents=True)
+    write_jsonl(tmp_path / "google/IFEval/train.jsonl", held_out)
+    monkeypatch.chdir(tmp_path)
+    run_stage("eval", recipe, run, *SHORT, "eval.suites=['ifeval']", "eval.gate=ifeval >= 0")
+    found = read(run)["models"]["policy"]["suites"]["ifeval"]["ifeval"]
+    assert found["metric"] == "prompt_level_strict_acc,none" and found["n"] == 3
+    assert found["chat_template"] is True and read(run)["gate"]["passed"]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "align/adapter")
+    model = AutoModelForCausalLM.from_pretrained(load_recipe(recipe).model.base)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True
+        )["input_ids"]
+        for row in held_out[:2]
+    ]
+    greedy = Sample(temperature=0.0, top_p=1.0, max_new_tokens=1280)
+    answers = tokenizer.batch_decode(
+        [list(one.token_ids) for one in generate(model, prompts, [0, 1], greedy, [2])],
+        skip_special_tokens=True,
+    )
+    right = sum("," not in answer and bool(answer.strip()) for answer in answers)
+    of_reference = read(run)["models"]["reference"]["suites"]["ifeval"]["ifeval"]
+    assert right and of_reference["value"] == pytest.approx(right / 3)
+
+
 def test_a_missing_harness_or_an_unknown_task_is_a_message(monkeypatch):
     from tbpo_cli.evaluation.suites import check_suites
 

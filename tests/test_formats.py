@@ -396,6 +396,39 @@ def test_a_column_that_no_row_has_is_an_error(recipe_file, tmp_path, columns, fi
     assert fix in error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("columns", "ours", "fix"),
+    [
+        ('{question = "prompt"}', "question", 'prompt = "prompt"'),  # `prompt` is read first
+        ('{completion = "chosen", rejected = "rejected"}', "completion", "take the line out"),
+        ('{rank = "chosen"}', "rank", "take the line out"),
+    ],
+)
+def test_a_key_of_columns_that_the_rows_format_does_not_read_is_an_error(
+    recipe_file, tmp_path, columns, ours, fix
+):
+    with pytest.raises(TbpoError) as error:
+        run_stage("prepare", recipe_file, tmp_path / "run", f"data.columns={columns}")
+    assert f"data.columns.{ours} is not read" in error.value.what
+    assert fix in error.value.fix
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"q": "cat", "model_a": "x", "response_a": "one", "response_b": "two", "best": "a"},
+        {"q": "cat", "responses": ["one", "two"], "marks": [1, 2]},
+    ],
+)
+def test_columns_that_a_format_reads_under_other_names_are_no_error(recipe_file, tmp_path, row):
+    theirs = {"prompt": "q", "winner": "best", "scores": "marks"}
+    columns = ", ".join(f'{ours} = "{name}"' for ours, name in theirs.items() if name in row)
+    train = write_jsonl(tmp_path / "rows.jsonl", [{**row, "q": f"cat {n}"} for n in range(4)])
+    sets = (f"data.train={train}", f"data.columns={{{columns}}}")
+    run = run_stage("prepare", recipe_file, tmp_path / "run", *sets)
+    assert len(PairStore(run / "prepare/train")) == 4
+
+
 def test_a_column_that_only_some_sources_have_is_read_where_it_is(recipe_file, tmp_path):
     rows = [
         {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from judge_server import chat_completion, chat_server
+from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
@@ -630,6 +631,14 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
         ("def f(prompt, completion):\n    raise SystemExit(0)\n", "f", "SystemExit: 0", ", line 2"),
         ("def f(prompt, completion):\n    return '1.0'\n", "f", "it returned '1.0'", "mine.py"),
         ("def f(prompt, completion):\n    return None\n", "f", "TypeError", "mine.py"),
+        ("import os\ndef f(*_):\n    os._exit(0)\n", "f",
+         "ended its process (exit code 0)", "mine.py"),
+        ("import os\nos._exit(5)\n", "f", "ended its process (exit code 5)", "mine.py"),
+        ("import os, signal\ndef f(*_):\n    os.kill(os.getpid(), signal.SIGKILL)\n", "f",
+         "ended its process (signal 9, SIGKILL)", "mine.py"),
+        ("import ctypes\ndef f(*_):\n    ctypes.string_at(0)\n", "f", "SIGSEGV", "mine.py"),
+        ("import os, sys\ndef f(*_):\n    os.closerange(3, 99)\n    return 1\n", "f",
+         "ended its process", "mine.py"),
     ],
 )  # fmt: skip
 def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, where):
@@ -703,9 +712,9 @@ def test_a_reward_model_reads_the_end_of_a_chat_that_is_too_long_and_says_so(
 @pytest.mark.parametrize(
     ("made", "what"),
     [
-        ({"num_labels": 2}, "it has 2 outputs"),
-        ({"template": False}, "it has 1 outputs and no chat template, and lacks no weights"),
-        (None, "the reward model cannot be used"),
+        ({"num_labels": 2}, "the reward model has 2 outputs"),
+        ({"template": False}, "the reward model has 1 outputs and no chat template"),
+        (None, "the model cannot be loaded"),
     ],
 )
 def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made, what):
@@ -713,12 +722,26 @@ def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made,
         reward_model(tokenizer, tmp_path / "rm", **made)
     with pytest.raises(TbpoError, match=what) as error:
         judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
-    assert "one output" in error.value.expected and "judge.reward_model" in error.value.where
+    assert made is None or "one output" in error.value.expected
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_language_model_is_no_reward_model(judges, base):
-    with pytest.raises(TbpoError, match="it has 2 outputs and a chat template, and lacks score"):
+    what = "not that of a LlamaForSequenceClassification: it lacks score.weight"
+    with pytest.raises(TbpoError, match=what):
         judges(f"judge.reward_model={base}")[0].compare(compare(("x", "y")))
+
+
+def test_a_reward_model_with_a_weight_missing_is_an_error_with_its_name(
+    judges, tokenizer, tmp_path
+):
+    reward_model(tokenizer, tmp_path / "rm")
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
+    with pytest.raises(TbpoError, match="up_proj") as error:
+        judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
+    assert "judge.reward_model" in error.value.where
 
 
 def test_a_judge_of_the_table_is_a_key_of_the_recipe_that_makes_it_judged(judges, recipe_file):

@@ -172,6 +172,9 @@ def test_the_card_has_metadata_that_the_hub_takes_and_figures_of_the_evaluation_
     }
     assert "It wins." in card.text and "71.0% (61.0% to 81.0%, n = 8)" in card.text
     assert "| distinct-1 | 0.300 (0.200 to 0.400, n = 8) | 0.300" in card.text
+    ends = json.loads((run / "align/adapter/generation_config.json").read_text())["eos_token_id"]
+    assert f"max_new_tokens=64, eos_token_id=[{ends}])" in card.text, "the base may stop elsewhere"
+    assert f"with one of the tokens {ends}." in card.text and "stop_token_ids" in card.text
     for part in (
         "| 40 | 40 train | none |",
         "`align.learning_rate` | 0.05",
@@ -247,6 +250,8 @@ def test_a_merged_model_is_published_in_shards_with_the_licence_of_the_base(
         "transformers",
         "finetune",
     )
+    text = card_of(server).text
+    assert "max_new_tokens=64)" in text and "generation_config.json" in text
     ids = torch.tensor([[5, 6, 7, 8]])
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), run / "align/adapter"

@@ -247,7 +247,7 @@ def test_several_runs_stand_in_a_table_of_methods_and_what_a_judge_cost_is_shown
     assert page.follows("other verdict in the other order", "prompt tokens", "cost")
     assert page.follows("10.0%", "5.0 to 15.0%", "12,345", "1.50")
     assert page.follows(
-        "open-llm-v1",
+        "open-llm-v1, without a chat template",
         "gsm8k",
         "●",
         "policy",

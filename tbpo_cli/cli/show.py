@@ -30,8 +30,8 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
     console.out.print()
     for name, (state, changes) in plan("eval", recipe, run_dir).items():
         _print(f"{STATES[state]} {'; '.join(changes)}", name)
-        if (name, state) == ("prepare", "new"):
-            run_dir.inputs(STAGES[name], recipe)  # says which files are not there
+    reader = "prepare" if recipe.rounds is None else "prompts"
+    run_dir.inputs(STAGES[reader], recipe)  # says which files are not there
     disk = 0.0
     for training in trainings_of(recipe):
         console.out.print()

@@ -66,7 +66,7 @@ class Eval:
     thinking: tuple[str, str] = ("<think>", "</think>")
     """The marks around thinking, which no judge is shown; ["", ""] shows everything."""
     suites: tuple[str, ...] = ()
-    """"open-llm-v1", names of lm-eval tasks, or paths of their YAML files."""
+    """"open-llm-v1", "ifeval", "gsm8k-chat", other lm-eval tasks, or paths of their YAML files."""
     gate: str = ""
     """A condition such as "win_rate > 0.5"; the exit code says whether it holds."""
 

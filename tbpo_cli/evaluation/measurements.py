@@ -15,7 +15,7 @@ from typing import Any
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
-from tbpo_cli.evaluation.measures import tasks_of
+from tbpo_cli.evaluation.measures import is_chat, tasks_of
 from tbpo_cli.model.policy import POLICY, REFERENCE
 from tbpo_cli.runs.files import read_sealed, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
@@ -84,7 +84,13 @@ def measurements_of(
         if recipe.judge_of_eval is not None and each.name not in recipe.sample.models:
             found.append(Measurement(each, "answers", "", own | drawn | {"sample": sampling}))
         for suite in settings.suites:
-            asked = {"suite": suite, "tasks": tasks_of(suite), "files": _task_file(inputs, suite)}
+            asked: Json = {
+                "suite": suite,
+                "tasks": tasks_of(suite),
+                "files": _task_file(inputs, suite),
+            }
+            if any(is_chat(task) for task, _ in tasks_of(suite)):
+                asked["chat"] = True
             found.append(Measurement(each, "suite", suite, own | asked))
     return found
 

@@ -99,7 +99,7 @@ class Measurer:
         with self.policy.view(candidate.view) as model:
             for task, shots in tasks_of(suite):
                 console.say(f"{task}, {candidate.name} …")
-                figures |= run_task(model, self.chat.tokenizer, task, shots, batch_size)
+                figures |= run_task(model, self.chat, task, shots, batch_size)
         return [{"suite": suite, "figures": figures}]
 
     def _complete(

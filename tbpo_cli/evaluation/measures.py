@@ -55,8 +55,21 @@ SUITES = {
         ("truthfulqa_mc2", 0),
         ("winogrande", 5),
         ("gsm8k", 5),
-    )
+    ),
+    "gsm8k-chat": (("gsm8k_cot_llama", 8),),
 }
+# Tasks of lm-eval whose published setting is a chat: the model's template, shots as turns before
+# the question. `ifeval`: arXiv 2311.07911; the others: arXiv 2407.21783, which names them so.
+CHAT_TASKS = frozenset(
+    {
+        "ifeval",
+        "leaderboard_ifeval",
+        "gsm8k_cot_llama",
+        "gsm8k_platinum_cot_llama",
+        "arc_challenge_chat",
+        "asdiv_cot_llama",
+    }
+)
 
 COMPARISONS = {
     ">=": operator.ge,
@@ -73,6 +86,17 @@ GATE = re.compile(rf"\s*(\S+?)(?:\.(low|high|n))?\s*({'|'.join(COMPARISONS)})\s*
 def tasks_of(suite: str) -> tuple[tuple[str, int | None], ...]:
     """(task, shots) of an entry of `eval.suites`; None for the task's own number of shots."""
     return SUITES.get(suite, ((suite, None),))
+
+
+def is_chat(task: str) -> bool:
+    """Whether a task, or the task in a YAML file of its name, is run as a chat."""
+    return Path(task).stem in CHAT_TASKS
+
+
+def setting_of(suite: str) -> str:
+    """How a suite is run, in words."""
+    has_template = all(is_chat(task) for task, _ in tasks_of(suite))
+    return f"{'with the' if has_template else 'without a'} chat template"
 
 
 def labels(sources: Sequence[str]) -> list[str]:

@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.measures import SUITES, tasks_of
+from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
 from tbpo_cli.evaluation.stats import Figure, normal_figure
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from tbpo_cli.data.templates import Chat
+
 # The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of
 # that leaderboard.
-HEADLINES = ("acc_norm,none", "acc,none", "exact_match,strict-match")
+HEADLINES = (
+    "acc_norm,none",
+    "acc,none",
+    "exact_match,strict-match",
+    "prompt_level_strict_acc,none",
+)
 
 
 def check_suites(suites: Sequence[str]) -> None:
@@ -45,12 +52,13 @@ def check_suites(suites: Sequence[str]) -> None:
 
 
 def run_task(
-    model: nn.Module, tokenizer: Any, task: str, shots: int | None, batch_size: int
+    model: nn.Module, chat: Chat, task: str, shots: int | None, batch_size: int
 ) -> dict[str, Figure]:
     """The headline figure, with `metric`, its name, of a task; of a tag, those of its tasks.
 
-    The interval is ± 1.96 of the harness's own standard error. Raises TbpoError if the harness
-    cannot run the task.
+    A task of CHAT_TASKS is run with the model's chat template, its shots as turns, and answers end
+    where the template ends them. The interval is ± 1.96 of the harness's own standard error. Raises
+    TbpoError if the harness cannot run the task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -60,15 +68,22 @@ def run_task(
         "num_fewshot": shots,
         "log_samples": False,
         "task_manager": _index(not Path(task).is_file()),
+        "apply_chat_template": is_chat(task),
+        "fewshot_as_multiturn": is_chat(task),
+        "gen_kwargs": {"eos_token_id": list(chat.end_ids)} if is_chat(task) else None,
     }
     try:
         with nullcontext() if console.err.is_terminal else redirect_stderr(StringIO()):  # its bars
             found = simple_evaluate(
-                HFLM(model, tokenizer=tokenizer, batch_size=batch_size), tasks=[task], **settings
+                HFLM(model, tokenizer=chat.tokenizer, batch_size=batch_size),
+                tasks=[task],
+                **settings,
             )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        expected = "a task whose data can be read or downloaded"
+        expected = (
+            "a task whose data can be read or downloaded; ifeval needs the packages of tbpo[suites]"
+        )
         raise TbpoError(
             f"lm-eval cannot run the task {task}: {reason}", "eval.suites", expected
         ) from error
@@ -82,6 +97,7 @@ def run_task(
         Path(task).stem if len(names) == 1 else name: _headline(
             results[name], counts.get(name, every)
         )
+        | {"chat_template": is_chat(task)}
         for name in names
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,19 @@ def is_whole(recipe: Recipe) -> bool:
 
 
 def render_card(
-    recipe: Recipe, base: Base, results: dict[str, Any] | None, manifests: dict[str, Any]
+    recipe: Recipe,
+    base: Base,
+    results: dict[str, Any] | None,
+    manifests: dict[str, Any],
+    end_ids: Sequence[int] = (),
 ) -> str:
     """The card of a run: its text is that of push.card, or of templates/card.md.
 
     No name, value or result can add to its metadata or its markup.
+
+    Args:
+        end_ids: the tokens at which generation is to stop. Whole weights have them in their
+            generation config; an adapter has none, and its base may stop at others.
 
     Raises:
         TbpoError: if the template cannot be rendered.
@@ -44,8 +53,10 @@ def render_card(
         "repo": recipe.push.repo or "USER/NAME",
         "base": base,
         "whole": is_whole(recipe),
+        "end_ids": list(end_ids),
         "results": results,
         "manifests": manifests,
+        "judge": _judge(recipe),
         "name_of": name_of,
         "measures": MEASURES,
         "settings": settings,
@@ -63,6 +74,15 @@ def render_card(
             "mend it",
         ) from None
     return f"---\n{_metadata(recipe, base, results).to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _judge(recipe: Recipe) -> str:
+    """Who marked the answers that the pairs are made of; "" if nobody has."""
+    judge = recipe.judge
+    if recipe.rounds is None or judge is None:
+        return ""
+    name = str(judge.scorer or judge.reward_model or judge.model)
+    return name_of(name.removeprefix("python:"))
 
 
 def _environment() -> Environment:

@@ -23,7 +23,7 @@ from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.model.policy import Policy
-from tbpo_cli.model.probes import check_positions, reads_padding
+from tbpo_cli.model.probes import check_positions, differ, probe_ids, reads_padding
 from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 
@@ -151,7 +151,8 @@ def completions(
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Yields (place, completion) of prompts, a batch of prompts of like length at a time.
 
-    A model that reads the padding on the left gets prompts of one length at a time, without any.
+    A model that reads the padding on the left gets prompts of one length at a time, without any;
+    one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time.
 
     Raises:
         TbpoError: if a prompt and its completion need more positions than the model has.
@@ -167,7 +168,8 @@ def completions(
         "a smaller sample.max_new_tokens; for the diversity: eval.diversity_prompts = 0",
     )
     same_length = reads_padding(model) is not None
-    for batch in _batches(places, prompts, settings.batch_size, same_length):
+    size = 1 if settings.batch_size > 1 and _mixes_sequences(model) else settings.batch_size
+    for batch in _batches(places, prompts, size, same_length):
         asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
         yield list(zip(batch, generate(model, asked, drawn, settings, stop_ids), strict=True))
 
@@ -191,6 +193,49 @@ def seed_of(seed: int, prompt_id: str, number: int) -> int:
         int.from_bytes(hashlib.sha256(f"{seed} {prompt_id} {number}".encode()).digest()[:8], "big")
         >> 1
     )
+
+
+def _mixes_sequences(model: LanguageModel) -> bool:
+    """Whether sequences of one length get other logits in a batch than each alone, with a cache."""
+    length, num_new = 6, 3
+    rows = [probe_ids(model, length + num_new, start) for start in (0, length + num_new)]
+    together, *alone = (_logits_with_a_cache(model, some, length) for some in (rows, *zip(rows)))
+    return differ(together, torch.cat(alone), causal_model(model).dtype)
+
+
+def _logits_with_a_cache(
+    model: LanguageModel, rows: Sequence[Sequence[int]], length: int
+) -> Tensor:
+    """(B, n, V): logits as `generate` computes them while it says what follows `length` tokens."""
+    ids = torch.tensor(rows, device=next(model.parameters()).device)
+    say = _Say(ids)
+    with _without_settings(model) as causal, torch.no_grad():
+        causal.generate(
+            input_ids=ids[:, :length],
+            attention_mask=torch.ones_like(ids[:, :length]),
+            generation_config=GenerationConfig(
+                max_new_tokens=ids.shape[1] - length, do_sample=False, pad_token_id=0
+            ),
+            logits_processor=LogitsProcessorList([say]),
+        )
+    return torch.stack(say.logits, dim=1)
+
+
+class _Say(LogitsProcessor):
+    """Makes `generate` say given tokens, and notes the logits.
+
+    Args:
+        ids: (B, L), of which the prompts are the beginning.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.logits: list[Tensor] = []  # (B, V) a step
+        self._ids = ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores)
+        said = self._ids[:, input_ids.shape[1], None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, said, 0.0)
 
 
 class _Draw(LogitsProcessor):

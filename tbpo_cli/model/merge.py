@@ -46,7 +46,7 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
     if was_tied and not _is_tied(merged):
         merged.config.tie_word_embeddings = False
         merged.config.get_text_config().tie_word_embeddings = False
-    published = generation_config(merged, _end_ids(adapter))
+    published = generation_config(merged, saved_end_ids(adapter))
     merged.save_pretrained(folder, max_shard_size=max_shard_size)
     published.save_pretrained(folder)
 
@@ -56,11 +56,11 @@ def _is_tied(model: LanguageModel) -> bool:
     return head is not None and head.weight is embeddings.weight
 
 
-def _end_ids(adapter: Path) -> list[int]:
-    """The tokens at which generation stops, as they were saved beside the adapter."""
-    if not (adapter / GENERATION_CONFIG_NAME).exists():
+def saved_end_ids(trained: Path) -> list[int]:
+    """The tokens at which generation stops, as they were saved beside trained weights."""
+    if not (trained / GENERATION_CONFIG_NAME).exists():
         return []
-    ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
+    ends = GenerationConfig.from_pretrained(str(trained)).eos_token_id
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list) else [ends]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
-from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE
+from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE, setting_of
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.evaluation_charts import panels_of
 from tbpo_cli.report.pages import write_page
@@ -164,7 +164,7 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     for suite in dict.fromkeys(suite for model in models.values() for suite in model["suites"]):
         of_suite = {name: model["suites"].get(suite, {}) for name, model in models.items()}
         tasks = dict.fromkeys(task for figures in of_suite.values() for task in figures)
-        found.append((suite, *_table(tasks, of_suite)))
+        found.append((f"{suite}, {setting_of(suite)}", *_table(tasks, of_suite)))
     for name, model in models.items():
         buckets = {
             f"{b['shortest']} to {b['longest']}": b["metrics"]

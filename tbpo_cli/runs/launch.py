@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError, ToldError
@@ -245,7 +245,7 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
             psutil.Popen(
                 processes.command(str(folder)),
                 env=environment,
-                stdin=held_lock(folder.parent / "lock") or subprocess.DEVNULL,
+                stdin=_lock_above(folder) or subprocess.DEVNULL,
                 start_new_session=True,
             )
         )
@@ -284,6 +284,12 @@ def _wait(launcher: psutil.Popen, folder: Path, processes: Processes) -> int:
                 return int(launcher.wait(timeout=machines.EVERY))
     finally:
         signs.end()
+
+
+def _lock_above(folder: Path) -> BinaryIO | None:
+    """The lock that this process holds of the run that a stage's folder is in."""
+    locks = (held_lock(parent / "lock") for parent in folder.parents)
+    return next((lock for lock in locks if lock is not None), None)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from tbpo_cli.report.diagnoses import AFTER, diagnose
 from tbpo_cli.report.facts import after_evaluation
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.rounds import with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -82,7 +83,11 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     samples = _samples(recipe, run_dir)
     others = [each.name for each in candidates[2:]]
     win_rates, verdicts, scores = judge_all(
-        recipe, run_dir, samples, others, lambda key: _cache_of(recipe, run_dir, key)
+        with_pairs(recipe, run_dir),
+        run_dir,
+        samples,
+        others,
+        lambda key: _cache_of(recipe, run_dir, key),
     )
     models = {
         each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
@@ -143,7 +148,12 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = load_chat(recipe.model, recipe.data.template_date)
     measurer = Measurer(
-        recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
+        with_pairs(recipe, run_dir),
+        run_dir.stage("prepare") / "eval",
+        chat,
+        policy,
+        group.share,
+        budget.attempt,
     )
     for one in wanted:
         rows = [row for share in group.gather(measurer.measure(one)) for row in share]

@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Data, Recipe, Source
 from tbpo_cli.config.toml import TOKENIZER_FILES
 from tbpo_cli.data.chunks import workers
-from tbpo_cli.data.formats.unknown import absent_columns
+from tbpo_cli.data.formats import columns_read
+from tbpo_cli.data.formats.unknown import absent_columns, unread_columns
 from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
 from tbpo_cli.data.selection import Counts, PairFilter
-from tbpo_cli.data.sources import ROWS_AT_A_TIME, read_rows
+from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError, gather
-from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
+from tbpo_cli.report.preparation import write_report
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.sharing import complete_beside, copy_stage
 from tbpo_cli.runs.stage import Stage
 
 Work = tuple[
@@ -34,15 +35,13 @@ Work = tuple[
 ]  # recipe key, its sources, their split, where the pairs go
 
 FEW_PROMPTS = 20
-KEY = {  # of the parts of a pair: style, meaning
-    "prompt": ("dim", "The prompt is never in the loss;"),
-    "aligned": ("green", "aligned tokens are read by every loss;"),
-    "tail": ("yellow", "a tail by those of whole responses."),
-}
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Prepares the training, evaluation and SFT pairs of a recipe.
+
+    A run beside this one that has them from the same inputs is copied, unless --restart asks for
+    new ones.
 
     Raises:
         TbpoError: for a source that cannot be read, a template that cannot be cut, or too many
@@ -53,6 +52,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
     Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
+    if not run_dir.is_restarted("prepare") and _copied(recipe, run_dir, fingerprint(tokenizer)):
+        return
     data = recipe.data
     work = _work(recipe)
     _check_sources(work, data)
@@ -81,7 +82,35 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "tokenizer": fingerprint(tokenizer),
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_report(recipe, folder, [vars(count) for count in counts])
+    _finish(recipe, run_dir, facts)
+
+
+def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
+    """Completes the stage with what a run beside this one has prepared from the same inputs.
+
+    Args:
+        tokenizer: what names the tokenizer's content, which may be the Hub's.
+    """
+    other = complete_beside(run_dir, "prepare")
+    manifest = other.manifest("prepare") if other else {}
+    if other is None or manifest["tokenizer"] != tokenizer:
+        return False
+    if not copy_stage(other, run_dir, "prepare"):
+        return False
+    console.say(
+        f"prepare: the pairs of {console.short(other.path)} are copied, which were made from the"
+        " same inputs (tbpo prepare RECIPE --restart makes them anew)"
+    )
+    facts = {name: manifest[name] for name in ("counts", "tokenizer", "seconds")}
+    _finish(recipe, run_dir, facts | {"copied_from": str(other.path)})
+    check(recipe, run_dir)
+    return True
+
+
+def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
+    """Writes report.html and the manifest, and reports the complete stage."""
+    folder = run_dir.stage("prepare")
+    write_report(recipe, folder, facts["counts"])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
 
@@ -98,7 +127,9 @@ def _work(recipe: Recipe) -> list[Work]:
 
 
 def _check_sources(work: list[Work], data: Data) -> None:
-    """Raises TbpoError for rows that are both trained and measured on, and for absent columns."""
+    """Raises TbpoError for rows that are both trained and measured on, and for columns that the
+    recipe names and that are absent or not read.
+    """
     places: dict[tuple[str | None, ...], str] = {}
     for key, sources, split, _ in work[:2] if data.eval is not None else []:
         for source in sources:
@@ -118,15 +149,24 @@ def _check_sources(work: list[Work], data: Data) -> None:
                     "leave data.eval out: data.eval_fraction of the prompts are held out then",
                 )
     if data.columns:
-        seen: set[str] = set()
-        for key, sources, split, _ in work:
-            for source in sources:
-                rows = itertools.islice(read_rows(source, split, key), ROWS_AT_A_TIME)
-                seen |= {
-                    name for row in rows if isinstance(row.content, dict) for name in row.content
-                }
-        named = ", ".join(source.path for _, sources, *_ in work for source in sources)
-        gather(absent_columns(data.columns, seen, named))
+        _check_columns(work, data)
+
+
+def _check_columns(work: list[Work], data: Data) -> None:
+    """Raises TbpoError for [data.columns] that no source has, or that its format does not read."""
+    seen: set[str] = set()
+    samples: list[tuple[str, list[Row]]] = []
+    for key, sources, split, _ in work:
+        for source in sources:
+            rows = list(itertools.islice(read_rows(source, split, key), ROWS_AT_A_TIME))
+            samples.append((key, rows))
+            seen |= {name for row in rows if isinstance(row.content, dict) for name in row.content}
+    where = ", ".join(source.path for _, sources, *_ in work for source in sources)
+    gather(absent_columns(data.columns, seen, where))
+    found = [columns_read(iter(rows), data, key == "sft.train") for key, rows in samples if rows]
+    read = set().union(*(columns for _, columns in found))
+    formats = dict.fromkeys(name for name, _ in found)
+    gather(unread_columns(data.columns, read, formats, where))
 
 
 def _hold_out(recipe: Recipe, folder: Path, kept: PairFilter) -> set[str]:
@@ -193,37 +233,6 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
     console.say(f"more about them: {console.short(folder / 'report.html')}")
-
-
-def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first training pairs of the complete stage to stdout as the model sees them, token
-    by token.
-    """
-    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
-    console.out.print(
-        "│ ends a token, ‖ the aligned part.",
-        *(f"[{style}]{text}[/]" for style, text in KEY.values()),
-    )
-    for index in range(min(num_pairs, len(store))):
-        console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
-        for name, tokens in shown_parts(store[index], tokenizer).items():
-            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
-            console.out.print(_line(tokens, with_ids))
-
-
-def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
-    line = Text()
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(
-            console.plain(token.text).replace("\n", "⏎\n"),
-            f"{KEY[token.part][0]}{' bold' if token.control else ''}",
-        )
-        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
-        line.append(
-            "‖" if token.part == "aligned" and following and following.part == "tail" else "│",
-            "dim",
-        )
-    return line
 
 
 def check(recipe: Recipe, run_dir: RunDir) -> None:

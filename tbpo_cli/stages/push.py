@@ -65,7 +65,7 @@ def run(
                 "e.g. apache-2.0",
                 "--set push.license=…",
             )
-        card = render_card(recipe, base, results, manifests)
+        card = _card(recipe, run_dir, base, results, manifests)
         texts = _texts(recipe, run_dir, base, card, results)
         head = "" if dry_run else open_repository(repo, recipe, texts["README.md"])
         files: Files = {name: text.encode() for name, text in texts.items()}
@@ -100,7 +100,7 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.partial")
     with run_dir.lock(), told_as_unwritable(folder.parent):
         base = local_base(recipe, manifests["align"])
-        card = render_card(recipe, base, results, manifests)
+        card = _card(recipe, run_dir, base, results, manifests)
         texts = _texts(recipe, run_dir, base, card, results)
         files: Files = {name: text.encode() for name, text in texts.items()}
         files |= _weights(recipe, run_dir, base)
@@ -124,6 +124,19 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
         words = ["vllm", "serve", base.id, "--enable-lora", "--max-lora-rank", rank]
         words += ["--lora-modules", module]
     console.show(shlex.join(words))
+
+
+def _card(
+    recipe: Recipe,
+    run_dir: RunDir,
+    base: Base,
+    results: dict[str, Any] | None,
+    manifests: dict[str, Any],
+) -> str:
+    from tbpo_cli.model.merge import saved_end_ids
+
+    ends = saved_end_ids(run_dir.weights("align"))
+    return render_card(recipe, base, results, manifests, ends)
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
@@ -178,9 +191,13 @@ def _public(recipe: Recipe, base: Base) -> Recipe:
     sample = recipe.sample
     if sample.endpoint is not None:
         sample = replace(sample, endpoint=NOWHERE)
+    rounds = recipe.rounds
+    if rounds is not None and rounds.endpoint is not None:
+        rounds = replace(rounds, endpoint=NOWHERE)
     revision = None if Path(base.id).is_absolute() else base.revision
     return replace(
         recipe,
+        rounds=rounds,
         model=replace(recipe.model, base=base.id, revision=revision),
         sample=sample,
         judge=_public_judge(recipe.judge),

@@ -18,6 +18,7 @@ from tbpo_cli.evaluation.answers import write_answers
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.rounds import with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -104,7 +105,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
     group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
-    prompts = prompts_of(recipe, run_dir.stage("prepare") / "eval", chat)
+    prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
     left = group.share([key for key in _keys(recipe, prompts) if key not in done])
@@ -170,12 +171,16 @@ def _sample(
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     """The aligned policy, or another adapter in its place, with the reference."""
     from tbpo_cli.model.adapters import local_adapter
-    from tbpo_cli.model.load import load_trained
+    from tbpo_cli.model.load import load_base_alone, load_trained
     from tbpo_cli.train.group import Group
 
-    device = Group.of_environment().device
-    if recipe.sample.adapter:
-        return load_trained(recipe, device, local_adapter(recipe.sample.adapter), None)
+    device, settings = Group.of_environment().device, recipe.sample
+    if settings.models == ("reference",) and recipe.sft is None and recipe.model.adapter is None:
+        return load_base_alone(recipe, device)
+    if settings.adapter and (Path(settings.adapter) / "config.json").exists():
+        return load_base_alone(recipe, device, settings.adapter)  # of a round without an adapter
+    if settings.adapter:
+        return load_trained(recipe, device, local_adapter(settings.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
@@ -246,8 +251,11 @@ def _show(samples: list[Json]) -> None:
 
 
 def _needs(recipe: Recipe) -> tuple[str, ...]:
-    trained = () if recipe.sample.adapter else recipe.training_stages
-    return ("prepare", *trained)
+    """The base alone, and an adapter of elsewhere, need no training; a file needs no pairs."""
+    settings = recipe.sample
+    is_base = settings.models == ("reference",) and recipe.sft is None
+    trained = () if settings.adapter or is_base else recipe.training_stages
+    return ("prepare", *trained) if trained or settings.prompts == "eval" else ()
 
 
 STAGE = Stage(

@@ -1,17 +1,19 @@
 """Every causal architecture of the installed transformers through the product, beside transformers.
 
-    python tests/benchmarks/architectures.py [KIND …]    half an hour on two cores
+    python tests/benchmarks/architectures.py [KIND …]    an hour on two cores
 
-A small random checkpoint of each is trained, sampled, merged and shown by the product's commands;
-the figures are compared with those of tests/plain.py, a pass a sequence. The table says which
-ones agree, which ones are refused and how, and which ones have no small checkpoint here.
+Each architecture has a process of its own, which may end in any way. A small random checkpoint of
+it is trained, sampled, merged and shown by the product's commands; the figures are compared with
+those of tests/plain.py, a pass a sequence. The table says which ones agree, which ones are refused
+and how, and which ones have no small checkpoint here.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
@@ -22,8 +24,10 @@ import transformers  # noqa: E402
 from conftest import train_tokenizer  # noqa: E402
 from zoo import compare, families  # noqa: E402
 
-SECONDS = 120  # for one architecture
+SECONDS = 900  # for one architecture
 PROCESSES = 2
+BESIDE = multiprocessing.get_context("forkserver")
+BESIDE.set_forkserver_preload(["transformers", "peft", "zoo.compare", "tbpo_cli.train.loop"])
 RESULTS = TESTS / "benchmarks/results/architectures.md"
 
 
@@ -45,10 +49,32 @@ def examine(kind):
     return kind, "agrees", found.layout
 
 
+def send(kind, pipe):
+    pipe.send(examine(kind))
+
+
+def in_a_process(kind):
+    """What `examine` gives, by a process of its own."""
+    ours, theirs = BESIDE.Pipe(duplex=False)
+    process = BESIDE.Process(target=send, args=(kind, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(SECONDS + 60):
+            return ours.recv()
+        return kind, "FAULT", f"it takes more than {SECONDS} s, and cannot be stopped from within"
+    except EOFError:
+        process.join()
+        return kind, "FAULT", f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
 def main(kinds):
     rows = []
-    with ProcessPoolExecutor(PROCESSES, max_tasks_per_child=20) as pool:
-        for kind, outcome, details in pool.map(examine, kinds):
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for kind, outcome, details in pool.map(in_a_process, kinds):
             details = " ".join(details.split())[:160].replace("|", "/")
             rows.append((kind, outcome, details))
             print(kind, outcome, details, sep=" | ", flush=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -171,7 +172,11 @@ def to_pairs(row: Row, format_name: str, data: Data, chooser: Chooser | None = N
     Raises:
         RejectedRow: with the reason why the row cannot be used.
     """
-    content, known = renamed(row.content, data.columns), FORMATS[format_name]
+    return _made(renamed(row.content, data.columns), FORMATS[format_name], chooser or Chooser())
+
+
+def _made(content: Any, known: Format, chooser: Chooser) -> MadePairs:
+    """The pairs of a row with our names of columns: see `to_pairs`."""
     if _is_deep(content):
         raise RejectedRow("wrong_type", f"lists and tables are nested more than {MAX_DEPTH} deep")
     if not isinstance(content, dict):
@@ -184,9 +189,53 @@ def to_pairs(row: Row, format_name: str, data: Data, chooser: Chooser | None = N
             is_there = any(name in content for name in names)
             raise RejectedRow("null_column" if is_there else "missing_column", names[0])
     if known.parse_all is not None:
-        return known.parse_all(content, chooser or Chooser())
+        return known.parse_all(content, chooser)
     assert known.parse is not None
     return MadePairs([known.parse(content)])
+
+
+class _NotingReads(dict[str, Any]):
+    """A row that notes which of its columns are read."""
+
+    def __init__(self, content: dict[str, Any], read: set[str]) -> None:
+        super().__init__(content)
+        self.read = read
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self.read.add(column)
+        return super().get(column, default)
+
+    def __or__(self, more: dict[str, Any]) -> _NotingReads:  # type: ignore[override]  # narrower
+        return _NotingReads({**self, **more}, self.read)
+
+
+def columns_read(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[str, set[str]]:
+    """The format of some rows, and the columns, by our names, that are read to make their pairs.
+
+    A row has only some of the columns that its format knows, and of two names for one thing only
+    the first is read.
+
+    Returns:
+        All that `data.columns` names, where no row makes a pair, or completions are paired up.
+
+    Raises:
+        TbpoError: if the rows are of no known format.
+    """
+    data = replace(data, format="auto") if for_sft else data
+    name, rows = recognise(rows, data, for_sft)
+    read: set[str] = set()
+    is_made = False
+    for row in rows if name in FORMATS and name != "unpaired" else ():
+        content = renamed(row.content, data.columns)
+        noting = _NotingReads(content, read) if isinstance(content, dict) else content
+        with suppress(RejectedRow):
+            is_made |= bool(_made(noting, FORMATS[name], Chooser()).pairs)
+    return name, read if is_made else read | {*data.columns}
 
 
 def _is_deep(content: Any) -> bool:

@@ -120,3 +120,33 @@ def absent_columns(columns: dict[str, str], seen: set[str], where: str) -> list[
             )
         )
     return faults
+
+
+def unread_columns(
+    columns: dict[str, str], read: set[str], formats: Iterable[str], where: str
+) -> list[TbpoError]:
+    """Keys of [data.columns] that the formats of the rows do not read.
+
+    Args:
+        read: the columns of the first rows of all sources that are read, by our names.
+        formats: of these sources.
+        where: these sources.
+    """
+    used = sorted(read)
+    return [
+        TbpoError(
+            f"data.columns.{ours} is not read: the rows are of the format {', '.join(formats)}",
+            where,
+            f"our name of a column that such rows are read by, such as {', '.join(used)}",
+            f'{near} = "{theirs}"' if (near := _alike(ours, used)) else "take the line out",
+        )
+        for ours, theirs in columns.items()
+        if ours not in read
+    ]
+
+
+def _alike(name: str, names: Iterable[str]) -> str:
+    """The name of the same thing, or the one that is spelt most like it; "" if there is none."""
+    names = list(names)
+    same = [ours for ours, words in LIKELY.items() if ours in names and name in words]
+    return next(iter(same), "") or nearest(name, names)

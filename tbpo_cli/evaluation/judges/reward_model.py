@@ -64,33 +64,22 @@ def _reward_model(source: str, key: str) -> Any:
     from accelerate.utils import parse_flag_from_env
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    from tbpo_cli.model.base import load_whole, refused_with_a_reason
+
+    with refused_with_a_reason(source, key):
+        kind = AutoModelForSequenceClassification
+        model = load_whole(kind, source, key, dtype="auto", trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(
             source, padding_side="right", truncation_side="left"
         )
-        if (
-            (outputs := model.config.num_labels) != 1
-            or info["missing_keys"]
-            or not tokenizer.chat_template
-        ):
-            template = "a" if tokenizer.chat_template else "no"
-            missing = ", ".join(info["missing_keys"]) or "no weights"
-            raise ValueError(
-                f"it has {outputs} outputs and {template} chat template, and lacks {missing}"
-            )
-    except (OSError, ValueError, ImportError) as error:
-        what = f"the reward model cannot be used: {str(error).splitlines()[0]}"
-        expected = (
-            "a sequence classification model with one output and a chat template, in safetensors"
+    if model.config.num_labels != 1 or not tokenizer.chat_template:
+        template = "a" if tokenizer.chat_template else "no"
+        raise TbpoError(
+            f"the reward model has {model.config.num_labels} outputs and {template} chat template",
+            f"{key} = {source!r}",
+            "a sequence classification model with one output and a chat template, in safetensors",
+            f"change {key}",
         )
-        raise TbpoError(what, f"{key} = {source!r}", expected, f"change {key}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     return pipeline(
