@@ -92,6 +92,17 @@ class RunDir:
         """What a complete stage says of itself; empty if it is not complete."""
         return read_sealed(self.stage(name) / MANIFEST)
 
+    def require(self, name: str, how: str = "its manifest is missing") -> None:
+        """Raises TbpoError if a stage that has ended is not complete; `how` it ended."""
+        if not self.manifest(name):
+            raise TbpoError(
+                f"the stage {name} ended and is not complete: {how}",
+                str(self.stage(name)),
+                "a stage that runs to its end",
+                "look at code of your own that the recipe names; the same command goes on from "
+                "there",
+            )
+
     def damage(self, name: str) -> list[str]:
         """What of a complete stage is not as it was written, one line a file. Reads all of it."""
         manifest = self.manifest(name)
