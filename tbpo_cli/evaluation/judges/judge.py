@@ -131,7 +131,9 @@ def score_judge(
                     file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
         if failed:
             say_failures(name, list(failed.values()), len({*keys}))
-        return [Mark(known[key]) if key in known else Mark(None, failed[key].what) for key in keys]
+        return [
+            Mark(known[key]) if key in known else Mark(None, _reason(failed[key])) for key in keys
+        ]
 
     def compare(comparisons: Sequence[Comparison]) -> list[Verdict]:
         answers = [
@@ -159,6 +161,14 @@ def _no_score(name: str, value: float | TbpoError) -> TbpoError:
         return value
     fix = "name another judge"
     return TbpoError(f"{name} gives the score {value}", name, "a finite number", fix)
+
+
+def _reason(failure: TbpoError) -> str:
+    """Why there is no score: what the judge itself raised, without the answer, so that answers that
+    fail alike have the same reason.
+    """
+    cause = failure.__cause__
+    return failure.what if cause is None else f"{type(cause).__name__}: {cause}"
 
 
 def _verdict(a: Mark, b: Mark) -> Verdict:

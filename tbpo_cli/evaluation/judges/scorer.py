@@ -58,7 +58,10 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
                 raise ValueError(f"it returned {value!r:.100}")
             return float(value)
         except (Exception, SystemExit) as error:
-            return _failure(f"the scorer {name} fails for the prompt {text[:200]!r}", error, file)
+            what = f"the scorer {name} fails for the prompt {text[:200]!r}"
+            failure = _failure(what, error, file)
+            failure.__cause__ = error
+            return failure
 
     return score_judge(
         f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers), cache
