@@ -161,6 +161,7 @@ def test_a_function_that_fails_for_some_answers_gives_the_others_their_marks(
     marks = marker_of(recipe, lambda key: cache).mark([*ANSWERS, ANSWERS[3]])
     assert [mark.value for mark in marks] == [1.0, 3.0, None, None, None]
     reasons = ["ValueError: no three", "ValueError: it returned nan"]
+    reasons = [f"the scorer score fails: {reason}" for reason in reasons]
     assert [mark.reason for mark in marks[2:4]] == reasons, "alike where they fail alike"
     said = capsys.readouterr().err
     assert "mine.py:score gives no mark to 2 of 4 answers" in said and "no three" in said
@@ -297,7 +298,10 @@ def test_a_win_rate_by_the_judge_that_chose_the_pairs_is_said_to_be_no_evidence(
     run = run_stage("eval", recipe_file, tmp_path / "run", *sets)
     assert "mine.py:score gives no mark to " in capsys.readouterr().err
     facts = json.loads((run / "rounds/1/mark/manifest.json").read_text())["without_mark"]
-    assert {"ValueError: no such length", "ValueError: it returned nan"} == facts.keys()
+    assert sorted(facts) == [
+        "the scorer score fails: ValueError: it returned nan",
+        "the scorer score fails: ValueError: no such length",
+    ]
     results = json.loads((run / "eval/results.json").read_text())
     (said,) = (line for line in results["warnings"] if "no evidence" in line)
     assert said.startswith("the win rate by judge.scorer is no evidence")

@@ -157,9 +157,7 @@ class Lab:
         """Hashes of the files of a run and of what it published, without what measures time."""
         hashes = {}
         for path in sorted(run.rglob("*")):
-            # A cache that grows line by line: after a cut it may hold them in another order.
-            is_cache = "eval/kept/scores-" in path.as_posix()
-            if path.is_file() and not is_cache:
+            if path.is_file():
                 hashes[str(path.relative_to(run))] = _hash_of(path)
         for path in (self.folder / "hub/models/me").glob(f"{run.name}/*"):
             hashes[f"hub/{path.name}"] = _hash_of(path)
