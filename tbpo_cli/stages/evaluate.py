@@ -106,6 +106,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
         "tests": paired_tests(pairs, verdicts),
+        "same_judges": recipe.same_judges,
     }
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
