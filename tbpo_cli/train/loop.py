@@ -19,6 +19,7 @@ from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, describe_attention
 from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.layout import PADDED, apply_layout, choose_layout, confirm_layout
+from tbpo_cli.model.probes import attention_of
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
@@ -145,7 +146,7 @@ def say_ways(run: TrainingRun, scorer: Scorer, layout: str, reason: str) -> None
     """
     policy, device = run.policy, run.group.device
     models = [causal_model(model) for model in policy.models]
-    attention = models[0].config._attn_implementation
+    attention = attention_of(models[0])
     slow = reason if layout == PADDED and run.settings.layout == "auto" else ""
     if attention == BY_SEQUENCE:
         dtype = policy.autocast or models[0].dtype

@@ -14,6 +14,7 @@ from tbpo_cli.config.recipe import Model, Training
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.probes import attention_of, set_attention
 from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
@@ -49,7 +50,7 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    before = causal.config._attn_implementation
+    before = attention_of(causal)
     # Rotary positions may note what they saw in a pass: all modules are put back as they were.
     attributes = [(module, dict(vars(module))) for module in causal.modules()]
     rows = {
@@ -59,7 +60,7 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
     causal.train()
     try:
         # Other implementations read the numbers of their masks.
-        causal.set_attn_implementation(BY_SEQUENCE)
+        set_attention(causal, BY_SEQUENCE)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             functional_call(core, twins, (), rows)
         for twin in twins.values():
@@ -69,7 +70,7 @@ def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[fl
         # Its code reads numbers.
         whole = float(TYPICAL * layers * width)
     finally:
-        causal.set_attn_implementation(before)
+        set_attention(causal, before)
         for module, own_attributes in attributes:
             vars(module).clear()
             vars(module).update(own_attributes)
