@@ -97,11 +97,10 @@ def run(folder: Path, loss: str, name: str, seed: int) -> None:
 
 def tbpo(command: str, recipe: str, directory: Path, *sets: str) -> None:
     """A command, in this process."""
-    console.err.quiet = True
+    console.err.quiet = console.out.quiet = True
     flags = [part for each in sets for part in ("--set", each)]
     arguments = [command, f"{ROOT}/recipes/{recipe}.toml", "--quiet", "--run-dir", str(directory)]
-    with console.out.capture():
-        app([*arguments, *flags], standalone_mode=False)
+    app([*arguments, *flags], standalone_mode=False)
 
 
 def few_rows(folder: Path, name: str, number: int) -> Path:
@@ -152,9 +151,9 @@ def report(folder: Path) -> None:
     about = (
         f"True score of {ANSWERS} answers to each of 100 held-out prompts; means over the seeds ± "
         f"95 % intervals by Student's t. {ROUNDS * PROMPTS} prompts in all settings, "
-        f"{ANSWERS} answers each where the answers are the policy's own, whose best and worst by a "
-        "noisy mark make the pair; the fixed pairs are two answers of the base, labelled by a noisy "
-        'comparison. Steps of 16 pairs, learning rate 1e-3, β 0.5. "one round" and "fixed pairs" '
+        f"{ANSWERS} answers each where the answers are the policy's own, whose best and worst by "
+        "a noisy mark make the pair; the fixed pairs are two answers of the base, labelled by a "
+        'noisy comparison. Steps of 16 pairs, learning rate 1e-3, β 0.5. "one round" and "fixed pairs" '
         "stand under round 1."
     )
     table = "\n".join(lines)
