@@ -70,7 +70,8 @@ def run(folder: Path, loss: str, name: str, seed: int) -> None:
     row = {"loss": loss, "setting": name, "seed": seed}
     if name == "fixed pairs":
         rows = few_rows(folder, "train", ROUNDS * PROMPTS)
-        tbpo("align", "quickstart", directory, *sets, f"data.train={rows}")
+        sets.append(f"data.train={rows}")
+        tbpo("align", "quickstart", directory, *sets)
         prompts = directory / "prompts.jsonl"
         prompts.write_text((folder / "eval-100.jsonl").read_text(encoding="utf-8"))
         asked = (f"sample.prompts={prompts}", f"sample.num_samples={ANSWERS}")
@@ -153,8 +154,8 @@ def report(folder: Path) -> None:
         f"95 % intervals by Student's t. {ROUNDS * PROMPTS} prompts in all settings, "
         f"{ANSWERS} answers each where the answers are the policy's own, whose best and worst by "
         "a noisy mark make the pair; the fixed pairs are two answers of the base, labelled by a "
-        'noisy comparison. Steps of 16 pairs, learning rate 1e-3, β 0.5. "one round" and "fixed pairs" '
-        "stand under round 1."
+        "noisy comparison. Steps of 16 pairs, learning rate 1e-3, β 0.5. What has one round stands "
+        "under round 1."
     )
     table = "\n".join(lines)
     print(table)
