@@ -144,6 +144,13 @@ def losses() -> str:
         "",
         as_markdown().strip(),
         "",
+        "The times of a step were measured by `tests/benchmarks/loss_costs.py`, on the CPU, with a",
+        "small model and LoRA ([results](../tests/benchmarks/results/loss_costs.md)); what makes",
+        "the difference is how many models a step runs, and whether it computes the policy's",
+        "logits.",
+        "From the second epoch on, losses that read nothing of the reference but log π_ref take it",
+        "from disk.",
+        "",
         "## The formulas",
     ]
     named = {name: cls for name, cls in LOSSES.items() if name != "sft"}

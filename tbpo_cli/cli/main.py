@@ -83,7 +83,7 @@ def prepare(call: Call) -> None:
         raise TbpoError(what, "--ids", expected, "--show 3 --ids")
     run_stage("prepare", call)
     if call.show and not call.dry_run:
-        from tbpo_cli.stages.prepare import show_pairs
+        from tbpo_cli.report.shown_pairs import show_pairs
 
         show_pairs(*call.load(), call.show, call.ids)
 

@@ -106,6 +106,15 @@ class Recipe:
         """The name of the table that `judge_of_eval` is."""
         return "judge" if self.eval.judge is None else "eval.judge"
 
+    @property
+    def same_judges(self) -> tuple[str, ...]:
+        """The judges of `tbpo eval` that also choose the training pairs, by their keys."""
+        if self.rounds is None or self.judge is None or self.judge_of_eval is None:
+            return ()
+        return tuple(
+            f"{self.table_of_judge}.{kind}" for kind in self.judge.in_common(self.judge_of_eval)
+        )
+
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""
         return _flatten(_plain(self))

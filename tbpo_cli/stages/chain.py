@@ -226,7 +226,20 @@ def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
     if not run_dir.manifest(name):
         if step.label != name:
             console.say(f"--- {step.label}")
-        step.stage.run(step.recipe, run_dir, processes)
+        _make(step, processes)
+
+
+def _make(step: Step, processes: Processes) -> None:
+    """Runs a stage. Raises TbpoError if it ends without a word and is not complete.
+
+    So would end one in which code of a model, or of a library, asks for the end of the process.
+    """
+    how = "its manifest is missing"
+    try:
+        step.stage.run(step.recipe, step.run_dir, processes)
+    except SystemExit as end:
+        how = f"code that it calls asked for the end of the process, with {end.code!r}"
+    step.run_dir.require(step.stage.name, how)
 
 
 def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, dict[str, object]]:

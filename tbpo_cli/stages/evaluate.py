@@ -108,6 +108,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "win_rates": win_rates,
         "tests": paired_tests(pairs, verdicts),
         "rounds": rounds_of(recipe, run_dir) if recipe.rounds is not None else [],
+        "same_judges": recipe.same_judges,
     }
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)

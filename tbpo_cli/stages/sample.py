@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
@@ -114,8 +114,9 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
     done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
-    left = group.share([key for key in _keys(recipe, prompts) if key not in done])
-    samples = _sample(recipe, run_dir, chat, prompts, left)
+    keys = group.share(_keys(recipe, prompts))
+    num_left = sum(key not in done for key in keys)
+    samples = _sample(recipe, run_dir, chat, prompts, keys, done)
     with ExitStack() as stack:
         if group.is_main:
             stack.enter_context(_on_server(recipe, chat, prompts))
@@ -125,7 +126,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         )
         if part.tell():  # its last line may have been cut short
             part.write("\n")
-        for sample in console.track(samples, "sampling", len(left), every=len(left) // 10 + 1):
+        for sample in console.track(samples, "sampling", num_left, every=num_left // 10 + 1):
             part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
         group.gather(None)
@@ -154,26 +155,43 @@ def _keys(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Key]:
 
 
 def _sample(
-    recipe: Recipe, run_dir: RunDir, chat: Chat, prompts: Sequence[Prompt], keys: Sequence[Key]
+    recipe: Recipe,
+    run_dir: RunDir,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    keys: Sequence[Key],
+    done: Collection[Key] = (),
 ) -> Iterator[Json]:
-    """Yields samples as they come. The models are loaded when one of them is to answer here."""
+    """Yields samples as they come. The models are loaded when one of them is to answer here.
+
+    Args:
+        done: keys whose samples are there. The batches are the same with and without them, since
+            log-probabilities are rounded differently in another batch.
+    """
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.policy import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
     shown = {name: getattr(settings, name) for name in SETTINGS}
     rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
-    for model, of_model in itertools.groupby(keys, key=lambda key: key[0]):
+    for model, group in itertools.groupby(keys, key=itemgetter(0)):
+        of_model = list(group)
+        known = {place for place, key in enumerate(of_model) if key in done}
+        if len(known) == len(of_model):
+            continue
         asked = [(prompts[row], number) for _, row, number in of_model]
         if model == "policy" and settings.endpoint is not None:
-            samples = _served(recipe, chat, asked, {"logprobs": True})
+            left = [key for place, key in enumerate(asked) if place not in known]
+            samples = _served(recipe, chat, left, {"logprobs": True})
         else:
             policy = policy or _load(recipe, run_dir)
             view = POLICY if model == "policy" else REFERENCE
-            batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed)
+            batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed, known)
             samples = itertools.chain.from_iterable(batches)
         for sample in samples:
             row = rows[sample["prompt_id"]]
+            if (model, row, sample["sample"]) in done:
+                continue
             text = chat.tokenizer.decode([*prompts[row].token_ids])
             about = {"row": row, "prompt": text, "messages": prompts[row].messages, "model": model}
             about |= {"tools": prompts[row].tools} if prompts[row].tools else {}
