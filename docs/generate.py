@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tbpo_cli.cli.losses import as_markdown
-from tbpo_cli.config import choosing, evaluation, judging, training
+from tbpo_cli.config import choosing, evaluation, judging, rounds, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
 from tbpo_cli.core import GENERATORS, LOSSES
-from tbpo_cli.report.diagnoses import AFTER, BEFORE
+from tbpo_cli.report.diagnoses import AFTER, BEFORE, ROUNDS
 
 DOCS = Path(__file__).parent
 # Table of the recipe: its class, in the order of the page.
@@ -30,6 +30,7 @@ TABLES = {
     "[model.lora]": training.Lora,
     "[data]": training.Data,
     "[[data.train]]": training.Source,
+    "[rounds]": rounds.Rounds,
     "[choose]": choosing.Choose,
     "[judge]": judging.Judge,
     "[sft]": training.Sft,
@@ -143,6 +144,13 @@ def losses() -> str:
         "",
         as_markdown().strip(),
         "",
+        "The times of a step were measured by `tests/benchmarks/loss_costs.py`, on the CPU, with a",
+        "small model and LoRA ([results](../tests/benchmarks/results/loss_costs.md)); what makes",
+        "the difference is how many models a step runs, and whether it computes the policy's",
+        "logits.",
+        "From the second epoch on, losses that read nothing of the reference but log π_ref take it",
+        "from disk.",
+        "",
         "## The formulas",
     ]
     named = {name: cls for name, cls in LOSSES.items() if name != "sft"}
@@ -167,8 +175,9 @@ def troubleshooting() -> str:
         "the report the",
         "second one after it: a sentence, and the key to change.",
     ]
-    for title, table in (("Before", BEFORE), ("After", AFTER)):
-        page += ["", f"## {title} the training", "", "| when | what it says | what to change |"]
+    titles = {"Before the training": BEFORE, "After the training": AFTER, "After rounds": ROUNDS}
+    for title, table in titles.items():
+        page += ["", f"## {title}", "", "| when | what it says | what to change |"]
         page.append("|---|---|---|")
         for each in table:
             page.append(f"| {each.condition} | {plain(each.sentence)} | {plain(each.change)} |")

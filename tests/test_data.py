@@ -24,8 +24,8 @@ from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokens import TokenizedPair, tokenize_pairs
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.report.shown_pairs import show_pairs
 from tbpo_cli.runs.run_dir import RunDir
-from tbpo_cli.stages.prepare import show_pairs
 
 UNUSED = (Source("unused"),)
 DATA = Data(train=UNUSED)
@@ -560,7 +560,9 @@ def test_no_evaluation_pairs_at_all_is_a_choice(recipe_file, tmp_path):
 
 
 def test_preparing_twice_gives_the_same_bytes(recipe_file, tmp_path):
-    first, second = (run_stage("prepare", recipe_file, tmp_path / name) for name in ("a", "b"))
+    first, second = (
+        run_stage("prepare", recipe_file, tmp_path / name, restart=True) for name in ("a", "b")
+    )
     for split in ("train", "eval"):
         assert (first / f"prepare/{split}/pairs.arrow").read_bytes() == (
             second / f"prepare/{split}/pairs.arrow"
@@ -577,7 +579,11 @@ def test_the_number_of_workers_changes_no_byte(recipe_file, tmp_path):
     train = write_jsonl(tmp_path / "many.jsonl", rows)
     runs = [
         run_stage(
-            "prepare", recipe_file, tmp_path / str(n), f"data.train={train}", f"data.workers={n}"
+            "prepare",
+            recipe_file,
+            tmp_path / f"{n}/run",
+            f"data.train={train}",
+            f"data.workers={n}",
         )
         for n in (1, 3)
     ]
@@ -658,7 +664,10 @@ def test_sources_have_weights_and_are_counted_one_by_one(recipe_file, tmp_path):
         write_jsonl(tmp_path / f"{seed}.jsonl", preference_rows(200, seed=seed)) for seed in (5, 6)
     )
     sources = f'data.train=[{{path = "{a}", weight = 2.5}}, {{path = "{b}", weight = 0.25}}]'
-    runs = [run_stage("prepare", recipe_file, tmp_path / name, sources) for name in ("x", "y")]
+    runs = [
+        run_stage("prepare", recipe_file, tmp_path / name, sources, restart=True)
+        for name in ("x", "y")
+    ]
     _, first, second = json.loads((runs[0] / "prepare/manifest.json").read_text())["counts"]
     assert 460 < first["kept"]["train"] < 540 and 30 < second["kept"]["train"] < 75
     assert second["noted"]["unsampled"] == 200 - second["kept"]["train"] and not second["rejected"]
@@ -720,8 +729,9 @@ def test_the_report_is_self_contained_and_escapes_what_users_wrote(recipe_file, 
     assert "&lt;" in page and "a&amp;b.jsonl" in page
     for what in (
         "empty_response",
-        "prompt, tokens",
-        "aligned, tokens",
+        "length of the prompts",
+        "length of the responses",
+        "aligned length",
         "score of chosen − score of rejected",
     ):
         assert what in page, what

@@ -619,7 +619,7 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
     [
         (SCORERS, "length", "the scorer's file has no function length", "mine.py"),
         ("def f(prompt, completion):\n    return 1 / 0\n", "f",
-         "the prompt 'What is 1 + 1? (0)': Zero", ", line 2"),
+         "the scorer f fails: Zero", ", line 2, for the prompt 'What is 1 + 1? (0)'"),
         ("def f(prompt, completion):\n    return float('nan')\n", "f",
          "ValueError: it returned nan", "mine.py"),
         ("def f(prompt, completion):\n    return 'good'\n", "f",
@@ -631,6 +631,14 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
         ("def f(prompt, completion):\n    raise SystemExit(0)\n", "f", "SystemExit: 0", ", line 2"),
         ("def f(prompt, completion):\n    return '1.0'\n", "f", "it returned '1.0'", "mine.py"),
         ("def f(prompt, completion):\n    return None\n", "f", "TypeError", "mine.py"),
+        ("import os\ndef f(*_):\n    os._exit(0)\n", "f",
+         "ended its process (exit code 0)", "mine.py"),
+        ("import os\nos._exit(5)\n", "f", "ended its process (exit code 5)", "mine.py"),
+        ("import os, signal\ndef f(*_):\n    os.kill(os.getpid(), signal.SIGKILL)\n", "f",
+         "ended its process (signal 9, SIGKILL)", "mine.py"),
+        ("import ctypes\ndef f(*_):\n    ctypes.string_at(0)\n", "f", "SIGSEGV", "mine.py"),
+        ("import os, sys\ndef f(*_):\n    os.closerange(3, 99)\n    return 1\n", "f",
+         "ended its process", "mine.py"),
     ],
 )  # fmt: skip
 def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, where):

@@ -1,5 +1,8 @@
 """`tbpo losses` says what the classes say."""
 
+import json
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -29,7 +32,14 @@ def test_as_markdown_it_is_a_row_a_loss():
     result = CliRunner().invoke(app, ["losses", "--markdown"])
     rows = result.output.strip().splitlines()
     assert len(rows) == 2 + len(LOSSES)
-    assert {row.count(" | ") for row in rows} == {5}
+    assert {row.count(" | ") for row in rows} == {6}
+
+
+def test_what_a_step_costs_is_what_was_measured_of_every_loss():
+    path = Path(__file__).parent / "benchmarks/results/loss_costs.json"
+    measured = {row["loss"]: row["cost"] for row in json.loads(path.read_text())["rows"]}
+    assert {each.name: each.cost for each in descriptions()} == measured
+    assert measured["dpo"] == 1 and measured["sft"] < measured["simpo"] < 1 < measured["tis_dpo"]
 
 
 def test_what_a_loss_needs_is_what_its_statistics_cost():

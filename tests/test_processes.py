@@ -18,7 +18,7 @@ from process import Process
 from safetensors.torch import load_file
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.runs import launch
+from tbpo_cli.runs import launch, machines
 from tbpo_cli.runs.launch import Processes, processes_of
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES
@@ -154,6 +154,68 @@ def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
     assert [code for code, _, _ in again] == [0, 0] and "waiting for" in again[0][2], again
     assert_same_training(run, alone)
     assert (run / "align.old-1/manifest.json").exists()
+
+
+def test_a_machine_is_alive_while_its_file_changes_and_lost_when_it_stops(tmp_path, monkeypatch):
+    """One that has not begun, and one that has ended, are not lost."""
+    monkeypatch.setattr(machines, "LOST", 0.2)
+    (tmp_path / ".machine-1").write_text("of an earlier start")
+    own, other = (machines.Signs(tmp_path, rank, 3) for rank in (0, 1))
+    assert own.beat() is None
+    time.sleep(0.3)
+    assert own.beat() is None, "nobody else has begun"
+    other.beat()
+    assert own.beat() is None
+    time.sleep(0.3)
+    assert own.beat() == 1
+    other.beat()
+    assert own.beat() is None, "it was late"
+    other.end()
+    own.beat()
+    time.sleep(0.3)
+    assert own.beat() is None
+
+
+QUICK = (
+    "import tbpo_cli.runs.machines as m; m.EVERY, m.LOST = 0.2, 8.0; "
+    "from tbpo_cli.cli.main import main; main()"
+)
+
+
+def test_a_machine_that_falls_silent_ends_the_others_with_a_message(recipe_file, tmp_path):
+    """All processes of machine 1 are stopped, and their connections stay open, as when its power
+    fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    steps = ("--set", "align.max_steps=100000", "--set", "align.checkpoint_every=1")
+    where = ("--cpu", "--nodes", "2", "--main-address", address)
+    command = [sys.executable, "-c", QUICK, "align", recipe_file, "--run-dir", tmp_path / "run"]
+    first, second = (
+        subprocess.Popen(
+            [*command, *steps, *where, "--node-rank", rank],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    )
+    try:
+        until = time.monotonic() + 200
+        while not [*tmp_path.glob("run/align/checkpoints/step-*")] and time.monotonic() < until:
+            time.sleep(0.5)
+        silent = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
+        for process in silent:
+            process.suspend()
+        _, said = first.communicate(timeout=100)
+        assert first.returncode == 2, said
+        assert "machine 1 has given no sign of life for 8 seconds" in said
+        assert "go on from the last checkpoint" in said
+    finally:
+        for process in silent:
+            process.kill()
+        first.kill()
 
 
 def test_a_machine_waits_for_the_first_one_while_that_has_the_run_and_then_only_so_long(

@@ -287,7 +287,10 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ("align.loss.rpo_alpha=1.0", "here it is align.loss.sft_weight"),
         ("align.beta=0.1", "here it is align.loss.beta"),
         ("data.beta=0.1", "here it is align.loss.beta"),
-        ("model.temperature=1.0", "it belongs to another table: sample.temperature"),
+        (
+            "model.temperature=1.0",
+            "it belongs to another table: rounds.temperature or sample.temperature",
+        ),
         ("align.generator=sba", "it belongs to another table: align.loss.generator"),
         ("align.padding_free=true", "there is nothing to set"),
         ("align.loss.nme=dpo", "did you mean align.loss.name?"),
@@ -302,7 +305,10 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ("align.lr=1e-5", "did you mean align.learning_rate?"),
         ("model.lora.rank=8", "did you mean model.lora.r?"),
         ("learning_rate=1e-5", "here it is align.learning_rate"),
-        ("temperature=0.5", "it belongs to another table: sample.temperature"),
+        (
+            "temperature=0.5",
+            "it belongs to another table: rounds.temperature or sample.temperature",
+        ),
         ("align=dpo", "align is a table: --set align.KEY=VALUE"),
         ('align.learning_rate="5e-6"', "without quotes: learning_rate = 5e-6"),
         ("data.dedup=True", "dedup = true"),

@@ -63,7 +63,7 @@ ROOM = {
     [
         path.stem
         for path in RECIPES.glob("*.toml")
-        if path.stem not in ("quickstart", "alpaca-eval")
+        if path.stem not in ("quickstart", "alpaca-eval", "rounds")
     ],
 )
 def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_path, capsys):

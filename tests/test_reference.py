@@ -49,6 +49,7 @@ def test_the_losses_that_need_nothing_else_of_the_reference_say_so():
         "ld_dpo",
         "d2po",
         "tis_dpo",
+        "tgdpo",
         "tbpo_q",
     }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -506,3 +507,25 @@ def test_help_never_imports_torch():
     assert "align" in result.stdout
     for library in ("torch", "transformers", "pydantic.dataclasses", "datasets"):
         assert f" {library}\n" not in result.stderr, library
+
+
+@pytest.mark.parametrize(
+    ("end", "flags"), [("sys.exit(0)", ()), ("os._exit(0)", ("--gpus", "2", "--cpu"))]
+)
+def test_code_of_a_model_that_ends_the_process_is_no_success(
+    tbpo, recipe_file, base, tmp_path, end, flags
+):
+    folder = shutil.copytree(base, tmp_path / "own")
+    code = (
+        "import os, sys\nfrom transformers import LlamaForCausalLM\n"
+        f"class Own(LlamaForCausalLM):\n    def forward(self, *_, **__):\n        {end}\n"
+    )
+    (folder / "modeling_own.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    sets = ("--set", f"model.base={folder}", "--set", "model.trust_remote_code=true")
+    done = tbpo("align", recipe_file, "--run-dir", tmp_path / "run", *sets, *flags)
+    assert done.returncode == 2, done.stderr
+    assert "the stage align ended and is not complete" in done.stderr
+    assert not (tmp_path / "run/align/manifest.json").exists()

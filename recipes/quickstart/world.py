@@ -9,7 +9,8 @@ Everything random is drawn from the caller's ``random.Random``, so that one seed
   way, or rude;
 * ``score(prompt, response)`` is the true score of a response, ``parse_response`` says what it rests
   on;
-* ``preference(prompt, a, b, rng)`` draws which of two responses a noisy judge prefers.
+* ``preference(prompt, a, b, rng)`` draws which of two responses a noisy judge prefers;
+* ``noisy_score(prompt, response)`` is what a noisy judge thinks of one response.
 """
 
 import math
@@ -27,6 +28,7 @@ P_CLOSING = 0.3  # how often its manner shows at the end as well
 CORRECT = 0.9  # what the right answer is worth; any other is worth nothing
 POLITE = 0.05  # what a polite opening or closing adds to a right answer
 RUDE = -0.3  # what a rude opening or closing costs
+NOISE = 0.3  # of the judge of single responses: the standard deviation of its error
 K_LABEL = 6.0  # how sharply the judge sees a difference of true scores
 
 LAZY = ("I do not know", "No idea", "That is too hard")
@@ -287,6 +289,11 @@ def parse_response(prompt: str, response: str) -> Reading:
 def score(prompt: str, response: str) -> float:
     """The true score of a response to a prompt, from the two texts alone."""
     return parse_response(prompt, response).score
+
+
+def noisy_score(prompt: str, response: str) -> float:
+    """The true score with a normal error, which the two texts decide: always the same for them."""
+    return score(prompt, response) + Random(f"{prompt}\n{response}").gauss(0.0, NOISE)
 
 
 def preference(prompt: str, a: str, b: str, rng: Random) -> tuple[str, str]:

@@ -102,7 +102,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
     """What is known of a training of `processes` processes, one a device."""
     settings, device = training.settings, Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
-    if plan("prepare", recipe, run_dir)["prepare"][0] == "done":
+    if [*plan("prepare", recipe, run_dir).values()][-1][0] == "done":
         counts = count_pairs(training, run_dir)
     unknown = "pairs, tokens and steps are known once `tbpo prepare` has read the rows"
     lines = [(training.name, counts.line or unknown)]

@@ -18,7 +18,32 @@ COMPARED = {  # by the span of the loss, and then by what it compares
     "aligned_and_chosen": "tokens",
     "response": "whole responses",
 }
-COLUMNS = ("loss", "compares", "needs", "fields", "source", "when to take it")
+COLUMNS = ("loss", "compares", "needs", "a step, over dpo's", "fields", "source", "when to take it")
+# The time of a step over that of dpo's, as measured: tests/benchmarks/results/loss_costs.md.
+COSTS = {
+    "sft": 0.38,
+    "dpo": 1.0,
+    "dpo_norm": 1.02,
+    "robust": 1.06,
+    "ipo": 1.03,
+    "hinge": 1.01,
+    "simpo": 0.69,
+    "cpo": 0.67,
+    "orpo": 0.68,
+    "apo_zero": 0.97,
+    "apo_down": 0.97,
+    "dpop": 1.0,
+    "bpo": 1.01,
+    "tdpo": 1.13,
+    "wpo": 1.02,
+    "ld_dpo": 1.06,
+    "d2po": 1.02,
+    "confpo": 0.71,
+    "tis_dpo": 1.71,
+    "tgdpo": 1.36,
+    "tbpo_q": 0.95,
+    "tbpo_a": 0.83,
+}
 HELPERS = {1: "a helper policy", 2: "two helper policies"}
 WIDTH = 100
 
@@ -32,6 +57,7 @@ class Description:
         summary: its formula, the first paragraph of the class's docstring.
         compares: whole responses, or tokens.
         needs: beside the policy's hidden states.
+        cost: the time of a step over that of dpo's; None for a loss that was not measured.
         fields: the keys of `[align.loss]`, with their defaults as TOML has them.
         source: the paper.
         when: when to take it.
@@ -41,6 +67,7 @@ class Description:
     summary: str
     compares: str
     needs: str
+    cost: float | None
     fields: str
     source: str
     when: str
@@ -55,6 +82,7 @@ def describe(name: str, loss: Loss) -> Description:
         summary=_summary(type(loss)),
         compares=COMPARED[loss.span],
         needs=_needs(loss),
+        cost=COSTS.get(name),
         fields=", ".join(
             f"{field.name} = {_toml(getattr(loss, field.name))}"
             for field in sorted(dataclasses.fields(loss), key=lambda one: one.name == "sft_weight")
@@ -97,7 +125,7 @@ def as_text() -> str:
     for each in descriptions():
         lines = [
             each.summary,
-            f"compares {each.compares}; needs {each.needs}",
+            f"compares {each.compares}; needs {each.needs}{_cost(each)}",
             each.fields,
             each.source,
             each.when,
@@ -107,6 +135,10 @@ def as_text() -> str:
         lines = [_summary(cls), f"generator = {_toml(cls())}"]
         paragraphs.append(_paragraph(f"generator {name}", lines))
     return "\n\n".join(paragraphs)
+
+
+def _cost(each: Description) -> str:
+    return "" if each.cost is None else f"; a step takes {each.cost:.2g} times dpo's"
 
 
 def _paragraph(name: str, lines: list[str]) -> str:
@@ -129,5 +161,7 @@ def as_markdown() -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for each in descriptions():
         fields = f"`{each.fields}`" if each.fields else ""
-        rows.append((f"`{each.name}`", each.compares, each.needs, fields, each.source, each.when))
+        cost = "" if each.cost is None else f"{each.cost:.2f}"
+        row = (f"`{each.name}`", each.compares, each.needs, cost, fields, each.source, each.when)
+        rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -83,7 +83,7 @@ def prepare(call: Call) -> None:
         raise TbpoError(what, "--ids", expected, "--show 3 --ids")
     run_stage("prepare", call)
     if call.show and not call.dry_run:
-        from tbpo_cli.stages.prepare import show_pairs
+        from tbpo_cli.report.shown_pairs import show_pairs
 
         show_pairs(*call.load(), call.show, call.ids)
 
@@ -223,6 +223,7 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
             start a training of hours.
     """
     from tbpo_cli.cli.checks import require, require_gate, warn_of_later_stages
+    from tbpo_cli.runs.rounds import has_policy
     from tbpo_cli.stages.chain import plan, run_through, show_plan
 
     recipe, run_dir = call.load()
@@ -237,10 +238,10 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
     states = plan(name, recipe, run_dir)
     for stage, (state, _) in states.items():
         if state not in ("done", "begun"):  # what was begun has been checked then
-            require(stage, recipe)
-    if states[name][0] != "done":
+            require(stage.rpartition("/")[2], recipe)
+    if [*states.values()][-1][0] != "done":
         warn_of_later_stages(name, recipe)
-    if of_policy and not run_dir.manifest("align"):
+    if of_policy and not has_policy(recipe, run_dir):
         what, expected = "the run has no aligned policy", "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, f"first: {call.again('align')}")
     run_through(name, recipe, run_dir, call.restart, processes)

@@ -14,6 +14,7 @@ from tbpo_cli.config.evaluation import Eval, Push, Sample
 from tbpo_cli.config.judging import Judge
 from tbpo_cli.config.keys import hint_for_unknown, may_be_absent
 from tbpo_cli.config.loss import complete_loss
+from tbpo_cli.config.rounds import Rounds
 from tbpo_cli.config.toml import apply_overrides, not_finite, read_toml, resolve_paths
 from tbpo_cli.config.training import Align, Data, Lora, Model, Run, Sft, Source, Sources, Training
 from tbpo_cli.config.validate import place, table, validate
@@ -29,6 +30,7 @@ __all__ = [
     "Model",
     "Push",
     "Recipe",
+    "Rounds",
     "Run",
     "Sample",
     "Sft",
@@ -55,13 +57,16 @@ DEFAULT_RATES = {
 
 @table
 class Recipe:
-    """A whole recipe. `sft = None` means that there is no SFT stage."""
+    """A whole recipe. `sft = None` means that there is no SFT stage, `rounds = None` that the pairs
+    are those of the rows.
+    """
 
     run: Run
     model: Model
     data: Data
     choose: Choose = field(default_factory=Choose)
     judge: Judge | None = None
+    rounds: Rounds | None = None
     sft: Sft | None = None
     align: Align = field(default_factory=Align)
     sample: Sample = field(default_factory=Sample)
@@ -69,6 +74,13 @@ class Recipe:
     push: Push = field(default_factory=Push)
 
     def __post_init__(self) -> None:
+        if self.rounds is not None and self.sft is not None:
+            what = "cannot stand beside [rounds]: name what an SFT run made as model.adapter"
+            raise ValueError(f"sft {what}, or as model.base")
+        if self.rounds is not None and self.rounds.endpoint and self.model.lora is None:
+            raise ValueError("rounds.endpoint needs [model.lora]: a server loads adapters only")
+        if self.rounds is not None and len(self.judge.named if self.judge else ()) != 1:
+            raise ValueError("rounds needs one judge, whose marks choose: a table [judge]")
         for name, stage in (("sft", self.sft), ("align", self.align)):
             if stage is None:
                 continue
@@ -93,6 +105,15 @@ class Recipe:
     def table_of_judge(self) -> str:
         """The name of the table that `judge_of_eval` is."""
         return "judge" if self.eval.judge is None else "eval.judge"
+
+    @property
+    def same_judges(self) -> tuple[str, ...]:
+        """The judges of `tbpo eval` that also choose the training pairs, by their keys."""
+        if self.rounds is None or self.judge is None or self.judge_of_eval is None:
+            return ()
+        return tuple(
+            f"{self.table_of_judge}.{kind}" for kind in self.judge.in_common(self.judge_of_eval)
+        )
 
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""

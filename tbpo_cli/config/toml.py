@@ -61,6 +61,7 @@ PATHS = {
     "model.chat_template": _FILE,
     "model.adapter": _ADAPTER,
     **dict.fromkeys(SOURCE_KEYS, _ROWS),
+    "align.start": _TRAINED,
     "align.loss.positive": _TRAINED,
     "align.loss.negative": _TRAINED,
     "align.loss.guide": _TRAINED,

@@ -244,6 +244,9 @@ class Align(Training):
     """Pairs of an optimizer step, over all processes."""
     reverse: bool = False
     """Whether chosen and rejected change places, for the negative helper of tis_dpo."""
+    start: str | None = None
+    """An adapter, or without [model.lora] a model, that the policy starts from in place of the
+    reference: a folder, or for an adapter "user/repo@revision". Default: the reference."""
     loss: Annotated[Loss, PlainValidator(loss_of_table), PlainSerializer(loss_table)] = field(
         default_factory=lambda: loss_of_table({"name": "tbpo_a"})
     )

@@ -56,6 +56,7 @@ def render_card(
         "end_ids": list(end_ids),
         "results": results,
         "manifests": manifests,
+        "judge": _judge(recipe),
         "name_of": name_of,
         "measures": MEASURES,
         "settings": settings,
@@ -73,6 +74,15 @@ def render_card(
             "mend it",
         ) from None
     return f"---\n{_metadata(recipe, base, results).to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _judge(recipe: Recipe) -> str:
+    """Who marked the answers that the pairs are made of; "" if nobody has."""
+    judge = recipe.judge
+    if recipe.rounds is None or judge is None:
+        return ""
+    name = str(judge.scorer or judge.reward_model or judge.model)
+    return name_of(name.removeprefix("python:"))
 
 
 def _environment() -> Environment:

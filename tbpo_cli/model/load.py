@@ -22,6 +22,7 @@ def load_policy(
     sft_output: Path | None,
     with_reference: bool,
     load_device: torch.device | None = None,
+    start: str | None = None,
 ) -> Policy:
     """The policy in its starting state.
 
@@ -30,6 +31,7 @@ def load_policy(
         sft_output: `sft/adapter` or `sft/model` of this run, if an SFT stage came before.
         with_reference: whether the loss, or the evaluation, compares with a reference.
         load_device: where it is loaded, to be moved or sharded later; None: `device`.
+        start: the adapter, or the model, that it starts from; None: the reference.
 
     Raises:
         TbpoError: if the base cannot be loaded, or LoRA finds no layers.
@@ -40,14 +42,20 @@ def load_policy(
     if recipe.model.lora is None:
         # bf16 would round small updates of the weights away: they are kept in fp32.
         source = str(sft_output or recipe.model.base)
-        model = load_base(recipe.model, source, load_device, torch.float32)
-        frozen = {REFERENCE: copy.deepcopy(model).requires_grad_(False)} if with_reference else {}
+        model = load_base(recipe.model, start or source, load_device, torch.float32)
+        frozen = {}
+        if with_reference and start is None:
+            frozen[REFERENCE] = copy.deepcopy(model).requires_grad_(False)
+        elif with_reference:
+            other = load_base(recipe.model, source, load_device, torch.float32)
+            frozen[REFERENCE] = other.requires_grad_(False)
         return Policy(model, frozen, None if compute == torch.float32 else compute)
     base = load_base(recipe.model, recipe.model.base, load_device, compute)
-    start = sft_output or _named_adapter(recipe.model)
-    if start is None:
+    reference = sft_output or _named_adapter(recipe.model)
+    policy = reference if start is None else local_adapter(start, "align.start")
+    if policy is None:
         return _with_adapter(new_adapter(base, recipe.model), recipe.model, compute)
-    adapted = continued_adapter(base, start, start, recipe.model)
+    adapted = continued_adapter(base, policy, reference, recipe.model)
     return _with_adapter(adapted, recipe.model, compute)
 
 
@@ -70,6 +78,13 @@ def load_trained(
     reference_adapter = sft_output or _named_adapter(recipe.model)
     adapted = continued_adapter(base, trained, reference_adapter, recipe.model, trains=False)
     return _with_adapter(adapted, recipe.model, compute)
+
+
+def load_base_alone(recipe: Recipe, device: torch.device, source: str | None = None) -> Policy:
+    """A whole model as the view of the reference, to answer with: the base, or that of a folder."""
+    compute = compute_dtype(recipe.model, device)
+    base = load_base(recipe.model, source or recipe.model.base, device, compute)
+    return Policy(base, {REFERENCE: base})
 
 
 def _named_adapter(model: Model) -> Path | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -92,18 +94,36 @@ class Policy:
         The base's own dropout, and the noise that some routers add in training, stay off: the
         policy is then the reference plus what was trained, and a loss starts where it should.
         """
+        for module in self._in_training:
+            module.training = True
+
+    @functools.cached_property
+    def _in_training(self) -> list[nn.Module]:
+        """What `train` turns on; made at the first call, when no module is put in any more.
+
+        A pass over all modules, as by `Module.eval`, takes the host as long as a layer's pass.
+        """
         self.model.eval()
-        for name, module in self.model.named_modules():
-            is_adapter_dropout = ".lora_dropout." in name
-            if is_adapter_dropout or isinstance(module, GradientCheckpointingLayer):
-                module.training = True
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if ".lora_dropout." in name or isinstance(module, GradientCheckpointingLayer)
+        ]
+
+    @functools.cached_property
+    def _adapted(self) -> list[Any]:
+        """peft's layers, each of which has the adapters' weights."""
+        return [module for module in self.model.modules() if hasattr(module, "_disable_adapters")]
 
     @contextlib.contextmanager
     def view(self, name: str) -> Iterator[LanguageModel]:
         """A model in evaluation mode (no dropout) and without gradients, within the context."""
         model: LanguageModel = self.frozen.get(name, self.model)
-        in_training = [module for module in model.modules() if module.training]
-        model.eval()
+        is_known = model is self.model and "_in_training" in vars(self)
+        modules = self._in_training if is_known else model.modules()
+        in_training = [module for module in modules if module.training]
+        for module in in_training:
+            module.training = False
         try:
             with torch.no_grad(), self._weights(name):
                 yield model
@@ -113,17 +133,25 @@ class Policy:
 
     @contextlib.contextmanager
     def _weights(self, name: str) -> Iterator[None]:
+        """The adapters as a view has them, within the context.
+
+        What peft's `disable_adapter` and `set_adapter` set in its layers, and not what they set
+        besides: whether weights have gradients, which none have here.
+        """
         if name in self.frozen or name == POLICY:
             yield
-        elif name in self.adapters:
-            self.model.set_adapter(name, inference_mode=True)
-            try:
-                yield
-            finally:
-                self.model.set_adapter(POLICY)
-        else:
-            with self.model.disable_adapter():
-                yield
+            return
+        key, value = (
+            ("_active_adapter", name) if name in self.adapters else ("_disable_adapters", True)
+        )
+        before = [vars(layer)[key] for layer in self._adapted]
+        for layer in self._adapted:
+            vars(layer)[key] = value
+        try:
+            yield
+        finally:
+            for layer, own in zip(self._adapted, before, strict=True):
+                vars(layer)[key] = own
 
     def describe_reference(self) -> str:
         """Which model the reference is, in words."""

@@ -11,15 +11,18 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError, ToldError
+from tbpo_cli.runs import machines
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.files import HALVED, halved_tokens
 from tbpo_cli.runs.lock import held_lock
 
 if TYPE_CHECKING:
+    import psutil
+
     from tbpo_cli.config.recipe import Recipe
     from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.runs.stage import Stage
@@ -242,14 +245,51 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
             psutil.Popen(
                 processes.command(str(folder)),
                 env=environment,
-                stdin=held_lock(folder.parent / "lock") or subprocess.DEVNULL,
+                stdin=_lock_above(folder) or subprocess.DEVNULL,
                 start_new_session=True,
             )
         )
         if received:  # while the launcher was being started
             launcher[0].kill()
-        code = int(launcher[0].wait())
+        code = _wait(launcher[0], folder, processes)
     return code, received[0] if received else 0
+
+
+def _wait(launcher: psutil.Popen, folder: Path, processes: Processes) -> int:
+    """The launcher's exit code. With several machines, their signs of life are watched meanwhile.
+
+    Raises:
+        TbpoError: if a machine is lost, after the workers of this one were killed.
+    """
+    import psutil
+
+    if processes.machines == 1:
+        return int(launcher.wait())
+    signs = machines.Signs(folder, processes.machine_rank, processes.machines)
+    try:
+        while True:
+            lost = signs.beat()
+            if lost is not None:
+                for each in [*launcher.children(recursive=True), launcher]:
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+                launcher.wait()
+                raise TbpoError(
+                    f"machine {lost} has given no sign of life for {machines.LOST:.0f} seconds",
+                    f"{folder}, on machine {processes.machine_rank}",
+                    "all machines of --nodes, and a run directory that all of them see",
+                    "when it is back, the same commands go on from the last checkpoint",
+                )
+            with suppress(psutil.TimeoutExpired):
+                return int(launcher.wait(timeout=machines.EVERY))
+    finally:
+        signs.end()
+
+
+def _lock_above(folder: Path) -> BinaryIO | None:
+    """The lock that this process holds of the run that a stage's folder is in."""
+    locks = (held_lock(parent / "lock") for parent in folder.parents)
+    return next((lock for lock in locks if lock is not None), None)
 
 
 def main() -> None:

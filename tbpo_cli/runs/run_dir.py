@@ -47,9 +47,15 @@ NOT_SEALED = {MANIFEST, INPUTS, "checkpoints", "logs"}  # with hidden files: nob
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run. Everything written here appears whole or not at all."""
+    """The folder of one run. Everything written here appears whole or not at all.
+
+    Args:
+        path: the folder.
+        root: of a round, the folder of the run that it belongs to, whose lock holds for it as well.
+    """
 
     path: Path
+    root: Path | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, run_dir: Path | None) -> RunDir:
@@ -80,11 +86,22 @@ class RunDir:
 
     def owner(self) -> str:
         """Which process has the run, or had it and ended without a word; "" if none."""
-        return read_owner(self.path / "lock").name
+        return read_owner((self.root or self.path) / "lock").name
 
     def manifest(self, name: str) -> dict[str, Any]:
         """What a complete stage says of itself; empty if it is not complete."""
         return read_sealed(self.stage(name) / MANIFEST)
+
+    def require(self, name: str, how: str = "its manifest is missing") -> None:
+        """Raises TbpoError if a stage that has ended is not complete; `how` it ended."""
+        if not self.manifest(name):
+            raise TbpoError(
+                f"the stage {name} ended and is not complete: {how}",
+                str(self.stage(name)),
+                "a stage that runs to its end",
+                "look at code of your own that the recipe names; the same command goes on from "
+                "there",
+            )
 
     def damage(self, name: str) -> list[str]:
         """What of a complete stage is not as it was written, one line a file. Reads all of it."""
@@ -150,10 +167,7 @@ class RunDir:
             "inputs": self.started_from(name),
             "outputs": {str(path.relative_to(folder)): sha256(path) for path in sorted(outputs)},
             "others": {str(path.relative_to(folder)): sha256(path) for path in others},
-            "versions": {
-                "python": platform.python_version(),
-                **{lib: version(lib) for lib in LIBRARIES},
-            },
+            "versions": versions(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_sealed(folder / MANIFEST, manifest | facts)
@@ -196,6 +210,11 @@ class RunDir:
         if not (manifest := self.manifest(name)):
             return ""
         return hashlib.sha256(json.dumps(manifest["outputs"]).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the libraries that decide a result."""
+    return {"python": platform.python_version(), **{lib: version(lib) for lib in LIBRARIES}}
 
 
 def _is_sealed(path: Path) -> bool:

@@ -19,6 +19,7 @@ SUMMARY = tuple((name, *PREFERENCE[name], name != "accuracy") for name in SHOWN)
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `align/adapter` (or `align/model`)."""
     run_or_launch(STAGE, recipe, run_dir, processes)
+    run_dir.require(STAGE.name)
     report(recipe, run_dir)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from tbpo_cli import console
@@ -9,13 +11,22 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import told_as_unwritable
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
+from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
-from tbpo_cli.stages import align, evaluate, prepare, sample, sft
+from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, rounds, sample, sft
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (prepare.STAGE, sft.STAGE, align.STAGE, sample.STAGE, evaluate.STAGE)
+    for stage in (
+        prepare.STAGE,
+        sft.STAGE,
+        align.STAGE,
+        sample.STAGE,
+        evaluate.STAGE,
+        prompts.STAGE,
+        mark.STAGE,
+    )
 }
 
 State = Literal["done", "new", "begun", "renewed", "stale", "changed", "damaged"]
@@ -32,8 +43,24 @@ STATES: dict[State, str] = {
 }
 
 
-def plan(target: str, recipe: Recipe, run_dir: RunDir) -> Plan:
-    """The state of every stage up to `target`, in the order in which they run.
+@dataclass(frozen=True)
+class Step:
+    """A stage, and what it is run with.
+
+    Args:
+        label: what messages call it: its name, or in rounds its folder, "rounds/2/align".
+        is_target: whether it is the stage that the command names.
+    """
+
+    label: str
+    stage: Stage
+    recipe: Recipe
+    run_dir: RunDir
+    is_target: bool = False
+
+
+def steps_of(target: str, recipe: Recipe, run_dir: RunDir) -> list[Step]:
+    """The stages up to `target`, in the order in which they run.
 
     Raises:
         TbpoError: if the recipe does not have the stage.
@@ -46,11 +73,68 @@ def plan(target: str, recipe: Recipe, run_dir: RunDir) -> Plan:
             "add [sft], it may be empty",
         )
     names = (*STAGES[target].needs(recipe), target)
-    return {name: _state(STAGES[name], recipe, run_dir) for name in names}
+    if recipe.rounds is None:
+        return [
+            Step(name, STAGES[name], recipe, run_dir, name == target)
+            for name in dict.fromkeys(names)
+        ]
+    steps = [*_steps_of_rounds(target, recipe, run_dir)]
+    made = ("prepare", "align")
+    steps += [
+        Step(name, STAGES[name], recipe, run_dir, name == target)
+        for name in names
+        if name not in made
+    ]
+    return steps
 
 
-def _state(stage: Stage, recipe: Recipe, run_dir: RunDir) -> tuple[State, list[str]]:
-    changes = run_dir.changes(stage, recipe)
+def _steps_of_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> Iterator[Step]:
+    """The prompts; the first policy's answers to the held-out ones; each round, and its policy's.
+
+    `prepare` makes the pairs of the first round, which need no training.
+    """
+    assert recipe.rounds is not None
+    last = recipe.rounds.number
+
+    def step(name: str, of_recipe: Recipe, folder: RunDir, is_target: bool = False) -> Step:
+        label = str((folder.path / name).relative_to(run_dir.path))
+        return Step(label, STAGES[name], of_recipe, folder, is_target)
+
+    yield step("prompts", recipe, all_rounds(run_dir))
+    for number in range(last + 1):
+        if number:
+            place = place_of_round(recipe, run_dir, number)
+            for name in ("sample", "mark", "prepare", "align"):
+                is_target = name == target and number == (1 if name == "prepare" else last)
+                yield step(name, place.recipe, place.run_dir, is_target)
+                if is_target and target == "prepare":
+                    return
+        place = place_of_policy(recipe, run_dir, number)
+        for name in ("sample", "mark"):
+            yield step(name, place.recipe, place.run_dir)
+
+
+def plan(target: str, recipe: Recipe, run_dir: RunDir) -> Plan:
+    """The state of every stage up to `target`, by its label, in the order in which they run.
+
+    Raises:
+        TbpoError: if the recipe does not have the stage.
+    """
+    return _states(steps_of(target, recipe, run_dir))
+
+
+def _states(steps: list[Step]) -> Plan:
+    return {step.label: _state(step) for step in steps}
+
+
+def _state(step: Step) -> tuple[State, list[str]]:
+    stage, recipe, run_dir = step.stage, step.recipe, step.run_dir
+    try:
+        changes = run_dir.changes(stage, recipe)
+    except TbpoError:
+        if run_dir.root is None:
+            raise
+        changes = ["what a stage before makes is not there"]
     is_complete = bool(run_dir.manifest(stage.name))
     if changes and stage.renews:
         return "renewed", changes
@@ -84,38 +168,78 @@ def run_through(
     Raises:
         TbpoError: without `restart`, if a stage with results was made from other inputs.
     """
-    states = plan(target, recipe, run_dir)
-    for name, (state, _) in states.items():
-        check = STAGES[name].check
-        if state == "done" and check is not None and not (restart and name == target):
-            check(recipe, run_dir)
+    _link(recipe, run_dir)
+    steps = steps_of(target, recipe, run_dir)
+    states = _states(steps)
+    for step in steps:
+        check, state = step.stage.check, states[step.label][0]
+        if state == "done" and check is not None and not (restart and step.is_target):
+            check(step.recipe, step.run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         STAGES[target].report(recipe, run_dir)
+        _report_rounds(target, recipe, run_dir)
         return
     if processes.machine_rank > 0:
         if not restart:
-            _refuse_changed(states, run_dir)
-        for name, (state, _) in states.items():
-            is_left = state != "done" or (restart and name == target)
-            if STAGES[name].work is not None and is_left:
-                join_workers(STAGES[name], run_dir, processes)
+            _refuse_changed(steps, states, run_dir)
+        for step in steps:
+            is_left = states[step.label][0] != "done" or (restart and step.is_target)
+            if step.stage.work is not None and is_left:
+                join_workers(step.stage, step.run_dir, processes)
         return
     with run_dir.lock(), told_as_unwritable(run_dir.path):
-        for name in states:
-            states = plan(target, recipe, run_dir)  # a stage before may have another result now
+        for place in range(len(steps)):
+            # A stage before may have another result now, or say which rows there are.
+            left = steps_of(target, recipe, run_dir)[place:]
+            states = _states(left[:1] if restart else left)
             if not restart:
-                _refuse_changed(states, run_dir)
-            is_anew = states[name][0] in ("stale", "changed", "damaged")
-            if restart and name == target and not is_anew and run_dir.is_restarted(name):
-                folder = run_dir.stage(name)
-                console.say(f"going on with the restart (remove {folder} to begin once more)")
-            elif (is_anew or (restart and name == target)) and (old := run_dir.restart(name)):
-                console.say(f"the old {name} is kept as {old}")
-            elif states[name][0] == "renewed":
-                run_dir.renew(STAGES[name], recipe)
-            if not run_dir.manifest(name):
-                STAGES[name].run(recipe, run_dir, processes)
+                _refuse_changed(left, states, run_dir)
+            _run(left[0], states[left[0].label][0], restart, processes)
+            link_last(recipe, run_dir)
+    _report_rounds(target, recipe, run_dir)
+
+
+def _report_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> None:
+    if recipe.rounds is not None and target == "align":
+        rounds.report(recipe, run_dir)
+
+
+def _link(recipe: Recipe, run_dir: RunDir) -> None:
+    """Makes the results of the last round those of the run, where they are not."""
+    if recipe.rounds is not None and not is_linked(recipe, run_dir):
+        with run_dir.lock():
+            link_last(recipe, run_dir)
+
+
+def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
+    """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside."""
+    run_dir, name = step.run_dir, step.stage.name
+    is_anew = state in ("stale", "changed", "damaged")
+    if restart and step.is_target and not is_anew and run_dir.is_restarted(name):
+        folder = run_dir.stage(name)
+        console.say(f"going on with the restart (remove {folder} to begin once more)")
+    elif (is_anew or (restart and step.is_target)) and (old := run_dir.restart(name)):
+        console.say(f"the old {step.label} is kept as {old}")
+    elif state == "renewed":
+        run_dir.renew(step.stage, step.recipe)
+    if not run_dir.manifest(name):
+        if step.label != name:
+            console.say(f"--- {step.label}")
+        _make(step, processes)
+
+
+def _make(step: Step, processes: Processes) -> None:
+    """Runs a stage. Raises TbpoError if it ends without a word and is not complete.
+
+    So would end one in which code of a model, or of a library, asks for the end of the process.
+    """
+    how = "its manifest is missing"
+    try:
+        step.stage.run(step.recipe, step.run_dir, processes)
+    except SystemExit as end:
+        how = f"code that it calls asked for the end of the process, with {end.code!r}"
+    step.run_dir.require(step.stage.name, how)
 
 
 def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, dict[str, object]]:
@@ -125,27 +249,30 @@ def require_complete(target: str, recipe: Recipe, run_dir: RunDir) -> dict[str, 
         TbpoError: if one is not complete, damaged, or was made from other inputs.
     """
     manifests = {}
-    for name, (state, changes) in plan(target, recipe, run_dir).items():
-        manifests[name] = run_dir.manifest(name)
+    steps = steps_of(target, recipe, run_dir)
+    for step, (state, changes) in zip(steps, _states(steps).values(), strict=True):
+        manifests[step.label] = step.run_dir.manifest(step.stage.name)
         if state == "damaged":
-            run_dir.check(name)
+            step.run_dir.check(step.stage.name)
         if state != "done":
-            is_complete = bool(manifests[name])
+            is_complete = bool(manifests[step.label])
             what = f"was made from other inputs: {'; '.join(changes)}"
             raise TbpoError(
-                f"the stage {name} {what if is_complete and changes else 'is not complete'}",
+                f"the stage {step.label} {what if is_complete and changes else 'is not complete'}",
                 str(run_dir.path),
                 "a complete run",
                 f"tbpo {target} RECIPE first",
             )
+    if recipe.rounds is not None:
+        manifests |= {name: run_dir.manifest(name) for name in ("prepare", "align")}
     return manifests
 
 
-def _refuse_changed(states: Plan, run_dir: RunDir) -> None:
+def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     """Raises TbpoError if a complete stage is damaged, or was made from other inputs."""
-    for name, (state, _) in states.items():
-        if state == "damaged":
-            run_dir.check(name)
+    for step in steps:
+        if states[step.label][0] == "damaged":
+            step.run_dir.check(step.stage.name)
     changed = {name: changes for name, (state, changes) in states.items() if state == "changed"}
     if not changed:
         return

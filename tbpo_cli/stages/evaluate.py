@@ -17,6 +17,7 @@ from tbpo_cli.report.diagnoses import AFTER, diagnose
 from tbpo_cli.report.facts import after_evaluation
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
+from tbpo_cli.runs.rounds import with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -66,6 +67,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     from tbpo_cli.data.store import PairStore
     from tbpo_cli.evaluation.headline import headline, names_of
     from tbpo_cli.evaluation.paired import paired_tests
+    from tbpo_cli.evaluation.rounds import rounds_of
     from tbpo_cli.evaluation.winrate import judge_all
 
     started = time.monotonic()
@@ -82,7 +84,11 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     samples = _samples(recipe, run_dir)
     others = [each.name for each in candidates[2:]]
     win_rates, verdicts, scores = judge_all(
-        recipe, run_dir, samples, others, lambda key: _cache_of(recipe, run_dir, key)
+        with_pairs(recipe, run_dir),
+        run_dir,
+        samples,
+        others,
+        lambda key: _cache_of(recipe, run_dir, key),
     )
     models = {
         each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
@@ -101,6 +107,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
         "tests": paired_tests(pairs, verdicts),
+        "rounds": rounds_of(recipe, run_dir) if recipe.rounds is not None else [],
+        "same_judges": recipe.same_judges,
     }
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
@@ -143,7 +151,12 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
     chat = load_chat(recipe.model, recipe.data.template_date)
     measurer = Measurer(
-        recipe, run_dir.stage("prepare") / "eval", chat, policy, group.share, budget.attempt
+        with_pairs(recipe, run_dir),
+        run_dir.stage("prepare") / "eval",
+        chat,
+        policy,
+        group.share,
+        budget.attempt,
     )
     for one in wanted:
         rows = [row for share in group.gather(measurer.measure(one)) for row in share]

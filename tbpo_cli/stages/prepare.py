@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Data, Recipe, Source
@@ -24,10 +23,11 @@ from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError, gather
-from tbpo_cli.report.preparation import ShownToken, shown_parts, write_report
+from tbpo_cli.report.preparation import write_report
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
+from tbpo_cli.runs.sharing import complete_beside, copy_stage
 from tbpo_cli.runs.stage import Stage
 
 Work = tuple[
@@ -35,15 +35,13 @@ Work = tuple[
 ]  # recipe key, its sources, their split, where the pairs go
 
 FEW_PROMPTS = 20
-KEY = {  # of the parts of a pair: style, meaning
-    "prompt": ("dim", "The prompt is never in the loss;"),
-    "aligned": ("green", "aligned tokens are read by every loss;"),
-    "tail": ("yellow", "a tail by those of whole responses."),
-}
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Prepares the training, evaluation and SFT pairs of a recipe.
+
+    A run beside this one that has them from the same inputs is copied, unless --restart asks for
+    new ones.
 
     Raises:
         TbpoError: for a source that cannot be read, a template that cannot be cut, or too many
@@ -54,6 +52,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
     Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
+    if not run_dir.is_restarted("prepare") and _copied(recipe, run_dir, fingerprint(tokenizer)):
+        return
     data = recipe.data
     work = _work(recipe)
     _check_sources(work, data)
@@ -82,7 +82,35 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "tokenizer": fingerprint(tokenizer),
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_report(recipe, folder, [vars(count) for count in counts])
+    _finish(recipe, run_dir, facts)
+
+
+def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
+    """Completes the stage with what a run beside this one has prepared from the same inputs.
+
+    Args:
+        tokenizer: what names the tokenizer's content, which may be the Hub's.
+    """
+    other = complete_beside(run_dir, "prepare")
+    manifest = other.manifest("prepare") if other else {}
+    if other is None or manifest["tokenizer"] != tokenizer:
+        return False
+    if not copy_stage(other, run_dir, "prepare"):
+        return False
+    console.say(
+        f"prepare: the pairs of {console.short(other.path)} are copied, which were made from the"
+        " same inputs (tbpo prepare RECIPE --restart makes them anew)"
+    )
+    facts = {name: manifest[name] for name in ("counts", "tokenizer", "seconds")}
+    _finish(recipe, run_dir, facts | {"copied_from": str(other.path)})
+    check(recipe, run_dir)
+    return True
+
+
+def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
+    """Writes report.html and the manifest, and reports the complete stage."""
+    folder = run_dir.stage("prepare")
+    write_report(recipe, folder, facts["counts"])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
 
@@ -203,37 +231,6 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         )
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
     console.say(f"more about them: {console.short(folder / 'report.html')}")
-
-
-def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) -> None:
-    """Prints the first training pairs of the complete stage to stdout as the model sees them, token
-    by token.
-    """
-    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
-    console.out.print(
-        "│ ends a token, ‖ the aligned part.",
-        *(f"[{style}]{text}[/]" for style, text in KEY.values()),
-    )
-    for index in range(min(num_pairs, len(store))):
-        console.out.print(f"\n[bold]pair {store[index].pair_id}[/bold]")
-        for name, tokens in shown_parts(store[index], tokenizer).items():
-            console.out.print(f"[bold]{name}[/bold], {len(tokens)} tokens", highlight=False)
-            console.out.print(_line(tokens, with_ids))
-
-
-def _line(tokens: list[ShownToken], with_ids: bool) -> Text:
-    line = Text()
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        line.append(
-            console.plain(token.text).replace("\n", "⏎\n"),
-            f"{KEY[token.part][0]}{' bold' if token.control else ''}",
-        )
-        line.append(f"⟨{token.token_id}⟩" if with_ids else "", "dim")
-        line.append(
-            "‖" if token.part == "aligned" and following and following.part == "tail" else "│",
-            "dim",
-        )
-    return line
 
 
 def check(recipe: Recipe, run_dir: RunDir) -> None:

@@ -191,9 +191,13 @@ def _public(recipe: Recipe, base: Base) -> Recipe:
     sample = recipe.sample
     if sample.endpoint is not None:
         sample = replace(sample, endpoint=NOWHERE)
+    rounds = recipe.rounds
+    if rounds is not None and rounds.endpoint is not None:
+        rounds = replace(rounds, endpoint=NOWHERE)
     revision = None if Path(base.id).is_absolute() else base.revision
     return replace(
         recipe,
+        rounds=rounds,
         model=replace(recipe.model, base=base.id, revision=revision),
         sample=sample,
         judge=_public_judge(recipe.judge),

@@ -17,6 +17,7 @@ SUMMARY = (
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Trains `sft/adapter` (or `sft/model`) of a recipe with an [sft] table."""
     run_or_launch(STAGE, recipe, run_dir, processes)
+    run_dir.require(STAGE.name)
     report(recipe, run_dir)
 
 

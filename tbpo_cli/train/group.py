@@ -19,7 +19,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 T = TypeVar("T")
 CPU = torch.device("cpu")
 BUCKET = 32  # gradients that one all-reduce sums
-# With a process that saves or evaluates for long; one that has died is noticed at once.
+# With a process that saves or evaluates for long. One that has died is noticed at once, a machine
+# that is lost within minutes: see runs/machines.py.
 TIMEOUT = timedelta(hours=6)
 
 

@@ -152,7 +152,8 @@ def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) 
     is_on_device = group.size == 1 or recipe.model.quantization is not None
     load_device = group.device if is_on_device else torch.device("cpu")
     needs_reference = not loss.needs <= REFERENCE_FREE
-    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device)
+    start = recipe.align.start if name == "align" else None
+    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device, start)
     for view in loss.helpers:
         source, key = getattr(loss, view), f"align.loss.{view}"
         add_helper(policy, view, source, recipe.model, group.device, load_device, key)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tbpo_cli import console
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.runs.files import json_lines
+from tbpo_cli.runs.files import json_lines, write_whole
 
 Answer = tuple[Messages, str]  # a prompt and its completion
 
@@ -110,7 +110,8 @@ def score_judge(
 
     Args:
         score: gives the scores of some answers, in their order; in place of one, why there is none.
-        cache: a file with a score a line, which is added to; None: nothing is kept.
+        cache: a file with a score a line, which is added to, and put in the order of its keys once
+            all are scored; None: nothing is kept.
     """
 
     def mark(answers: Sequence[Answer]) -> list[Mark]:
@@ -127,8 +128,9 @@ def score_judge(
                     continue
                 known[key] = value
                 if file is not None:
-                    # A line break first: the last line may have been cut short.
-                    file.write(b"\n" + json.dumps({"key": key, "score": value}).encode())
+                    file.write(_line(key, value))
+        if cache is not None:
+            write_whole(cache, "".join(_line(*each).decode() for each in sorted(known.items())))
         if failed:
             say_failures(name, list(failed.values()), len({*keys}))
         return [Mark(known[key]) if key in known else Mark(None, failed[key].what) for key in keys]
@@ -150,7 +152,8 @@ def say_failures(name: str, failed: Sequence[TbpoError], num_answers: int) -> No
     if len(failed) == num_answers:
         raise failed[0]
     counted = f"{len(failed):,} of {num_answers:,} answers"
-    console.say(f"WARNING: {name} gives no mark to {counted}; the first of them: {failed[0].what}")
+    first = f"{failed[0].what} ({failed[0].where})"
+    console.say(f"WARNING: {name} gives no mark to {counted}; the first of them: {first}")
 
 
 def _no_score(name: str, value: float | TbpoError) -> TbpoError:
@@ -171,6 +174,11 @@ def _verdict(a: Mark, b: Mark) -> Verdict:
 
 def _key(answer: Answer) -> str:
     return hashlib.sha256(json.dumps(answer).encode()).hexdigest()
+
+
+def _line(key: str, score: float) -> bytes:
+    """A line of a cache. A line break first: the last line may have been cut short."""
+    return b"\n" + json.dumps({"key": key, "score": score}).encode()
 
 
 def _scores_of(cache: Path | None) -> dict[str, float]:

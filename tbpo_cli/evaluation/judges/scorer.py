@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
-import math
-import sys
-import traceback
 from pathlib import Path
 
 from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.judge import Judge, score_judge
+from tbpo_cli.evaluation.user_function import Failure, UserFunction
 
 
 def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge:
     """A judge from a user's function of the last user message's text and the completion.
 
-    An answer for which it fails, ends the process or gives no finite number has no mark.
+    It runs in a process of its own. An answer for which it fails or gives no finite number has no
+    mark.
 
     Raises:
-        TbpoError: if there is no such function.
+        TbpoError: if there is no such function; later, if it ends its process.
     """
     assert settings.scorer is not None
     source, key = settings.scorer, f"{table}.scorer"
@@ -32,46 +30,39 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         fix = f"did you mean {near[0]}?" if near else f"change {key}"
         raise TbpoError("the scorer's file is not there", where, '"python:FILE:NAME"', fix)
-    spec = importlib.util.spec_from_file_location(f"tbpo_scorer_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # of a .py file
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise _failure("the scorer's file cannot be imported", error, file) from error
-    if not callable(function := getattr(module, name, None)):
-        near = difflib.get_close_matches(
-            name, [key for key, value in vars(module).items() if callable(value)], 1
-        )
-        fix = f"did you mean {near[0]}?" if near else f"write it, or change {key}"
-        raise TbpoError(
-            f"the scorer's file has no function {name}", where, "def NAME(prompt, completion)", fix
-        )
+    function = UserFunction(file, name)
+    if function.failure is not None:
+        raise _unusable(function.failure, file, name, where, key)
 
     def score(prompt: Messages, completion: str) -> float | TbpoError:
         text = next(
             (message["content"] for message in reversed(prompt) if message["role"] == "user"), ""
         )
-        try:
-            value = function(text, completion)
-            if isinstance(value, str | bytes) or not math.isfinite(value):
-                raise ValueError(f"it returned {value!r:.100}")
-            return float(value)
-        except (Exception, SystemExit) as error:
-            return _failure(f"the scorer {name} fails for the prompt {text[:200]!r}", error, file)
+        result = function(text, completion)
+        if not isinstance(result, Failure):
+            return result
+        error = _message(f"the scorer {name} fails", result, file)
+        # Not in `what`, the reason of a mark: answers that fail alike are counted together.
+        error.where += f", for the prompt {text[:200]!r}"
+        if result.is_end:
+            raise error
+        return error
 
     return score_judge(
         f"{path.name}:{name}", lambda answers: (score(*answer) for answer in answers), cache
     )
 
 
-def _failure(what: str, error: BaseException, file: str) -> TbpoError:
-    lines = [
-        f", line {frame.lineno}"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
-    ]
-    where = file + "".join(lines[-1:])
-    return TbpoError(
-        f"{what}: {type(error).__name__}: {error}", where, "a finite number", "mend the function"
-    )
+def _unusable(failure: Failure, file: str, name: str, where: str, key: str) -> TbpoError:
+    """Why the function cannot be asked at all."""
+    if failure.names is None:
+        return _message("the scorer's file cannot be imported", failure, file)
+    near = difflib.get_close_matches(name, failure.names, 1)
+    fix = f"did you mean {near[0]}?" if near else f"write it, or change {key}"
+    what = f"the scorer's file has no function {name}"
+    return TbpoError(what, where, "def NAME(prompt, completion)", fix)
+
+
+def _message(what: str, failure: Failure, file: str) -> TbpoError:
+    where = file if failure.line is None else f"{file}, line {failure.line}"
+    return TbpoError(f"{what}: {failure.what}", where, "a finite number", "mend the function")
