@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -159,7 +160,7 @@ def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
             if targets != ALL_LINEAR:
                 raise ValueError(f"peft cannot load what it saves of {', '.join(lost)}")
             kept = [name for name in names if name.rsplit(".", 1)[-1] not in lost]
-            config.target_modules = set(kept)
+            config.target_modules = kept
             adapted = get_peft_model(adapted.unload(), config)
         return adapted
     except (ValueError, NotImplementedError, TypeError) as error:
@@ -182,8 +183,8 @@ def _not_loaded_back(adapted: LanguageModel) -> list[str]:
     checkpoints of the architecture.
     """
     saved = get_peft_model_state_dict(adapted)
-    missing = set_peft_model_state_dict(adapted, dict(saved)).missing_keys
-    names = [key.partition(".lora_")[0] for key in missing if f".{POLICY}." in key]
+    loaded: Any = set_peft_model_state_dict(adapted, dict(saved))
+    names = [key.partition(".lora_")[0] for key in loaded.missing_keys if f".{POLICY}." in key]
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
