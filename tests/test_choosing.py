@@ -168,7 +168,8 @@ def scored_rows(count):
 
 def prepared(recipe_file, run, rows, *sets):
     train = write_jsonl(run.parent / f"{run.name}.jsonl", rows)
-    run = run_stage("prepare", recipe_file, run, f"data.train={train}", "data.format=auto", *sets)
+    sets = (f"data.train={train}", "data.format=auto", *sets)
+    run = run_stage("prepare", recipe_file, run, *sets, restart=True)  # nothing of a run beside it
     return run, json.loads((run / "prepare/manifest.json").read_text())["counts"][-1]
 
 

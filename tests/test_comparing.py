@@ -33,8 +33,8 @@ def results(*rates, others=(), tests=()):
 
 
 COST = (
-    "Cost: KL from the reference 0.120 nats a token, entropy 1.750 → 1.500, mean length 60 → 80, "
-    "self-BLEU 12.5 → 20.0"
+    "Cost: KL from the reference 0.1200 nats a token, entropy 1.750 → 1.500, "
+    "mean length 60.0 → 80.0, self-BLEU 12.5 → 20.0"
 )
 
 

@@ -654,14 +654,26 @@ MISTAKES = {
 }
 
 
-def test_a_template_that_does_not_end_is_stopped(tmp_path, base, monkeypatch):
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 0.5 s for two lines of text",
+        ),
+        ("{{ 'a' * 200000000 }}", "takes more than 0.125 GiB of memory for two lines of text"),
+    ],
+)
+def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
+    tmp_path, base, monkeypatch, template, says
+):
     monkeypatch.setattr("tbpo_cli.data.templates.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("tbpo_cli.data.templates.MAX_BYTES", 2**27)
     scene = Scene(tmp_path, base)
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    (tmp_path / "t.jinja").write_text(loop)
+    (tmp_path / "t.jinja").write_text(template)
     template = f"model.chat_template={tmp_path / 't.jinja'}"
     done = command("prepare", scene.recipe, "--set", template, cwd=tmp_path)
-    assert done.returncode == 2 and "takes more than 0.5 s for two lines of text" in done.stderr
+    assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
 def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_traceback(tmp_path):

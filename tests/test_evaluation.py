@@ -161,6 +161,10 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
         distinct([["a", "b", "a"], ["a", "c"]], 2)["value"] == 1
         and distinct([["a"]], 2)["value"] == 0
     )
+    wide = distinct([["a", "b", "a"], ["c", "d"], ["a"]], 2)
+    assert 0 <= wide["low"] <= wide["value"] == 1 == wide["high"], "no share is over 1"
+    mixed = distinct([["a", "a", "a"], ["b", "c"], ["d", "e"], ["f", "g"]], 1)
+    assert mixed["value"] == 7 / 9 and mixed["high"] == 1.0
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2) and repetition([1, 1]) == 0
 
 

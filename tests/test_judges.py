@@ -619,7 +619,7 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
     [
         (SCORERS, "length", "the scorer's file has no function length", "mine.py"),
         ("def f(prompt, completion):\n    return 1 / 0\n", "f",
-         "the prompt 'What is 1 + 1? (0)': Zero", ", line 2"),
+         "the scorer f fails: Zero", ", line 2, for the prompt 'What is 1 + 1? (0)'"),
         ("def f(prompt, completion):\n    return float('nan')\n", "f",
          "ValueError: it returned nan", "mine.py"),
         ("def f(prompt, completion):\n    return 'good'\n", "f",

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from conftest import preference_rows, run_stage, write_jsonl
 from judge_server import chat_completion, chat_server
 from test_judges import compare, reward_model, user
 
@@ -159,7 +160,9 @@ def test_a_function_that_fails_for_some_answers_gives_the_others_their_marks(
     cache = tmp_path / "scores.jsonl"
     marks = marker_of(recipe, lambda key: cache).mark([*ANSWERS, ANSWERS[3]])
     assert [mark.value for mark in marks] == [1.0, 3.0, None, None, None]
-    assert "ValueError: no three" in marks[2].reason and "it returned nan" in marks[3].reason
+    reasons = ["ValueError: no three", "ValueError: it returned nan"]
+    reasons = [f"the scorer score fails: {reason}" for reason in reasons]
+    assert [mark.reason for mark in marks[2:4]] == reasons, "alike where they fail alike"
     said = capsys.readouterr().err
     assert "mine.py:score gives no mark to 2 of 4 answers" in said and "no three" in said
     kept = [json.loads(line) for line in cache.read_text().splitlines() if line]
@@ -260,6 +263,54 @@ def test_judges_are_the_same_by_function_reward_model_or_language_model(recipe_f
     own = ("judge.scorer=python:/x.py:f", "judge.endpoint=http://here:1/v1", "judge.model=m")
     recipe = load_recipe(recipe_file, (*own, *of_eval))
     assert recipe.judge.in_common(recipe.judge_of_eval) == same
+    assert recipe.same_judges == (), "no pairs are chosen"
+
+
+ROUND = """
+import math
+def score(prompt, completion):
+    if len(completion) % 7 == 1:
+        raise ValueError("no such length")
+    return math.nan if len(completion) % 7 == 2 else len(completion)
+def other(prompt, completion):
+    return -len(completion)
+"""
+
+
+def test_a_win_rate_by_the_judge_that_chose_the_pairs_is_said_to_be_no_evidence(
+    recipe_file, tmp_path, capsys
+):
+    """Of prompts alone, marked by a function that fails for some answers; then by another judge."""
+    (tmp_path / "mine.py").write_text(ROUND)
+    prompts = [{"prompt": f"{row['prompt']} {n}"} for n, row in enumerate(preference_rows(12))]
+    judge = f"judge.scorer=python:{tmp_path / 'mine.py'}"
+    sets = (
+        f"data.train={write_jsonl(tmp_path / 'prompts.jsonl', prompts)}",
+        f"{judge}:score",
+        "rounds.number=1",
+        "rounds.answers=8",
+        "rounds.max_new_tokens=100",
+        "rounds.held_out_prompts=4",
+        "align.max_steps=1",
+        "sample.max_new_tokens=4",
+        "eval.diversity_prompts=0",
+    )
+    run = run_stage("eval", recipe_file, tmp_path / "run", *sets)
+    assert "mine.py:score gives no mark to " in capsys.readouterr().err
+    facts = json.loads((run / "rounds/1/mark/manifest.json").read_text())["without_mark"]
+    assert sorted(facts) == [
+        "the scorer score fails: ValueError: it returned nan",
+        "the scorer score fails: ValueError: no such length",
+    ]
+    results = json.loads((run / "eval/results.json").read_text())
+    (said,) = (line for line in results["warnings"] if "no evidence" in line)
+    assert said.startswith("the win rate by judge.scorer is no evidence")
+    assert said.endswith("change [eval.judge], which names another judge for tbpo eval")
+    assert "is no evidence" in (run / "eval/report.html").read_text()
+    other = run_stage("eval", recipe_file, run, *sets, f"eval.{judge}:other")
+    results = json.loads((other / "eval/results.json").read_text())
+    assert results["win_rates"][0]["judge"] == "mine.py:other"
+    assert not [line for line in results["warnings"] if "no evidence" in line]
 
 
 def test_eval_reads_its_own_judge_in_place_of_the_other(recipe_file, tmp_path):

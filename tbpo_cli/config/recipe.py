@@ -77,6 +77,8 @@ class Recipe:
         if self.rounds is not None and self.sft is not None:
             what = "cannot stand beside [rounds]: name what an SFT run made as model.adapter"
             raise ValueError(f"sft {what}, or as model.base")
+        if self.rounds is not None and self.rounds.endpoint and self.model.lora is None:
+            raise ValueError("rounds.endpoint needs [model.lora]: a server loads adapters only")
         if self.rounds is not None and len(self.judge.named if self.judge else ()) != 1:
             raise ValueError("rounds needs one judge, whose marks choose: a table [judge]")
         for name, stage in (("sft", self.sft), ("align", self.align)):
@@ -103,6 +105,15 @@ class Recipe:
     def table_of_judge(self) -> str:
         """The name of the table that `judge_of_eval` is."""
         return "judge" if self.eval.judge is None else "eval.judge"
+
+    @property
+    def same_judges(self) -> tuple[str, ...]:
+        """The judges of `tbpo eval` that also choose the training pairs, by their keys."""
+        if self.rounds is None or self.judge is None or self.judge_of_eval is None:
+            return ()
+        return tuple(
+            f"{self.table_of_judge}.{kind}" for kind in self.judge.in_common(self.judge_of_eval)
+        )
 
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateSyntaxError
 
 from tbpo_cli.data.encoder import Encoder, unmask
+from tbpo_cli.data.limits import TooMuch, at_most
 from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.rendering import left_out_of_answer, left_out_of_prompt
 from tbpo_cli.errors import TbpoError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Tools = tuple[dict[str, Any], ...]  # JSON schemas
 
 MAX_SECONDS = 10.0  # in which a template renders a conversation of two lines
+MAX_BYTES = 2**30  # of memory, for the same
 MAX_CHARACTERS = 10_000_000  # of a rendered row
 
 OTHER_TEMPLATE = "give a template of your own as model.chat_template"
@@ -53,10 +54,6 @@ CALLED = (
         },
     },
 )
-
-
-class _TooSlow(BaseException):  # an Exception would be taken for a fault of the row
-    """A template has rendered for MAX_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,8 @@ class Chat:
                 "a template that renders the chat",
                 "mend the file that model.chat_template names, or the tokenizer's own template",
             ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program: it can raise what it likes
             raise RejectedRow("template_error", f"{type(error).__name__}: {error}") from None
         if len(text) > MAX_CHARACTERS:
@@ -125,32 +124,24 @@ class Chat:
         return cast(str, text)
 
     def check_that_it_ends(self) -> None:
-        """Renders a plain conversation within MAX_SECONDS, for a template that loops for ever.
+        """Renders a plain conversation within MAX_SECONDS and MAX_BYTES.
 
-        Call it from the main thread: only there an alarm can stop the template.
+        For a template that loops for ever, or makes a text of any size in one operation. Call it
+        from the main thread: only there it can be stopped.
 
         Raises:
-            TbpoError: if it takes longer.
+            TbpoError: if it takes longer, or more.
         """
-
-        def stop(number: int, frame: object) -> None:
-            raise _TooSlow
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
         try:
-            with suppress(RejectedRow):  # the rows will tell
+            with suppress(RejectedRow), at_most(MAX_SECONDS, MAX_BYTES):  # the rows will tell
                 self.render((QUESTION, ANSWER), ())
-        except _TooSlow:
+        except TooMuch as taken:
             raise TbpoError(
-                f"the chat template takes more than {MAX_SECONDS:g} s for two lines of text",
+                f"the chat template takes more than {taken} for two lines of text",
                 "model.chat_template, or the tokenizer's own template",
                 "a template that ends",
                 OTHER_TEMPLATE,
             ) from None
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """A prompt with the generation prompt, as text with masked control tokens.

@@ -83,7 +83,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
     """Different n-grams over n-grams of all texts together, with a jackknife interval over the
-    texts.
+    texts, within 0 to 1.
 
     Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models"
     (2016).
@@ -96,7 +96,8 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
         / max(1, grams - count.total())
         for count in counts
     ]
-    return jackknife_figure(different / max(1, grams), left_out)
+    found = jackknife_figure(different / max(1, grams), left_out)
+    return found | {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
 
 
 def repetition(token_ids: Sequence[int]) -> float:

@@ -70,11 +70,11 @@ def _cost(models: Json) -> str:
     kl = policy["preference"]["all"]["kl"]["value"]
     entropy = [one["preference"]["all"]["entropy"]["value"] for one in (reference, policy)]
     parts = [
-        f"KL from the reference {kl:.3f} nats a token",
+        f"KL from the reference {kl:.4f} nats a token",
         f"entropy {entropy[0]:.3f} → {entropy[1]:.3f}",
     ]
     for name, words, form in (
-        ("length", "mean length", "{:.0f}"),
+        ("length", "mean length", "{:.1f}"),
         ("self_bleu", "self-BLEU", "{:.1f}"),
     ):
         if name in policy["diversity"]:

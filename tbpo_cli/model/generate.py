@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,6 +117,7 @@ def samples_of(
     keys: Sequence[tuple[Prompt, int]],
     settings: Sample,
     seed: int,
+    known: Collection[int] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields samples, a batch at a time; each depends on its prompt, its number and the seed alone.
 
@@ -124,11 +125,12 @@ def samples_of(
         view: the model of the policy that answers.
         keys: prompts, and the numbers of their samples.
         seed: of the run.
+        known: places of keys whose samples are there. A batch of such keys alone is left out.
     """
     prompts = [prompt.token_ids for prompt, _ in keys]
     seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in keys]
     with policy.view(view) as model:
-        for batch in completions(model, prompts, seeds, settings, chat.end_ids):
+        for batch in completions(model, prompts, seeds, settings, chat.end_ids, known):
             yield [
                 {
                     "prompt_id": keys[place][0].prompt_id,
@@ -148,8 +150,11 @@ def completions(
     seeds: Sequence[int],
     settings: Sample,
     stop_ids: Sequence[int],
+    known: Collection[int] = (),
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Yields (place, completion) of prompts, a batch of prompts of like length at a time.
+
+    A batch in which all places are `known` is left out.
 
     A model that reads the padding on the left gets prompts of one length at a time, without any;
     one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time.
@@ -170,6 +175,8 @@ def completions(
     same_length = reads_padding(model) is not None
     size = 1 if settings.batch_size > 1 and _mixes_sequences(model) else settings.batch_size
     for batch in _batches(places, prompts, size, same_length):
+        if all(place in known for place in batch):
+            continue
         asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
         yield list(zip(batch, generate(model, asked, drawn, settings, stop_ids), strict=True))
 

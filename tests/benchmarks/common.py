@@ -24,7 +24,9 @@ def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
     libraries = {library: version(library) for library in ("torch", "transformers", "peft")}
     about = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", f"tests/benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+        ),
         "versions": {"python": platform.python_version(), **libraries},
         "threads": torch.get_num_threads(),
     }

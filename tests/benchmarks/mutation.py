@@ -3,6 +3,7 @@
     python tests/benchmarks/mutation.py tbpo_cli/batch/layouts.py   # a changed file: minutes
     python tests/benchmarks/mutation.py tbpo_cli/batch --share 0.2  # a fifth, drawn at random
     python tests/benchmarks/mutation.py tbpo_cli --minutes 60       # as many as an hour allows
+    python tests/benchmarks/mutation.py --survivors --seconds 60    # those of the table once more
     python tests/benchmarks/mutation.py --report                    # only the table
 
 1. Each test file is run by itself under coverage; which test reaches which lines is kept in
@@ -11,8 +12,9 @@
 2. Mutants of the given files are made: see mutants.py. With --share, a random sample of those of
    each file; with --minutes, those that come first in a random order, the same every time.
 3. Each is put into a copy of the repository, where a forked process, which has the libraries
-   already, runs the tests that reach its lines, the fastest first, as many as take --seconds
-   together. A mutant is noticed if one fails, or if they take more than four times as long.
+   already, runs the tests that reach its lines, the fastest of each test file first, as many as
+   take --seconds together. A mutant is noticed if one fails, or if they take more than four times
+   as long. With --survivors, only those of the table that nothing noticed and nobody explained.
 
 Writes results/mutation.{json,md}: the given files anew, the others as they stand there. A "reason"
 written beside a survivor in the JSON stays there. What only commands run that tests start in
@@ -33,7 +35,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,12 @@ Row = dict[str, Any]
 def main() -> None:
     arguments = parsed()
     rows = json.loads(RESULT.read_text("utf-8"))["rows"] if RESULT.exists() else []
-    if not arguments.report:
+    survivors = {key_of(row) for row in rows if is_open(row)}
+    if arguments.survivors:
+        files = sorted({file for file, _, _ in survivors})
+        again = {key_of(row): row for row in measured(files, arguments, survivors)}
+        rows = [again.get(key_of(row), row) for row in rows]
+    elif not arguments.report:
         files = [file for path in arguments.paths for file in python_files(path)]
         if not files:
             sys.exit("no Python file of the package is named: tbpo_cli/batch, for example")
@@ -72,6 +79,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="of tests for a mutant")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--again", action="store_true", help="also those noticed before")
+    parser.add_argument("--survivors", action="store_true", help="of the table, with more tests")
     parser.add_argument("--report", action="store_true", help="write the table, run nothing")
     return parser.parse_args()
 
@@ -86,6 +94,10 @@ def key_of(row: Row) -> tuple[str, str, str]:
     return row["file"], row["function"], row["change"]
 
 
+def is_open(row: Row) -> bool:
+    return row["outcome"] == SURVIVED and "reason" not in row
+
+
 def commit() -> str:
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -98,8 +110,10 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------ the mutants
 
 
-def measured(files: list[str], arguments: argparse.Namespace) -> list[Row]:
-    """A row for each mutant of the sample."""
+def measured(
+    files: list[str], arguments: argparse.Namespace, only: Collection[tuple[str, str, str]] = ()
+) -> list[Row]:
+    """A row for each mutant of the sample; with `only`, for those with these keys."""
     preload()
     from reach import reach
 
@@ -113,6 +127,9 @@ def measured(files: list[str], arguments: argparse.Namespace) -> list[Row]:
         made = mutants_of(file, (SNAPSHOT / file).read_text("utf-8"))
         count = round(len(made) * arguments.share)
         sample = sorted(random.Random(file).sample(range(len(made)), count))
+        if only:
+            keys = [(file, mutant.function, mutant.change) for mutant in made]
+            sample = [number for number, key in enumerate(keys) if key in only]
         run.chosen += [(made[number], len(made)) for number in sample]
     if arguments.minutes:
         random.Random(0).shuffle(run.chosen)

@@ -9,10 +9,11 @@ dropout, several micro-batches a step and several epochs; sft; two processes. Ea
 same to the bit, and the metrics too, but for timings; no file may be left over. Writes
 results/soak.{json,md}.
 
-    python tests/benchmarks/soak.py --long 20000     # a training of that many steps, watched
+    python tests/benchmarks/soak.py --long 9     # a training of so many minutes, watched
 
-Memory, open files, threads and processes in the last fifth of its steps are compared with those in
-the second one. Writes results/soak_long.{json,md}.
+Small steps with many evaluations and checkpoints, until SIGTERM. Memory, open files, threads and
+processes in the last fifth of the time are compared with those in the second one; then no file may
+be left over. Writes results/soak_long.{json,md}.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,15 @@ ROOT = Path(__file__).parent.parent.parent
 KILLS, NUM_STEPS = 24, 120
 SAME = ("weights", "metrics", "files")
 FIGURES = ("memory_mb", "files", "threads", "processes")
+LONG = (  # what is set for the training that is watched
+    "sft=none",
+    "align.loss.name=tbpo_q",
+    "align.batch_pairs=2",
+    "align.max_steps=1000000",
+    "align.eval_every=10",
+    "align.eval_pairs=4",
+    "align.checkpoint_every=5",
+)
 MEMORY_GROWTH, FILE_GROWTH = 0.05, 2  # that is still none: a share of the bytes; open files
 TIMINGS = {"seconds", "pairs_per_s", "tokens_per_s", "peak_memory_gb"}
 RECIPE = """
@@ -79,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--fuzz", type=int, default=0, help="examples a fuzzing test, after the kills"
     )
-    parser.add_argument("--long", type=int, default=0, help="steps of one long training, instead")
+    parser.add_argument("--long", type=float, default=0, help="minutes of a training, instead")
     arguments = parser.parse_args()
     if arguments.long:
         watch_long(arguments.long)
@@ -183,13 +194,12 @@ def names(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
 
 
-def watch_long(steps: int) -> None:
-    """A long training, with its memory, open files, threads and processes over time."""
+def watch_long(minutes: float) -> None:
+    """A training with its memory, open files, threads and processes over time."""
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         recipe = write_recipe(Path(name))
-        sets = [f"align.max_steps={steps}", "align.loss.name=tbpo_q", "align.eval_every=500"]
-        overrides = [part for override in sets for part in ("--set", override)]
+        overrides = [part for override in LONG for part in ("--set", override)]
         module = [sys.executable, "-m", "tbpo_cli.cli.main"]
         command = [*module, "align", str(recipe), "--run-dir", str(run), *overrides]
         with subprocess.Popen(
@@ -197,18 +207,29 @@ def watch_long(steps: int) -> None:
         ) as process:
             drain = threading.Thread(target=lambda: [*process.stderr], daemon=True)
             drain.start()
-            samples = [*watch(process, run / "align")]
-        assert process.returncode == 0
+            samples = [*watch(process, run / "align", minutes * 60)]
+        assert process.returncode == 128 + signal.SIGTERM
+        lines = metrics(run / "align")
         left = [one for one in names(run) if "partial" in one or Path(one).name.startswith(".")]
-    fifths = [
-        [x for x in samples if begin <= x["step"] / steps < begin + 0.2] for begin in (0.2, 0.8)
-    ]
-    early, late = ({key: median(x[key] for x in part) for key in FIGURES} for part in fifths)
-    rows = [{"steps": steps, "samples": len(samples), "early": early, "late": late, "left": left}]
-    lines = [f"| {key} | {early[key]:.0f} | {late[key]:.0f} |" for key in FIGURES]
-    heading = "| of one process | second fifth of the steps | last fifth |\n|---|---|---|"
-    table = "\n".join([heading, *lines, f"\nFiles left over: {', '.join(left) or 'none'}"])
-    write_results("soak_long", f"A training of {steps:,} steps, watched", rows, table)
+    steps, evaluations = (sum(one["split"] == kind for one in lines) for kind in ("train", "eval"))
+    fifth = len(samples) // 5
+    early, late = (
+        {key: median(one[key] for one in part) for key in FIGURES}
+        for part in (samples[fifth : 2 * fifth], samples[-fifth:])
+    )
+    row = {"minutes": minutes, "steps": steps, "evaluations": evaluations, "left": left}
+    table = "\n".join(
+        [
+            "| of one process | second fifth of the time | last fifth |",
+            "|---|---|---|",
+            *(f"| {key} | {early[key]:.0f} | {late[key]:.0f} |" for key in FIGURES),
+            "",
+            f"{steps:,} steps, {evaluations:,} evaluations, {steps // 5:,} checkpoints; "
+            f"files left over: {', '.join(left) or 'none'}",
+        ]
+    )
+    rows = [row | {"samples": len(samples), "early": early, "late": late}]
+    write_results("soak_long", f"A training of {minutes:g} minutes, watched", rows, table)
     print(table)
     is_more_memory = late["memory_mb"] > early["memory_mb"] * (1 + MEMORY_GROWTH)
     is_more = is_more_memory or late["files"] > early["files"] + FILE_GROWTH or left
@@ -216,13 +237,19 @@ def watch_long(steps: int) -> None:
         sys.exit("something grows with the steps, or is left over")
 
 
-def watch(process: subprocess.Popen, stage: Path) -> Iterator[dict]:
-    """What a process uses, twice a second until it ends."""
+def watch(process: subprocess.Popen, stage: Path, seconds: float) -> Iterator[dict]:
+    """What a process uses, twice a second while it trains, until SIGTERM after some seconds."""
     watched = psutil.Process(process.pid)
+    while not num_steps(stage) and process.poll() is None:
+        time.sleep(0.5)
+    end = time.monotonic() + seconds
     while process.poll() is None:
+        if time.monotonic() > end:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            return
         with suppress(psutil.NoSuchProcess):
             yield {
-                "step": num_steps(stage),
                 "memory_mb": watched.memory_info().rss / 2**20,
                 "files": watched.num_fds(),
                 "threads": watched.num_threads(),

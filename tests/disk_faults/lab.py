@@ -113,8 +113,11 @@ class Lab:
         import tbpo_cli.train.loop  # noqa: F401
 
     def new_folder(self) -> Path:
+        """A run with none beside it, whose prepared pairs it would copy."""
         with self._lock:
-            return self.folder / f"case-{next(self._numbers)}"
+            number = next(self._numbers)
+        (self.folder / f"alone-{number}").mkdir()
+        return self.folder / f"alone-{number}/case-{number}"
 
     def run(
         self, command: str, run: Path, *, kill: int = -1, fail: int = -1, error: int = 0, journal=""
@@ -210,5 +213,5 @@ def _hash_of(path: Path) -> str:
         "tokenizer.json",
     }:
         content = b""  # reports with times, manifests: their names count
-    content = re.sub(rb"(finished|case-\d+)/", b"", content)
+    content = re.sub(rb"(finished|alone-\d+/case-\d+)/", b"", content)
     return hashlib.sha256(content).hexdigest()[:16]

@@ -152,7 +152,8 @@ def say_failures(name: str, failed: Sequence[TbpoError], num_answers: int) -> No
     if len(failed) == num_answers:
         raise failed[0]
     counted = f"{len(failed):,} of {num_answers:,} answers"
-    console.say(f"WARNING: {name} gives no mark to {counted}; the first of them: {failed[0].what}")
+    first = f"{failed[0].what} ({failed[0].where})"
+    console.say(f"WARNING: {name} gives no mark to {counted}; the first of them: {first}")
 
 
 def _no_score(name: str, value: float | TbpoError) -> TbpoError:

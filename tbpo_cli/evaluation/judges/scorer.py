@@ -41,7 +41,9 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
         result = function(text, completion)
         if not isinstance(result, Failure):
             return result
-        error = _message(f"the scorer {name} fails for the prompt {text[:200]!r}", result, file)
+        error = _message(f"the scorer {name} fails", result, file)
+        # Not in `what`, the reason of a mark: answers that fail alike are counted together.
+        error.where += f", for the prompt {text[:200]!r}"
         if result.is_end:
             raise error
         return error
