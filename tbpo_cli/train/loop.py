@@ -103,7 +103,7 @@ def build_stepper(run: TrainingRun) -> Stepper:
     apply_layout(policy.models, layout)
     longest_pair = max(int(each.lengths.sum(axis=1).max(initial=0)) for each in stores)
     checkpointing = use_checkpointing(run, longest_pair)
-    kept, _ = kept_bytes(policy.model, checkpointing)
+    kept, _ = kept_bytes(policy.model, checkpointing, policy.autocast)
     if run.mesh is not None:
         policy.shard(run.mesh)
     states = {
@@ -192,7 +192,8 @@ def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
     used += bytes_of_learning(policy, run.settings)
     if run.mesh is not None:
         used /= run.group.size
-    own = needs_checkpointing(policy.model, wanted, longest_pair, run.group.device, used)
+    device, autocast = run.group.device, policy.autocast
+    own = needs_checkpointing(policy.model, wanted, longest_pair, device, used, autocast)
     uses = any(run.group.gather(own))
     if uses and wanted == "auto":
         tokens = f"the longest pair, of {longest_pair:,} tokens, would not fit otherwise"
