@@ -20,7 +20,7 @@ from tbpo_cli.config import choosing, evaluation, judging, rounds, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
 from tbpo_cli.core import GENERATORS, LOSSES
-from tbpo_cli.report.diagnoses import AFTER, BEFORE
+from tbpo_cli.report.diagnoses import AFTER, BEFORE, ROUNDS
 
 DOCS = Path(__file__).parent
 # Table of the recipe: its class, in the order of the page.
@@ -175,8 +175,9 @@ def troubleshooting() -> str:
         "the report the",
         "second one after it: a sentence, and the key to change.",
     ]
-    for title, table in (("Before", BEFORE), ("After", AFTER)):
-        page += ["", f"## {title} the training", "", "| when | what it says | what to change |"]
+    titles = {"Before the training": BEFORE, "After the training": AFTER, "After rounds": ROUNDS}
+    for title, table in titles.items():
+        page += ["", f"## {title}", "", "| when | what it says | what to change |"]
         page.append("|---|---|---|")
         for each in table:
             page.append(f"| {each.condition} | {plain(each.sentence)} | {plain(each.change)} |")

@@ -77,6 +77,21 @@ def shorten_quickstart(here):
         rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:count]))
 
 
+def shorten_rounds(here):
+    """The recipe of rounds that `tbpo init` wrote, with two rounds of few prompts."""
+    path = here / "rounds.toml"
+    tables = merged(
+        tomllib.loads(path.read_text(encoding="utf-8")),
+        {
+            "rounds": {"number": 2, "prompts": 6, "held_out_prompts": 4},
+            "align": {"max_steps": 1, "batch_pairs": 4},
+            "eval": {"diversity_prompts": 2},
+            "sample": {"max_prompts": 4, "max_new_tokens": 8},
+        },
+    )
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(PAGES[page])])
 def test_every_command_of_a_page_runs_in_its_order(folder, tmp_path, page):
     """Of several processes or machines only the plan is asked for."""
@@ -88,6 +103,8 @@ def test_every_command_of_a_page_runs_in_its_order(folder, tmp_path, page):
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         if (name, *arguments) == ("init", "quickstart"):
             shorten_quickstart(here)
+        if (name, *arguments) == ("init", "rounds"):
+            shorten_rounds(here)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(PAGES[page], "toml")])

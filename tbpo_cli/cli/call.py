@@ -135,7 +135,12 @@ class Call:
 
         recipe = load_recipe(self.recipe, self.overrides)
         gather(format_faults(recipe.data, str(self.recipe)))
-        return recipe, RunDir.of(recipe, self.run_dir)
+        run_dir = RunDir.of(recipe, self.run_dir)
+        if recipe.judge is not None:
+            from tbpo_cli.stages.rounds import with_rounds
+
+            recipe = with_rounds(recipe, run_dir)
+        return recipe, run_dir
 
     def processes(self) -> Processes:
         """Those that the stage is to run in.

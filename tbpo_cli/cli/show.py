@@ -12,6 +12,7 @@ from typing import Any
 from tbpo_cli import console
 from tbpo_cli.cli.checks import Check, all_checks, disk_check
 from tbpo_cli.cli.forecast import forecast, trainings_of
+from tbpo_cli.cli.forecast_rounds import forecast_rounds
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES, STATES, plan
@@ -32,6 +33,10 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
         _print(f"{STATES[state]} {'; '.join(changes)}", name)
     reader = "prepare" if recipe.rounds is None else "prompts"
     run_dir.inputs(STAGES[reader], recipe)  # says which files are not there
+    if recipe.rounds is not None:
+        console.out.print()
+        for label, text in forecast_rounds(recipe, run_dir):
+            _print(text, label)
     disk = 0.0
     for training in trainings_of(recipe):
         console.out.print()

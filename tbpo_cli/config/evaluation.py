@@ -42,11 +42,15 @@ class Sample:
     endpoint: Address | None = None
     """A server with OpenAI's API that answers for the policy; the reference is run here."""
     endpoint_model: str | None = None
-    """The policy's name on that server."""
+    """The policy's name on that server; with `endpoint_adapter`, the base's."""
+    endpoint_adapter: str | None = None
+    """The folder of `adapter` as a vLLM server sees it, which then loads it while it runs."""
 
     def __post_init__(self) -> None:
         if (self.endpoint is None) != (self.endpoint_model is None):
             raise ValueError("endpoint and endpoint_model must be given together")
+        if self.endpoint_adapter is not None and not (self.endpoint and self.adapter):
+            raise ValueError("endpoint_adapter needs endpoint and adapter")
 
 
 @table

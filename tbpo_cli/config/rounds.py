@@ -43,7 +43,11 @@ class Rounds:
     loads adapters while it runs."""
     endpoint_model: str | None = None
     """The base's name on that server."""
+    endpoint_folder: str | None = None
+    """The run's folder as the server sees it. Default: as it is here."""
 
     def __post_init__(self) -> None:
         if (self.endpoint is None) != (self.endpoint_model is None):
             raise ValueError("endpoint and endpoint_model must be given together")
+        if self.endpoint is None and self.endpoint_folder is not None:
+            raise ValueError("endpoint_folder is of a server, and endpoint names none")

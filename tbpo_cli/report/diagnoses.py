@@ -214,7 +214,48 @@ AFTER = (
     ),
 )
 
-DIAGNOSES = BEFORE + AFTER
+ROUNDS = (
+    # Judges prefer long answers (arXiv 2404.04475), and each round trains on that again.
+    Diagnosis(
+        ("round_length",),
+        lambda f: f.round_length > 1.5,
+        "answers of the last round are over 1.5 times as long as the first policy's",
+        "the answers have become {round_length:.1f} times as long: the judge may like length",
+        'choose.max_length_difference, fewer rounds, or align.loss.name = "simpo"',
+    ),
+    Diagnosis(
+        ("round_top",),
+        lambda f: f.round_top > 0.6,
+        "over 60 % of the last policy's answers have the highest mark",
+        "{round_top:.0%} of the last policy's answers have the highest mark there is: the judge "
+        "can hardly tell them apart any more",
+        "judge.scale, another judge, or harder prompts",
+    ),
+    Diagnosis(
+        ("round_no_pair",),
+        lambda f: f.round_no_pair > 0.5,
+        "over half of the prompts of the last round gave no pair",
+        "{round_no_pair:.0%} of the prompts of the last round gave no pair",
+        "rounds.answers or rounds.temperature (higher), or choose.min_margin (lower)",
+    ),
+    Diagnosis(
+        ("round_spread",),
+        lambda f: f.round_spread < 0.5,
+        "marks of the same prompt differ less than half as much as in the first round",
+        "the marks of a prompt differ {round_spread:.0%} as much as in the first round: the pairs "
+        "have little contrast left",
+        "rounds.number (fewer), rounds.temperature (higher), or rounds.answers (more)",
+    ),
+    Diagnosis(
+        ("round_kl", "round_kl_before"),
+        lambda f: f.round_kl > 0.5 and f.round_kl > 2 * f.round_kl_before,
+        "KL more than doubled in the last round, to over 0.5 nats a token",
+        "KL went from {round_kl_before:.2f} to {round_kl:.2f} nats a token in the last round",
+        'align.learning_rate (lower), align.loss.beta (higher), or rounds.reference = "first"',
+    ),
+)
+
+DIAGNOSES = BEFORE + AFTER + ROUNDS
 
 
 def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.evaluation.measures import DIVERSITY, MEASURES, PREFERENCE, SCORE, setting_of
+from tbpo_cli.report import rounds
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.evaluation_charts import panels_of
 from tbpo_cli.report.pages import write_page
@@ -85,9 +86,20 @@ def write_report(
             results, samples, [line for line in verdicts if _kind(line) == main], metrics
         ),
         training=curves(metrics),
+        rounds=_rounds(results.get("rounds", [])),
         rows=[row | {"pieces": _pieces(row["samples"], own)} for row in _kept(rows)],
         num_rows=len(rows),
     )
+
+
+def _rounds(entries: list[Json]) -> Json:
+    """What the page shows of rounds; empty without them."""
+    if not entries:
+        return {}
+    warnings = rounds.warnings_of(entries)
+    headings, rows = rounds.table_of(entries)
+    panels = rounds.panels_of(entries)
+    return {"headings": headings, "rows": rows, "warnings": warnings, "panels": panels}
 
 
 def _with_names(

@@ -49,6 +49,11 @@ class Facts:
         chosen_fall: by how much log π of a chosen token fell, nats.
         loss_fall: by how much the held-out loss fell.
         answer_ratio: mean length of the policy's samples over that of the reference's.
+        round_length: in rounds, mean length of the last policy's answers over the first one's.
+        round_top: the share of the last policy's answers with the highest mark of all.
+        round_no_pair: the share of the prompts of the last round that gave no pair.
+        round_spread: standard deviation of a prompt's marks, the last round's over the first's.
+        round_kl: KL of the last round. `round_kl_before`: of the round before.
         same_judges: the judges, in words, that both chose the training pairs and compared answers.
     """
 
@@ -74,6 +79,12 @@ class Facts:
     chosen_fall: float | None = None
     loss_fall: float | None = None
     answer_ratio: float | None = None
+    round_length: float | None = None
+    round_top: float | None = None
+    round_no_pair: float | None = None
+    round_spread: float | None = None
+    round_kl: float | None = None
+    round_kl_before: float | None = None
     same_judges: str | None = None
 
     @property

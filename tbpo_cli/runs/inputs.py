@@ -20,7 +20,7 @@ Files = dict[str, dict[str, Any]]  # by path: size, times and hash
 # nothing.
 FREE_KEYS = {
     "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
-    "rounds.batch_size", "rounds.endpoint",
+    "sample.endpoint_adapter", "rounds.batch_size", "rounds.endpoint", "rounds.endpoint_folder",
     "eval.gate", "judge.concurrency", "judge.timeout", "eval.judge.concurrency",
     "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (

@@ -163,7 +163,18 @@ def _sample_of(recipe: Recipe, run_dir: RunDir, prompts: str, policy: int) -> Sa
         max_new_tokens=settings.max_new_tokens,
         endpoint=settings.endpoint,
         endpoint_model=settings.endpoint_model,
+        endpoint_adapter=_as_served(recipe, run_dir, weights),
     )
+
+
+def _as_served(recipe: Recipe, run_dir: RunDir, weights: Path | None) -> str | None:
+    """The folder of an adapter as the server sees it; None without a server or an adapter."""
+    settings = _settings(recipe)
+    if settings.endpoint is None or weights is None:
+        return None
+    if settings.endpoint_folder is None or not weights.is_relative_to(run_dir.path):
+        return str(weights)
+    return str(Path(settings.endpoint_folder) / weights.relative_to(run_dir.path))
 
 
 def _data_of(recipe: Recipe, run_dir: RunDir, number: int) -> Data:

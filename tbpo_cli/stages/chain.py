@@ -14,7 +14,7 @@ from tbpo_cli.runs.launch import ALONE, Processes, join_workers
 from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
-from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, sample, sft
+from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, rounds, sample, sft
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -178,6 +178,7 @@ def run_through(
     if not restart and all(state == "done" for state, _ in states.values()):
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         STAGES[target].report(recipe, run_dir)
+        _report_rounds(target, recipe, run_dir)
         return
     if processes.machine_rank > 0:
         if not restart:
@@ -196,6 +197,12 @@ def run_through(
                 _refuse_changed(left, states, run_dir)
             _run(left[0], states[left[0].label][0], restart, processes)
             link_last(recipe, run_dir)
+    _report_rounds(target, recipe, run_dir)
+
+
+def _report_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> None:
+    if recipe.rounds is not None and target == "align":
+        rounds.report(recipe, run_dir)
 
 
 def _link(recipe: Recipe, run_dir: RunDir) -> None:

@@ -67,6 +67,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     from tbpo_cli.data.store import PairStore
     from tbpo_cli.evaluation.headline import headline, names_of
     from tbpo_cli.evaluation.paired import paired_tests
+    from tbpo_cli.evaluation.rounds import rounds_of
     from tbpo_cli.evaluation.winrate import judge_all
 
     started = time.monotonic()
@@ -106,6 +107,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         "models": models,
         "win_rates": win_rates,
         "tests": paired_tests(pairs, verdicts),
+        "rounds": rounds_of(recipe, run_dir) if recipe.rounds is not None else [],
         "same_judges": recipe.same_judges,
     }
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)

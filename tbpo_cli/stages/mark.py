@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     Raises:
         TbpoError: if the judge cannot be made or asked, or marks none of the answers.
     """
+    started = time.monotonic()
     run_or_launch(STAGE, recipe, run_dir, processes)
     folder = run_dir.stage("mark")
     parts = [*folder.glob(".part-*.jsonl")]
@@ -49,9 +51,11 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     costs = [line["cost"] for line in marks.values() if line["cost"] is not None]
     facts = {
         "num_answers": len(samples),
+        "num_without_mark": missing.total(),
         "without_mark": dict(missing.most_common(SHOWN_REASONS)),
         "judge_tokens": [sum(line["tokens"][side] for line in marks.values()) for side in (0, 1)],
         "cost": sum(costs) if costs else None,
+        "seconds": round(time.monotonic() - started, 1),
     }
     run_dir.finish("mark", [folder / ANSWERS], facts)
     report(recipe, run_dir)
@@ -67,8 +71,9 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         f"{facts['num_answers']:,} answers to {len(rows):,} prompts, mean mark {fmean(marks):.4g}:"
         f" {where}"
     )
-    for why, number in facts["without_mark"].items():
-        console.say(f"{number:,} answers have no mark: {why}")
+    if facts["num_without_mark"]:
+        why = next(iter(facts["without_mark"]))
+        console.say(f"{facts['num_without_mark']:,} answers have no mark, most of all: {why}")
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:

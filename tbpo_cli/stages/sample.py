@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.config.recipe import Recipe, Sample
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answers import write_answers
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
@@ -25,6 +26,7 @@ from tbpo_cli.runs.stage import Stage
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
     from tbpo_cli.data.templates import Chat
+    from tbpo_cli.evaluation.serving import Probe
     from tbpo_cli.model.policy import Policy
 
 Json = dict[str, Any]
@@ -35,6 +37,7 @@ ANSWERS = "answers"  # the folder of what is written for benchmarks
 ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
 SERVER_TIMEOUT = 600.0  # seconds for a completion
+NUM_PROBES = 8  # answers whose log-probabilities say which weights a server has
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -44,6 +47,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """
     from tbpo_cli.data.prompts import prompt_rows
 
+    started = time.monotonic()
     run_or_launch(STAGE, recipe, run_dir, processes)
     folder = run_dir.stage("sample")
     samples = sorted(_written(folder), key=ORDER)
@@ -56,7 +60,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     write_answers(folder / ANSWERS, prompt_rows(recipe), named)
     for part in folder.glob("part-*.jsonl"):
         part.unlink()
-    run_dir.finish("sample", [folder / "samples.jsonl"], {"num_samples": len(samples)})
+    facts = {"num_samples": len(samples), "seconds": round(time.monotonic() - started, 1)}
+    run_dir.finish("sample", [folder / "samples.jsonl"], facts)
     report(recipe, run_dir)
 
 
@@ -95,7 +100,8 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     chat = _chat(recipe)
     rows = [Row("the command line", number, _content(text)) for number, text in enumerate(texts, 1)]
     prompts = [prompt_of(row, chat) for row in rows]
-    _show([*_sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts))])
+    with _on_server(recipe, chat, prompts):
+        _show([*_sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts))])
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
@@ -111,13 +117,19 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     keys = group.share(_keys(recipe, prompts))
     num_left = sum(key not in done for key in keys)
     samples = _sample(recipe, run_dir, chat, prompts, keys, done)
-    with (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8") as part:
+    with ExitStack() as stack:
+        if group.is_main:
+            stack.enter_context(_on_server(recipe, chat, prompts))
+        group.gather(None)  # nobody asks before the server has the policy
+        part = stack.enter_context(
+            (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8")
+        )
         if part.tell():  # its last line may have been cut short
             part.write("\n")
         for sample in console.track(samples, "sampling", num_left, every=num_left // 10 + 1):
             part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
-    group.gather(None)
+        group.gather(None)
 
 
 def _content(text: str) -> Any:
@@ -203,6 +215,61 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
+@contextmanager
+def _on_server(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Loads the adapter on the server where that is asked for, and checks what answers there."""
+    settings = recipe.sample
+    if settings.endpoint is None or settings.endpoint_adapter is None:
+        yield
+        return
+    from tbpo_cli.evaluation.serving import check_weights, differences_of, loaded_adapter
+    from tbpo_cli.model.adapters import local_adapter
+    from tbpo_cli.model.load import load_trained
+    from tbpo_cli.train.group import Group
+
+    folder = local_adapter(str(settings.adapter))
+    base = str(settings.endpoint_model)
+    with loaded_adapter(settings.endpoint, base, folder, settings.endpoint_adapter) as name:
+        if probes := _probes(recipe, chat, prompts[:NUM_PROBES], name):
+            policy = load_trained(recipe, Group.of_environment().device, folder, None)
+            check_weights(differences_of(policy, probes), settings.endpoint, name)
+            del policy  # its memory is for what comes next
+        else:
+            console.say("the server gives no log-probabilities: its weights are not compared")
+        yield
+
+
+def _probes(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], name: str) -> list[Probe]:
+    """Short answers of the server with their log-probabilities, at temperature 1."""
+    from tbpo_cli.evaluation.serving import Probe
+
+    settings = recipe.sample
+    prompts = [prompt for prompt in prompts if not prompt.tools]
+    assert settings.endpoint is not None
+    drawn = {"temperature": 1.0, "top_p": 1.0, "max_tokens": min(64, settings.max_new_tokens)}
+    bodies = [
+        {"model": name, **drawn, "logprobs": True, "seed": 0, "messages": prompt.messages}
+        for prompt in prompts
+    ]
+    probes = []
+    asked = Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies)
+    for place, reply in asked:
+        if reply.logp is not None and reply.text:
+            (ids,) = chat.encoder.encode_plain([reply.text])
+            ids += [chat.end_ids[0]] * (reply.finish_reason == "stop")
+            probes.append(Probe(prompts[place].token_ids, ids, reply.logp))
+    return probes
+
+
+def _name_on_server(settings: Sample) -> str | None:
+    if settings.endpoint_adapter is None:
+        return settings.endpoint_model
+    from tbpo_cli.evaluation.serving import name_of_adapter
+    from tbpo_cli.model.adapters import local_adapter
+
+    return name_of_adapter(local_adapter(str(settings.adapter)))
+
+
 def _served(
     recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
 ) -> Iterator[Json]:
@@ -213,7 +280,7 @@ def _served(
     end = chat.end_ids[0]
     assert settings.endpoint is not None
     same = {
-        "model": settings.endpoint_model,
+        "model": _name_on_server(settings),
         "temperature": settings.temperature,
         "top_p": settings.top_p,
     }

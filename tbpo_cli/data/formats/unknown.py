@@ -16,6 +16,7 @@ LIKELY = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "request", "user"),
     "completion": ("completion", "answer", "response", "output", "target", "text", "solution"),
 }
+PROMPT_ALONE = {"prompt", "system", "tools", "id"}  # columns of a row without answers
 SIDES = ("prompt", "chosen", "rejected", "completion")
 SHOWN = 40  # characters of a value
 
@@ -37,6 +38,13 @@ def unknown_rows(row: Row, formats: str) -> TbpoError:
             formats,
             'write each row as a table of columns, e.g. {"prompt": …, "chosen": …, "rejected": …}',
         )
+    if row.content.keys() <= PROMPT_ALONE and isinstance(row.content.get("prompt"), str | list):
+        what, expected = (
+            "the rows are prompts without answers",
+            "answers, or a judge of the own ones",
+        )
+        fix = "add the tables [judge] and [rounds]: the policy then answers them itself"
+        return TbpoError(what, place, expected, fix)
     numbers = [name for name in SIDES if isinstance(row.content.get(name), int | float)]
     if numbers:
         what = f"the column {numbers[0]} holds numbers, not text"
@@ -123,15 +131,18 @@ def absent_columns(columns: dict[str, str], seen: set[str], where: str) -> list[
 
 
 def unread_columns(
-    columns: dict[str, str], read: set[str], formats: Iterable[str], where: str
+    columns: dict[str, str], found: Iterable[tuple[str, set[str]]], where: str
 ) -> list[TbpoError]:
     """Keys of [data.columns] that the formats of the rows do not read.
 
     Args:
-        read: the columns of the first rows of all sources that are read, by our names.
-        formats: of these sources.
+        found: of each source its format, and the columns of its first rows that are read, by our
+            names.
         where: these sources.
     """
+    found = list(found)
+    formats = dict.fromkeys(name for name, _ in found)
+    read = {column for _, columns in found for column in columns}
     used = sorted(read)
     return [
         TbpoError(
