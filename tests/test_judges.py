@@ -633,6 +633,7 @@ SCORERS = "import math\n\ndef lengthy(prompt, completion):\n    return len(compl
         ("def f(prompt, completion):\n    return None\n", "f", "TypeError", "mine.py"),
         ("import os\ndef f(*_):\n    os._exit(0)\n", "f",
          "ended its process (exit code 0)", "mine.py"),
+        ("def f(*_):\n    raise KeyboardInterrupt\n", "f", "KeyboardInterrupt", ", line 2"),
         ("import os\nos._exit(5)\n", "f", "ended its process (exit code 5)", "mine.py"),
         ("import os, signal\ndef f(*_):\n    os.kill(os.getpid(), signal.SIGKILL)\n", "f",
          "ended its process (signal 9, SIGKILL)", "mine.py"),

@@ -12,6 +12,7 @@ from conftest import change_recipe, run_stage
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
@@ -59,6 +60,26 @@ def test_a_fused_layer_is_pefts_layer(dtype, dropout, bias):
     for got, want in zip(found[1], found[0], strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_a_fused_norm_is_computed_outside_of_autocast(monkeypatch):
+    """On a GPU, autocast computes `rms_norm` in fp32 from torch 2.12 on; in bf16 it adds up in fp32
+    as it is.
+    """
+    norm = nn.Module()
+    norm.inner = LlamaRMSNorm(8).bfloat16()
+    fuse_norms(norm)
+    own, seen = torch.nn.functional.rms_norm, []
+
+    def noted(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return own(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm.inner(torch.ones(2, 8, dtype=torch.bfloat16))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] and found.dtype == torch.bfloat16
 
 
 def test_a_frozen_input_and_frozen_weights_get_no_gradient():

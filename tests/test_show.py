@@ -15,6 +15,7 @@ from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
 from tbpo_cli.cli.show import show
 from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.report.diagnoses import AFTER, BEFORE, diagnose
 from tbpo_cli.report.facts import RATES, Facts, after_training
@@ -162,6 +163,49 @@ def test_kept_bytes_are_what_autograd_keeps_of_a_real_pass(recipe_file):
         backbone(input_ids=torch.zeros(1, 200, dtype=torch.long), use_cache=False)
     assert kept_bytes(policy.model, False)[0] == pytest.approx(sum(kept.values()) / 200, rel=0.15)
     assert kept_bytes(policy.model, True)[0] < 0.8 * kept_bytes(policy.model, False)[0]
+
+
+def test_under_autocast_the_bytes_of_a_token_and_the_copies_of_weights_are_those_of_a_real_pass(
+    recipe_file,
+):
+    """All weights in fp32, products in bf16: what a pass over 200 tokens keeps more than one over
+    100, and what both keep alike, which are the weights of the layers in bf16.
+    """
+    change_recipe(recipe_file, model={"lora": None})
+    recipe = load_recipe(recipe_file, ("model.dtype=bfloat16",))
+    policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+    policy.model.set_attn_implementation(BY_SEQUENCE)
+    policy.model.train()
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def kept(num_tokens):
+        sizes, held = {}, []
+
+        def note(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            policy.model.model(
+                input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False
+            )
+        return sum(sizes.values())
+
+    of_a_token = (kept(200) - kept(100)) / 100
+    foretold, _ = kept_bytes(policy.model, False, torch.bfloat16)
+    assert foretold == pytest.approx(of_a_token, rel=0.02)
+    assert kept_bytes(policy.model, False)[0] > 1.3 * foretold
+    cpu = torch.device("cpu")
+    parts, _ = estimate_memory(policy, recipe.model, recipe.align, cpu, 1, (0, 99))
+    head = policy.model.get_output_embeddings().weight.numel()
+    copies = kept(100) - 100 * of_a_token
+    assert parts["copies of weights"] == pytest.approx(copies + 4 * head, rel=0.01)
+    sharded, _ = estimate_memory(policy, recipe.model, recipe.align, cpu, 4, (0, 99))
+    layer = (sum(p.numel() for p in policy.model.parameters()) - head) / 2
+    assert sharded["copies of weights"] == 2 * (2 * head + layer) + 4 * head, "gathered in bf16"
 
 
 def test_the_first_micro_batch_is_a_power_of_two_in_half_of_the_free_gpu_or_1024_tokens(

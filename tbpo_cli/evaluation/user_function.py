@@ -137,7 +137,7 @@ def _attempt(act: Callable[[], Any], file: str) -> Any:
     """What the act gives, or how it failed: by any exception, or by the wish to end the process."""
     try:
         return act()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and the like as well
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == file]
         said = f"{type(error).__name__}: {error}"

@@ -6,10 +6,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from tbpo_cli.config.recipe import Model
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.policy import POLICY, REFERENCE
+from tbpo_cli.model.probes import NOT_TEXT
 from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
 
 ALL_LINEAR = "all-linear"
@@ -42,7 +51,6 @@ LOADING_ERRORS = (
     TypeError,
     SafetensorError,
 )
-NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "multi_modal", "vqmodel")
 
 
 def local_adapter(source: str, key: str = "the adapter") -> Path:
@@ -96,14 +104,12 @@ def text_layers(model: LanguageModel) -> list[str]:
     chosen: list[str] = []
     others: list[str] = []
     for name, module in causal.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
         parts = name.split(".")
-        is_router = "router" in type(module).__name__.lower()
         takes_part = (
-            module is not head
+            isinstance(module, nn.Linear | Conv1D)
+            and module is not head
             and id(module) in inside
-            and not is_router  # some are a Linear, and return more than a product
+            and not _computes_otherwise(module)
             and not left_out & set(parts[-2:])
             and not any(word in part for part in parts for word in NOT_TEXT)
         )
@@ -113,6 +119,16 @@ def text_layers(model: LanguageModel) -> list[str]:
     # peft takes "x" as the end of any name: one that is only a number would match too much.
     is_clear = not lasts & ambiguous and not any(last.isdigit() for last in lasts)
     return sorted(lasts if is_clear else chosen)
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Whether a model's own kind of linear layer returns something else than a product.
+
+    Routers of Llama 4 return two tensors, grouped layers of DeepSeek-V4 a product for each group.
+    """
+    kind = type(module)
+    is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    return is_of_a_model and kind.forward is not nn.Linear.forward
 
 
 def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
@@ -139,7 +155,14 @@ def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
     try:
         if not names:
             raise ValueError("no linear layer of its language part can have an adapter")
-        return get_peft_model(base, config)
+        adapted = get_peft_model(base, config)
+        if lost := _not_loaded_back(adapted):
+            if targets != ALL_LINEAR:
+                raise ValueError(f"peft cannot load what it saves of {', '.join(lost)}")
+            kept = [name for name in names if name.rsplit(".", 1)[-1] not in lost]
+            config.target_modules = kept
+            adapted = get_peft_model(adapted.unload(), config)
+        return adapted
     except (ValueError, NotImplementedError, TypeError) as error:
         found = ", ".join(text_layers(base)) or "none"
         fix = 'target_modules = "all-linear", which takes those layers'
@@ -151,6 +174,18 @@ def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
             f"names of its linear layers: {found}",
             fix,
         ) from error
+
+
+def _not_loaded_back(adapted: LanguageModel) -> list[str]:
+    """The last names of layers whose adapter would get lost between saving and loading.
+
+    peft renames the weights of an adapter, as it loads them, by what transformers renames in the
+    checkpoints of the architecture.
+    """
+    saved = get_peft_model_state_dict(adapted)
+    loaded: Any = set_peft_model_state_dict(adapted, dict(saved))
+    names = [key.partition(".lora_")[0] for key in loaded.missing_keys if f".{POLICY}." in key]
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def continued_adapter(
@@ -280,13 +315,20 @@ def _check_size(config: PeftConfig, folder: Path) -> None:
 
 def _wrong_names(model: LanguageModel, folder: Path, name: str) -> str:
     """Which weights the file lacks, or has and the adapter does not, in words; "" if none."""
-    expected = set(get_peft_model_state_dict(model, adapter_name=name))
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    expected = set(state)
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         found = set(file.keys())
+        others = {
+            key
+            for key in expected & found
+            if not torch.equal(state[key].cpu(), file.get_tensor(key).to(state[key].dtype))
+        }
     faults = []
     for what, keys in (
         ("its file lacks", expected - found),
         ("the model has no place for", found - expected),
+        ("peft does not load", others),
     ):
         # Copies of embeddings are written or not, as peft decides.
         names = sorted(key for key in keys if "lora_" in key)

@@ -42,9 +42,10 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     if weight.dtype != x.dtype:
         own: Tensor = type(module).forward(module, x)
         return own
-    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon).to(
-        x.dtype
-    )  # which autocast may have widened
+    # Autocast would compute it in fp32; the kernel adds up in fp32 whatever its inputs are.
+    device = "cpu" if x.is_meta else x.device.type
+    with torch.autocast(device, enabled=False):
+        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
 
 
 def fuse_lora(model: nn.Module) -> None:

@@ -14,11 +14,13 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.probes import (
     WINDOWS,
+    attention_of,
     carried_state,
     differ,
     evaluating,
     independent_length,
     probe_ids,
+    set_attention,
     text_config,
 )
 from tbpo_cli.model.scoring import Scorer
@@ -77,15 +79,14 @@ def apply_layout(models: Sequence[LanguageModel], layout: str) -> None:
     """Gives the models the attention that a layout needs."""
     if layout != PADDED:
         for model in models:
-            causal_model(model).set_attn_implementation(BY_SEQUENCE)
+            set_attention(model, BY_SEQUENCE)
 
 
 def take_back_layout(models: Sequence[LanguageModel]) -> None:
     """Gives the models back transformers' own attention, which `apply_layout` has replaced."""
     for model in models:
-        causal = causal_model(model)
-        if causal.config._attn_implementation == BY_SEQUENCE:
-            causal.set_attn_implementation("sdpa")
+        if attention_of(model) == BY_SEQUENCE:
+            set_attention(model, "sdpa")
 
 
 def check_layout(scorer: Scorer, layout: str, pairs: Sequence[TokenizedPair]) -> str | None:
@@ -156,7 +157,7 @@ def _obstacle(model: LanguageModel, longest: int) -> str | None:
     if state := carried_state(model):
         return state
     causal = causal_model(model)
-    implementation = causal.config._attn_implementation
+    implementation = attention_of(model)
     if implementation not in ("sdpa", BY_SEQUENCE):
         return f"its attention is {implementation}"
     with _attending_by_sequence(causal), evaluating(causal):
@@ -165,12 +166,12 @@ def _obstacle(model: LanguageModel, longest: int) -> str | None:
 
 @contextmanager
 def _attending_by_sequence(causal: LanguageModel) -> Iterator[None]:
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation(BY_SEQUENCE)
+    before = attention_of(causal)
+    set_attention(causal, BY_SEQUENCE)
     try:
         yield
     finally:
-        causal.set_attn_implementation(before)
+        set_attention(causal, before)
 
 
 def _difference(causal: LanguageModel) -> str | None:

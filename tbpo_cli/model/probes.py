@@ -20,6 +20,8 @@ SAME_IN_TF32 = 2e-3  # of products in fp32 on a GPU
 SAME_IN_HALF = 0.05
 # `layer_types` of a config whose layers pass nothing along but by attention over earlier tokens.
 ATTENDING = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+# Parts of the names of what a model has for images or sound.
+NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "multi_modal", "vqmodel")
 # Names of a config's settings for "attends no further back than".
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 
@@ -27,6 +29,24 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "w
 def text_config(model: LanguageModel) -> Any:
     """The config of a model's language part."""
     return causal_model(model).config.get_text_config()
+
+
+def attention_of(model: LanguageModel) -> str:
+    """The name of the attention of a model's language part."""
+    return str(text_config(model)._attn_implementation)
+
+
+def set_attention(model: LanguageModel, name: str) -> None:
+    """Gives a model's language part another attention; what it has for images or sound keeps its
+    own, which may know no other.
+    """
+    causal = causal_model(model)
+    parts = [
+        part
+        for part in getattr(causal.config, "sub_configs", None) or {}
+        if getattr(causal.config, part, None) is text_config(model)
+    ]
+    causal.set_attn_implementation({parts[0]: name} if parts else name)
 
 
 @contextlib.contextmanager
@@ -133,7 +153,7 @@ def independent_length(model: LanguageModel) -> int | None:
 def num_positions(model: LanguageModel) -> int | None:
     """How many positions a model has in a table, learned or computed; None if it has no such table.
 
-    Found by name: an embedding or a buffer for positions, with a line for each.
+    Found by name: an embedding or a buffer for positions of text, with a line for each.
     """
     causal = causal_model(model)
     tables: list[int] = []
@@ -142,7 +162,8 @@ def num_positions(model: LanguageModel) -> int | None:
         is_for_positions = any(
             word in owner for word in ("wpe", "embed_pos", "position_emb", "pos_")
         )
-        if tensor.ndim == 2 and is_for_positions and "rel" not in owner:
+        is_of_text = not any(word in name for word in NOT_TEXT)
+        if tensor.ndim == 2 and is_for_positions and is_of_text and "rel" not in owner:
             tables.append(tensor.shape[0])
     if not tables:
         return None

@@ -164,9 +164,7 @@ def _check_columns(work: list[Work], data: Data) -> None:
     where = ", ".join(source.path for _, sources, *_ in work for source in sources)
     gather(absent_columns(data.columns, seen, where))
     found = [columns_read(iter(rows), data, key == "sft.train") for key, rows in samples if rows]
-    read = set().union(*(columns for _, columns in found))
-    formats = dict.fromkeys(name for name, _ in found)
-    gather(unread_columns(data.columns, read, formats, where))
+    gather(unread_columns(data.columns, found, where))
 
 
 def _hold_out(recipe: Recipe, folder: Path, kept: PairFilter) -> set[str]:

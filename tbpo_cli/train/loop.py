@@ -19,6 +19,7 @@ from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, describe_attention
 from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.layout import PADDED, apply_layout, choose_layout, confirm_layout
+from tbpo_cli.model.probes import attention_of
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
@@ -102,7 +103,7 @@ def build_stepper(run: TrainingRun) -> Stepper:
     apply_layout(policy.models, layout)
     longest_pair = max(int(each.lengths.sum(axis=1).max(initial=0)) for each in stores)
     checkpointing = use_checkpointing(run, longest_pair)
-    kept, _ = kept_bytes(policy.model, checkpointing)
+    kept, _ = kept_bytes(policy.model, checkpointing, policy.autocast)
     if run.mesh is not None:
         policy.shard(run.mesh)
     states = {
@@ -145,7 +146,7 @@ def say_ways(run: TrainingRun, scorer: Scorer, layout: str, reason: str) -> None
     """
     policy, device = run.policy, run.group.device
     models = [causal_model(model) for model in policy.models]
-    attention = models[0].config._attn_implementation
+    attention = attention_of(models[0])
     slow = reason if layout == PADDED and run.settings.layout == "auto" else ""
     if attention == BY_SEQUENCE:
         dtype = policy.autocast or models[0].dtype
@@ -191,7 +192,8 @@ def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
     used += bytes_of_learning(policy, run.settings)
     if run.mesh is not None:
         used /= run.group.size
-    own = needs_checkpointing(policy.model, wanted, longest_pair, run.group.device, used)
+    device, autocast = run.group.device, policy.autocast
+    own = needs_checkpointing(policy.model, wanted, longest_pair, device, used, autocast)
     uses = any(run.group.gather(own))
     if uses and wanted == "auto":
         tokens = f"the longest pair, of {longest_pair:,} tokens, would not fit otherwise"

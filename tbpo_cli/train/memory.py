@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.benchmark import Timer
 
@@ -14,67 +16,99 @@ from tbpo_cli.config.recipe import Model, Training
 from tbpo_cli.core.head import CHUNK_TOKENS
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.probes import attention_of, set_attention
 from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
 
 TOKENS_ON_CPU = 1024  # enough for the full speed of its matrix products; more only takes memory
 MIN_TOKENS = 64  # of a micro-batch
 MAX_TOKENS = 65536
 PROBE_TOKENS = 8
+FAKE = torch.device("cpu")  # of tensors that have no numbers
+# What a pass over tensors without numbers raises where a model's code reads numbers.
+UNKNOWN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 TYPICAL = 20  # times the hidden size: what a layer of a Llama with LoRA saves for a token
 NF4_BYTES = 0.516  # of a weight, with its part of the scales (arXiv 2305.14314)
 MOMENTS = {"adamw": 2, "rmsprop": 1}  # numbers of an optimizer's state for each weight
 # What is allocated beside the tensors that must be there, by tests/benchmarks/memory.py: bytes of
-# Python and torch; (CHUNK_TOKENS, V) tensors of the head; times what one layer saves. Those for a
-# GPU are a guess.
-PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.0, 5, 3)}
+# Python and torch, or CUDA's context and workspaces; (CHUNK_TOKENS, V) tensors of the head; times
+# what one layer saves. Those for a GPU are a guess.
+PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.6e9, 5, 3)}
 
 
-def kept_bytes(model: LanguageModel, activation_checkpointing: bool) -> tuple[float, float]:
+def kept_bytes(
+    model: LanguageModel, activation_checkpointing: bool, autocast: torch.dtype | None = None
+) -> tuple[float, float]:
     """Bytes that all layers, and that one layer, save for the backward pass for each token.
 
-    They are counted in a pass over tensors without numbers ("meta"); a quantized model makes it on
-    its device. The weights must not be sharded yet.
+    They are counted in two passes over tensors without numbers, of which one has more tokens: what
+    is saved in both alike, as autocast's copies of the weights, is none of the tokens'. A quantized
+    model makes them on its device. The weights must not be sharded yet.
+
+    Args:
+        autocast: the dtype of matrix products, if it is not that of the weights.
     """
     causal = causal_model(model)
-    kept: dict[int, torch.UntypedStorage] = {}
     config = causal.config.get_text_config()
     layers = config.num_hidden_layers
     width = config.hidden_size * causal.dtype.itemsize
-    device = causal.device if getattr(causal, "quantization_method", None) else torch.device("meta")
+    whole = float(TYPICAL * layers * width)  # where its code reads numbers
+    quantized = getattr(causal, "quantization_method", None) is not None
+    for device in (causal.device,) if quantized else (FAKE, torch.device("meta")):
+        with suppress(*UNKNOWN):
+            few, many = (_saved(causal, n * PROBE_TOKENS, device, autocast) for n in (1, 2))
+            whole = (many - few) / PROBE_TOKENS
+            break
+    one_layer = whole / layers
+    return (one_layer + layers * width if activation_checkpointing else whole), one_layer
+
+
+def _saved(
+    causal: LanguageModel, num_tokens: int, device: torch.device, autocast: torch.dtype | None
+) -> float:
+    """Bytes that a pass over some tokens saves beside the model's own tensors.
+
+    Args:
+        device: FAKE for torch's fake tensors, which take the kernels of the CPU and know autocast;
+            "meta" has other kernels, and no autocast.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+    is_fake = device == FAKE
     core = backbone(causal)
-    own = (*core.named_parameters(), *core.named_buffers())
-    twins = {name: each.to(device) for name, each in own}
+    own = {**dict(core.named_parameters()), **dict(core.named_buffers())}
 
     def count(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    before = causal.config._attn_implementation
+    def twin(tensor: Tensor) -> Tensor:
+        if not is_fake:
+            return tensor.to(device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+
+    before = attention_of(causal)
     # Rotary positions may note what they saw in a pass: all modules are put back as they were.
     attributes = [(module, dict(vars(module))) for module in causal.modules()]
-    rows = {
-        "input_ids": torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
-        "use_cache": False,
-    }
     causal.train()
     try:
         # Other implementations read the numbers of their masks.
-        causal.set_attn_implementation(BY_SEQUENCE)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            functional_call(core, twins, (), rows)
-        for twin in twins.values():
-            kept.pop(twin.untyped_storage()._cdata, None)
-        whole = sum(storage.nbytes() for storage in kept.values()) / PROBE_TOKENS
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        # Its code reads numbers.
-        whole = float(TYPICAL * layers * width)
+        set_attention(causal, BY_SEQUENCE)
+        with FakeTensorMode(allow_non_fake_inputs=True) if is_fake else nullcontext():
+            twins = {name: twin(each) for name, each in own.items()}
+            rows = {
+                "input_ids": torch.zeros(1, num_tokens, dtype=torch.long, device=device),
+                "use_cache": False,
+            }
+            hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", autocast, enabled=is_fake and autocast is not None):
+                functional_call(core, twins, (), rows)
+        for each in twins.values():
+            kept.pop(each.untyped_storage()._cdata, None)
+        return float(sum(storage.nbytes() for storage in kept.values()))
     finally:
-        causal.set_attn_implementation(before)
+        set_attention(causal, before)
         for module, own_attributes in attributes:
             vars(module).clear()
             vars(module).update(own_attributes)
-    one_layer = whole / layers
-    return (one_layer + layers * width if activation_checkpointing else whole), one_layer
 
 
 def bytes_of_learning(policy: Policy, settings: Training) -> float:
@@ -89,6 +123,7 @@ def needs_checkpointing(
     longest: int,
     device: torch.device,
     used: float | None = None,
+    autocast: torch.dtype | None = None,
 ) -> bool:
     """Whether activations are computed again in the backward pass.
 
@@ -97,12 +132,13 @@ def needs_checkpointing(
             than half of the memory that is left, as a micro-batch may.
         longest: tokens of the longest pair; 0: unknown, and taken for short.
         device, used: as of `memory_left`.
+        autocast: as of `kept_bytes`.
     """
     if wanted != "auto":
         return wanted
     if longest == 0:
         return False
-    kept, _ = kept_bytes(model, False)
+    kept, _ = kept_bytes(model, False, autocast)
     return longest * kept > memory_left(device, used) / 2
 
 
@@ -177,8 +213,9 @@ def estimate_memory(
     fp32 = 4.0
     learning = bytes_of_learning(policy, settings) / processes
     wanted = settings.activation_checkpointing
-    again = needs_checkpointing(policy.model, wanted, bounds[0], device, weights + learning)
-    kept, layer = kept_bytes(policy.model, again)
+    used, autocast = weights + learning, policy.autocast
+    again = needs_checkpointing(policy.model, wanted, bounds[0], device, used, autocast)
+    kept, layer = kept_bytes(policy.model, again, autocast)
     limit = settings.max_tokens_per_device
     fit = limit if isinstance(limit, int) else tokens_that_fit(kept, device, weights)
     tokens = min(bounds[1], max(bounds[0], fit))
@@ -186,11 +223,37 @@ def estimate_memory(
     parts = {
         "weights": weights,
         "gradients and moments": learning,
+        "copies of weights": _copies(policy, processes),
         "activations": tokens * (kept + in_flight * layer),
         "output head": fp32 * tiles * CHUNK_TOKENS * vocab_size,
-        "python and its libraries": libraries,
+        "CUDA" if device.type == "cuda" else "python and its libraries": libraries,
     }
     return parts, tokens
+
+
+def _copies(policy: Policy, processes: int) -> float:
+    """Bytes of weights that a step has besides: what autocast or a gathering copies.
+
+    1. Autocast keeps a copy, in its dtype, of each matrix that is trained, until the backward pass.
+    2. Sharded weights are gathered instead: the heads of policy and reference, which a step reads
+       in chunks, and one layer.
+    3. The gradient of a head that is trained is made beside that of the micro-batch before.
+    """
+    models, autocast = policy.models, policy.autocast
+    itemsize = autocast.itemsize if autocast else policy.model.dtype.itemsize
+    head = policy.model.get_output_embeddings()
+    ends = {id(head.weight), id(policy.model.get_input_embeddings().weight)}
+    trained = (weight for weight in policy.trained.values() if id(weight) not in ends)
+    matrices = [weight.numel() for weight in trained if weight.ndim == 2]
+    head_size = head.weight.numel()
+    if processes > 1:
+        num_layers = policy.model.config.get_text_config().num_hidden_layers
+        body = sum(weight.numel() for weight in policy.model.parameters()) - head_size
+        size = itemsize * (head_size * len(models) + body / num_layers)
+    else:
+        size = itemsize * sum(matrices) if autocast and not policy.adapters else 0.0
+    is_trained = any(weight is head.weight for weight in policy.trained.values())
+    return float(size + (4.0 * head_size if is_trained else 0.0))
 
 
 def operations(policy: Policy, activation_checkpointing: bool) -> float:

@@ -46,7 +46,8 @@ def examine(kind):
         return kind, "FAULT", f"{len(found.faults)} figures: {found.faults[0]}"
     if found.refused:
         return kind, "refused", found.refused
-    return kind, "agrees", found.layout
+    without = "; losses with a state baseline are refused: its head is not linear"
+    return kind, "agrees", found.layout + without * found.no_baseline
 
 
 def send(kind, pipe):

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
+TAKEN = MODEL_FOR_CAUSAL_LM_MAPPING.keys()
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MAX_WEIGHTS = 3_000_000
 SECONDS_TO_BUILD = 25
@@ -101,6 +105,14 @@ SETTINGS = {
         "mamba_n_heads": 8,
         "mamba_d_head": 16,
         "shared_intermediate_size": 32,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
@@ -323,6 +335,8 @@ def build(kind, tokenizer):
         ) from error
     if tuple(logits.shape[:2]) != (1, 8) or not logits.isfinite().all():
         raise NotBuiltError(f"its logits of 8 tokens have the shape {tuple(logits.shape)}")
+    if type(model.config) not in TAKEN:
+        raise NotBuiltError("transformers saves a config of it that AutoModelForCausalLM refuses")
     return model
 
 

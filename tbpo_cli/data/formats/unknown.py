@@ -131,15 +131,18 @@ def absent_columns(columns: dict[str, str], seen: set[str], where: str) -> list[
 
 
 def unread_columns(
-    columns: dict[str, str], read: set[str], formats: Iterable[str], where: str
+    columns: dict[str, str], found: Iterable[tuple[str, set[str]]], where: str
 ) -> list[TbpoError]:
     """Keys of [data.columns] that the formats of the rows do not read.
 
     Args:
-        read: the columns of the first rows of all sources that are read, by our names.
-        formats: of these sources.
+        found: of each source its format, and the columns of its first rows that are read, by our
+            names.
         where: these sources.
     """
+    found = list(found)
+    formats = dict.fromkeys(name for name, _ in found)
+    read = {column for _, columns in found for column in columns}
     used = sorted(read)
     return [
         TbpoError(
