@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,13 +84,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         run_or_launch(STAGE, recipe, run_dir, processes)
     samples = _samples(recipe, run_dir)
     others = [each.name for each in candidates[2:]]
-    win_rates, verdicts, scores = judge_all(
-        with_pairs(recipe, run_dir),
-        run_dir,
-        samples,
-        others,
-        lambda key: _cache_of(recipe, run_dir, key),
-    )
+    own, cache_of = with_pairs(recipe, run_dir), partial(_cache_of, recipe, run_dir)
+    win_rates, verdicts, scores = judge_all(own, run_dir, samples, others, cache_of)
     models = {
         each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
         for each in candidates

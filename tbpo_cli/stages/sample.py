@@ -6,17 +6,16 @@ import itertools
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
-from tbpo_cli.config.recipe import Recipe, Sample
+from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answers import write_answers
-from tbpo_cli.evaluation.judges.endpoint import Endpoint
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.rounds import with_pairs
@@ -26,7 +25,6 @@ from tbpo_cli.runs.stage import Stage
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
     from tbpo_cli.data.templates import Chat
-    from tbpo_cli.evaluation.serving import Probe
     from tbpo_cli.model.policy import Policy
 
 Json = dict[str, Any]
@@ -36,8 +34,6 @@ SHOWN_PROMPTS = 3
 ANSWERS = "answers"  # the folder of what is written for benchmarks
 ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
-SERVER_TIMEOUT = 600.0  # seconds for a completion
-NUM_PROBES = 8  # answers whose log-probabilities say which weights a server has
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -93,6 +89,8 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     """
     from tbpo_cli.data.prompts import prompt_of
     from tbpo_cli.data.sources import Row
+    from tbpo_cli.evaluation.served import on_server
+    from tbpo_cli.train.group import Group
 
     if not recipe.sample.adapter and not run_dir.manifest("align"):
         what, expected = "the run has no aligned policy", "a complete align stage"
@@ -100,13 +98,14 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     chat = _chat(recipe)
     rows = [Row("the command line", number, _content(text)) for number, text in enumerate(texts, 1)]
     prompts = [prompt_of(row, chat) for row in rows]
-    with _on_server(recipe, chat, prompts):
+    with on_server(recipe, chat, prompts, Group.of_environment().device):
         _show([*_sample(recipe, run_dir, chat, prompts, _keys(recipe, prompts))])
 
 
 def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Samples in this process, which may be one of several; each writes its own part."""
     from tbpo_cli.data.prompts import prompts_of
+    from tbpo_cli.evaluation.served import on_server
     from tbpo_cli.train.group import Group
 
     group, chat = Group.of_environment(), _chat(recipe)
@@ -119,7 +118,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     samples = _sample(recipe, run_dir, chat, prompts, keys, done)
     with ExitStack() as stack:
         if group.is_main:
-            stack.enter_context(_on_server(recipe, chat, prompts))
+            stack.enter_context(on_server(recipe, chat, prompts, group.device))
         group.gather(None)  # nobody asks before the server has the policy
         part = stack.enter_context(
             (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8")
@@ -166,6 +165,7 @@ def _sample(
 
     The models are loaded when one of them is to answer here.
     """
+    from tbpo_cli.evaluation.served import served
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.policy import POLICY, REFERENCE
 
@@ -180,7 +180,7 @@ def _sample(
         asked = [(prompts[row], number) for _, row, number in of_model]
         if model == "policy" and settings.endpoint is not None:
             left = [key for place, key in enumerate(asked) if place not in known]
-            samples = _served(recipe, chat, left, {"logprobs": True})
+            samples = served(recipe, chat, left, {"logprobs": True})
         else:
             policy = policy or _load(recipe, run_dir)
             view = POLICY if model == "policy" else REFERENCE
@@ -210,108 +210,6 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
         return load_trained(recipe, device, local_adapter(settings.adapter), None)
     sft_output = run_dir.weights("sft") if recipe.sft is not None else None
     return load_trained(recipe, device, run_dir.weights("align"), sft_output)
-
-
-@contextmanager
-def _on_server(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """Loads the adapter on the server where that is asked for, and checks what answers there."""
-    settings = recipe.sample
-    if settings.endpoint is None or settings.endpoint_adapter is None:
-        yield
-        return
-    from tbpo_cli.evaluation.serving import check_weights, differences_of, loaded_adapter
-    from tbpo_cli.model.adapters import local_adapter
-    from tbpo_cli.model.load import load_trained
-    from tbpo_cli.train.group import Group
-
-    folder = local_adapter(str(settings.adapter))
-    base = str(settings.endpoint_model)
-    with loaded_adapter(settings.endpoint, base, folder, settings.endpoint_adapter) as name:
-        if probes := _probes(recipe, chat, prompts[:NUM_PROBES], name):
-            policy = load_trained(recipe, Group.of_environment().device, folder, None)
-            check_weights(differences_of(policy, probes), settings.endpoint, name)
-            del policy  # its memory is for what comes next
-        else:
-            console.say("the server gives no log-probabilities: its weights are not compared")
-        yield
-
-
-def _probes(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], name: str) -> list[Probe]:
-    """Short answers of the server with their log-probabilities, at temperature 1."""
-    from tbpo_cli.evaluation.serving import Probe
-
-    settings = recipe.sample
-    prompts = [prompt for prompt in prompts if not prompt.tools]
-    assert settings.endpoint is not None
-    drawn = {"temperature": 1.0, "top_p": 1.0, "max_tokens": min(64, settings.max_new_tokens)}
-    bodies = [
-        {"model": name, **drawn, "logprobs": True, "seed": 0, "messages": prompt.messages}
-        for prompt in prompts
-    ]
-    probes = []
-    asked = Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(bodies)
-    for place, reply in asked:
-        if reply.logp is not None and reply.text:
-            (ids,) = chat.encoder.encode_plain([reply.text])
-            ids += [chat.end_ids[0]] * (reply.finish_reason == "stop")
-            probes.append(Probe(prompts[place].token_ids, ids, reply.logp))
-    return probes
-
-
-def _name_on_server(settings: Sample) -> str | None:
-    if settings.endpoint_adapter is None:
-        return settings.endpoint_model
-    from tbpo_cli.evaluation.serving import name_of_adapter
-    from tbpo_cli.model.adapters import local_adapter
-
-    return name_of_adapter(local_adapter(str(settings.adapter)))
-
-
-def _served(
-    recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
-) -> Iterator[Json]:
-    """Samples from the server; what it refuses is asked for once more, without `asks`."""
-    from tbpo_cli.model.generate import seed_of
-
-    settings, refused = recipe.sample, []
-    end = chat.end_ids[0]
-    assert settings.endpoint is not None
-    same = {
-        "model": _name_on_server(settings),
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-    }
-    same |= {"max_tokens": settings.max_new_tokens, **asks}
-    bodies = [
-        {
-            **same,
-            "messages": prompt.messages,
-            **({"tools": prompt.tools} if prompt.tools else {}),
-            "seed": seed_of(recipe.run.seed, prompt.prompt_id, number) % 2**31,
-        }
-        for prompt, number in keys
-    ]
-    for place, reply in Endpoint(settings.endpoint, settings.batch_size, SERVER_TIMEOUT).ask(
-        bodies
-    ):
-        prompt, number = keys[place]
-        if not reply.refused:
-            (ids,) = chat.encoder.encode_plain([reply.text])
-            ids += [end] * (reply.finish_reason == "stop")
-            said = {"completion": reply.text, "token_ids": ids, "logp": reply.logp}
-            yield {
-                "prompt_id": prompt.prompt_id,
-                "sample": number,
-                **said,
-                "finish_reason": reply.finish_reason,
-            }
-        elif asks:
-            refused.append(keys[place])
-        else:
-            where, fix = f"prompt {prompt.prompt_id}", "leave the prompt out, or change [sample]"
-            raise TbpoError(reply.refused, where, "a completion", fix)
-    if refused:
-        yield from _served(recipe, chat, refused, {})
 
 
 def _written(folder: Path) -> list[Json]:
