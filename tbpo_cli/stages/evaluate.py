@@ -109,12 +109,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     warnings = diagnose(after_evaluation(results, recipe.model.lora is not None), AFTER)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
     write_whole(run_dir.stage("eval") / "verdicts.jsonl", lines)
-    _finish(
-        recipe,
-        run_dir,
-        results | {"verdict": headline(results), "warnings": warnings},
-        round(time.monotonic() - started, 1),
-    )
+    done = results | {"verdict": headline(results), "warnings": warnings}
+    _finish(recipe, run_dir, done, round(time.monotonic() - started, 1))
     report(recipe, run_dir)
 
 

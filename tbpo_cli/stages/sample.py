@@ -161,11 +161,9 @@ def _sample(
     keys: Sequence[Key],
     done: Collection[Key] = (),
 ) -> Iterator[Json]:
-    """Yields samples as they come. The models are loaded when one of them is to answer here.
+    """Yields samples as they come, in batches that do not depend on which keys are `done`.
 
-    Args:
-        done: keys whose samples are there. The batches are the same with and without them, since
-            log-probabilities are rounded differently in another batch.
+    The models are loaded when one of them is to answer here.
     """
     from tbpo_cli.evaluation.served import served
     from tbpo_cli.model.generate import samples_of
@@ -189,8 +187,7 @@ def _sample(
             batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed, known)
             samples = itertools.chain.from_iterable(batches)
         for sample in samples:
-            row = rows[sample["prompt_id"]]
-            if (model, row, sample["sample"]) in done:
+            if (model, row := rows[sample["prompt_id"]], sample["sample"]) in done:
                 continue
             text = chat.tokenizer.decode([*prompts[row].token_ids])
             about = {"row": row, "prompt": text, "messages": prompts[row].messages, "model": model}

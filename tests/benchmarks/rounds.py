@@ -37,7 +37,7 @@ ROUNDS, PROMPTS, ANSWERS = 3, 320, 5  # rounds, prompts of each, answers to each
 SETTINGS = ("three rounds", "one round", "fixed pairs")
 COMMON = ("align.batch_pairs=16", "align.learning_rate=1e-3", "align.checkpoint_every=1000")
 SEEDS = (1, 2, 3)
-T = 4.303  # Student's t for 95 % and three seeds
+T = {2: 12.706, 3: 4.303}  # Student's t for 95 %, by the number of seeds
 
 
 def main() -> None:
@@ -143,7 +143,7 @@ def report(folder: Path) -> None:
             if not of_both:
                 continue
             columns = [*zip(*(row["scores"] for row in of_both), strict=True)]
-            cells = [interval(column) for column in columns]
+            cells = [interval([*column]) for column in columns]
             if name == "fixed pairs":
                 cells = ["", cells[0]]
             cells += [""] * (ROUNDS + 1 - len(cells))
@@ -166,7 +166,7 @@ def interval(values: list[float]) -> str:
     """The mean and the half width of its interval."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
-    half = T * np.std(values, ddof=1) / len(values) ** 0.5
+    half = T[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
