@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -165,17 +166,23 @@ def small_disk(tmp_path):
 def test_a_full_disk_stops_with_a_message_and_the_newest_checkpoint_stays_usable(
     small_disk, recipe_file, trained
 ):
-    """Room is left for a checkpoint or two and then taken away; once there is room again, the run
+    """Something else fills the disk after the first checkpoint; once there is space again, the run
     ends as it should.
     """
     straight = trained / "run"
     run, ballast = small_disk / "run", small_disk / "ballast"
     run_stage("prepare", recipe_file, run)
-    free = shutil.disk_usage(small_disk).free
-    one = sum(path.stat().st_size for path in (straight / "align/checkpoints/step-6").iterdir())
-    ballast.write_bytes(b"x" * (free - 2 * one - 40_000))
+
+    def fill_the_disk():
+        while not any((run / "align/checkpoints").glob("step-*")):
+            time.sleep(0.001)
+        ballast.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 4096))
+
+    other = threading.Thread(target=fill_the_disk, daemon=True)
+    other.start()
     with pytest.raises(TbpoError, match="cannot be written: No space left on device") as error:
         run_stage("align", recipe_file, run)
+    other.join()
     assert "give the same command again" in error.value.fix
     kept = {path.name for path in (run / "align/checkpoints").iterdir()}
     assert kept and all(name.startswith("step-") for name in kept), "no half of a checkpoint"

@@ -56,7 +56,7 @@ def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_
     assert done.returncode == 0, done.stderr
     ours = (
         "(align|evaluating|sampling|preparing|rows are|the reference is|more about|all of them"
-        "|adapter:|every|next|settings:|load it:|WARNING"
+        "|adapter:|every|next|settings:|load it:|attention:|WARNING"
     )
     assert not [
         line for line in done.stderr.splitlines() if not re.match(rf"{ours}|\s+the same)", line)

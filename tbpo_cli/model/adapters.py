@@ -124,11 +124,19 @@ def text_layers(model: LanguageModel) -> list[str]:
 def _computes_otherwise(module: nn.Module) -> bool:
     """Whether a model's own kind of linear layer returns something else than a product.
 
-    Routers of Llama 4 return two tensors, grouped layers of DeepSeek-V4 a product for each group.
+    Routers of Llama 4 return two tensors, grouped layers of DeepSeek-V4 a product for each group;
+    Falcon's own layer is a product, by other words. Its code is tried on a small linear layer.
     """
-    kind = type(module)
+    kind: Any = type(module)
     is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
-    return is_of_a_model and kind.forward is not nn.Linear.forward
+    if not is_of_a_model or kind.forward is nn.Linear.forward:
+        return False
+    plain = nn.Linear(3, 2)
+    inputs = torch.linspace(-1, 2, 12).reshape(2, 2, 3)
+    try:
+        return not torch.allclose(kind.forward(plain, inputs), plain(inputs))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return True
 
 
 def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
