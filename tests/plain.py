@@ -72,10 +72,14 @@ def tokenize(tokenizer, row):
 def read(model, prompt, response):
     """One pass over one sequence. Position i of the logits predicts token i + 1."""
     ids = torch.tensor([prompt + response])
-    output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    states = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    output = model(input_ids=ids, use_cache=False)
+    hook.remove()
     predicting = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
     log_probs = output.logits[0, predicting].float().log_softmax(-1)
-    return Side(log_probs, torch.tensor(response), output.hidden_states[-1][0, predicting])
+    return Side(log_probs, torch.tensor(response), states[-1][0, predicting])
 
 
 def scaled_basu(log_ratio):

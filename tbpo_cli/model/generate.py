@@ -26,6 +26,8 @@ from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import check_positions, differ, probe_ids, reads_padding
 from tbpo_cli.model.sharding import LanguageModel, causal_model
 
+PROMPT_TOKENS, NEW_TOKENS = 6, 3  # of the sequences that are tried before any is generated
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -52,6 +54,7 @@ def generate(
     seeds: Sequence[int],
     settings: Sample,
     stop_ids: Sequence[int],
+    use_cache: bool = True,
 ) -> list[Completion]:
     """One completion a prompt, in one batch, padded on the left.
 
@@ -60,6 +63,7 @@ def generate(
         seeds: B numbers; a completion depends on its own seed, not on what else is in the batch.
         settings: temperature (0: greedy), top_p and max_new_tokens.
         stop_ids: tokens that end a completion.
+        use_cache: whether keys and values of earlier tokens are kept, or all computed each time.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -72,6 +76,7 @@ def generate(
         do_sample=False,
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
+        use_cache=use_cache,
     )
     with _without_settings(model) as causal:
         generated = causal.generate(
@@ -157,7 +162,8 @@ def completions(
     A batch in which all places are `known` is left out.
 
     A model that reads the padding on the left gets prompts of one length at a time, without any;
-    one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time.
+    one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time. A
+    model whose cache changes its logits (BLT) generates without.
 
     Raises:
         TbpoError: if a prompt and its completion need more positions than the model has.
@@ -173,12 +179,15 @@ def completions(
         "a smaller sample.max_new_tokens; for the diversity: eval.diversity_prompts = 0",
     )
     same_length = reads_padding(model) is not None
-    size = 1 if settings.batch_size > 1 and _mixes_sequences(model) else settings.batch_size
+    use_cache = not _reads_its_cache_otherwise(model)
+    mixes = settings.batch_size > 1 and _mixes_sequences(model, use_cache)
+    size = 1 if mixes else settings.batch_size
     for batch in _batches(places, prompts, size, same_length):
         if all(place in known for place in batch):
             continue
         asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
-        yield list(zip(batch, generate(model, asked, drawn, settings, stop_ids), strict=True))
+        answers = generate(model, asked, drawn, settings, stop_ids, use_cache)
+        yield list(zip(batch, answers, strict=True))
 
 
 def _batches(
@@ -202,26 +211,40 @@ def seed_of(seed: int, prompt_id: str, number: int) -> int:
     )
 
 
-def _mixes_sequences(model: LanguageModel) -> bool:
-    """Whether sequences of one length get other logits in a batch than each alone, with a cache."""
-    length, num_new = 6, 3
-    rows = [probe_ids(model, length + num_new, start) for start in (0, length + num_new)]
-    together, *alone = (_logits_with_a_cache(model, some, length) for some in (rows, *zip(rows)))
+def _reads_its_cache_otherwise(model: LanguageModel) -> bool:
+    """Whether a sequence gets other logits with the cache of `generate` than in a single pass."""
+    ids = probe_ids(model, PROMPT_TOKENS + NEW_TOKENS)
+    device = next(model.parameters()).device
+    with _without_settings(model) as causal, torch.no_grad():
+        inputs = torch.tensor([ids[:-1]], device=device)
+        straight = causal(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]
+    return differ(_generated_logits(model, [ids], True), straight.float(), causal.dtype)
+
+
+def _mixes_sequences(model: LanguageModel, use_cache: bool) -> bool:
+    """Whether sequences of one length get other logits in a batch than each alone."""
+    length = PROMPT_TOKENS + NEW_TOKENS
+    rows = [probe_ids(model, length, start) for start in (0, length)]
+    together, *alone = (_generated_logits(model, some, use_cache) for some in (rows, *zip(rows)))
     return differ(together, torch.cat(alone), causal_model(model).dtype)
 
 
-def _logits_with_a_cache(
-    model: LanguageModel, rows: Sequence[Sequence[int]], length: int
+def _generated_logits(
+    model: LanguageModel, rows: Sequence[Sequence[int]], use_cache: bool
 ) -> Tensor:
-    """(B, n, V): logits as `generate` computes them while it says what follows `length` tokens."""
+    """(B, n, V): logits as `generate` computes them while it says the last n tokens of the rows."""
     ids = torch.tensor(rows, device=next(model.parameters()).device)
+    prompts = ids[:, :PROMPT_TOKENS]
     say = _Say(ids)
     with _without_settings(model) as causal, torch.no_grad():
         causal.generate(
-            input_ids=ids[:, :length],
-            attention_mask=torch.ones_like(ids[:, :length]),
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
             generation_config=GenerationConfig(
-                max_new_tokens=ids.shape[1] - length, do_sample=False, pad_token_id=0
+                max_new_tokens=ids.shape[1] - PROMPT_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+                use_cache=use_cache,
             ),
             logits_processor=LogitsProcessorList([say]),
         )

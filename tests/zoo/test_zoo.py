@@ -17,7 +17,7 @@ QUICK = [
     *("cohere2", "smollm3", "stablelm", "starcoder2", "arcee", "apertus", "gemma3_text"),
     *("gpt2", "opt", "bloom", "gpt_neox", "phi", "falcon"),
     *("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "afmoe", "aria_text", "axk1", "axk2"),
-    *("mamba", "rwkv", "minimax", "recurrent_gemma"),
+    *("mamba", "rwkv", "minimax", "recurrent_gemma", "blt", "gemma3n_text"),
 ]
 
 
