@@ -160,6 +160,7 @@ def losses() -> str:
 
 def plain(text: str) -> str:
     """A sentence of a diagnosis with example words in the place of its figures."""
+    text = text.replace("{or_a_higher_rate}", ", or a higher {stage}.learning_rate")
     text = text.replace("{stage}", "align").replace("{trained}", "LoRA")
     return re.sub(r"\{\w+(:[^}]*)?\}", "N", text).replace("|", "\\|")
 

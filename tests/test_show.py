@@ -295,6 +295,14 @@ SAID = {
     "nothing is held out": ({"held_out": 0}, ["no pair is held out"]),
     "too big": ({"memory": 3e9}, ["align needs more memory"]),
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
+    "few steps at a high rate want more steps": (
+        {"steps": 3, "rate": 1e-4},
+        ["; change more pairs, epochs or max_steps"],
+    ),
+    "few steps at a low rate want a higher one": (
+        {"steps": 300, "rate": 1e-6},
+        ["or align.learning_rate = 3e-06"],
+    ),
     "unmoved": ({"kl": 2e-4, "steps": 300}, ["hardly moved: KL 0.0002 nats a token after 300"]),
     "far": ({"kl": 3.0}, ["far from its reference: KL 3.00"]),
     "entropy": ({"entropy_share": 0.2}, ["entropy fell to 20%"]),

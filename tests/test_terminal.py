@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 from conftest import preference_rows, write_jsonl
@@ -70,6 +71,13 @@ def test_results_go_to_stdout_within_80_columns_and_to_stderr_goes_only_what_we_
 def test_quiet_leaves_the_results(tbpo, recipe_file, finished):
     done = tbpo("align", recipe_file, "--run-dir", finished, "--quiet")
     assert (done.returncode, done.stderr) == (0, "") and "reward accuracy" in done.stdout
+
+
+def test_a_run_that_lost_its_recipe_gets_it_again(tbpo, recipe_file, finished):
+    (finished / "recipe.toml").unlink()
+    done = tbpo("align", recipe_file, "--run-dir", finished)
+    assert "is up to date" in done.stderr
+    assert tomllib.loads((finished / "recipe.toml").read_text())["align"]["loss"]["name"]
 
 
 def test_plain_lines_have_a_rate_and_the_time_that_is_left(capsys):

@@ -56,7 +56,7 @@ BEFORE = (
         "learning_rate × steps is under 5e-4 (LoRA) or 7e-5 (all weights); more for "
         "models under 1e9 weights",
         "{steps} steps at the rate {rate:g} hardly move a policy, with {trained} trained",
-        "{stage}.learning_rate = {wanted_rate:.1g}, or more pairs or epochs",
+        "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
     Diagnosis(
         ("steps", "batch"),
@@ -142,7 +142,7 @@ AFTER = (
         lambda f: f.kl < UNMOVED_KL,
         "KL is under 0.001 nats a token at the end",
         "the policy has hardly moved: KL {kl:.4f} nats a token after {steps} steps",
-        "{stage}.learning_rate = {wanted_rate:.1g}, or more pairs or epochs",
+        "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
     # The best runs of tests/benchmarks/results/methods.md have 0.07 to 0.4.
     Diagnosis(
@@ -260,7 +260,7 @@ DIAGNOSES = BEFORE + AFTER + ROUNDS
 
 def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:
     """What applies, a sentence each with the key to change; nothing about what is not known."""
-    names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "wanted_rate"}
+    names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "or_a_higher_rate"}
     said = []
     for each in table:
         is_known = all(getattr(facts, name) is not None for name in each.reads)

@@ -112,9 +112,10 @@ class Facts:
         return "LoRA" if self.lora else "all weights"
 
     @property
-    def wanted_rate(self) -> float:
-        """The rate that would move the policy in these steps."""
-        return min(self.high, 2 * self.least_travel / max(1, self.steps or 1))
+    def or_a_higher_rate(self) -> str:
+        """The rate that would move the policy in these steps; "" if none that is usual would."""
+        wanted = min(self.high, 2 * self.least_travel / max(1, self.steps or 1))
+        return f", or {self.stage}.learning_rate = {wanted:.1g}" if wanted > self.rate else ""
 
 
 def after_training(

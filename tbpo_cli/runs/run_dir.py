@@ -138,11 +138,15 @@ class RunDir:
         before = self.started_from(stage.name)
         return differences(before, self.inputs(stage, recipe)) if before else []
 
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Writes the recipe as it is read by workers, by people and by runs that compare."""
+        write_whole(self.path / "recipe.toml", recipe.to_toml())
+
     def begin(self, stage: Stage, recipe: Recipe) -> Path:
         """Makes a stage's folder, and notes its inputs unless it was begun before."""
         folder = self.stage(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "recipe.toml", recipe.to_toml())
+        self.write_recipe(recipe)
         if not self.started_from(stage.name):
             write_sealed(folder / INPUTS, self.inputs(stage, recipe))
         sync(self.path)

@@ -176,6 +176,8 @@ def run_through(
         if state == "done" and check is not None and not (restart and step.is_target):
             check(step.recipe, step.run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
+        if not (run_dir.path / "recipe.toml").exists():
+            run_dir.write_recipe(recipe)
         console.say(f"{target} is up to date: {run_dir.stage(target)}")
         STAGES[target].report(recipe, run_dir)
         _report_rounds(target, recipe, run_dir)
