@@ -438,6 +438,10 @@ MISTAKES = {
         rows_are("{% for", "chat.jinja", "data.train=rows.jsonl", "model.chat_template=chat.jinja"),
         (*FULL, "the chat template is no Jinja template", "line 1", "model.chat_template"),
     ),
+    "one of the layers has a typo": (
+        sets("align", 'model.lora.target_modules=["q_proj", "v_prj"]'),
+        (*FULL, "no layer is called v_prj", '"all-linear"'),
+    ),
     "layers that LoRA does not find": (
         sets("align", 'model.lora.target_modules=["query"]'),
         (*FULL, "the adapter does not fit the model", '"all-linear"'),

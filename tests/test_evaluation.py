@@ -21,6 +21,7 @@ from tbpo_cli.core import oracle
 from tbpo_cli.core.types import sum_over_response
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import GateError, TbpoError
+from tbpo_cli.evaluation.answers import names_of_answers, read_answers
 from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
 from tbpo_cli.evaluation.measures import decide, gate_faults
@@ -477,6 +478,15 @@ def test_a_file_of_answers_is_an_opponent(copied, tmp_path, capsys):
     (folder / "model_outputs.json").write_text(json.dumps(rows))
     with pytest.raises(TbpoError, match="no prompt is answered there"):
         run_stage("eval", recipe, run, *SAME, answers)
+
+
+def test_files_of_answers_never_share_a_name(tmp_path):
+    assert names_of_answers(["a/x.jsonl", "b/model_outputs.json"], ["dpo"]) == ["x", "b"]
+    for files in (["a/x.jsonl", "b/x.jsonl"], ["a/reference.jsonl"], ["a/dpo.json"]):
+        assert names_of_answers(files, ["dpo"]) == files
+    rows = [{"prompt": "red", "completion": answer} for answer in ("a", "b")]
+    with pytest.raises(TbpoError, match="two answers to one prompt: 'red'"):
+        read_answers(write_jsonl(tmp_path / "x.jsonl", rows))
 
 
 def test_answers_to_the_same_questions_are_an_opponent_by_their_ids(copied, tmp_path):

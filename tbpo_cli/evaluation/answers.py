@@ -16,10 +16,15 @@ Json = dict[str, Any]
 IDS = ("uid", "question_id")  # of a question of Arena-Hard 2 and 0.1
 
 
-def names_of_answers(files: Sequence[str]) -> list[str]:
-    """What the opponents are called: by their files, or by the folders of AlpacaEval's."""
+def names_of_answers(files: Sequence[str], others: Sequence[str]) -> list[str]:
+    """What the opponents are called: by their files, or by the folders of AlpacaEval's; by their
+    paths where these are not distinct, or `others` or the models of every evaluation have them.
+    """
     paths = [Path(file) for file in files]
-    return [path.parent.name if path.stem == "model_outputs" else path.stem for path in paths]
+    names = [path.parent.name if path.stem == "model_outputs" else path.stem for path in paths]
+    taken = {"policy", "reference", "chosen", *others}
+    are_distinct = len({*names, *taken}) == len(names) + len(taken)
+    return names if are_distinct else list(files)
 
 
 def read_answers(file: str) -> dict[str, str]:
@@ -30,13 +35,17 @@ def read_answers(file: str) -> dict[str, str]:
     with `question_id` and `choices`); or lines with `prompt` and `completion`.
 
     Raises:
-        TbpoError: if the file has none.
+        TbpoError: if the file has none, or two that differ to one prompt.
     """
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else json_lines(path)
-        return dict(_answer(row) for row in rows)
+        answers: dict[str, str] = {}
+        for prompt, answer in map(_answer, rows):
+            if answers.setdefault(prompt, answer) != answer:
+                raise ValueError(f"two answers to one prompt: {prompt[:80]!r}")
+        return answers
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         expected = "JSON with instruction and output, prompt and completion, or messages in a row"
         what = f"the answers cannot be read: {type(error).__name__}: {error}"

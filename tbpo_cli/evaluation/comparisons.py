@@ -69,7 +69,8 @@ def comparisons_of(
         chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
         completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
     rows = prompt_rows(recipe) if recipe.eval.answers else {}
-    for name, file in zip(names_of_answers(recipe.eval.answers), recipe.eval.answers, strict=True):
+    files = tuple(dict.fromkeys(recipe.eval.answers))
+    for name, file in zip(names_of_answers(files, others), files, strict=True):
         completions |= _of_file(name, file, prompts, rows, read)
         opponents = (*opponents, name)
     pairings = [("policy", other) for other in (*opponents, *others)]

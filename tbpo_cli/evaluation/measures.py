@@ -137,7 +137,7 @@ def _gate_fault(recipe: Recipe) -> str:
     others = labels(settings.against)
     figures = dict.fromkeys(("policy", "reference", *others), dict.fromkeys((*COMPARING, *own)))
     figures["reference"] = dict.fromkeys(own)
-    of_files = names_of_answers(settings.answers)
+    of_files = names_of_answers(settings.answers, others)
     opponents = (*settings.opponents, *of_files, *others) if is_judged else ()
     names = _named(figures, {other: dict.fromkeys(WIN_RATES) for other in opponents})
     name = found[1]

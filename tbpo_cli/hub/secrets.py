@@ -25,7 +25,9 @@ LEFT_OUT = {
 PATTERNS = {
     "a token": r"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}",
     "an API key": r"\b(?:sk|pk|rk)-(?:(?=[\w-]*\d)[\w-]{16,}|[A-Za-z]{24,})"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[a-z]-[\w-]{10,}|\bnpm_\w{30,}",
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bxox[a-z]-[\w-]{10,}|\bnpm_\w{30,}"
+    r"|\b(?:gsk|r8|tgp_v1|fw|lsv2_[a-z]{2}|dop_v1|wandb_v1)_\w{20,}|\bdapi[0-9a-f]{32}"
+    r"|\b(?:xai|pplx|nvapi|GOCSPX|pa)-[\w-]{20,}|\bya29\.[\w-]{20,}",
     "a key of 40 digits": r"(?<![\w-])[0-9a-f]{40}(?![\w-])",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in an address": r"://[^/\s\"'@]+@|://[^/\s\"':@]+:(?!\d+/)[^\s\"'@]+@[\w.-]+",

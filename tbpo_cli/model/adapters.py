@@ -124,8 +124,7 @@ def text_layers(model: LanguageModel) -> list[str]:
 def _computes_otherwise(module: nn.Module) -> bool:
     """Whether a model's own kind of linear layer returns something else than a product.
 
-    Routers of Llama 4 return two tensors, grouped layers of DeepSeek-V4 a product for each group;
-    Falcon's own layer is a product, by other words. Its code is tried on a small linear layer.
+    Routers of Llama 4 return two tensors. Its code is tried on a small linear layer.
     """
     kind: Any = type(module)
     is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
@@ -163,6 +162,10 @@ def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:
     try:
         if not names:
             raise ValueError("no linear layer of its language part can have an adapter")
+        if isinstance(names, list):
+            modules = "".join(f".{name}\n" for name, _ in base.named_modules())
+            if unknown := [name for name in names if f".{name}\n" not in modules]:
+                raise ValueError(f"no layer is called {', '.join(unknown)}")
         adapted = get_peft_model(base, config)
         if lost := _not_loaded_back(adapted):
             if targets != ALL_LINEAR:
