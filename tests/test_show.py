@@ -358,7 +358,7 @@ def test_an_alignment_that_learns_nothing_ends_with_a_sentence_and_the_key(tbpo,
     done = tbpo("align", recipe_file, "--set", "align.learning_rate=1e-9")
     assert done.returncode == 0
     assert "WARNING: the policy has hardly moved: KL 0.0000 nats a token after 6" in done.stderr
-    assert "change align.learning_rate = " in done.stderr
+    assert "or align.learning_rate = " in done.stderr
 
 
 def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_file, tmp_path):
