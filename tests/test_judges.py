@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers, question_id, read_answers
+from tbpo_cli.evaluation.answers import question_id, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
@@ -264,11 +264,6 @@ def test_a_file_without_answers_is_a_message(tmp_path, text):
     with pytest.raises(TbpoError, match="the answers cannot be read") as error:
         read_answers(str(tmp_path / "bad.json"))
     assert "instruction and output" in error.value.expected
-
-
-def test_an_opponent_is_called_by_its_file_or_its_folder_in_alpaca_eval():
-    files = ["/x/gpt4/model_outputs.json", "/x/llama.jsonl"]
-    assert names_of_answers(files) == ["gpt4", "llama"]
 
 
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
