@@ -1,6 +1,6 @@
 """Every causal architecture of the installed transformers through the product, beside transformers.
 
-    python tests/benchmarks/architectures.py [KIND …]    an hour on two cores
+    python tests/benchmarks/architectures.py [KIND …]    a quarter of an hour on two cores
 
 Each architecture has a process of its own, which may end in any way. A small random checkpoint of
 it is trained, sampled, merged and shown by the product's commands; the figures are compared with
@@ -47,7 +47,7 @@ def examine(kind):
     if found.refused:
         return kind, "refused", found.refused
     without = "; losses with a state baseline are refused: its head is not linear"
-    return kind, "agrees", found.layout + without * found.no_baseline
+    return kind, "agree", found.layout + without * found.no_baseline
 
 
 def send(kind, pipe):
