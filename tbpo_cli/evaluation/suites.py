@@ -17,7 +17,7 @@ from tbpo_cli import console
 from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
-from tbpo_cli.evaluation.stats import Figure, normal_figure
+from tbpo_cli.evaluation.stats import LEAST_ROWS, Figure, normal_figure, wilson, without_interval
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tbpo_cli.data.templates import Chat
 
 # The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of
-# that leaderboard.
+# that leaderboard. They are rates, between 0 and 1.
 HEADLINES = (
     "acc_norm,none",
     "acc,none",
@@ -119,7 +119,22 @@ def _headline(result: dict[str, Any], count: int) -> Figure:
     error = result.get(metric.replace(",", "_stderr,"))
     # The harness writes "N/A" for an error that it does not know.
     is_known = isinstance(error, int | float) and math.isfinite(error)
-    return normal_figure(result[metric], error if is_known else None, count) | {"metric": metric}
+    found = _figure_of(metric, result[metric], error if is_known else None, count)
+    return found | {"metric": metric}
+
+
+def _figure_of(metric: str, value: float, error: float | None, count: int) -> Figure:
+    """A value of a task with the interval of the harness's standard error; with Wilson's where that
+    error says nothing of a rate, of a few answers or of answers that are all right or all wrong.
+    """
+    is_rate = metric in HEADLINES
+    if count < LEAST_ROWS or not error:
+        low, high = wilson(value, count) if is_rate else (None, None)
+        return without_interval(value, count) | {"low": low, "high": high}
+    found = normal_figure(value, error, count)
+    if is_rate:
+        found |= {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
+    return found
 
 
 @functools.cache
