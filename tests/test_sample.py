@@ -16,7 +16,8 @@ from tbpo_cli.data.prompts import prompt_of
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import question_id, read_answers
+from tbpo_cli.evaluation.answer_files import read_answers
+from tbpo_cli.evaluation.answers import question_id
 from tbpo_cli.model.generate import generate
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.sample import answer
@@ -232,7 +233,8 @@ def test_benchmarks_are_answered_in_their_own_format(recipe_file, run_dir, tmp_p
             assert answers[1]["choices"] == [{"index": 0, "turns": [{"content": texts[1]}]}]
         assert all(each.keys() == keys for each in answers)
     known = read_answers(str(written[-1] if name != "alpaca_eval.json" else written[0]))
-    assert list(known.values()) == [text.strip() for text in texts]
+    answers = [*(known.by_id or known.by_conversation or known.by_text).values()]
+    assert answers == [text.strip() for text in texts]
     assert RunDir(run_dir).damage("sample") == []
 
 
