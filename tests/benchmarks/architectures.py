@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import textwrap
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,7 +77,7 @@ def main(kinds):
     rows = []
     with ThreadPoolExecutor(PROCESSES) as pool:
         for kind, outcome, details in pool.map(in_a_process, kinds):
-            details = " ".join(details.split())[:160].replace("|", "/")
+            details = textwrap.shorten(details, 160, placeholder=" …").replace("|", "/")
             rows.append((kind, outcome, details))
             print(kind, outcome, details, sep=" | ", flush=True)
     counts = {name: sum(row[1] == name for row in rows) for name in sorted({r[1] for r in rows})}
