@@ -140,21 +140,27 @@ def _card(
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
-    """The evaluation of these weights. Raises TbpoError without one, unless that is allowed."""
+    """The evaluation of these weights.
+
+    Raises:
+        TbpoError: without one, unless that is allowed: then it is said that it is left out.
+    """
     manifest = run_dir.manifest("eval")
     path = run_dir.stage("eval") / "results.json"
     if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
         run_dir.check("eval")
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
+    what, fix = "the run is not evaluated", "tbpo eval RECIPE first"
+    if manifest:
+        what = "the evaluation is older than the weights"
+    elif path.exists():
+        what = f"the evaluation has lost {path.with_name('manifest.json')}, which vouches for it"
     if allow_unevaluated:
+        console.say(f"warning: {what}: its results are left out of the card ({fix})")
         return None
-    raise TbpoError(
-        "the evaluation is older than the weights" if manifest else "the run is not evaluated",
-        str(path),
-        "results of what is published",
-        "tbpo eval RECIPE first, or --allow-unevaluated",
-    )
+    expected = "results of what is published"
+    raise TbpoError(what, str(path), expected, f"{fix}, or --allow-unevaluated")
 
 
 def _texts(
