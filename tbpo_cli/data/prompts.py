@@ -113,6 +113,8 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
             '{"turns": [one question]}'
         )
         raise TbpoError(what, where, expected, "mend that line") from None
+    except TbpoError as error:
+        raise row.named(error) from None
     return Prompt(_id_of(row), tuple(ids), messages, tools)
 
 

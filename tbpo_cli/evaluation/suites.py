@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
+from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
 from tbpo_cli.evaluation.stats import LEAST_ROWS, Figure, normal_figure, wilson, without_interval
@@ -64,6 +65,12 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    class Limited(HFLM):  # type: ignore[misc]
+        """The harness's model, whose chat template cannot go on for ever."""
+
+        apply_chat_template = limited(HFLM.apply_chat_template)
+
     settings = {
         "num_fewshot": shots,
         "log_samples": False,
@@ -75,10 +82,12 @@ def run_task(
     try:
         with nullcontext() if console.err.is_terminal else redirect_stderr(StringIO()):  # its bars
             found = simple_evaluate(
-                HFLM(model, tokenizer=chat.tokenizer, batch_size=batch_size),
+                Limited(model, tokenizer=chat.tokenizer, batch_size=batch_size),
                 tasks=[task],
                 **settings,
             )
+    except TbpoError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         expected = (
