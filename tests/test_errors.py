@@ -387,7 +387,7 @@ MISTAKES = {
             [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(9)],
             command="align",
         ),
-        (*FULL, "the rows have no rejected responses", "demonstrations are for `tbpo sft`"),
+        (*FULL, "they have no rejected responses", "demonstrations are for `tbpo sft`"),
     ),
     "a prompt that is none": (
         prompts_file('{"text": "a"}'),
