@@ -329,11 +329,11 @@ MISTAKES = {
     ),
     "lines that are not text": (
         rows_are(b'{"prompt": "\xff"}\n'),
-        (*FULL, "cannot be read", "line 1", "in UTF-8"),
+        (*FULL, "the line is not in UTF-8", "line 1", "in UTF-8"),
     ),
     "lines that are no objects": (
         rows_are("1\n2\n"),
-        (*FULL, "none of the known formats", "none, it is int"),
+        (*FULL, "none of the known formats", "it is int, without names"),
     ),
     "other columns": (
         rows_are([{"question": "a", "good": "b", "bad": "c"}]),
