@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import question_id, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
@@ -233,37 +232,6 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
     rates = win_rate(comparisons, [verdict], judge.name)
     assert rates["raw"]["value"] == pytest.approx(2 / 3) and rates["wins"] == 1
     assert rates["unlike_repeats"]["value"] == pytest.approx(1 / 3)
-
-
-ANSWERS = {
-    "outputs.json": [{"instruction": " one? ", "output": " 1 ", "generator": "x"}],
-    "inputs.json": [{"instruction": "one?", "input": "", "output": "1"}],
-    "lines.jsonl": {"prompt": "one?", "completion": "1"},
-    "arena.jsonl": {"uid": "u", "messages": [
-        {"role": "user", "content": "one?"}, {"role": "assistant", "content": {"answer": "1"}},
-    ]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_answers_are_read_in_the_formats_of_published_baselines(tmp_path, name):
-    (tmp_path / name).write_text(json.dumps(ANSWERS[name]), encoding="utf-8")
-    assert read_answers(str(tmp_path / name)) == {"one?": "1"}
-
-
-def test_answers_of_arena_hard_0_1_are_named_by_their_questions(tmp_path):
-    row = {"question_id": 81, "model_id": "m", "choices": [{"turns": [{"content": " 1 "}]}]}
-    (tmp_path / "m.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    assert read_answers(str(tmp_path / "m.jsonl")) == {"81": "1"}
-    assert question_id({"question_id": 81}) == "81" and question_id({"prompt": "one?"}) == ""
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"instruction": 3, "output": "x"}]', "null"])
-def test_a_file_without_answers_is_a_message(tmp_path, text):
-    (tmp_path / "bad.json").write_text(text or '{"prompt": "x"}', encoding="utf-8")
-    with pytest.raises(TbpoError, match="the answers cannot be read") as error:
-        read_answers(str(tmp_path / "bad.json"))
-    assert "instruction and output" in error.value.expected
 
 
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):

@@ -385,6 +385,7 @@ def test_every_response_token_is_predicted_from_the_one_before_it(pairs, layout,
     assert batch.tokens.tolist() == [token for _, ids in responses for token in ids]
     before = [token for pair, ids in responses if ids for token in [pair.prompt_ids[-1], *ids[:-1]]]
     assert batch.input_ids.flatten()[batch.predictor].tolist() == before
+    assert batch.position_ids.is_contiguous()  # XGLM takes nothing else
     positions = [len(pair.prompt_ids) - 1 + t for pair, ids in responses for t in range(len(ids))]
     assert batch.position_ids.flatten()[batch.predictor].tolist() == positions
     lengths = np.array(

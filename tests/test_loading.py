@@ -10,11 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 
 from tbpo_cli.config.recipe import Model, Sample
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.adapters import continued_adapter, text_layers
+from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
 from tbpo_cli.model.generate import completions
 from tbpo_cli.model.layout import choose_layout
+from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.targets import text_layers
 
 CPU = torch.device("cpu")
 TINY = {
@@ -161,6 +163,39 @@ def test_lora_by_default_leaves_routers_and_fused_experts_alone():
     }
     mamba = text_layers(make("mamba", state_size=4))
     assert "out_proj" not in mamba and "x_proj" in mamba
+
+
+def shares_its_weights():
+    """A model whose third and sixth layer share their attention and feed-forward weights."""
+    kinds = ["mamba", "mamba", "hybrid"] * 2
+    return make("zamba", num_hidden_layers=6, layers_block_type=kinds, attention_head_dim=8)
+
+
+def test_lora_by_default_leaves_layers_alone_that_share_a_weight():
+    found = {name.rpartition(".")[2] for name in text_layers(shares_its_weights())}
+    assert found and not found & {"q_proj", "o_proj", "gate_proj"}
+
+
+def test_adapters_of_layers_that_share_a_weight_are_not_merged(tmp_path):
+    base = shares_its_weights()
+    base.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(TbpoError, match="layers that share one weight have adapters"):
+        merge_adapter(Model(base=str(tmp_path / "base")), adapter, tmp_path / "merged", "5GB")
+
+
+def test_lora_by_default_takes_the_layers_of_a_model_whose_head_is_called_its_decoder():
+    layers = ["q_proj", "k_proj", "v_proj", "Wi"]
+    found = text_layers(make("modernbert-decoder", layer_types=["full_attention"] * 2))
+    assert {name.rpartition(".")[2] for name in found} == {*layers, "Wo"}
+
+
+def test_a_model_that_refuses_gradients_without_its_dropout_is_refused(tmp_path):
+    settings = {"is_decoder": True, "attn_layers": ["local"] * 2, "attention_head_size": 4}
+    settings |= {"feed_forward_size": 24, "axial_pos_embds": False}
+    make("reformer", **settings).save_pretrained(tmp_path)
+    with pytest.raises(TbpoError, match="cannot be trained: reformer"):
+        load(tmp_path)
 
 
 def test_whole_weights_are_saved_with_the_end_tokens_and_a_tied_head_once(tmp_path):

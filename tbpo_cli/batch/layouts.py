@@ -252,7 +252,7 @@ def collate(
     return PairBatch(
         tuple(pair.pair_id for pair in pairs),
         torch.from_numpy(input_ids.astype(np.int64)),
-        torch.from_numpy(np.array(position_ids)),
+        torch.from_numpy(np.array(position_ids, order="C")),
         sequences,
         None if sequences is None else segments_of(sequences),
         torch.from_numpy(tokens),

@@ -19,6 +19,7 @@ from tbpo_cli.data.pairs import Messages, RejectedRow, draw, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.templates import Chat, Tools
 from tbpo_cli.data.tokens import tokenize_prompt
+from tbpo_cli.errors import TbpoError
 
 ANSWER = {"role": "assistant", "content": "an answer"}  # in the place of one, for the checks
 
@@ -125,6 +126,8 @@ def questions_of(
             except RejectedRow as reason:
                 yield row, reason
                 continue
+            except TbpoError as error:
+                raise row.named(error) from None
             is_drawn = source.weight >= 1 or draw(seed, question.prompt_hash) < source.weight
             if is_drawn and question.prompt_hash not in seen:
                 seen.add(question.prompt_hash)

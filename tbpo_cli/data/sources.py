@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class Row:
     source: str
     number: int
     content: Any
+
+    def named(self, error: TbpoError) -> TbpoError:
+        """An error that was met with this row, which also says so."""
+        return replace(error, where=f"{error.where}; met in {self.source}, row {self.number}")
 
 
 def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from tbpo_cli.config.recipe import Model
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
 from tbpo_cli.model.policy import generation_config
@@ -26,6 +27,9 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
     2. Untie head and embeddings if an adapter is on one of them: only that one changes.
     3. Add each product to its weight, in fp32, and round the sum once.
     4. Take the adapter's layers out, and write the model with the end tokens of the adapter.
+
+    Raises:
+        TbpoError: if layers share a weight, so that no sum is right for all.
     """
     base = load_base(replace(model, quantization=None), model.base, torch.device("cpu"), "auto")
     was_tied = _is_tied(base)
@@ -34,10 +38,15 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
     if was_tied and any(isinstance(module, BaseTunerLayer) for module in ends):
         head: Any = ends[0].get_base_layer() if isinstance(ends[0], BaseTunerLayer) else ends[0]
         head.weight = nn.Parameter(head.weight.detach().clone())
-    for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
-        # An adapter on the fused experts of a mixture names the parameter that it changes.
-        name = getattr(layer, "parameter_name", "weight")
-        weight = layer.get_base_layer().get_parameter(name)
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    # An adapter on the fused experts of a mixture names the parameter that it changes.
+    names = [getattr(layer, "parameter_name", "weight") for layer in layers]
+    weights = [
+        layer.get_base_layer().get_parameter(name)
+        for layer, name in zip(layers, names, strict=True)
+    ]
+    _check_shares_nothing(weights, adapter)
+    for layer, weight in zip(layers, weights, strict=True):
         dtype = weight.dtype
         weight.data = weight.data.float()
         layer.merge()
@@ -49,6 +58,17 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
     published = generation_config(merged, saved_end_ids(adapter))
     merged.save_pretrained(folder, max_shard_size=max_shard_size)
     published.save_pretrained(folder)
+
+
+def _check_shares_nothing(weights: list[nn.Parameter], adapter: Path) -> None:
+    """Raises TbpoError if two layers with adapters of their own share one weight (Zamba)."""
+    if len({id(weight) for weight in weights}) < len(weights):
+        raise TbpoError(
+            "the adapter cannot be merged: layers that share one weight have adapters of their own",
+            str(adapter),
+            "an adapter on layers whose weights are their own",
+            "publish the adapter without merging, or leave those layers out of target_modules",
+        )
 
 
 def _is_tied(model: LanguageModel) -> bool:

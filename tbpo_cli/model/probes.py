@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model
+from tbpo_cli.model.sharding import LanguageModel, causal_model, text_decoder
 
 PROBE_TOKENS = 12
 CHANGED_TOKENS = 4
@@ -20,6 +20,8 @@ SAME_IN_TF32 = 2e-3  # of products in fp32 on a GPU
 SAME_IN_HALF = 0.05
 # `layer_types` of a config whose layers pass nothing along but by attention over earlier tokens.
 ATTENDING = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+# Models whose own code refuses gradients outside the training mode (reversible layers).
+ONLY_WITH_DROPOUT = frozenset({"reformer"})
 # Parts of the names of what a model has for images or sound.
 NOT_TEXT = ("vision", "visual", "audio", "image", "speech", "multi_modal", "vqmodel")
 # Names of a config's settings for "attends no further back than".
@@ -81,7 +83,8 @@ def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def check_causality(model: LanguageModel, source: str) -> None:
     """Refuses a model that is not causal: one in which a later token changes an earlier logit.
 
-    Weights without numbers ("meta") are not tried.
+    Also one that cannot be trained without its own dropout. Weights without numbers ("meta") are
+    not tried.
 
     Raises:
         TbpoError: for such a model, and for one that cannot be called with tokens alone.
@@ -93,6 +96,10 @@ def check_causality(model: LanguageModel, source: str) -> None:
     changed = ids[:-CHANGED_TOKENS] + probe_ids(model, CHANGED_TOKENS, start=PROBE_TOKENS + 1)
     where = f"model.base = {source!r}"
     fix = "take a decoder, such as those that AutoModelForCausalLM is made for"
+    kind = getattr(causal_model(model).config, "model_type", "")
+    if kind in ONLY_WITH_DROPOUT:
+        what = f"the model cannot be trained: {kind} computes gradients with its own dropout only"
+        raise TbpoError(what, where, "a causal language model of text", fix)
     found = []
     try:
         with evaluating(model):
@@ -122,8 +129,7 @@ def carried_state(model: LanguageModel) -> str | None:
     others = set(getattr(text_config(model), "layer_types", None) or ()) - ATTENDING
     if others:
         return f"it has layers of the type {', '.join(sorted(others))}"
-    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else backbone(causal)
-    if any(isinstance(module, nn.Conv1d) for module in decoder.modules()):
+    if any(isinstance(module, nn.Conv1d) for module in text_decoder(model).modules()):
         return "it has convolutions over the tokens of a row"
     return None
 

@@ -36,6 +36,14 @@ def backbone(model: LanguageModel) -> LanguageModel:
     return getattr(causal, "model", causal) if decoder is causal else decoder
 
 
+def text_decoder(model: LanguageModel) -> LanguageModel:
+    """The language part of a model, without what it has for images or sound."""
+    causal = causal_model(model)
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else backbone(causal)
+    # Where the head itself is called "decoder", transformers takes it for the language part.
+    return backbone(causal) if decoder is causal.get_output_embeddings() else decoder
+
+
 def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
     """Leaves each process of a mesh its part of every weight, on the mesh's device.
 

@@ -200,9 +200,17 @@ def run_through(
                 _refuse_changed(left, states, run_dir)
             if left[0].stage.name == "sft" and not left[0].is_target:  # for what comes after it
                 require_comparisons(recipe, run_dir.manifest("prepare")["counts"])
+            _check_before(target, left[0], states[left[0].label][0])
             _run(left[0], states[left[0].label][0], restart, processes)
             link_last(recipe, run_dir)
     _report_rounds(target, recipe, run_dir)
+
+
+def _check_before(target: str, step: Step, state: State) -> None:
+    """Raises TbpoError if the target could not use what a stage before it would make."""
+    check = STAGES[target].checks_before.get(step.stage.name)
+    if check is not None and state != "done" and step.label == step.stage.name:
+        check(step.recipe, step.run_dir)
 
 
 def _report_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> None:

@@ -19,6 +19,8 @@ NUM_PROMPTS = 3
 NEW_TOKENS = 6
 RATE = 1e-4
 TOLERANCE = 2e-4  # of figures that are about 1, after three steps of AdamW in fp32
+# The first gradient of tbpo_q's baseline is rounding alone, and AdamW makes whole steps of it.
+TOLERANCES = {"tbpo_q": 1e-3}
 ROUNDING = 1e-6
 NO_BASELINE = "the state baseline needs a model with a linear output head"
 CANNOT = "the model cannot take rows of several sequences"
@@ -132,22 +134,24 @@ def check_training(folder, rows, found):
                 raise
             found.layout = found.layout or said.partition("rows are ")[2].partition(":")[0]
             want = want or plain.train(folder / "base", rows, settings)
-            faults += compare(folder, want, f"{loss}, {layout}")
+            faults += compare(folder, want, loss, layout)
     return faults
 
 
-def compare(folder, want, what):
+def compare(folder, want, loss_name, layout):
     lines = (folder / "runs/recipe/align/metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, lines) if line["split"] == "train"]
     faults = []
+    within = TOLERANCES.get(loss_name, TOLERANCE)
     for step, (line, loss, figures) in enumerate(
         zip(lines, want.losses, want.figures, strict=True), 1
     ):
         for name, value in {"loss": loss, **figures}.items():
             if name == "accuracy" and abs(figures["margin"]) < ROUNDING:
                 continue  # policy and reference are the same but for rounding: it says nothing
-            if abs(line[name] - value) > TOLERANCE * max(1, abs(value)):
-                faults.append(f"{what}, step {step}: {name} is {line[name]:.6f}, not {value:.6f}")
+            if abs(line[name] - value) > within * max(1, abs(value)):
+                where = f"{loss_name}, {layout}, step {step}"
+                faults.append(f"{where}: {name} is {line[name]:.6f}, not {value:.6f}")
     return faults
 
 
