@@ -8,6 +8,7 @@ from typing import Literal
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.data.selection import require_comparisons
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import interrupts
 from tbpo_cli.runs.files import told_as_unwritable
@@ -198,6 +199,8 @@ def run_through(
             states = _states(left[:1] if restart else left)
             if not restart:
                 _refuse_changed(left, states, run_dir)
+            if left[0].stage.name == "sft" and not left[0].is_target:  # for what comes after it
+                require_comparisons(recipe, run_dir.manifest("prepare")["counts"])
             _check_before(target, left[0], states[left[0].label][0])
             _run(left[0], states[left[0].label][0], restart, processes)
             link_last(recipe, run_dir)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
+from tbpo_cli.config.judging import default_body
 from tbpo_cli.config.recipe import Judge, Recipe
 from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
@@ -215,8 +216,7 @@ def _public_judge(judge: Judge | None) -> Judge | None:
     """The judge without the address of its server, and what requests to it have besides."""
     if judge is None or judge.endpoint is None:
         return judge
-    usual = Judge(endpoint=NOWHERE, model=judge.model)
-    return replace(judge, endpoint=usual.endpoint, body=usual.body)
+    return replace(judge, endpoint=NOWHERE, body=default_body())
 
 
 def _show(files: Files, card: str) -> None:
