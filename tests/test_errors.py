@@ -331,11 +331,11 @@ MISTAKES = {
     ),
     "lines that are not text": (
         rows_are(b'{"prompt": "\xff"}\n'),
-        (*FULL, "cannot be read", "line 1", "in UTF-8"),
+        (*FULL, "the line is not in UTF-8", "line 1", "in UTF-8"),
     ),
     "lines that are no objects": (
         rows_are("1\n2\n"),
-        (*FULL, "none of the known formats", "none, it is int"),
+        (*FULL, "none of the known formats", "it is int, without names"),
     ),
     "other columns": (
         rows_are([{"question": "a", "good": "b", "bad": "c"}]),
@@ -389,7 +389,7 @@ MISTAKES = {
             [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(9)],
             command="align",
         ),
-        (*FULL, "the rows have no rejected responses", "demonstrations are for `tbpo sft`"),
+        (*FULL, "they have no rejected responses", "demonstrations are for `tbpo sft`"),
     ),
     "a prompt that is none": (
         prompts_file('{"text": "a"}'),

@@ -19,7 +19,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
-from tbpo_cli.evaluation.judges.judge import Comparison, Verdict
+from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, text_of
 from tbpo_cli.evaluation.judges.language_judge import TEMPLATE
 from tbpo_cli.evaluation.judges.reply import Reply, read_reply
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
@@ -244,6 +244,21 @@ def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
     texts = sorted(body["messages"][0]["content"] for body in bodies)
     assert texts[0] == '{"format": "{x}"} Q:{a} (0)|1:{b} {0} {|2:{prompt} \\1 %s|'
     assert bodies[0]["top_p"] == 0.5 and "temperature" not in bodies[0]
+
+
+def test_calls_of_functions_and_the_functions_are_shown(language_judge):
+    """In the conversation, and in an answer whose text is empty; a text without calls stays."""
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"q": 7}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompt = ({"role": "user", "content": "cat"}, calling, {"role": "tool", "content": "grey"})
+    tools = ({"type": "function", "function": {"name": "paint"}},)
+    said = '{"tool_call": {"name": "look_up", "arguments": {"q": 7}}}'
+    assert text_of(calling) == said and text_of(prompt[0]) == "cat"
+    comparison = Comparison("p", prompt, "m", "n", "a", text_of(calling), 1, 1, 0, tools)
+    with chat_server(lambda body: "[[A]]") as server:
+        language_judge(server).compare([comparison])
+        (shown, _) = (body["messages"][0]["content"] for _, _, body in server.requests)
+    assert shown.count(said) == 2 and '"name": "paint"' in shown and "tool: grey" in shown
 
 
 def test_a_conversation_is_shown_whole(language_judge):

@@ -263,7 +263,7 @@ def test_a_prompt_that_the_template_refuses_is_a_message(tokenizer, monkeypatch)
 def test_a_file_without_a_prompt_is_a_message(recipe_file, run_dir, tmp_path):
     for content, message in (
         (b"\n\n", "there are no prompts to answer"),
-        (b"red\n\xe9\n", "the line cannot be read"),
+        (b"red\n\xe9\n", "the line is not in UTF-8"),
     ):
         (tmp_path / "prompts.txt").write_bytes(content)
         with pytest.raises(TbpoError, match=message):

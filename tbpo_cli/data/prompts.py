@@ -6,6 +6,7 @@ import itertools
 import json
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
     key, split = ("data.eval", data.eval_split) if data.eval else ("data.train", data.train_split)
     found: dict[str, PreferencePair] = {}
     for source in data.eval or data.train:
-        format_name, rows = recognise(read_rows(source, split, key), data)
+        format_name, rows = recognise(partial(read_rows, source, split, key), data)
         for row in rows:
             if found.keys() == pair_ids:
                 return found

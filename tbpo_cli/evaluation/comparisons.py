@@ -14,7 +14,7 @@ from tbpo_cli.data.prompts import held_out_texts, prompt_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.evaluation.answer_files import Question, answers_to, read_answers
 from tbpo_cli.evaluation.answers import names_of_answers, question_id
-from tbpo_cli.evaluation.judges.judge import Comparison
+from tbpo_cli.evaluation.judges.judge import Comparison, text_of
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
@@ -64,6 +64,7 @@ def comparisons_of(
     prompts = {
         (one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one
     }
+    tools = {one["prompt_id"]: tuple(one.get("tools", ())) for one in samples if "messages" in one}
     if "chosen" in opponents:
         chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
         completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
@@ -87,7 +88,9 @@ def comparisons_of(
             texts = (one.text, other.text)
             lengths = (one.num_tokens, other.num_tokens)
             comparisons.append(
-                Comparison(prompt_id, messages, model, against, *texts, *lengths, number)
+                Comparison(
+                    prompt_id, messages, model, against, *texts, *lengths, number, tools[prompt_id]
+                )
             )
     return comparisons
 
@@ -120,8 +123,9 @@ def _reader(recipe: Recipe) -> Read:
         return load_chat(recipe.model, recipe.data.template_date)
 
     def read(message: Message, num_tokens: int | None) -> Completion:
-        text = without_thinking(message["content"], recipe.eval.thinking)
-        is_shorter = text != message["content"]
+        whole = text_of(message)
+        text = without_thinking(whole, recipe.eval.thinking)
+        is_shorter = text != whole
         if (
             num_tokens is None
             or is_shorter
