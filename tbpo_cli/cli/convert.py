@@ -29,6 +29,7 @@ from tbpo_cli.errors import TbpoError
 
 # Their product is the batch of a step, on one GPU.
 BATCHES = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+STAGES = ("dpo", "sft")  # of LLaMA-Factory, that have a table here
 LOSS_KEYS = ("loss_type", "pref_loss", "rl", "rlhf")
 SOURCE_KEYS = {
     "path": "path",
@@ -194,7 +195,7 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
     """Puts the loss, and returns our name of it; dpo where it has no counterpart."""
     name = next((each for each in LOSS_KEYS if full.get(each) not in (None, "rlhf")), "")
     given = full.get(name, "sigmoid")
-    if stage not in ("dpo", "sft"):
+    if stage not in STAGES:
         name, given = "stage", stage
     parts = list(given) if isinstance(given, list | tuple) else [given]
     losses = [each for each in parts if each != "sft"]
@@ -225,7 +226,8 @@ def _convert_key(name: str, value: Any, is_sft: bool, loss: str, converted: Conv
     key = known.ours if known else ""
     if is_sft:
         key = key.replace("align.", "sft.", 1)
-    if loss == "orpo" and key == "align.loss.beta":
+    own = {each.name for each in fields(LOSSES[loss])} if loss else set()
+    if key == "align.loss.beta" and "beta" not in own and "lam" in own:
         key = "align.loss.lam"
     why = _why_not(known, key, name, _number(value), loss)
     if why:
