@@ -207,6 +207,8 @@ def losses(
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
 
+    Exit code 2 if something is lacking that a stage needs (the lines with ✗).
+
     Example: tbpo show quickstart.toml --set align.loss=dpo
     """
     from tbpo_cli.config.recipe import sources
