@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM
+from zoo.families import COMMON
 
 from tbpo_cli import console
 from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
@@ -268,6 +270,28 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     done = tbpo("show", recipe_file, "--set", f"model.base={bare}", "--gpus", "2")
     assert done.returncode == 0 and "memory" in done.stdout, done.stderr
     assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
+
+
+def test_of_a_mixture_of_experts_no_line_of_torch_is_printed(
+    executable, recipe_file, tmp_path, base
+):
+    """Its experts have no kernel for shapes without numbers, which torch logs with a traceback."""
+    experts = tmp_path / "experts"
+    shutil.copytree(base, experts)
+    (experts / "model.safetensors").unlink()
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "moe_intermediate_size", "num_experts")
+    sizes = {name: COMMON[name] for name in (*names, "num_experts_per_tok")}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=vocabulary, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(experts)
+    sets = ("--set", f"model.base={experts}", "--set", "align.max_steps=1")
+    for command in ("show", "align"):
+        done = executable(command, recipe_file, *sets)
+        assert done.returncode == 0, done.stderr
+        assert "fake_tensor" not in done.stderr and "Traceback" not in done.stderr
+    shown = executable("show", recipe_file, *sets)
+    assert shown.stderr == "" and "memory" in shown.stdout
 
 
 FACTS = {"stage": "align", "rate": 5e-6, "weights": 7e9, "memory": 1e9, "device_memory": 2e9}
