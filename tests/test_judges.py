@@ -529,6 +529,14 @@ def test_a_server_that_will_not_answer_is_a_message(trouble, what, expected):
     assert KEY not in str(error.value)
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_a_reply_that_says_so_and_is_not_repeated(status):
+    with chat_server(lambda body: "never", (status, "too long", {})) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert reply.refused == f"the server refuses the request: {status} too long"
+    assert not reply.text and len(server.requests) == 1
+
+
 def test_no_server_at_the_address_is_a_message_soon():
     started = time.monotonic()
     with pytest.raises(TbpoError, match="after 4 attempts: ConnectionRefusedError") as error:
@@ -808,6 +816,46 @@ def test_the_length_controlled_rate_recovers_the_truth(theta, phi):
         and figure["n"] == 4000
     )
     assert figure["value"] == pytest.approx(truth, abs=0.025)
+
+
+def test_the_length_controlled_rate_is_that_of_the_penalised_likelihoods_maximum():
+    """By torch's own optimizer: 0.001 on θ and 0.01 on φ, halved and squared.
+
+    Length decides every verdict, so the penalty alone keeps both finite.
+    """
+    lengths = np.array([-9.0, -1.0, 2.0, 3.0, 10.0])
+    values = (lengths > 0).astype(float)
+    features = torch.from_numpy(np.tanh(lengths / lengths.std()))
+    found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=1000, tolerance_grad=1e-12)
+
+    def objective():
+        optimizer.zero_grad()
+        chances = found[0] + found[1] * features
+        wrong = torch.nn.functional.binary_cross_entropy_with_logits(
+            chances, torch.from_numpy(values), reduction="sum"
+        )
+        loss = wrong + (found.square() * torch.tensor([0.001, 0.01])).sum() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(objective)
+    expected = found.detach()[0].sigmoid().item()
+    assert 0.05 < expected < 0.45
+    rate = length_controlled(values, lengths, np.arange(5))
+    assert rate["value"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_repeats_that_differ_are_unlike_and_one_alone_says_nothing():
+    comparisons = compare(("a", "b"), ("c", "d"), ("e", "f"))
+    verdicts = [
+        Verdict(0.5, "", repeats=(1.0, 0.0)),
+        Verdict(1.0, "", repeats=(1.0, 1.0)),
+        Verdict(1.0, "", repeats=(1.0,)),
+    ]
+    unlike = win_rate(comparisons, verdicts, "judge")["unlike_repeats"]
+    assert (unlike["value"], unlike["n"]) == (0.25, 2)
 
 
 def test_a_judge_that_likes_length_only_is_seen_through():
