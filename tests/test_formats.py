@@ -212,7 +212,7 @@ def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
 )
 def test_the_margin_of_a_pair_is_the_difference_of_its_scores_or_ranks(name, margin):
     _, (pair,) = pairs_of(SAME[name][1])
-    assert pair.score_margin == margin
+    assert (pair.chosen, pair.score_margin) == (HI, margin)
 
 
 def test_an_answer_of_a_list_may_be_a_message_that_calls_a_tool():
