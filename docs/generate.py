@@ -214,7 +214,74 @@ def other_tools() -> str:
     return "\n".join([*page, "", f"Names of losses: {', '.join(pairs)}.", ""])
 
 
+def models() -> str:
+    """The page of architectures, made from the table of tests/benchmarks/architectures.py."""
+    path = DOCS.parent / "tests/benchmarks/results/architectures.md"
+    head, _, *lines = path.read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kind, outcome, details in table:
+        details = re.sub(r" in \w+ a token", " a token", details)
+        groups.setdefault((outcome, details), []).append(f"`{kind}`")
+    page = [
+        "# Models",
+        "",
+        NOTE,
+        "",
+        "A model is taken if transformers loads it by `AutoModelForCausalLM` and if it is",
+        "causal; what is not known to be safe is tried as it is loaded, with the message and the",
+        "key where it is refused. Every causal architecture that transformers registers was made",
+        "small, with random weights, and went through scoring in each layout that it can take,",
+        "three steps of `tbpo_a`, `tbpo_q` and `dpo`, LoRA, saving, loading, merging, sampling at",
+        "two batch sizes and `tbpo show`, on the CPU in fp32. An architecture *agrees* if all",
+        "figures and answers are those of plain transformers and peft, one sequence a pass",
+        "(to 2e-4 after three steps; `tbpo_q` to 1e-3). One command does it:",
+        "`python tests/benchmarks/architectures.py`. Large published checkpoints were not tried.",
+        "",
+        head,
+    ]
+    titles = {
+        "agree": "Agree, by the layout of their rows",
+        "refused": "Refused, with an error message",
+        "left out": "Not tried, since no small checkpoint of them could be made",
+        "FAULT": "Do not agree",
+    }
+    for outcome, title in titles.items():
+        found = {why: kinds for (name, why), kinds in groups.items() if name == outcome}
+        if found:
+            page += ["", f"## {title}", "", "| why | architectures |", "|---|---|"]
+        for why, kinds in sorted(found.items(), key=lambda each: -len(each[1])):
+            page.append(f"| {why} | {', '.join(kinds)} |")
+    page += [
+        "",
+        "In `shared_prompt` rows a prompt is read once for both of its responses, in `packed` rows",
+        "sequences stand one behind the other, in `padded` rows each has a line of its own. The",
+        "values are the same; padded rows take longer.",
+        "",
+        "## LoRA",
+        "",
+        'By default (`target_modules = "all-linear"`) an adapter is put on the linear layers of',
+        "the language part: on no layer for images or sound, no router of a mixture of experts,",
+        "no output head, not on experts that are one tensor, and not on layers that share one",
+        "weight.",
+        "",
+        "## Chat templates",
+        "",
+        "Prompt and response are tokenized by the template of the tokenizer, and each response",
+        "ends with the token at which generation stops. `tests/test_template_zoo.py` compares the",
+        "token ids with an independent computation for templates of 28 shapes (text that is",
+        "trimmed, reasoning that is kept or left out, tools, a system message that is merged,",
+        "needed or refused, dates, one or several closing tokens or none, reasoning begun by the",
+        "generation prompt), each with byte-level, SentencePiece-like and tekken-like tokenizers.",
+        "What a template does not render (reasoning, a tool call, a system message) is never left",
+        "out in silence: the row is rejected, with that reason.",
+        "",
+    ]
+    return "\n".join(page)
+
+
 PAGES = {
+    "models.md": models,
     "recipe.md": recipe,
     "losses.md": losses,
     "troubleshooting.md": troubleshooting,

@@ -115,6 +115,11 @@ def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary
     show_table(title, ["", "before", "after"], rows)
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are: "1 prompt", "1,388 prompts"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in words: "40 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)

@@ -4,7 +4,9 @@ do.
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(eq=False)
@@ -34,6 +36,10 @@ class TbpoError(Exception):
             if (text := getattr(self, label))
         ]
         return "\n".join([f"error: {self.what}", *told, *map(str, self.also)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: an Exception keeps nothing of what was given by keyword."""
+        return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
 
 
 class DivergenceError(TbpoError):

@@ -26,6 +26,7 @@ def _main(arguments, folder, environment, paths):
     for number, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     sys.argv = ["tbpo", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     from tbpo_cli.cli.main import main
 
     main()

@@ -73,7 +73,7 @@ VARIANTS = {
 
 def pair_of(content, **data):
     data = Data(train=UNUSED, **data)
-    name, (row,) = recognise(iter([Row("here", 1, content)]), data)
+    name, (row,) = recognise(lambda: iter([Row("here", 1, content)]), data)
     (pair,) = to_pairs(row, name, data).pairs
     return pair
 
@@ -81,7 +81,7 @@ def pair_of(content, **data):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_format_is_recognised_and_read(name):
     pair = pair_of(ROWS[name])
-    assert recognise(iter([Row("here", 1, ROWS[name])]), DATA)[0] == name
+    assert recognise(lambda: iter([Row("here", 1, ROWS[name])]), DATA)[0] == name
     assert (pair.prompt, pair.chosen) == ((USER,), ANSWER)
     assert pair.rejected == (None if name.startswith("sft") else OTHER)
 
@@ -120,7 +120,7 @@ def test_the_format_is_that_of_the_first_row_that_has_one_or_the_recipes():
         Row("here", 2, ROWS["prompt"]),
     ]
     for data, expected in ((DATA, "prompt"), (Data(train=UNUSED, format="hh"), "hh")):
-        name, all_rows = recognise(iter(rows), data)
+        name, all_rows = recognise(lambda: iter(rows), data)
         assert (name, list(all_rows)) == (expected, rows)
 
 

@@ -14,10 +14,11 @@ import pytest
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from tbpo_cli.cli.last_resort import PACKAGE, message_for
 from tbpo_cli.config.recipe import Model
-from tbpo_cli.data.limits import at_most
+from tbpo_cli.data.limits import at_most, limited
 from tbpo_cli.data.tokenizer import load_chat
 from tbpo_cli.errors import TbpoError
 
@@ -335,11 +336,11 @@ MISTAKES = {
     ),
     "lines that are not text": (
         rows_are(b'{"prompt": "\xff"}\n'),
-        (*FULL, "cannot be read", "line 1", "in UTF-8"),
+        (*FULL, "the line is not in UTF-8", "line 1", "in UTF-8"),
     ),
     "lines that are no objects": (
         rows_are("1\n2\n"),
-        (*FULL, "none of the known formats", "none, it is int"),
+        (*FULL, "none of the known formats", "it is int, without names"),
     ),
     "other columns": (
         rows_are([{"question": "a", "good": "b", "bad": "c"}]),
@@ -393,7 +394,7 @@ MISTAKES = {
             [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preference_rows(9)],
             command="align",
         ),
-        (*FULL, "the rows have no rejected responses", "demonstrations are for `tbpo sft`"),
+        (*FULL, "they have no rejected responses", "demonstrations are for `tbpo sft`"),
     ),
     "a prompt that is none": (
         prompts_file('{"text": "a"}'),
@@ -664,24 +665,24 @@ MISTAKES = {
 }
 
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (
-            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "takes more than 0.5 s for two lines of text",
-        ),
+        (LOOP, "takes more than 0.5 s for one conversation"),
         (
             "{% for message in messages %}{{ 'a' * 200000000 }}{% endfor %}",
-            "takes more than 0.125 GiB of memory for two lines of text",
+            "takes more than 0.125 GiB of memory for one conversation",
         ),
     ],
 )
 def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
     tmp_path, base, monkeypatch, template, says
 ):
-    monkeypatch.setattr("tbpo_cli.data.templates.MAX_SECONDS", 0.5)
-    monkeypatch.setattr("tbpo_cli.data.templates.MAX_BYTES", 2**27)
+    monkeypatch.setattr("tbpo_cli.data.limits.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("tbpo_cli.data.limits.MAX_BYTES", 2**27)
     scene = Scene(tmp_path, base)
     (tmp_path / "t.jinja").write_text(template)
     template = f"model.chat_template={tmp_path / 't.jinja'}"
@@ -703,6 +704,47 @@ def test_the_limits_of_a_program_end_with_it():
     with pytest.raises(ValueError, match="broken"), at_most(60, 2**30):
         raise ValueError("broken")
     assert limits() == before
+
+
+OF_ONE_ROW = {
+    "loops": (LOOP, "takes more than 0.5 s"),
+    "prints": ("{{ m.content * 400000000 }}", "takes more than 1 GiB of memory"),
+    "computes": ("{{ 9 ** (m.content | length ** 15) }}", "takes more than"),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("does", OF_ONE_ROW)
+def test_a_template_that_does_not_end_on_one_row_is_stopped_and_the_row_named(
+    tmp_path, base, monkeypatch, does, workers
+):
+    """Row 5 of data.train, and a prompt to sample from."""
+    what, says = OF_ONE_ROW[does]
+    if workers == 1:  # another process has the 10 s
+        monkeypatch.setattr("tbpo_cli.data.limits.MAX_SECONDS", 0.5)
+    elif does != "prints":
+        pytest.skip("it would take 10 s")
+    scene = Scene(tmp_path, base)
+    rows = [*preference_rows(24)]
+    rows[4]["prompt"] = "purple"
+    write_jsonl(scene.rows, rows)
+    plain = AutoTokenizer.from_pretrained(base).chat_template
+    if_purple = "{% for m in messages %}{% if 'purple' in m.content %}"
+    (tmp_path / "t.jinja").write_text(f"{if_purple}{what}{{% endif %}}{{% endfor %}}{plain}")
+    sets = ("--set", f"model.chat_template={tmp_path / 't.jinja'}")
+    done = command("prepare", scene.recipe, *sets, "--set", f"data.workers={workers}", cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert f"met in {scene.rows}, row 5" in done.stderr
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "red"}, {"prompt": "purple"}])
+    sets += ("--set", f"sample.prompts={prompts}", "--set", "sample.models=['reference']")
+    done = command("sample", scene.recipe, *sets, cwd=tmp_path)
+    assert done.returncode == 2 and f"met in {prompts}, row 2" in done.stderr, done.stderr
+
+
+def test_a_process_that_was_stopped_for_a_while_has_not_rendered_for_so_long(monkeypatch):
+    """Only what is computed counts: sleep is not."""
+    monkeypatch.setattr("tbpo_cli.data.limits.MAX_SECONDS", 0.2)
+    assert limited(lambda: time.sleep(0.6) or "rendered")() == "rendered"
 
 
 def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_traceback(tmp_path):

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tbpo_cli.config.recipe import Choose, Data, Source
 from tbpo_cli.data.choosing import Chooser
-from tbpo_cli.data.formats import FORMATS, format_faults, recognise, to_pairs
+from tbpo_cli.data.formats import format_faults, recognise, to_pairs
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
@@ -30,7 +30,7 @@ def pairs_of(*contents, for_sft=False, choose=None, **data):
     """All pairs of some rows, by whatever format they are of; a rejected row is its reason."""
     settings = Data(train=UNUSED, **data)
     rows = [Row("here", number, content) for number, content in enumerate(contents, 1)]
-    name, found = recognise(iter(rows), settings, for_sft)
+    name, found = recognise(lambda: iter(rows), settings, for_sft)
     made = []
     for row in found:
         try:
@@ -244,10 +244,6 @@ def calling(function):
         ),
         ({"prompt": "p", "response_a": "a", "response_b": "b", "winner": "C"}, "wrong_type"),
         (
-            {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2},
-            "wrong_type",
-        ),
-        (
             {
                 "prompt": "p",
                 "chosen": [HI | {"content": [{"type": "image_url"}]}],
@@ -386,7 +382,7 @@ def test_unknown_rows_are_shown_with_the_lines_that_would_name_their_columns():
     assert all(line in error.value.fix for line in lines)
     columns = {"prompt": "user_query", "chosen": "good_one", "rejected": "bad_one"}
     assert pairs_of(row, columns=columns)[1][0].chosen == HI
-    assert all(name in error.value.expected for name in FORMATS)
+    assert "docs/data.md" in error.value.expected
 
 
 @pytest.mark.parametrize(
@@ -418,7 +414,7 @@ def test_columns_are_guessed_by_their_names_and_then_in_order(row, guess):
     [
         ({"chosn": "better"}, 'chosen = "better"'),
         ({"question_text": "prompt"}, 'prompt = "question_text"'),
-        ({"xyzzy": "better"}, "take the line out"),
+        ({"xyzzy": "other"}, "take the line out"),
     ],
 )
 def test_a_key_of_columns_that_is_none_of_ours_is_a_fault_of_the_recipe(columns, fix):

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import question_id, read_answers
 from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
-from tbpo_cli.evaluation.judges.judge import Comparison, Verdict
+from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, text_of
 from tbpo_cli.evaluation.judges.language_judge import TEMPLATE
 from tbpo_cli.evaluation.judges.reply import Reply, read_reply
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
@@ -235,37 +234,6 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
     assert rates["unlike_repeats"]["value"] == pytest.approx(1 / 3)
 
 
-ANSWERS = {
-    "outputs.json": [{"instruction": " one? ", "output": " 1 ", "generator": "x"}],
-    "inputs.json": [{"instruction": "one?", "input": "", "output": "1"}],
-    "lines.jsonl": {"prompt": "one?", "completion": "1"},
-    "arena.jsonl": {"uid": "u", "messages": [
-        {"role": "user", "content": "one?"}, {"role": "assistant", "content": {"answer": "1"}},
-    ]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_answers_are_read_in_the_formats_of_published_baselines(tmp_path, name):
-    (tmp_path / name).write_text(json.dumps(ANSWERS[name]), encoding="utf-8")
-    assert read_answers(str(tmp_path / name)) == {"one?": "1"}
-
-
-def test_answers_of_arena_hard_0_1_are_named_by_their_questions(tmp_path):
-    row = {"question_id": 81, "model_id": "m", "choices": [{"turns": [{"content": " 1 "}]}]}
-    (tmp_path / "m.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    assert read_answers(str(tmp_path / "m.jsonl")) == {"81": "1"}
-    assert question_id({"question_id": 81}) == "81" and question_id({"prompt": "one?"}) == ""
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"instruction": 3, "output": "x"}]', "null"])
-def test_a_file_without_answers_is_a_message(tmp_path, text):
-    (tmp_path / "bad.json").write_text(text or '{"prompt": "x"}', encoding="utf-8")
-    with pytest.raises(TbpoError, match="the answers cannot be read") as error:
-        read_answers(str(tmp_path / "bad.json"))
-    assert "instruction and output" in error.value.expected
-
-
 def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
     template = tmp_path / "mine.txt"
     template.write_text('{"format": "{x}"} Q:{prompt}|1:{a}|2:{b}|', encoding="utf-8")
@@ -276,6 +244,21 @@ def test_braces_and_places_in_completions_stay_text(language_judge, tmp_path):
     texts = sorted(body["messages"][0]["content"] for body in bodies)
     assert texts[0] == '{"format": "{x}"} Q:{a} (0)|1:{b} {0} {|2:{prompt} \\1 %s|'
     assert bodies[0]["top_p"] == 0.5 and "temperature" not in bodies[0]
+
+
+def test_calls_of_functions_and_the_functions_are_shown(language_judge):
+    """In the conversation, and in an answer whose text is empty; a text without calls stays."""
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"q": 7}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    prompt = ({"role": "user", "content": "cat"}, calling, {"role": "tool", "content": "grey"})
+    tools = ({"type": "function", "function": {"name": "paint"}},)
+    said = '{"tool_call": {"name": "look_up", "arguments": {"q": 7}}}'
+    assert text_of(calling) == said and text_of(prompt[0]) == "cat"
+    comparison = Comparison("p", prompt, "m", "n", "a", text_of(calling), 1, 1, 0, tools)
+    with chat_server(lambda body: "[[A]]") as server:
+        language_judge(server).compare([comparison])
+        (shown, _) = (body["messages"][0]["content"] for _, _, body in server.requests)
+    assert shown.count(said) == 2 and '"name": "paint"' in shown and "tool: grey" in shown
 
 
 def test_a_conversation_is_shown_whole(language_judge):

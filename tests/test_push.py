@@ -29,7 +29,7 @@ from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.hub import client
 from tbpo_cli.hub.base import published_base
 from tbpo_cli.hub.card import render_card
-from tbpo_cli.hub.secrets import check_no_secret
+from tbpo_cli.hub.secrets import check_no_secret, without_folders
 from tbpo_cli.model.adapters import local_adapter
 from tbpo_cli.model.load import load_policy, load_trained
 from tbpo_cli.model.merge import merge_adapter
@@ -352,7 +352,7 @@ def test_what_cannot_be_published_is_refused_and_nothing_is_made(
 
 def test_a_run_must_be_complete_and_its_evaluation_of_these_weights(made, run, server):
     for path, message in (
-        ("eval/manifest.json", "not evaluated"),
+        ("eval/manifest.json", "the evaluation has lost"),
         ("align/manifest.json", "align is not complete"),
     ):
         (run / path).unlink()
@@ -460,6 +460,135 @@ def test_a_secret_is_found_and_not_shown(made, run, server, tmp_path, secret):
 )
 def test_what_is_no_secret_passes(text):
     check_no_secret({"README.md": text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://discord.com/api/webhooks/123456789012345678/AbCdEfGhIjKlMnOpQrStUvWxYz012345",
+        "https://s/x?X-Goog-Signature=0123abcd4567",
+        "https://s/x?a=1&X-Amz-Signature=0123abcd4567ef",
+        "https://f.azurewebsites.net/api/x?code=AbCdEfGhIjKlMnOpQrStUv==",
+        "https://b/c?sv=2020&sig=abcdefgh%3D",
+        "https://h/?pwd=hunter2",
+        "https://h/?pass=hunter2",
+        "https://h/?user=a&password=abc",
+        "Authorization: Basic dXNlcjpwYXNz",
+        "'Authorization': 'Basic dXNlcjpwYXNzd29yZA=='",
+        "Authorization: Token abcdefgh12",
+        "Proxy-Authorization: Digest username=abcdefgh",
+        "authorization = 'AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/2015'",
+        "X-Auth-Token: 0123456789",
+        "Cookie: session=abcdefghijkl",
+        "curl -u me:geheim https://h",
+        "curl --user=me:geheim https://h",
+        "basic dXNlcjpwYXNz==",
+        "https://h/#access_token=abcdefghij",
+        "https%3A%2F%2Fh%3Fapi_key%3Dabcdefghij",
+        "AccountKey=abcdefgh12345==",
+        "Ocp-Apim-Subscription-Key: 0123456789abcdef",
+        "https://outlook.webhook.office.com/webhookb2/0123456789abcdef/IncomingWebhook/abcdef0123456789",
+        "https://hooks.slack.com/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX",
+        "https://hooks.zapier.com/hooks/catch/123456/abcdefghijkl",
+        "dckr_pat_abcdefghijklmnopqrst",
+        "hvs.CAESIAabcdefghijklmnop",
+        "PGPASSWORD=hunter22",
+        "passphrase: correct-horse",
+        "https://h/?session_id=0123456789abcdef0",
+    ],
+)
+def test_keys_in_addresses_headers_and_settings_are_secrets(text):
+    with pytest.raises(TbpoError, match="holds a secret") as error:
+        check_no_secret({"README.md": f"see\n{text}"})
+    assert "README.md, line 2" in error.value.where and text not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://arxiv.org/abs/2305.18290?context=cs.LG",
+        "https://h/?page=2&sort=asc",
+        "https://h/search?q=password",
+        "basic understanding of preference",
+        "Authorization: none",
+        "the bearer of this",
+        "?code=200",
+        "https://github.com/x/y/blob/main/webhooks/README.md",
+        "max_tokens = 12345678",
+        "keys: prompt, chosen",
+        "pass@1 = 0.5",
+        "cookie: a small cake",
+        "curl -L https://h/x",
+        "authorization is needed",
+        "a token: 12",
+        "?author=somebody-else",
+        "webhooks are not used",
+        "num_tokens=123456",
+        "-u tbpo",
+        "secret santa",
+        "eos_token = <|im_end|>",
+        "https://h/?state=running",
+        "pad_token_id: 0",
+    ],
+)
+def test_words_and_addresses_without_a_key_are_no_secrets(text):
+    check_no_secret({"README.md": text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"/srv/x/FILE"',
+        "'/srv/x/FILE'",
+        "'~/x/FILE'",
+        "~me/x/FILE",
+        '"../../private/FILE"',
+        "'file:///home/me/FILE'",
+        "file&#58;///home/me/FILE",
+        "[a](file:///home/me/FILE)",
+        "`/home/me/x y/FILE`",
+        "at ../../x/FILE",
+        "see /home/me/FILE, and",
+        "see /home/me/FILE/, and",
+        "'''\nrows of /home/me/x/FILE\n'''",
+        r'"C:\\Users\\me\\FILE"',
+        r"C:\Users\me\FILE",
+        "D:/work/me/FILE",
+        r'"\\\\server\\me\\FILE"',
+        '"python:/home/me/FILE:score"',
+        "/run dir/of me/FILE",
+        "(/run dir/of me/FILE)",
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "data"])
+def test_of_a_path_only_the_name_is_published(text, name):
+    shown = without_folders(
+        text.replace("FILE", name), [Path("/run dir/of me"), Path(f"/run dir/{name}")]
+    )
+    assert name in shown and not re.search(
+        "me/|me\\\\|srv|private|home|~|Users|work|/x|run dir", shown
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://huggingface.co/a/b",
+        "https&#58;//a.b/home/x",
+        "and/or 1/2",
+        "</div>",
+        "POST /v1/chat/completions",
+        "`org/base`",
+        r"'\n\nAnswer'",
+        r'"Q:\nA:\nB"',
+        "a ~ b / c",
+        "~0.5/s",
+        "don't/do it's /x",
+        '"/"',
+    ],
+)
+def test_what_is_no_path_of_a_machine_is_published_as_it_is(text):
+    assert without_folders(text, [Path("/run dir/of me")]) == text
 
 
 def test_commits_that_are_known_are_no_secret():

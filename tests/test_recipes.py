@@ -255,6 +255,84 @@ def test_alpaca_eval_runs_from_the_training_to_the_corrected_win_rate(tmp_path, 
     assert "baseline" in results["verdict"]
 
 
+def fitted(lines):
+    """σ(θ) of P(win) = σ(θ + φ tanh(Δ/s)) with the faint penalty, by gradient descent."""
+    values = torch.tensor([line["verdict"] for line in lines], dtype=torch.float64)
+    gaps = [line["length"] - line["length_against"] for line in lines]
+    lengths = torch.tensor(gaps, dtype=torch.float64)
+    feature = torch.tanh(lengths / lengths.std(correction=0))
+    both = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    descent = torch.optim.LBFGS([both], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        descent.zero_grad()
+        logits = both[0] + both[1] * feature
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(logits, values, reduction="sum")
+        found = fit + 0.0005 * both[0] ** 2 + 0.005 * both[1] ** 2
+        found.backward()
+        return found
+
+    descent.step(loss)
+    return torch.sigmoid(both[0]).item()
+
+
+def test_alpaca_eval_corrects_for_length_from_init_to_the_gate(tmp_path, tbpo):
+    """The commands of its first lines, on 12 prompts and answers made here.
+
+    The judge takes the longer answer of two, save for two prompts where it takes the shorter one.
+    """
+    assert tbpo("init", "alpaca-eval").returncode == 0
+    own = [
+        f"Say {word} {'and more ' * n}" for n, word in enumerate(("red", "green", "blue", "one"))
+    ]
+    own += [f"Count to {n}." for n in range(2, 10)]
+    outputs = ["no " * (1 if n < 9 else 40) for n in range(len(own))]
+    rows = [
+        {"instruction": asked, "output": said, "generator": "made", "dataset": "d"}
+        for asked, said in zip(own, outputs, strict=True)
+    ]
+    (tmp_path / "quickstart/baseline.json").write_text(json.dumps(rows))
+
+    def judge(body):
+        text = body["messages"][0]["content"]
+        if text == "Say yes.":
+            return "yes"
+        a, b = (
+            text.split(f"[Answer of {name}]\n")[1].split(f"\n[End of the answer of {name}]")[0]
+            for name in "AB"
+        )
+        is_a = len(a) > len(b)
+        return "[[A]]" if is_a != any(each.strip() in text for each in own[4:6]) else "[[B]]"
+
+    for name in ("train", "eval"):
+        path = tmp_path / f"quickstart/{name}.jsonl"
+        path.write_text("\n".join(path.read_text().splitlines()[:32]))
+    align = tbpo("align", "alpaca-eval.toml", "--set", "align.max_steps=1")
+    assert align.returncode == 0, align.stderr
+    with chat_server(judge) as server:
+        sets = ("--set", f"judge.endpoint={server.url}", "--set", "align.max_steps=1")
+        done = tbpo("eval", "alpaca-eval.toml", *sets)
+    (run,) = (tmp_path / "runs").iterdir()
+    results = json.loads((run / "eval/results.json").read_text())
+    (rate,) = results["win_rates"]
+    lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
+    assert (rate["against"], rate["raw"]["n"], rate["unreadable"]) == ("baseline", 12, 0)
+    assert rate["raw"]["value"] == pytest.approx(sum(line["verdict"] for line in lines) / 12)
+    corrected = rate["length_controlled"]
+    assert corrected["value"] == pytest.approx(fitted(lines), abs=1e-4)
+    assert corrected["low"] < corrected["value"] < corrected["high"]
+    assert abs(corrected["value"] - rate["raw"]["value"]) > 1e-3, "length explains a part"
+    passed = corrected["value"] > 0.5
+    assert results["gate"] == {
+        "expression": "length_controlled_win_rate > 0.5",
+        "value": corrected["value"],
+        "passed": passed,
+    }
+    assert done.returncode == (0 if passed else 4), done.stderr
+    written = json.loads((run / f"sample/answers/{run.name}/model_outputs.json").read_text())
+    assert [each["instruction"] for each in written] == own
+
+
 def test_a_recipe_comes_with_the_folders_that_it_names(tbpo, tmp_path):
     assert tbpo("init", "alpaca-eval").stdout.splitlines() == [
         "wrote alpaca-eval.toml",

@@ -17,7 +17,7 @@ def test_rows_are_looked_at_for_their_format_and_stay_in_their_order(name):
     content = {"prompt": "hello", "chosen": "hi", "rejected": "go"}
     rows = [Row("here", number, content) for number in range(1, ROWS_AT_A_TIME + 3)]
     data = Data(train=(Source("here"),), format=name)
-    found, again = recognise(iter(rows), data)
+    found, again = recognise(lambda: iter(rows), data)
     assert found == "prompt"
     assert [row.number for row in again] == [row.number for row in rows]
 

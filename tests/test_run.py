@@ -509,3 +509,16 @@ def test_a_module_that_a_scorer_imports_is_an_input(tmp_path):
     found = files_of("judge.scorer", f"python:{code}:score", ("*",))
     names = {str(path.relative_to(tmp_path)) for path in found}
     assert names == {"scorer.py", "helper.py", "pack/__init__.py", "pack/more.py"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_lock_that_is_no_file_is_named_and_nothing_is_written_through_it(tmp_path, kind):
+    run, other = RunDir(tmp_path / "run"), tmp_path / "other"
+    run.path.mkdir()
+    other.write_text("precious")
+    lock = run.path / "lock"
+    lock.mkdir() if kind == "folder" else lock.symlink_to(other)
+    with pytest.raises(TbpoError, match="the lock of the run is a") as error, run.lock():
+        pass
+    assert error.value.where == str(lock) and error.value.fix.startswith(f"mv {lock}")
+    assert other.read_text() == "precious"

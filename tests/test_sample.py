@@ -16,7 +16,8 @@ from tbpo_cli.data.prompts import prompt_of
 from tbpo_cli.data.sources import Row
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import question_id, read_answers
+from tbpo_cli.evaluation.answer_files import read_answers
+from tbpo_cli.evaluation.answers import question_id
 from tbpo_cli.model.generate import generate
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.sample import answer
@@ -232,7 +233,8 @@ def test_benchmarks_are_answered_in_their_own_format(recipe_file, run_dir, tmp_p
             assert answers[1]["choices"] == [{"index": 0, "turns": [{"content": texts[1]}]}]
         assert all(each.keys() == keys for each in answers)
     known = read_answers(str(written[-1] if name != "alpaca_eval.json" else written[0]))
-    assert list(known.values()) == [text.strip() for text in texts]
+    answers = [*(known.by_id or known.by_conversation or known.by_text).values()]
+    assert answers == [text.strip() for text in texts]
     assert RunDir(run_dir).damage("sample") == []
 
 
@@ -261,7 +263,7 @@ def test_a_prompt_that_the_template_refuses_is_a_message(tokenizer, monkeypatch)
 def test_a_file_without_a_prompt_is_a_message(recipe_file, run_dir, tmp_path):
     for content, message in (
         (b"\n\n", "there are no prompts to answer"),
-        (b"red\n\xe9\n", "the line cannot be read"),
+        (b"red\n\xe9\n", "the line is not in UTF-8"),
     ):
         (tmp_path / "prompts.txt").write_bytes(content)
         with pytest.raises(TbpoError, match=message):

@@ -77,6 +77,29 @@ def test_what_is_damaged_unfinished_or_of_other_libraries_is_not_copied(
     assert not was_copied(run_stage("prepare", recipe_file, tmp_path / "runs/newer"))
 
 
+@pytest.mark.parametrize("name", ["train/pairs.arrow", "eval/pairs.arrow", "manifest.json"])
+@pytest.mark.parametrize("fault", ["deleted", "flipped"])
+def test_a_copy_that_was_damaged_since_is_noticed(first, recipe_file, tmp_path, name, fault):
+    """One bit, or the whole file. The run that it was copied from stays whole."""
+    second = run_stage("prepare", recipe_file, tmp_path / "runs/second")
+    assert was_copied(second)
+    path = second / "prepare" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if fault == "deleted":
+        path.unlink()
+    if (name, fault) == ("manifest.json", "deleted"):  # so it is not complete, and is made again
+        run_stage("prepare", recipe_file, second)
+        assert RunDir(second).damage("prepare") == [] and path.exists()
+    else:
+        with pytest.raises(TbpoError, match=r"not as it was written|missing") as error:
+            run_stage("align", recipe_file, second, "align.max_steps=1")
+        assert name in str(error.value)
+        assert not (second / "align").exists()
+    assert RunDir(first).damage("prepare") == []
+
+
 def test_a_restart_prepares_anew(first, recipe_file, tmp_path):
     run = run_stage("prepare", recipe_file, tmp_path / "runs/second")
     assert was_copied(run)

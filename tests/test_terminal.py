@@ -146,6 +146,28 @@ def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_f
     assert time.monotonic() - interrupted < 10
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_before_training_is_a_line_and_a_signal_that_is_ignored_stays_so(
+    recipe_file, tmp_path, ignored
+):
+    """Ignored as by nohup or `trap "" TERM`: SIGTERM comes at the beginning and in training."""
+    given = signal.SIG_IGN if ignored else signal.SIG_DFL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbpo_cli.cli.main", "align", str(recipe_file)],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGTERM, given),
+    )  # fmt: skip
+    for name in ("prepare/inputs.json", *(["align/metrics.jsonl"] if ignored else [])):
+        while not (tmp_path / "runs/tiny" / name).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert (tmp_path / "runs/tiny/align/manifest.json").exists() == ignored
+    assert process.returncode == (0 if ignored else 143), said
+    assert ignored or said.count("interrupted: nothing is lost") == 1
+    assert "Traceback" not in said and "stopping" not in said
+
+
 CLIPBOARD = "\x1b]52;c;ZXZpbA==\x1b\\"  # what it asks a terminal for: to change the clipboard
 
 

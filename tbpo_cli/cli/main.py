@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typer import Argument, Option
 from tbpo_cli import console
 from tbpo_cli.cli.call import Call, Command, Group
 from tbpo_cli.errors import Interrupted, TbpoError
+from tbpo_cli.runs import interrupts
 from tbpo_cli.runs.launch import Processes, check_gpus
 
 app = typer.Typer(
@@ -60,9 +60,10 @@ def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Call
             console.err.quiet = call.quiet
             try:
                 function(call)
-            except KeyboardInterrupt:
+                interrupts.raise_if_received()
+            except KeyboardInterrupt as error:
                 what, fix = "nothing is lost", "the same command goes on from there"
-                raise Interrupted(signal.SIGINT, what, fix) from None
+                raise Interrupted(interrupts.number_of(error), what, fix) from None
 
         parameters = inspect.signature(Call, eval_str=True).parameters
         signature = inspect.Signature([parameters[key] for key in parameters if key in options])
@@ -254,6 +255,7 @@ def main() -> None:
     Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130 and 143 interrupted;
     1 a bug of ours.
     """
+    interrupts.listen()
     console.quiet_libraries()
     try:
         app()

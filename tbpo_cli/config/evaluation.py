@@ -58,7 +58,8 @@ class Eval:
     """[eval] What `tbpo eval` measures beside the metrics of the held-out pairs."""
 
     against: tuple[str, ...] = ()
-    """Run directories, adapters or models that the same report compares."""
+    """Run directories, adapters or models that the same report compares, by tests with Holm's
+    correction. Runs beside each other share their prepared pairs."""
     opponents: tuple[Literal["reference", "chosen"], ...] = ("reference",)
     """Whom the win rate is measured against, beside the models of `against`."""
     answers: tuple[str, ...] = ()

@@ -13,6 +13,11 @@ from tbpo_cli.config.validate import table
 from tbpo_cli.config.values import Address, Count, NotNegative, Positive
 
 
+def default_body() -> dict[str, Any]:
+    """The further keys of a request to a language model, where the recipe gives none."""
+    return {"temperature": 0.0, "max_tokens": 1024}
+
+
 @table
 class Judge:
     """[judge] Who judges answers: a function, a reward model, a language model on a server.
@@ -36,7 +41,7 @@ class Judge:
     """A text file with {prompt}, {answer}, {low} and {high} that asks for a mark as [[MARK]]."""
     scale: tuple[float, float] = (1.0, 10.0)
     """The lowest and the highest mark of the language model; another one is no mark."""
-    body: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 1024})
+    body: dict[str, Any] = field(default_factory=default_body)
     """Further keys of each request."""
     concurrency: Count = 8
     """Requests at a time."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import (
@@ -20,7 +19,8 @@ from concurrent.futures import (
     ThreadPoolExecutor,
 )
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from types import SimpleNamespace
 
 from tbpo_cli.config.choosing import Choose
 from tbpo_cli.config.recipe import Data, Model
@@ -29,14 +29,15 @@ from tbpo_cli.data.formats import to_pairs
 from tbpo_cli.data.pairs import MadePairs, Noted, PreferencePair, RejectedRow
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.data.tokenizer import load_chat
-from tbpo_cli.data.tokens import Result, tokenize_pairs
+from tbpo_cli.data.tokens import Rendered, Result, encode_pairs, render_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import die_with_parent
 
-_worker = threading.local()
+_worker = SimpleNamespace()  # what `_begin_worker` has loaded in this process
 # Of a row: its pairs, or why it makes none; before them what is noted of its answers.
 OfRow = list[Result | Noted]
 Chunk = tuple[list[Row], list[OfRow]]
+RenderedChunk = tuple[list[Rendered], list[OfRow], list[int]]
 
 
 def prepare_rows(
@@ -51,7 +52,7 @@ def prepare_rows(
     try:
         while (chunk := list(itertools.islice(rows, ROWS_AT_A_TIME))) or waiting:
             if chunk:
-                waiting.append((chunk, pool.submit(_prepare, chunk, format_name)))
+                waiting.append((chunk, _submit(chunk, format_name, data, pool)))
             if not chunk or len(waiting) > 2 * data.workers:
                 first, results = waiting.popleft()
                 yield first, results.result()
@@ -62,11 +63,23 @@ def prepare_rows(
         ) from None
 
 
+def _submit(chunk: list[Row], format_name: str, data: Data, pool: Executor) -> Future[list[OfRow]]:
+    """Begins with a chunk. Templates are rendered in the main thread of a process, where an endless
+    one can be stopped.
+    """
+    if data.workers == 1:
+        return pool.submit(_encode, _render(chunk, format_name))
+    return pool.submit(_prepare, chunk, format_name)
+
+
 @contextmanager
 def workers(
     model: Model, data: Data, choose: Choose | None = None, seed: int = 0
 ) -> Iterator[Executor]:
-    """`data.workers` processes. One worker is a thread: the tokenizer has threads of its own.
+    """`data.workers` processes. One worker is this process and a thread: the tokenizer, which has
+    threads of its own, encodes in it what is rendered here.
+
+    If what is done with the workers fails, or is interrupted, they are killed.
 
     Args:
         choose: how lists of answers become pairs; None: as the defaults say.
@@ -74,15 +87,21 @@ def workers(
     """
     begin = (model, data, choose or Choose(), seed)
     if data.workers == 1:
-        pool: Executor = ThreadPoolExecutor(1, initializer=_begin_worker, initargs=begin)
-    else:
-        pool = ProcessPoolExecutor(
-            data.workers, get_context("spawn"), _begin_process, (os.getpid(), *begin)
-        )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+        _begin_worker(*begin)
+        with ThreadPoolExecutor(1) as encoding:
+            yield encoding
+        return
+    others = active_children()
+    with ProcessPoolExecutor(
+        data.workers, get_context("spawn"), _begin_process, (os.getpid(), *begin)
+    ) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for each in active_children():
+                if each not in others:
+                    each.kill()
+            raise
 
 
 def _begin_process(parent: int, model: Model, data: Data, choose: Choose, seed: int) -> None:
@@ -103,20 +122,33 @@ def _count_tokens(texts: Sequence[str]) -> list[int]:
 
 
 def _prepare(rows: list[Row], format_name: str) -> list[OfRow]:
-    data: Data = _worker.data
+    return _encode(_render(rows, format_name))
+
+
+def _render(rows: list[Row], format_name: str) -> RenderedChunk:
+    """The rows' pairs as text; of each row, what is noted of it or why it has no pair, and how many
+    pairs it has.
+    """
     pairs: list[PreferencePair] = []
     results: list[OfRow] = []
-    counts: list[int] = []  # of pairs of each row
+    counts: list[int] = []
+    rows_of_pairs: list[Row] = []
     for row in rows:
         try:
-            made = to_pairs(row, format_name, data, _worker.chooser)
+            made = to_pairs(row, format_name, _worker.data, _worker.chooser)
             results.append([made.noted] if made.noted else [])
         except RejectedRow as reason:
             made = MadePairs([])
             results.append([reason])
         pairs += made.pairs
+        rows_of_pairs += [row] * len(made.pairs)
         counts.append(len(made.pairs))
-    tokenized = iter(tokenize_pairs(pairs, _worker.chat, data))
+    return render_pairs(pairs, _worker.chat, rows_of_pairs), results, counts
+
+
+def _encode(rendered: RenderedChunk) -> list[OfRow]:
+    pairs, results, counts = rendered
+    tokenized = iter(encode_pairs(pairs, _worker.chat, _worker.data))
     for of_row_results, count in zip(results, counts, strict=True):
         of_row_results += itertools.islice(tokenized, count)
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tbpo_cli.config.recipe import Data, Source
@@ -14,10 +14,12 @@ from tbpo_cli.data.choosing import EVERY_PAIR
 from tbpo_cli.data.formats import FORMATS, read_prompt, renamed, to_pairs
 from tbpo_cli.data.formats.columns import PROMPTS, first_of
 from tbpo_cli.data.formats.demonstrations import CHATS
+from tbpo_cli.data.formats.winners import WINNERS
 from tbpo_cli.data.pairs import Messages, RejectedRow, draw, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.templates import Chat, Tools
 from tbpo_cli.data.tokens import tokenize_prompt
+from tbpo_cli.errors import TbpoError
 
 ANSWER = {"role": "assistant", "content": "an answer"}  # in the place of one, for the checks
 
@@ -68,7 +70,10 @@ def question_of(content: Any, data: Data) -> Question:
     if not name or first_of(content, PROMPTS):
         messages, tools = read_prompt(content)
     else:
-        (pair, *_) = to_pairs(Row("", 0, content), name, data, EVERY_PAIR).pairs
+        if name == "winner":  # whichever answer is better, if any is: only the prompt is read
+            content = content | {first_of(content, WINNERS): "a"}
+        with_our_names = replace(data, columns={})
+        (pair, *_) = to_pairs(Row("", 0, content), name, with_our_names, EVERY_PAIR).pairs
         messages, tools = pair.prompt, pair.tools
     pair = make_pair({"tools": list(tools)}, messages, ANSWER, None)
     return Question(pair.prompt_hash, messages, tools)
@@ -121,6 +126,8 @@ def questions_of(
             except RejectedRow as reason:
                 yield row, reason
                 continue
+            except TbpoError as error:
+                raise row.named(error) from None
             is_drawn = source.weight >= 1 or draw(seed, question.prompt_hash) < source.weight
             if is_drawn and question.prompt_hash not in seen:
                 seen.add(question.prompt_hash)

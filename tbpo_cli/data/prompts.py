@@ -6,6 +6,7 @@ import itertools
 import json
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
     key, split = ("data.eval", data.eval_split) if data.eval else ("data.train", data.train_split)
     found: dict[str, PreferencePair] = {}
     for source in data.eval or data.train:
-        format_name, rows = recognise(read_rows(source, split, key), data)
+        format_name, rows = recognise(partial(read_rows, source, split, key), data)
         for row in rows:
             if found.keys() == pair_ids:
                 return found
@@ -113,6 +114,8 @@ def prompt_of(row: Row, chat: Chat) -> Prompt:
             '{"turns": [one question]}'
         )
         raise TbpoError(what, where, expected, "mend that line") from None
+    except TbpoError as error:
+        raise row.named(error) from None
     return Prompt(_id_of(row), tuple(ids), messages, tools)
 
 
@@ -125,6 +128,24 @@ def prompt_rows(recipe: Recipe) -> dict[str, Any]:
     rows = read_rows(Source(recipe.sample.prompts), "train", "sample.prompts")
     first = itertools.islice(rows, recipe.sample.max_prompts)
     return {_id_of(row): row.content for row in first}
+
+
+def conversations_of(recipe: Recipe, held_out: Path) -> dict[str, Messages]:
+    """The messages of the prompts that `prompts_of` gives, by their ids, without a tokenizer.
+
+    Raises:
+        TbpoError: if the file, or a row of it, cannot be read.
+    """
+    if recipe.sample.prompts == "eval":
+        prompts = prompts_of_pairs(PairStore(held_out), recipe.data, recipe.sample.max_prompts)
+        return {prompt.prompt_id: prompt.messages for prompt in prompts}
+    found = {}
+    for prompt_id, content in prompt_rows(recipe).items():
+        with suppress(RejectedRow):  # of which the sample stage gives the reason
+            found[prompt_id] = read_prompt(
+                {"prompt": content} if isinstance(content, str) else content
+            )[0]
+    return found
 
 
 def _id_of(row: Row) -> str:

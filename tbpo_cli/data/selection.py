@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import TextIO
+from functools import partial
+from typing import Any, TextIO
 
 import pyarrow as pa
 
@@ -18,6 +20,7 @@ from tbpo_cli.data.pairs import Noted, RejectedRow, draw
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import record_batch
 from tbpo_cli.data.tokens import Result, TokenizedPair
+from tbpo_cli.errors import TbpoError
 
 EXCERPT_CHARACTERS = 200
 
@@ -78,7 +81,9 @@ class PairFilter:
         """
         data, is_sft = self.recipe.data, self.key == "sft.train"
         data = replace(data, format="auto") if is_sft else data
-        format_name, rows = recognise(read_rows(source, split, self.key), data, is_sft)
+        format_name, rows = recognise(partial(read_rows, source, split, self.key), data, is_sft)
+        if format_name.startswith("sft_") and not is_sft:
+            _refuse_demonstrations(self.recipe, self.key, source.path, format_name)
         counts = Counts(self.key, source.path, format_name, kept=Counter({self.split: 0}))
         self.counts.append(counts)
         with console.progress(f"preparing {self.key}", None, every=50 * ROWS_AT_A_TIME) as update:
@@ -123,3 +128,39 @@ class PairFilter:
         line |= {"reason": reason.reason, "detail": reason.detail}
         line |= {"excerpt": json.dumps(row.content, default=str)[:EXCERPT_CHARACTERS]}
         self.rejects.write(json.dumps(line) + "\n")
+
+
+def _refuse_demonstrations(recipe: Recipe, key: str, where: str, format_name: str) -> None:
+    """Says that rows of one answer each cannot be aligned on, before they are tokenized.
+
+    Raises:
+        TbpoError: unless the recipe's `sft` trains on them, or its `align` needs no pairs.
+    """
+    if recipe.align.loss.span == "chosen" or recipe.rounds is not None:
+        return
+    fault = _demonstrations(key, where, format_name)
+    if recipe.sft is None or recipe.sft.train is not None:
+        raise fault
+    console.say(f"warning: {fault.what}: `tbpo sft` can train on them, `tbpo align` cannot")
+
+
+def require_comparisons(recipe: Recipe, counts: Sequence[dict[str, Any]]) -> None:
+    """Raises TbpoError if demonstrations were prepared for an alignment on comparisons.
+
+    Args:
+        counts: of the sources, as in the manifest of the stage.
+    """
+    for count in counts:
+        is_one_answer = count["format"].startswith("sft_") and count["key"] != "sft.train"
+        if is_one_answer and recipe.align.loss.span != "chosen":
+            raise _demonstrations(count["key"], count["source"], count["format"])
+
+
+def _demonstrations(key: str, where: str, format_name: str) -> TbpoError:
+    """Rows of one answer each in the place of comparisons."""
+    return TbpoError(
+        f"the rows of {key} are demonstrations: they have no rejected responses",
+        f"{where}, of the format {format_name}",
+        "comparisons to align on: of each prompt a chosen and a rejected response",
+        f"demonstrations are for `tbpo sft`: [sft] train = {where!r}, and comparisons in {key}",
+    )

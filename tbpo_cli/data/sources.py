@@ -8,7 +8,8 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tbpo_cli.errors import TbpoError
 ROWS_AT_A_TIME = 1000  # that are looked at, and worked on, together
 COLUMNS = (".parquet", ".arrow")
 LISTS = ("data", "rows", "examples", "instances", "train")  # of rows, in a JSON file of one object
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
 Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
 
 
@@ -29,6 +30,10 @@ class Row:
     source: str
     number: int
     content: Any
+
+    def named(self, error: TbpoError) -> TbpoError:
+        """An error that was met with this row, which also says so."""
+        return replace(error, where=f"{error.where}; met in {self.source}, row {self.number}")
 
 
 def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
@@ -70,12 +75,12 @@ def _read_text(path: Path) -> Numbered:
     """Each row with the number of the last line that it took; in a JSON file, with its place."""
     (parse, expected), number = TEXT[path.suffix], 0
 
-    def lines() -> Iterator[bytes]:
+    def lines() -> Iterator[str]:
         nonlocal number
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
                 number += 1
-                yield line
+                yield _decoded(line, path, number)
 
     try:
         for place, content in enumerate(parse(lines()), 1):
@@ -88,18 +93,38 @@ def _read_text(path: Path) -> Numbered:
         raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
 
 
-def _parse_jsonl(lines: Iterator[bytes]) -> Iterator[Any]:
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    """A line of a file as text. Raises TbpoError, if it is not in UTF-8."""
+    has_zeros = number == 1 and b"\0" in line
+    other = "UTF-16" if has_zeros or line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    with suppress(UnicodeDecodeError):
+        if not other:
+            return line.decode("utf-8-sig")
+    raise TbpoError(
+        f"the file is in {other}, not in UTF-8" if other else "the line is not in UTF-8",
+        f"{path}, line {number}",
+        "text in UTF-8",
+        f"iconv -f {other or 'WINDOWS-1252'} -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
+        + ("" if other else ", if that is what it is in"),
+    )
+
+
+def _parse_jsonl(lines: Iterator[str]) -> Iterator[Any]:
     """A JSON value a line.
 
     Not by `datasets`, which wants the same columns of the same types in all rows, and does not
     say in which line a fault is.
     """
-    return (json.loads(line.decode("utf-8-sig")) for line in lines if line.strip())
+    for number, line in enumerate(lines):
+        if number == 0 and line.strip() in ("[", "{"):
+            raise ValueError("it begins a list over several lines: is this a .json file?")
+        if line.strip():
+            yield json.loads(line)
 
 
-def _parse_json(lines: Iterator[bytes]) -> Iterator[Any]:
-    """A list of rows, an object with such a list, or a JSON value a line."""
-    text = b"".join(lines).decode("utf-8-sig")
+def _parse_json(lines: Iterator[str]) -> Iterator[Any]:
+    """A list of rows, an object with such a list or of columns, or a JSON value a line."""
+    text = "".join(lines)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -109,35 +134,54 @@ def _parse_json(lines: Iterator[bytes]) -> Iterator[Any]:
         return
     if isinstance(content, dict):
         lists = [content[name] for name in LISTS if isinstance(content.get(name), list)]
-        content = lists[0] if lists else [content]
+        content = lists[0] if lists else _rows_of_columns(content) or [content]
     if not isinstance(content, list):
         raise ValueError(f"it is {type(content).__name__}, not a list of rows")
     yield from content
 
 
-def _parse_csv(lines: Iterator[bytes]) -> Iterator[dict[str, str]]:
+def _rows_of_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an object of columns, each a list of texts or numbers, or pandas' table of them
+    by row number; none if it is another kind of object.
+    """
+    lists = {
+        name: list(values.values())
+        if isinstance(values, dict) and all(key.isdigit() for key in values)
+        else values
+        for name, values in columns.items()
+    }
+    is_table = len(lists) > 1 and all(
+        isinstance(values, list)
+        and (values is not columns[name] or not any(isinstance(one, dict) for one in values))
+        for name, values in lists.items()
+    )
+    if not is_table or len({*map(len, lists.values())}) != 1:
+        return []
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _parse_csv(lines: Iterator[str]) -> Iterator[dict[str, str]]:
     """Every field is text, as it stands: `datasets` would read 007 as a number and NA as null."""
     csv.field_size_limit(2**31 - 1)
-    texts = (line.decode("utf-8-sig") for line in lines)
-    first = next(texts, "")
+    first = next(lines, "")
     # The character that cuts the line with the names into the most fields.
     delimiter = max(DELIMITERS, key=lambda each: len(next(csv.reader([first], delimiter=each), [])))
-    reader = csv.reader(itertools.chain([first], texts), delimiter=delimiter, strict=True)
-    names = next(reader, [])
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    names = [name.strip() for name in next(reader, [])]
+    if twice := {name for name in names if name and names.count(name) > 1}:
+        raise csv.Error(f"the first line names {min(twice)!r} twice")
     for fields in reader:
         if len(fields) != len(names):
             raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
         yield dict(zip(names, fields, strict=True))
 
 
-def _parse_txt(lines: Iterator[bytes]) -> Iterator[str]:
-    return (line.decode().rstrip("\r\n") for line in lines if line.strip())
+def _parse_txt(lines: Iterator[str]) -> Iterator[str]:
+    return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 JSONL = (_parse_jsonl, "one JSON object a line")
-TEXT: dict[
-    str, tuple[Callable[[Iterator[bytes]], Iterator[Any]], str]
-] = {  # by the ending of a file
+TEXT: dict[str, tuple[Callable[[Iterator[str]], Iterator[Any]], str]] = {  # by the ending of a file
     ".jsonl": JSONL,
     ".gz": JSONL,
     ".json": (_parse_json, "a list of JSON objects"),

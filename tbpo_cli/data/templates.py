@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateSyntaxError
 
 from tbpo_cli.data.encoder import Encoder, unmask
-from tbpo_cli.data.limits import TooMuch, at_most
+from tbpo_cli.data.limits import limited
 from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow
 from tbpo_cli.data.rendering import left_out_of_answer, left_out_of_prompt
 from tbpo_cli.errors import TbpoError
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Tools = tuple[dict[str, Any], ...]  # JSON schemas
 
-MAX_SECONDS = 10.0  # in which a template renders a conversation of two lines
-MAX_BYTES = 2**30  # of memory, for the same
 MAX_CHARACTERS = 10_000_000  # of a rendered row
 
 OTHER_TEMPLATE = "give a template of your own as model.chat_template"
@@ -74,15 +72,16 @@ class Chat:
         """Rendered text → token ids."""
         return Encoder(self.tokenizer)
 
+    @limited
     def render(self, messages: Messages, tools: Tools, **options: Any) -> str:
-        """The messages as text, with masked control tokens.
+        """The messages as text, with masked control tokens; within a limit of time and memory.
 
         Arguments of tool calls are given to the template as objects; to one that fails on them, or
         prints them in Python's notation, as JSON text.
 
         Raises:
             RejectedRow: template_error, if the template refuses the messages.
-            TbpoError: if it is not a template.
+            TbpoError: if it is not a template, or does not end.
         """
         arguments = [
             call["function"]["arguments"]
@@ -124,24 +123,13 @@ class Chat:
         return cast(str, text)
 
     def check_that_it_ends(self) -> None:
-        """Renders a plain conversation within MAX_SECONDS and MAX_BYTES.
-
-        For a template that loops for ever, or makes a text of any size in one operation. Call it
-        from the main thread: only there it can be stopped.
+        """Renders a plain conversation, before any row is read.
 
         Raises:
-            TbpoError: if it takes longer, or more.
+            TbpoError: if the template loops for ever, or makes a text of any size.
         """
-        try:
-            with suppress(RejectedRow), at_most(MAX_SECONDS, MAX_BYTES):  # the rows will tell
-                self.render((QUESTION, ANSWER), ())
-        except TooMuch as taken:
-            raise TbpoError(
-                f"the chat template takes more than {taken} for two lines of text",
-                "model.chat_template, or the tokenizer's own template",
-                "a template that ends",
-                OTHER_TEMPLATE,
-            ) from None
+        with suppress(RejectedRow):  # the rows will tell
+            self.render((QUESTION, ANSWER), ())
 
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """A prompt with the generation prompt, as text with masked control tokens.
@@ -276,6 +264,7 @@ class Chat:
         return False
 
 
+@limited
 def render_pair(pair: PreferencePair, chat: Chat) -> tuple[str, str, str]:
     """(the prompt with the generation prompt, what chosen adds, what rejected adds or ""), masked.
 

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tbpo_cli.config.recipe import Data
+from tbpo_cli.data import limits
 from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
+from tbpo_cli.data.sources import Row
 from tbpo_cli.data.templates import Chat, Tools, render_pair
+from tbpo_cli.errors import TbpoError
+
+PAIRS_AT_A_TIME = 16  # that are rendered within one limit of memory
 
 
 @dataclass(frozen=True)
@@ -49,29 +54,54 @@ class TokenizedPair:
 
 
 Result = TokenizedPair | RejectedRow
+Rendered = tuple[PreferencePair, str, str, str] | RejectedRow
 
 
 def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
     """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
 
     Raises:
-        TbpoError: if the chat template does not allow the cut between prompt and response.
+        TbpoError: if the chat template does not allow the cut between prompt and response, or does
+            not end.
     """
-    results: dict[int, Result] = {}
-    texts: dict[int, tuple[str, str, str]] = {}
-    for place, pair in enumerate(pairs):
-        try:
-            texts[place] = render_pair(pair, chat)
-        except RejectedRow as reason:
-            results[place] = reason
-    prompts = [prompt for prompt, *_ in texts.values()]
+    return encode_pairs(render_pairs(pairs, chat), chat, data)
+
+
+def render_pairs(
+    pairs: Sequence[PreferencePair], chat: Chat, rows: Sequence[Row] = ()
+) -> list[Rendered]:
+    """Each pair with the texts that `render_pair` makes of it; or why it makes none.
+
+    Args:
+        rows: of each pair, its row, which errors name.
+
+    Raises:
+        TbpoError: as `tokenize_pairs`.
+    """
+    rendered: list[Rendered] = []
+    for start in range(0, len(pairs), PAIRS_AT_A_TIME):
+        with limits.at_most(limits.MAX_SECONDS, limits.MAX_BYTES):
+            for place, pair in enumerate(pairs[start : start + PAIRS_AT_A_TIME], start):
+                try:
+                    rendered.append((pair, *render_pair(pair, chat)))
+                except RejectedRow as reason:
+                    rendered.append(reason)
+                except TbpoError as error:
+                    raise (rows[place].named(error) if rows else error) from None
+    return rendered
+
+
+def encode_pairs(rendered: Sequence[Rendered], chat: Chat, data: Data) -> list[Result]:
+    """What `render_pairs` has made, as tokens."""
+    texts = [one for one in rendered if not isinstance(one, RejectedRow)]
+    prompts = [prompt for _, prompt, *_ in texts]
     prompt_ids = chat.encoder.encode(prompts)
-    chosen_ids = chat.encoder.encode_after(prompts, [chosen for _, chosen, _ in texts.values()])
-    rejected_ids = chat.encoder.encode_after(prompts, [text for *_, text in texts.values()])
+    chosen_ids = chat.encoder.encode_after(prompts, [chosen for *_, chosen, _ in texts])
+    rejected_ids = chat.encoder.encode_after(prompts, [text for *_, text in texts])
     ids = zip(prompt_ids, chosen_ids, rejected_ids, strict=True)
-    for place, (prompt, chosen, rejected) in zip(texts, ids, strict=True):
-        results[place] = _fit(pairs[place], prompt, chosen, rejected, data)
-    return [results[place] for place in range(len(pairs))]
+    return [
+        one if isinstance(one, RejectedRow) else _fit(one[0], *next(ids), data) for one in rendered
+    ]
 
 
 def tokenize_prompt(messages: Messages, tools: Tools, chat: Chat) -> list[int]:

@@ -1,6 +1,4 @@
-"""Answers in the formats of AlpacaEval and Arena-Hard: those of published models are read, to be
-compared with, and our own are written.
-"""
+"""Answers of ours in the formats of AlpacaEval and Arena-Hard; what files of answers are called."""
 
 from __future__ import annotations
 
@@ -9,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tbpo_cli.errors import TbpoError
-from tbpo_cli.runs.files import json_lines, write_whole
+from tbpo_cli.runs.files import write_whole
 
 Json = dict[str, Any]
 IDS = ("uid", "question_id")  # of a question of Arena-Hard 2 and 0.1
@@ -25,31 +22,6 @@ def names_of_answers(files: Sequence[str], others: Sequence[str]) -> list[str]:
     taken = {"policy", "reference", "chosen", *others}
     are_distinct = len({*names, *taken}) == len(names) + len(taken)
     return names if are_distinct else list(files)
-
-
-def read_answers(file: str) -> dict[str, str]:
-    """The answers in a file by the texts of their prompts, or by the ids of their questions.
-
-    Source: the formats of AlpacaEval (a list with `instruction`, `input` if need be, and `output`)
-    and of Arena-Hard (JSON lines with `messages`, the last one being the answer; in version 0.1
-    with `question_id` and `choices`); or lines with `prompt` and `completion`.
-
-    Raises:
-        TbpoError: if the file has none, or two that differ to one prompt.
-    """
-    path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else json_lines(path)
-        answers: dict[str, str] = {}
-        for prompt, answer in map(_answer, rows):
-            if answers.setdefault(prompt, answer) != answer:
-                raise ValueError(f"two answers to one prompt: {prompt[:80]!r}")
-        return answers
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        expected = "JSON with instruction and output, prompt and completion, or messages in a row"
-        what = f"the answers cannot be read: {type(error).__name__}: {error}"
-        raise TbpoError(what, f"eval.answers: {file}", expected) from None
 
 
 def question_id(row: Any) -> str:
@@ -113,24 +85,3 @@ def _for_arena_hard(row: Json, model: str, sample: Json) -> Json:
     choices = [{"index": 0, "turns": [{"content": text}]}]
     about = {"question_id": row["question_id"], "answer_id": answer_id, "model_id": model}
     return about | {"choices": choices}
-
-
-def _answer(row: Json) -> tuple[str, str]:
-    """(prompt or id of the question, answer) of a row."""
-    if "choices" in row:
-        return question_id(row), _text(row["choices"][0]["turns"][-1]["content"])
-    if "messages" in row:
-        *_, prompt, answer = row["messages"]
-        content = answer["content"]
-        text = content["answer"] if isinstance(content, dict) else content
-        return _text(prompt["content"]), _text(text)
-    prompt = row["instruction"] if "instruction" in row else row["prompt"]
-    if row.get("input"):
-        prompt = f"{prompt}\n\n{row['input']}"
-    return _text(prompt), _text(row["output"] if "output" in row else row["completion"])
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
-    return value.strip()

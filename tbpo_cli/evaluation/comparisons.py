@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.data.pairs import Message
+from tbpo_cli.data.pairs import Message, Messages
 from tbpo_cli.data.prompts import held_out_texts, prompt_rows
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers, question_id, read_answers
-from tbpo_cli.evaluation.judges.judge import Comparison
+from tbpo_cli.evaluation.answer_files import Question, answers_to, read_answers
+from tbpo_cli.evaluation.answers import names_of_answers, question_id
+from tbpo_cli.evaluation.judges.judge import Comparison, text_of
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
@@ -65,13 +64,17 @@ def comparisons_of(
     prompts = {
         (one["prompt_id"], one["sample"]): one["messages"] for one in samples if "messages" in one
     }
+    tools = {one["prompt_id"]: tuple(one.get("tools", ())) for one in samples if "messages" in one}
     if "chosen" in opponents:
         chosen = _chosen(recipe, run_dir, {prompt_id for prompt_id, _ in prompts}, read)
         completions |= {("chosen", *key): chosen[key[0]] for key in prompts}
-    rows = prompt_rows(recipe) if recipe.eval.answers else {}
+    asked = {prompt_id: messages for (prompt_id, _), messages in prompts.items()}
+    questions = questions_of(asked, prompt_rows(recipe) if recipe.eval.answers else {})
     files = tuple(dict.fromkeys(recipe.eval.answers))
     for name, file in zip(names_of_answers(files, others), files, strict=True):
-        completions |= _of_file(name, file, prompts, rows, read)
+        found, _ = answers_to(read_answers(file), questions)
+        said = {prompt_id: read({"content": text}, None) for prompt_id, text in found.items()}
+        completions |= {(name, *key): said[key[0]] for key in prompts if key[0] in said}
         opponents = (*opponents, name)
     pairings = [("policy", other) for other in (*opponents, *others)]
     pairings += [(model, opponent) for model in others for opponent in opponents]
@@ -85,7 +88,9 @@ def comparisons_of(
             texts = (one.text, other.text)
             lengths = (one.num_tokens, other.num_tokens)
             comparisons.append(
-                Comparison(prompt_id, messages, model, against, *texts, *lengths, number)
+                Comparison(
+                    prompt_id, messages, model, against, *texts, *lengths, number, tools[prompt_id]
+                )
             )
     return comparisons
 
@@ -118,8 +123,9 @@ def _reader(recipe: Recipe) -> Read:
         return load_chat(recipe.model, recipe.data.template_date)
 
     def read(message: Message, num_tokens: int | None) -> Completion:
-        text = without_thinking(message["content"], recipe.eval.thinking)
-        is_shorter = text != message["content"]
+        whole = text_of(message)
+        text = without_thinking(whole, recipe.eval.thinking)
+        is_shorter = text != whole
         if (
             num_tokens is None
             or is_shorter
@@ -146,24 +152,13 @@ def _chosen(
     return found
 
 
-def _of_file(
-    name: str, file: str, prompts: dict[tuple[str, int], Any], rows: dict[str, Any], read: Read
-) -> dict[Key, Completion]:
-    """The answers of a file to some prompts. Raises TbpoError if it answers none of them.
+def questions_of(prompts: Mapping[str, Messages], rows: Mapping[str, Any]) -> dict[str, Question]:
+    """The prompts as a file of answers is searched for them, by their ids.
 
     Args:
         rows: of the file of the prompts, if they are of one, by the ids of the prompts.
     """
-    answers = read_answers(file)
-    found = {}
-    for (prompt_id, number), messages in prompts.items():
-        names = (messages[-1]["content"].strip(), question_id(rows.get(prompt_id)))
-        said = next((answers[each] for each in names if each in answers), None)
-        if said is not None:
-            found[name, prompt_id, number] = read({"content": said}, None)
-    if not found:
-        expected = "the prompts of [sample], word by word, or with their question_id"
-        raise TbpoError("no prompt is answered there", f"eval.answers: {file}", expected)
-    if len(found) < len(prompts):
-        console.say(f"{name} answers {len(found)} of {len(prompts)} prompts: {file}")
-    return found
+    return {
+        prompt_id: Question(messages, question_id(rows.get(prompt_id)))
+        for prompt_id, messages in prompts.items()
+    }

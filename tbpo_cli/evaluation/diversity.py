@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from tbpo_cli.evaluation.measures import NUM_GRAMS, PERCENTILES
-from tbpo_cli.evaluation.stats import Figure, figure, figure_of, jackknife_figure, mean_of_groups
+from tbpo_cli.evaluation.stats import (
+    Figure,
+    figure,
+    figure_of,
+    jackknife_figure,
+    mean_of_groups,
+    rate_figure,
+)
 
 PROTOCOL: dict[str, Any] = {
     "num_samples": 5,
@@ -44,10 +51,9 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
         for _, group in itertools.groupby(samples, key=lambda sample: sample["prompt_id"])
     ]
 
-    def mean_of(value: Callable[[Any], float]) -> Figure:
-        return mean_of_groups(
-            [sample["prompt_id"] for sample in samples], [value(sample) for sample in samples]
-        )
+    def mean_of(value: Callable[[Any], float], made: Callable[..., Figure] = figure) -> Figure:
+        prompts = [sample["prompt_id"] for sample in samples]
+        return mean_of_groups(prompts, [value(sample) for sample in samples], made)
 
     first = [WORD.findall(group[0]["completion"].lower()) for group in by_prompt]
     lengths = [[len(sample["token_ids"]) for sample in group] for group in by_prompt]
@@ -57,8 +63,8 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
             [self_bleu([sample["completion"] for sample in group]) for group in by_prompt]
         ),
         **{f"distinct_{size}": distinct(first, size) for size in range(1, NUM_GRAMS + 1)},
-        "repetition": mean_of(lambda sample: repetition(sample["token_ids"])),
-        "truncated": mean_of(lambda sample: sample["finish_reason"] == "length"),
+        "repetition": mean_of(lambda sample: repetition(sample["token_ids"]), rate_figure),
+        "truncated": mean_of(lambda sample: sample["finish_reason"] == "length", rate_figure),
         "length": figure_of(np.mean, lengths),
         **{
             f"length_p{q}": figure_of(functools.partial(np.percentile, q=q), lengths)
@@ -97,6 +103,8 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
         for count in counts
     ]
     found = jackknife_figure(different / max(1, grams), left_out)
+    if found["low"] is None:
+        return found
     return found | {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
 
 

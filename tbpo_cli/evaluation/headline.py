@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tbpo_cli.console import counted
+
 Json = dict[str, Any]
 
 OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
@@ -35,7 +37,7 @@ def headline(results: Json) -> str:
         rates = [rate for rate in judged if rate["judge"] == judged[0]["judge"]]
         sentences = [_of_win_rate(own, rate) for rate in rates]
     else:
-        share = f"{accuracy['value']:.1%} of {accuracy['n']:,} held-out pairs"
+        share = f"{accuracy['value']:.1%} of {counted(accuracy['n'], 'held-out pair')}"
         sentences = [f"{own} prefers the chosen response of {share} ({_interval(accuracy)})"]
         sentences += [_of_accuracy(own, test) for test in tests]
     return ". ".join([*sentences, _cost(models)])
@@ -46,7 +48,8 @@ def _of_win_rate(own: str, rate: Json) -> str:
     raw = rate["raw"]
     if raw is None:
         return f"{rate['judge']} gave no verdict on {own} against {opponent}"
-    share = f"{raw['value']:.1%} of {raw['n']:,} prompts ({_interval(raw)}), by {rate['judge']}"
+    share = f"{raw['value']:.1%} of {counted(raw['n'], 'prompt')} ({_interval(raw)})"
+    share = f"{share}, by {rate['judge']}"
     if raw["low"] > 0.5:
         return f"{own} beats {opponent}: it wins {share}"
     if raw["high"] < 0.5:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_cli.evaluation.stats import figure
+from tbpo_cli.evaluation.stats import rate_figure
 
 Rows = list[dict[str, Any]]
 Test = dict[str, Any]  # model, against, measure, difference (a figure), p, p_holm
@@ -33,7 +33,7 @@ def paired_tests(pairs: dict[str, Rows], verdicts: Rows) -> list[Test]:
         for name, rows in pairs.items()
     }
     found = [
-        _test(first, other, "accuracy", right[first].astype(float) - right[other])
+        _test(first, other, "accuracy", right[first].astype(float) - right[other], 1.0)
         for other in others
     ]
     wins: dict[tuple[str, str, str], dict[str, list[float]]] = {}
@@ -43,7 +43,7 @@ def paired_tests(pairs: dict[str, Rows], verdicts: Rows) -> list[Test]:
             wins.setdefault(key, {}).setdefault(line["prompt_id"], []).append(line["verdict"])
     for (model, against, judge), of_prompts in wins.items():
         means = np.array([np.mean(values) for values in of_prompts.values()])
-        found.append(_test(model, against, f"win rate, by {judge}", means - 0.5))
+        found.append(_test(model, against, f"win rate, by {judge}", means - 0.5, 0.5))
     corrected = holm([test["p"] for test in found])
     return [test | {"p_holm": p} for test, p in zip(found, corrected, strict=True)]
 
@@ -77,11 +77,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _test(model: str, against: str, measure: str, differences: np.ndarray) -> Test:
+def _test(model: str, against: str, measure: str, differences: np.ndarray, largest: float) -> Test:
+    """A test of differences that lie between −largest and largest."""
     return {
         "model": model,
         "against": against,
         "measure": measure,
-        "difference": figure(differences),
+        "difference": rate_figure(differences, -largest, largest),
         "p": sign_flip_p(differences),
     }

@@ -10,7 +10,7 @@ from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.core.head import DIAGNOSTICS, REFERENCE_FREE
 from tbpo_cli.core.types import sums_over_response
 from tbpo_cli.evaluation.measures import MEASURES
-from tbpo_cli.evaluation.stats import Figure, figure, figure_of, ratio_figure
+from tbpo_cli.evaluation.stats import Figure, figure, figure_of, rate_figure, ratio_figure
 from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 
@@ -93,7 +93,7 @@ def _metrics(columns: Columns, beta: float) -> dict[str, Figure]:
     }
     if "log_ratio" in columns:
         margins = beta * columns["log_ratio"]
-        figures |= {"accuracy": figure(margins > 0), "margin": figure(margins)}
+        figures |= {"accuracy": rate_figure(margins > 0), "margin": figure(margins)}
         figures["ece"] = figure_of(calibration_error, margins)
     return {name: figures[name] for name in MEASURES if name in figures}
 

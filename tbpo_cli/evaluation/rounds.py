@@ -9,7 +9,7 @@ import numpy as np
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.evaluation.stats import Figure, figure
+from tbpo_cli.evaluation.stats import Figure, figure, rate_figure
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.rounds import MARKED, place_of_policy, place_of_round
 from tbpo_cli.runs.run_dir import RunDir
@@ -72,7 +72,7 @@ def _win_rate(rows: Rows, first: Rows) -> Figure | None:
         both = zip(row["scores"], before["scores"], strict=True)
         won = [(a > b) + (a == b) / 2 for a, b in both if a is not None and b is not None]
         of_prompts += [fmean(won)] if won else []
-    return figure(of_prompts) if of_prompts else None
+    return rate_figure(of_prompts) if of_prompts else None
 
 
 def _of_training(run_dir: RunDir) -> Json:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
+from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
-from tbpo_cli.evaluation.stats import Figure, normal_figure
+from tbpo_cli.evaluation.stats import LEAST_ROWS, Figure, normal_figure, wilson, without_interval
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tbpo_cli.data.templates import Chat
 
 # The metric of a task that counts, the first that it has: on the tasks of open-llm-v1, those of
-# that leaderboard.
+# that leaderboard. They are rates, between 0 and 1.
 HEADLINES = (
     "acc_norm,none",
     "acc,none",
@@ -64,6 +65,12 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+    class Limited(HFLM):  # type: ignore[misc]
+        """The harness's model, whose chat template cannot go on for ever."""
+
+        apply_chat_template = limited(HFLM.apply_chat_template)
+
     settings = {
         "num_fewshot": shots,
         "log_samples": False,
@@ -75,10 +82,12 @@ def run_task(
     try:
         with nullcontext() if console.err.is_terminal else redirect_stderr(StringIO()):  # its bars
             found = simple_evaluate(
-                HFLM(model, tokenizer=chat.tokenizer, batch_size=batch_size),
+                Limited(model, tokenizer=chat.tokenizer, batch_size=batch_size),
                 tasks=[task],
                 **settings,
             )
+    except TbpoError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         expected = (
@@ -110,7 +119,22 @@ def _headline(result: dict[str, Any], count: int) -> Figure:
     error = result.get(metric.replace(",", "_stderr,"))
     # The harness writes "N/A" for an error that it does not know.
     is_known = isinstance(error, int | float) and math.isfinite(error)
-    return normal_figure(result[metric], error if is_known else None, count) | {"metric": metric}
+    found = _figure_of(metric, result[metric], error if is_known else None, count)
+    return found | {"metric": metric}
+
+
+def _figure_of(metric: str, value: float, error: float | None, count: int) -> Figure:
+    """A value of a task with the interval of the harness's standard error; with Wilson's where that
+    error says nothing of a rate, of a few answers or of answers that are all right or all wrong.
+    """
+    is_rate = metric in HEADLINES
+    if count < LEAST_ROWS or not error:
+        low, high = wilson(value, count) if is_rate else (None, None)
+        return without_interval(value, count) | {"low": low, "high": high}
+    found = normal_figure(value, error, count)
+    if is_rate:
+        found |= {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
+    return found
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.comparisons import comparisons_of
 from tbpo_cli.evaluation.judges import judges_of
 from tbpo_cli.evaluation.judges.judge import Comparison, Verdict
-from tbpo_cli.evaluation.stats import Figure, figure, figure_of, mean_of_groups
+from tbpo_cli.evaluation.stats import Figure, figure_of, mean_of_groups, rate_figure
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
@@ -120,14 +120,14 @@ def win_rate(
         "model": comparisons[0].model,
         "against": comparisons[0].against,
         "judge": judge,
-        "raw": mean_of_groups(prompts, values) if read else None,
+        "raw": mean_of_groups(prompts, values, rate_figure) if read else None,
         "length_controlled": length_controlled(values, lengths, prompts) if read else None,
         "wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
         "losses": int((values < 0.5).sum()),
         "unreadable": len(verdicts) - len(read),
-        "inconsistent": figure(orders) if orders else None,
-        "unlike_repeats": figure(unlike) if unlike else None,
+        "inconsistent": rate_figure(orders) if orders else None,
+        "unlike_repeats": rate_figure(unlike) if unlike else None,
         "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),
         "completion_tokens": sum(verdict.tokens[1] for verdict in verdicts),
         "cost": sum(costs) if costs else None,
@@ -144,7 +144,8 @@ def length_controlled(values: np.ndarray, lengths: np.ndarray, prompts: np.ndarr
 
     Fits P(win) = σ(θ + φ tanh(Δ/s)), Δ the difference in length and s its standard deviation, by
     maximum likelihood (a tie is half a win), and gives σ(θ). The interval is the bootstrap's over
-    prompts, with a fit each.
+    prompts, with a fit each. Where all verdicts are the same, length explains nothing: the rate and
+    its interval are the raw ones.
 
     Source: Dubois et al., "Length-Controlled AlpacaEval", arXiv 2404.04475, section 3. What
     differs:
@@ -161,6 +162,8 @@ def length_controlled(values: np.ndarray, lengths: np.ndarray, prompts: np.ndarr
         lengths: (n,) length of the model's completion minus the other's.
         prompts: (n,) number of the prompt, from 0; all of a prompt's verdicts are drawn together.
     """
+    if values.min() == values.max():
+        return mean_of_groups(prompts, values, rate_figure)
     features = np.stack(
         [np.ones_like(lengths), np.tanh(lengths / (lengths.std() or np.inf))], axis=1
     )

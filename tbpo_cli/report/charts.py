@@ -167,6 +167,13 @@ def histogram(
     return Panel(title, unit, x_title, series)
 
 
+def ends_of(figure: dict[str, Any]) -> tuple[float, float]:
+    """The ends of a figure's error bar; none is seen where it has no interval."""
+    if figure["low"] is None:
+        return figure["value"], figure["value"]
+    return figure["low"], figure["high"]
+
+
 def curves(lines: Sequence[dict[str, Any]]) -> list[Panel]:
     """The metrics of a training over its steps: a panel for each group that the lines have.
 

@@ -20,18 +20,17 @@ from tbpo_cli.report.pages import write_page
 
 MAX_ROWS = 300
 MAX_COLUMNS = 10  # of a table, with its first one, on a page 1,200 pixels wide
-NUM_SHOWN = 6  # columns of the win rates in the terminal: up to the losses
-WON = (
-    "raw",
-    "length_controlled",
-    "wins",
-    "ties",
-    "losses",
+# Of a win rate's entry: who won, and how the judge came to say so.
+WON = ("raw", "length_controlled", "wins", "ties", "losses")
+JUDGED = (
     "unreadable",
     "inconsistent",
     "unlike_repeats",
-)  # of a win rate's entry
-COST = ("prompt_tokens", "completion_tokens", "cost")
+    "prompt_tokens",
+    "completion_tokens",
+    "cost",
+)
+JUDGES = "Verdicts of the judges"  # a table of the page alone
 LABELS = MEASURES | {
     "raw": ("win rate", "{:.1%}"),
     "cost": ("cost", "{:.2f}"),
@@ -40,7 +39,7 @@ LABELS = MEASURES | {
     "loss": ("loss", "{}"),
     "difference": ("difference", "{:+.1%}"),
     "p": ("p", "{:.4f}"),
-    "p_holm": ("p, of all tests together (Holm)", "{:.4f}"),
+    "p_holm": ("p, after Holm", "{:.4f}"),
 }
 METHODS = (
     "loss",
@@ -127,14 +126,12 @@ def show(results: Json) -> None:
     results, _, _ = _with_names(results, [], [])
     without_lengths = tables(results)[: -len(results["models"])]
     (title, headings, rows), *of_models = without_lengths
-    for name, heads, lines in (table for table in of_models if table[2]):
+    for name, heads, lines in (table for table in of_models if table[2] and table[0] != JUDGES):
         cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
         first, *others = (list(column) for column in zip(*cells, strict=True))
         console.show_table(name, first, others)
     if rows:
-        console.show_table(
-            title, headings[:NUM_SHOWN], [[_text(cell) for cell in row[:NUM_SHOWN]] for row in rows]
-        )
+        console.show_table(title, headings, [[_text(cell) for cell in row] for row in rows])
     console.show(f"\n{results['verdict']}.")
 
 
@@ -167,9 +164,10 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
         for test in results.get("tests", [])
     }
     found = [
-        ("Win rates", *_table(WON + COST, by_kind)),
+        ("Win rates", *_table(WON, by_kind)),
         ("Methods", *_table(METHODS, known if len(models) > 2 else {})),
         ("Paired tests", *_table(TESTED, tests if len(tests) > 1 else {})),
+        (JUDGES, *_table(JUDGED, by_kind if _says_more(rates) else {})),
         ("Held-out pairs", *_table(PREFERENCE, known)),
         ("Diversity", *_table(SCORE | DIVERSITY, known)),
     ]
@@ -189,6 +187,11 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
             )
         )
     return found
+
+
+def _says_more(rates: list[Json]) -> bool:
+    """Whether there is more to say of a verdict than who has won."""
+    return any(rate.get(name) for rate in rates for name in JUDGED)
 
 
 def _table(names: Iterable[str], known: dict[str, Json]) -> tuple[list[str], list[list[Any]]]:

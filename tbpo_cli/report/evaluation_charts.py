@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tbpo_cli.report.charts import Panel, Series, histogram
+from tbpo_cli.report.charts import Panel, Series, ends_of, histogram
 
 Json = dict[str, Any]
 
@@ -102,7 +102,7 @@ def _asked(rate: Json) -> tuple[str, str]:
 
 
 def _crossing(x: Json, y: Json) -> tuple[float, ...]:
-    return x["value"], y["value"], x["low"], x["high"], y["low"], y["high"]
+    return x["value"], y["value"], *ends_of(x), *ends_of(y)
 
 
 def _of_bucket(bucket: Json, metric: str) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         finalize=_readable,
     )
     environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
+    environment.globals["counted"] = console.counted
     environment.filters["sha256"] = lambda text: base64.b64encode(
         hashlib.sha256(text.encode()).digest()
     ).decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tbpo_cli.report.charts import Panel, Series
+from tbpo_cli.report.charts import Panel, Series, ends_of
 from tbpo_cli.report.diagnoses import ROUNDS, diagnose
 from tbpo_cli.report.facts import Facts
 
@@ -85,12 +85,15 @@ def _cell(value: Any, form: str) -> Json | str:
         return "–"
     if not isinstance(value, dict):
         return form.format(value)
-    low, high = form.format(value["low"]).rstrip("%"), form.format(value["high"])
-    return {"value": form.format(value["value"]), "interval": f"{low} to {high}", "n": value["n"]}
+    interval = ""
+    if value["low"] is not None:
+        interval = f"{form.format(value['low']).rstrip('%')} to {form.format(value['high'])}"
+    return {"value": form.format(value["value"]), "interval": interval, "n": value["n"]}
 
 
 def _point(number: int, value: Any) -> tuple[float, ...]:
     """A number, or a figure with its interval as error bars."""
     if not isinstance(value, dict):
         return (number, value)
-    return (number, value["value"], number, number, value["low"], value["high"])
+    low, high = ends_of(value)
+    return (number, value["value"], number, number, low, high)

@@ -64,8 +64,8 @@ def inputs_of(
     return {"settings": settings, "files": files, "outputs": outputs}
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two inputs of a stage, one line each."""
+def differences(before: dict[str, Any], now: dict[str, Any], run: Path) -> list[str]:
+    """What differs between two inputs of a stage of a run, one line each."""
     lines = []
     keys = sorted(before["files"].keys() | now["files"].keys())
     for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(keys)):
@@ -81,8 +81,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"{key}: {f'{_names(old)} → {_names(new)}' if old.keys() != new.keys() else changed}"
         )
     for need, digest in now["outputs"].items():
-        if digest != before["outputs"].get(need):
-            lines.append(f"the result of {need} changed")
+        if digest == before["outputs"].get(need):
+            continue
+        missing = run / need / "manifest.json"
+        is_lost = f"the result of {need} is not there: {missing} is missing"
+        lines.append(f"the result of {need} changed" if digest else is_lost)
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, TbpoError, ToldError
-from tbpo_cli.runs import machines
+from tbpo_cli.runs import interrupts, machines
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.files import HALVED, halved_tokens
 from tbpo_cli.runs.lock import held_lock
@@ -238,9 +238,9 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
                 with suppress(psutil.NoSuchProcess):
                     each.send_signal(signal.SIGKILL if is_over else signal.SIGTERM)
 
+    interrupts.raise_if_received()
     with ExitStack() as after:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            after.callback(signal.signal, number, signal.signal(number, pass_on))
+        after.callback(interrupts.handle(pass_on))
         launcher.append(
             psutil.Popen(
                 processes.command(str(folder)),

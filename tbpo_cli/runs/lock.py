@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import platform
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ class Owner:
 def read_owner(path: Path) -> Owner:
     """What a lock's file says; one that a crash left empty or zeroed names nobody."""
     with suppress(OSError):
+        if not path.is_file():
+            return Owner("", "")
         text = path.read_bytes().strip(b"\0 \n").decode("utf-8", "backslashreplace")
         name, _, boot = text.partition("\n")
         return Owner(name[:200], boot.strip())
@@ -64,8 +67,16 @@ def hold(path: Path) -> Iterator[None]:
     4. Write who has it now, and touch it from a thread until it is given back.
 
     Raises:
-        TbpoError: if another process has the run.
+        TbpoError: if another process has the run, or the lock is no file.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        kind = "a symbolic link" if path.is_symlink() else "a folder or a device"
+        raise TbpoError(
+            f"the lock of the run is {kind}",
+            str(path),
+            "the file in which tbpo writes who has the run, or nothing",
+            f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}, and the same command again",
+        )
     boot = _boot_id()
     mine = f"process {os.getpid()} on {platform.node()}\n{boot}"
     with path.open("a+b", buffering=0) as file:

@@ -136,7 +136,7 @@ class RunDir:
     def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
         """What differs between the inputs of a started stage and those of now, one line each."""
         before = self.started_from(stage.name)
-        return differences(before, self.inputs(stage, recipe)) if before else []
+        return differences(before, self.inputs(stage, recipe), self.path) if before else []
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes the recipe as it is read by workers, by people and by runs that compare."""

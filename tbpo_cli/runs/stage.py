@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tbpo_cli.config.recipe import Recipe
@@ -28,6 +28,8 @@ class Stage:
         base_files: patterns of the files in the base's folder that its result depends on.
         renews: where its inputs changed, `run` makes what is new, and keeps what depends on none of
             the changes.
+        checks_before: by the name of a stage that it needs: raises TbpoError if that is not worth
+            running, since this stage could not use the result.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
     """
 
@@ -40,3 +42,4 @@ class Stage:
     base_files: tuple[str, ...] = BASE_FILES
     check: Callable[[Recipe, RunDir], None] | None = None
     renews: bool = False
+    checks_before: Mapping[str, Callable[[Recipe, RunDir], None]] = field(default_factory=dict)

@@ -8,7 +8,9 @@ from typing import Literal
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.data.selection import require_comparisons
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs import interrupts
 from tbpo_cli.runs.files import told_as_unwritable
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
 from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
@@ -197,9 +199,19 @@ def run_through(
             states = _states(left[:1] if restart else left)
             if not restart:
                 _refuse_changed(left, states, run_dir)
+            if left[0].stage.name == "sft" and not left[0].is_target:  # for what comes after it
+                require_comparisons(recipe, run_dir.manifest("prepare")["counts"])
+            _check_before(target, left[0], states[left[0].label][0])
             _run(left[0], states[left[0].label][0], restart, processes)
             link_last(recipe, run_dir)
     _report_rounds(target, recipe, run_dir)
+
+
+def _check_before(target: str, step: Step, state: State) -> None:
+    """Raises TbpoError if the target could not use what a stage before it would make."""
+    check = STAGES[target].checks_before.get(step.stage.name)
+    if check is not None and state != "done" and step.label == step.stage.name:
+        check(step.recipe, step.run_dir)
 
 
 def _report_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> None:
@@ -216,6 +228,7 @@ def _link(recipe: Recipe, run_dir: RunDir) -> None:
 
 def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
     """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside."""
+    interrupts.raise_if_received()
     run_dir, name = step.run_dir, step.stage.name
     is_anew = state in ("stale", "changed", "damaged")
     if restart and step.is_target and not is_anew and run_dir.is_restarted(name):
@@ -281,10 +294,15 @@ def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     lines = dict.fromkeys(line for changes in changed.values() for line in changes)
     names = list(states)
     invalidated = names[names.index(next(iter(changed))) :]
+    fix = (
+        f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
+        "or --run-dir DIR starts another run"
+    )
+    if lost := [name for name in STAGES if states.get(name, ("",))[0] == "begun"]:
+        fix = f"tbpo {lost[0]} RECIPE first, which goes on with it; or {fix}"
     raise TbpoError(
         f"the inputs of a stage changed since it was run: {', '.join(changed)}",
         str(run_dir.path),
         "\n    ".join(["what the stage was made from:", *lines]),
-        f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
-        "or --run-dir DIR starts another run",
+        fix,
     )

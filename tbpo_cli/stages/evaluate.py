@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
-from tbpo_cli.evaluation.answers import read_answers
+from tbpo_cli.evaluation.answer_files import answers_to, read_answers
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
 from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.report.diagnoses import AFTER, diagnose
@@ -59,6 +59,28 @@ def check(recipe: Recipe) -> None:
     judges_of(recipe.judge_of_eval, recipe.table_of_judge)
 
 
+def check_answers(recipe: Recipe, run_dir: RunDir) -> None:
+    """Says how many of the prompts each file of answers has, before the policy answers them.
+
+    Raises:
+        TbpoError: if a file cannot be read, or answers none of them.
+    """
+    from tbpo_cli.data.prompts import conversations_of, prompt_rows
+    from tbpo_cli.evaluation.comparisons import questions_of
+
+    if not recipe.eval.answers or recipe.judge_of_eval is None:
+        return
+    prompts = conversations_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval")
+    questions = questions_of(prompts, prompt_rows(recipe))
+    for file in recipe.eval.answers:
+        found, how = answers_to(read_answers(file), questions)
+        of_all = f"{len(found):,} of {console.counted(len(questions), 'prompt')}"
+        by = ", ".join(f"{number:,} by {key}" for key, number in how.items())
+        left = next((one for prompt_id, one in questions.items() if prompt_id not in found), None)
+        rest = f"; the first without an answer: {left.conversation[-1][1][:80]!r}" if left else ""
+        console.say(f"{'WARNING: ' if left else ''}{file} answers {of_all} ({by}){rest}")
+
+
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     """Measures, judges, and writes eval/results.json, verdicts.jsonl and report.html.
 
@@ -73,6 +95,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
     started = time.monotonic()
     check(recipe)
+    check_answers(recipe, run_dir)
     if not len(PairStore(run_dir.stage("prepare") / "eval")):
         raise TbpoError(
             "there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0"
@@ -288,4 +311,5 @@ STAGE = Stage(
     report=report,
     work=work,
     renews=True,
+    checks_before={"sample": check_answers},
 )

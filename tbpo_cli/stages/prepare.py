@@ -163,7 +163,7 @@ def _check_columns(work: list[Work], data: Data) -> None:
             seen |= {name for row in rows if isinstance(row.content, dict) for name in row.content}
     where = ", ".join(source.path for _, sources, *_ in work for source in sources)
     gather(absent_columns(data.columns, seen, where))
-    found = [columns_read(iter(rows), data, key == "sft.train") for key, rows in samples if rows]
+    found = [columns_read(rows, data, key == "sft.train") for key, rows in samples if rows]
     gather(unread_columns(data.columns, found, where))
 
 
@@ -289,6 +289,9 @@ FIXES = {  # by the most frequent reason
     "small_margin": "lower choose.min_margin",
     "length_difference": "raise choose.max_length_difference",
     "unwanted": "give rows with label = true",
+    "marks_differ": "take the wrong ones of scores and ranks out of the rows",
+    "not_text": "take these rows out, or their columns of pictures and sound if the text stands"
+    " for itself",
 }
 
 

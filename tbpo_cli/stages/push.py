@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tbpo_cli import console
+from tbpo_cli.config.judging import default_body
 from tbpo_cli.config.recipe import Judge, Recipe
 from tbpo_cli.config.toml import TOKENIZER_FILES, WEIGHT_FILES
 from tbpo_cli.errors import TbpoError
@@ -140,21 +141,27 @@ def _card(
 
 
 def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
-    """The evaluation of these weights. Raises TbpoError without one, unless that is allowed."""
+    """The evaluation of these weights.
+
+    Raises:
+        TbpoError: without one, unless that is allowed: then it is said that it is left out.
+    """
     manifest = run_dir.manifest("eval")
     path = run_dir.stage("eval") / "results.json"
     if manifest and manifest["inputs"]["outputs"]["align"] == run_dir.outputs_hash("align"):
         run_dir.check("eval")
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
+    what, fix = "the run is not evaluated", "tbpo eval RECIPE first"
+    if manifest:
+        what = "the evaluation is older than the weights"
+    elif path.exists():
+        what = f"the evaluation has lost {path.with_name('manifest.json')}, which vouches for it"
     if allow_unevaluated:
+        console.say(f"warning: {what}: its results are left out of the card ({fix})")
         return None
-    raise TbpoError(
-        "the evaluation is older than the weights" if manifest else "the run is not evaluated",
-        str(path),
-        "results of what is published",
-        "tbpo eval RECIPE first, or --allow-unevaluated",
-    )
+    expected = "results of what is published"
+    raise TbpoError(what, str(path), expected, f"{fix}, or --allow-unevaluated")
 
 
 def _texts(
@@ -209,8 +216,7 @@ def _public_judge(judge: Judge | None) -> Judge | None:
     """The judge without the address of its server, and what requests to it have besides."""
     if judge is None or judge.endpoint is None:
         return judge
-    usual = Judge(endpoint=NOWHERE, model=judge.model)
-    return replace(judge, endpoint=usual.endpoint, body=usual.body)
+    return replace(judge, endpoint=NOWHERE, body=default_body())
 
 
 def _show(files: Files, card: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
+from tbpo_cli.runs import interrupts
 from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
 from tbpo_cli.train.feed import TokenBudget, is_out_of_memory, keep_freed_memory
 from tbpo_cli.train.memory import (
@@ -284,7 +285,9 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(number, signal.SIG_DFL)
         console.say("stopping after this step …")
 
-    with ExitStack() as restore:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            restore.callback(signal.signal, number, signal.signal(number, receive))
+    interrupts.raise_if_received()
+    give_back = interrupts.handle(receive)
+    try:
         yield received
+    finally:
+        give_back()

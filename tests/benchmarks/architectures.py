@@ -1,6 +1,6 @@
 """Every causal architecture of the installed transformers through the product, beside transformers.
 
-    python tests/benchmarks/architectures.py [KIND …]    an hour on two cores
+    python tests/benchmarks/architectures.py [KIND …]    a quarter of an hour on two cores
 
 Each architecture has a process of its own, which may end in any way. A small random checkpoint of
 it is trained, sampled, merged and shown by the product's commands; the figures are compared with
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import textwrap
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +48,7 @@ def examine(kind):
     if found.refused:
         return kind, "refused", found.refused
     without = "; losses with a state baseline are refused: its head is not linear"
-    return kind, "agrees", found.layout + without * found.no_baseline
+    return kind, "agree", found.layout + without * found.no_baseline
 
 
 def send(kind, pipe):
@@ -76,7 +77,7 @@ def main(kinds):
     rows = []
     with ThreadPoolExecutor(PROCESSES) as pool:
         for kind, outcome, details in pool.map(in_a_process, kinds):
-            details = " ".join(details.split())[:160].replace("|", "/")
+            details = textwrap.shorten(details, 160, placeholder=" …").replace("|", "/")
             rows.append((kind, outcome, details))
             print(kind, outcome, details, sep=" | ", flush=True)
     counts = {name: sum(row[1] == name for row in rows) for name in sorted({r[1] for r in rows})}

@@ -31,7 +31,7 @@ class Found:
     """What became of an architecture: a line of the table."""
 
     kind: str
-    layout: str = ""
+    layout: str = ""  # how its rows are laid out, and why
     refused: str = ""  # the error that a user sees, where the product does not take the model
     no_baseline: bool = False  # whether losses with a state baseline are refused
     faults: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ def check_training(folder, rows, found):
                     found.no_baseline = True
                     continue
                 raise
-            found.layout = found.layout or said.partition("rows are ")[2].partition(":")[0]
+            found.layout = found.layout or said.partition("rows are ")[2].splitlines()[0]
             want = want or plain.train(folder / "base", rows, settings)
             faults += compare(folder, want, loss, layout)
     return faults

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,14 @@ from typing import Any
 from tbpo_cli.config.recipe import Data
 from tbpo_cli.data.choosing import Chooser
 from tbpo_cli.data.formats.answers import from_answers, is_answers
-from tbpo_cli.data.formats.choices import WINNERS, from_choice, from_stack_exchange, is_choice
+from tbpo_cli.data.formats.choices import (
+    STRENGTHS,
+    from_choice,
+    from_shp,
+    from_stack_exchange,
+    from_strength,
+    is_choice,
+)
 from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of, messages, prompt, with_system
 from tbpo_cli.data.formats.conversations import (
     from_conversations,
@@ -20,11 +27,19 @@ from tbpo_cli.data.formats.conversations import (
     from_sharegpt,
     is_conversations,
 )
-from tbpo_cli.data.formats.demonstrations import CHATS, from_alpaca, from_chat, from_completion
+from tbpo_cli.data.formats.demonstrations import (
+    CHATS,
+    from_alpaca,
+    from_chat,
+    from_completion,
+    is_alpaca,
+)
 from tbpo_cli.data.formats.dialogues import from_dialogues, is_dialogues
 from tbpo_cli.data.formats.ranked import LISTS, RANKS, SCORES, from_ranked, is_ranked
-from tbpo_cli.data.formats.unknown import key_faults, nearest, unknown_rows
+from tbpo_cli.data.formats.unknown import key_faults, nearest, reversed_columns, unknown_rows
 from tbpo_cli.data.formats.unpaired import from_unpaired, is_unpaired, pair_up
+from tbpo_cli.data.formats.winners import SIDES as CHOICES
+from tbpo_cli.data.formats.winners import WINNERS, has_numbers, numbers_of_first, with_named_winners
 from tbpo_cli.data.pairs import MadePairs, Messages, PreferencePair, RejectedRow, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row
 from tbpo_cli.errors import TbpoError
@@ -63,6 +78,7 @@ class Format:
 
 
 SIDES = ("chosen", "rejected")
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")  # columns, if not empty
 MAX_DEPTH = 100  # of lists and tables in a row
 
 FORMATS = {  # a row is of the first that fits it
@@ -71,13 +87,15 @@ FORMATS = {  # a row is of the first that fits it
     "prompt": Format((PROMPTS, *SIDES), from_answers, is_answers),
     "messages": Format(SIDES, from_conversations, is_conversations),
     "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
-    "ranked": Format((PROMPTS, LISTS), None, is_ranked, from_ranked),
+    "ranked": Format(((*PROMPTS, "input"), LISTS), None, is_ranked, from_ranked),
+    "shp": Format(("history", "human_ref_A", "human_ref_B", "labels"), from_shp),
+    "helpsteer": Format(((*PROMPTS, "context"), STRENGTHS), from_strength, is_choice),
     "winner": Format((WINNERS,), from_choice, is_choice),
     "stack_exchange": Format((PROMPTS, "response_j", "response_k"), from_stack_exchange),
     "unpaired": Format((PROMPTS, "completion", "label"), from_unpaired, is_unpaired),
     "sft_prompt": Format((PROMPTS, "completion"), from_completion),
     "sft_messages": Format((CHATS,), from_chat),
-    "sft_alpaca": Format(("instruction", "output"), from_alpaca),
+    "sft_alpaca": Format(("instruction", "output"), from_alpaca, is_alpaca),
 }
 # Of one completion a row, in `sft.train` as well, where nothing is compared.
 NOT_FOR_SFT = ("unpaired",)
@@ -99,15 +117,7 @@ KNOWN_COLUMNS = tuple(
             *(name for f in FORMATS.values() for column in f.columns for name in _names(column)),
             *SCORES,
             *RANKS,
-            *(
-                f"{side}_{letter}"
-                for side in ("response", "answer", "completion")
-                for letter in "ab"
-            ),
-            "response_0",
-            "response_1",
-            "conversation_a",
-            "conversation_b",
+            *(name for sides in CHOICES for name in sides),
             *MORE_COLUMNS,
         ]
     )
@@ -116,7 +126,7 @@ KNOWN_COLUMNS = tuple(
 
 def format_faults(data: Data, path: str) -> list[TbpoError]:
     """What is wrong with `data.format` and the keys of `data.columns` in the recipe at `path`."""
-    faults = key_faults(data.columns, KNOWN_COLUMNS, path)
+    faults = key_faults(data.columns, KNOWN_COLUMNS, path) + reversed_columns(data.columns, path)
     names = ["auto", *FORMATS]
     if data.format in names:
         return faults
@@ -131,36 +141,48 @@ def format_faults(data: Data, path: str) -> list[TbpoError]:
     return [fault, *faults]
 
 
-def recognise(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[str, Iterator[Row]]:
+def recognise(
+    open_rows: Callable[[], Iterator[Row]], data: Data, for_sft: bool = False
+) -> tuple[str, Iterator[Row]]:
     """The format of the rows, and all of the rows; of labelled completions, the pairs among them.
 
     The format is `data.format`, or the first of FORMATS that fits the first row that any of them
     fits.
 
     Args:
+        open_rows: gives the rows, from the first one, each time that it is called.
         for_sft: whether the rows are of `sft.train`, where nothing is compared.
 
     Raises:
-        TbpoError: if none fits, with the columns of the first row.
+        TbpoError: if none fits, with the columns of the first row; if a column of numbers leaves
+            open which of two answers is better.
     """
+    rows = open_rows()
     first = list(itertools.islice(rows, ROWS_AT_A_TIME))
     rows = itertools.chain(first, rows)
-    name = data.format
-    if name == "auto" and first:
-        contents = [renamed(row.content, data.columns) for row in first]
-        found = (
-            name
-            for content in contents
-            for name, known in FORMATS.items()
-            if known.fits(content) and not (for_sft and name in NOT_FOR_SFT)
-        )
-        name = next(found, "")
-        if not name:
-            formats = "; ".join(f"{name}: {known}" for name, known in FORMATS.items())
-            raise unknown_rows(first[0], formats)
+    with_our_names = partial(renamed, columns=data.columns)
+    name = _format_of(first, data, for_sft)
     if name == "unpaired":
-        rows = pair_up(rows, partial(renamed, columns=data.columns))
+        rows = pair_up(rows, with_our_names)
+    if name == "winner" and has_numbers(with_our_names(row.content) for row in first):
+        bases = numbers_of_first(open_rows(), with_our_names)
+        rows = with_named_winners(rows, bases, with_our_names, data.columns)
     return name, rows
+
+
+def _format_of(first: Sequence[Row], data: Data, for_sft: bool) -> str:
+    """`data.format`, or the format of some rows, if there are any: see `recognise`."""
+    if data.format != "auto" or not first:
+        return data.format
+    found = (
+        name
+        for row in first
+        for name, known in FORMATS.items()
+        if known.fits(renamed(row.content, data.columns)) and not (for_sft and name in NOT_FOR_SFT)
+    )
+    if not (name := next(found, "")):
+        raise unknown_rows(first[0], data.columns)
+    return name
 
 
 def to_pairs(row: Row, format_name: str, data: Data, chooser: Chooser | None = None) -> MadePairs:
@@ -183,6 +205,7 @@ def _made(content: Any, known: Format, chooser: Chooser) -> MadePairs:
         raise RejectedRow(
             "wrong_type", f"the row is {type(content).__name__}, not a table of columns"
         )
+    _check_that_it_is_text(content)
     for column in known.columns:
         names = _names(column)
         if not first_of(content, names):
@@ -192,6 +215,12 @@ def _made(content: Any, known: Format, chooser: Chooser) -> MadePairs:
         return known.parse_all(content, chooser)
     assert known.parse is not None
     return MadePairs([known.parse(content)])
+
+
+def _check_that_it_is_text(content: Columns) -> None:
+    """Raises RejectedRow: not_text, for a row with pictures, films or sound beside its text."""
+    if column := next((name for name in NOT_TEXT if content.get(name)), ""):
+        raise RejectedRow("not_text", f"the row has something in {column}; only text is read")
 
 
 class _NotingReads(dict[str, Any]):
@@ -214,7 +243,7 @@ class _NotingReads(dict[str, Any]):
         return _NotingReads({**self, **more}, self.read)
 
 
-def columns_read(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tuple[str, set[str]]:
+def columns_read(rows: Sequence[Row], data: Data, for_sft: bool = False) -> tuple[str, set[str]]:
     """The format of some rows, and the columns, by our names, that are read to make their pairs.
 
     A row has only some of the columns that its format knows, and of two names for one thing only
@@ -227,7 +256,7 @@ def columns_read(rows: Iterator[Row], data: Data, for_sft: bool = False) -> tupl
         TbpoError: if the rows are of no known format.
     """
     data = replace(data, format="auto") if for_sft else data
-    name, rows = recognise(rows, data, for_sft)
+    name = _format_of(rows, data, for_sft)
     read: set[str] = set()
     is_made = False
     for row in rows if name in FORMATS and name != "unpaired" else ():
@@ -264,6 +293,7 @@ def read_prompt(content: Any) -> tuple[Messages, tuple[dict[str, Any], ...]]:
         content = content | {"prompt": _only_turn(content["turns"])}
     if not isinstance(content, dict) or not first_of(content, (*PROMPTS, *CHATS)):
         raise RejectedRow("missing_column", "prompt or messages")
+    _check_that_it_is_text(content)
     if first_of(content, PROMPTS):
         asked = prompt(content)
     else:

@@ -1,65 +1,81 @@
-"""`winner` and `stack_exchange`: a prompt and two answers, and which of them is better."""
+"""`winner`, `shp`, `helpsteer`, `stack_exchange`: two answers to a prompt, and which is better."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tbpo_cli.data.formats.columns import PROMPTS, Columns, answer, first_of, messages, prompt
 from tbpo_cli.data.formats.conversations import from_conversations
+from tbpo_cli.data.formats.winners import WINNERS, better_of, number_of, sides_of
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow, make_pair
 
-# Names of the two answers, and of the column that says which is better.
-SIDES = (
-    ("response_a", "response_b"),
-    ("answer_a", "answer_b"),
-    ("completion_a", "completion_b"),
-    ("conversation_a", "conversation_b"),
-    ("response_0", "response_1"),
-)
-WINNERS = ("winner", "better_response_id", "preferred", "preference")
-# What says that the first, or the second, of the two is better.
-FIRST = {"a", "model_a", "response_a", "answer_a", "completion_a", "conversation_a", "0"}
-SECOND = {"b", "model_b", "response_b", "answer_b", "completion_b", "conversation_b", "1"}
-FIRST_OF_NUMBERED, SECOND_OF_NUMBERED = {"0", "response_0"}, {"1", "response_1"}
+# Columns from −3, where the first answer is much better, to 3, where the second one is.
+STRENGTHS = ("preference_strength", "overall_preference")
 
 
 def is_choice(row: Columns) -> bool:
     """Whether the row has two answers, and which is better."""
-    return _sides(row) is not None
+    return sides_of(row) is not None
 
 
 def from_choice(row: Columns) -> PreferencePair:
     """{"prompt", "response_a", "response_b", "winner": "a"}; LMSYS's conversations; PKU's numbers.
 
+    A number has its meaning from the whole column: see formats/winners.py.
+
     Raises:
         RejectedRow: no_preference, for a tie.
     """
-    sides = _sides(row)
+    sides = sides_of(row)
     if sides is None:
         raise RejectedRow("missing_column", "response_a and response_b")
     column = first_of(row, WINNERS)
-    first, second = sides
-    if not _is_first(row[column], column, first):
-        first, second = second, first
+    better = better_of(row, column, sides)
+    first, second = sides[better], sides[1 - better]
     if not first.startswith("conversation"):
         return make_pair(row, prompt(row), answer(row, first), answer(row, second))
     return from_conversations(row | {"chosen": row[first], "rejected": row[second]})
 
 
-def _sides(row: Columns) -> tuple[str, str] | None:
-    return next((pair for pair in SIDES if all(row.get(name) is not None for name in pair)), None)
+def from_shp(row: Columns) -> PreferencePair:
+    """{"history", "human_ref_A", "human_ref_B", "labels"}; a label of 1: A is better; 0: B is.
+
+    Source: the rows of stanfordnlp/SHP; the votes `score_A` and `score_B` give the margin.
+
+    Raises:
+        RejectedRow: wrong_type, for another label.
+    """
+    label = number_of(row["labels"])
+    if label not in (0, 1):
+        raise RejectedRow("wrong_type", f"labels is {row['labels']!r:.100}, neither 0 nor 1")
+    better, worse = "AB" if label else "BA"
+    asked = messages(row, "history", role_of_text="user")
+    marks = {
+        "score_chosen": row.get(f"score_{better}"),
+        "score_rejected": row.get(f"score_{worse}"),
+    }
+    sides = (answer(row, f"human_ref_{side}") for side in (better, worse))
+    return make_pair(row | marks, asked, *sides)
 
 
-def _is_first(winner: Any, column: str, first: str) -> bool:
-    said = str(int(winner) if isinstance(winner, bool | float) else winner).strip().lower()
-    numbered = first == "response_0"
-    if said in (FIRST_OF_NUMBERED if numbered else FIRST):
-        return True
-    if said in (SECOND_OF_NUMBERED if numbered else SECOND):
-        return False
-    if said.startswith(("tie", "both", "neither")) or said in ("draw", "equal", "-1", ""):
-        raise RejectedRow("no_preference", f"{column} is {winner!r}")
-    raise RejectedRow("wrong_type", f"{column} is {winner!r}, not one of the two answers")
+def from_strength(row: Columns) -> PreferencePair:
+    """{"prompt" or "context", "response_1", "response_2", "preference_strength": −3 to 3}.
+
+    Source: the preferences of nvidia/HelpSteer2 and HelpSteer3: below 0, the first is better.
+
+    Raises:
+        RejectedRow: no_preference, for 0; wrong_type, for what is no number.
+    """
+    sides = sides_of(row)
+    if sides is None:
+        raise RejectedRow("missing_column", "response_1 and response_2")
+    column = first_of(row, STRENGTHS)
+    strength = number_of(row[column])
+    if strength is None or isinstance(strength, bool):
+        raise RejectedRow("wrong_type", f"{column} is {row[column]!r:.100}, not a number")
+    if strength == 0:
+        raise RejectedRow("no_preference", f"{column} is 0")
+    better, worse = sides if strength < 0 else sides[::-1]
+    asked = prompt(row if first_of(row, PROMPTS) else row | {"prompt": row["context"]})
+    return make_pair(row, asked, answer(row, better), answer(row, worse))
 
 
 def from_stack_exchange(row: Columns) -> PreferencePair:

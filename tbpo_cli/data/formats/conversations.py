@@ -16,7 +16,9 @@ from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, make_pair
 
 def is_conversations(row: Columns) -> bool:
     """Whether the two sides are messages."""
-    return isinstance(row["chosen"], list | dict)
+    chosen = row["chosen"]
+    is_texts = isinstance(chosen, list) and bool(chosen) and isinstance(chosen[0], str)
+    return isinstance(chosen, list | dict) and not is_texts
 
 
 def from_conversations(row: Columns) -> PreferencePair:

@@ -24,6 +24,11 @@ def from_chat(row: Columns) -> PreferencePair:
     return make_pair(row, chat[:-1], chat[-1], None)
 
 
+def is_alpaca(row: Columns) -> bool:
+    """Whether there is one output: of several, nothing says which is better."""
+    return not isinstance(row["output"], list)
+
+
 def from_alpaca(row: Columns) -> PreferencePair:
     """{"instruction", "input", "output"}, with LLaMA-Factory's "history": [[asked, said], …].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -12,9 +13,24 @@ from tbpo_cli.data.formats.dialogues import is_dialogue, read_dialogue
 from tbpo_cli.data.pairs import MadePairs, Message, Messages, RejectedRow, make_pair
 
 # Names of the columns; the last one of LISTS and of SCORES is of SimPO's data.
-LISTS = ("responses", "completions", "answers", "candidates", "all_generated_responses")
-SCORES = ("scores", "ratings", "overall_scores", "all_rm_scores")  # the higher, the better
-RANKS = ("ranks", "ranking", "rank")  # 1 is the best
+LISTS = (
+    "responses",
+    "completions",
+    "answers",
+    "candidates",
+    "generations",
+    "outputs",
+    "all_generated_responses",
+)
+SCORES = (
+    "scores",
+    "ratings",
+    "rating",
+    "overall_scores",
+    "all_rm_scores",
+)  # the higher, the better
+# 1 is the best. Not "ranking", which may as well be the places of the answers, the best one first.
+RANKS = ("ranks", "rank")
 # Of an answer that is a table of its own.
 TEXT_OF_ANSWER = ("response", "content", "text", "completion", "answer", "output")
 SCORE_OF_ANSWER = ("overall_score", "score", "rating")
@@ -68,6 +84,8 @@ def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
 
 def _prompt(row: Columns) -> Messages:
     column = first_of(row, PROMPTS)
+    if not column:
+        return prompt(row | {"prompt": row["input"], "input": None})
     if is_dialogue(row[column]):
         turns = read_dialogue(row[column])
         return with_system(row, turns[:-1] if not turns[-1]["content"] else turns)
@@ -75,23 +93,40 @@ def _prompt(row: Columns) -> Messages:
 
 
 def _scored(row: Columns) -> tuple[list[Message], list[float | None]]:
-    """The answers and their scores; a rank is taken as a score below zero."""
+    """The answers and their scores; a rank is taken as a score below zero.
+
+    Raises:
+        RejectedRow: wrong_type; marks_differ, if scores and ranks put the answers in other orders.
+    """
     name = first_of(row, LISTS)
     answers = row[name]
     if not isinstance(answers, list) or not answers:
         raise RejectedRow("wrong_type", f"{name} is not a list of answers")
-    column = first_of(row, (*SCORES, *RANKS))
-    if column:
-        numbers = _list(row, column, len(answers), "numbers")
-        sign = -1 if column in RANKS else 1
-    else:
+    columns = [column for names in (SCORES, RANKS) if (column := first_of(row, names))]
+    numbers = {column: _list(row, column, len(answers), "numbers") for column in columns}
+    if not columns:
         tables = [answer if isinstance(answer, dict) else {} for answer in answers]
-        keys = [first_of(table, (*SCORE_OF_ANSWER, "rank")) for table in tables]
-        numbers = [table.get(key) for table, key in zip(tables, keys, strict=True)]
-        sign = -1 if "rank" in keys else 1
-    scores = [_number(number, name) for number in numbers]
-    marks = [None if score is None else sign * score for score in scores]
+        score = next((key for key in SCORE_OF_ANSWER if _has(tables, key)), "")
+        columns = [key for key in (score, "rank") if _has(tables, key)] or ["score"]
+        numbers = {key: [table.get(key) for table in tables] for key in columns}
+    marks, *others = (
+        [_mark(number, name, is_rank=column in RANKS) for number in numbers[column]]
+        for column in columns
+    )
+    if any(_differ(marks, other) for other in others):
+        both = " and ".join(columns)
+        raise RejectedRow("marks_differ", f"{both} put the answers of {name} in other orders")
     return [_answer(answer, name) for answer in answers], marks
+
+
+def _has(tables: list[Columns], key: str) -> bool:
+    return any(table.get(key) is not None for table in tables)
+
+
+def _differ(marks: list[float | None], other: list[float | None]) -> bool:
+    """Whether an answer is better than another one by one list, and worse by the other list."""
+    both = [(a, b) for a, b in zip(marks, other, strict=True) if a is not None and b is not None]
+    return any((a - c) * (b - d) < 0 for (a, b), (c, d) in itertools.combinations(both, 2))
 
 
 def _list(row: Columns, column: str, length: int, of: str) -> list[Any]:
@@ -102,15 +137,21 @@ def _list(row: Columns, column: str, length: int, of: str) -> list[Any]:
     return found
 
 
-def _number(given: Any, name: str) -> float | None:
-    """A score; None for one that is null or not finite. Raises RejectedRow: wrong_type."""
+def _mark(given: Any, name: str, is_rank: bool) -> float | None:
+    """The higher, the better; None for one that is null or not finite.
+
+    Raises:
+        RejectedRow: wrong_type.
+    """
     try:
         number = math.nan if given is None else float(given)
     except (TypeError, ValueError, OverflowError):
         raise RejectedRow(
             "wrong_type", f"a score of {name} is {given!r:.100}, not a number"
         ) from None
-    return number if math.isfinite(number) else None
+    if not math.isfinite(number):
+        return None
+    return -number if is_rank else number
 
 
 def _truncated(row: Columns) -> list[bool]:

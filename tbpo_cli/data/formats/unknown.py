@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from tbpo_cli.data.formats.guess import LIKELY, advice
+from tbpo_cli.data.formats.winners import SIDES as SIDES_OF_CHOICES
 from tbpo_cli.data.sources import Row
 from tbpo_cli.errors import TbpoError
 
-# Words in the names of columns, by what such a column may be.
-LIKELY = {
-    "rejected": ("reject", "worse", "bad", "lose", "loser", "negative", "dispreferred", "_b", "_l"),
-    "chosen": ("chosen", "better", "good", "win", "positive", "prefer", "accept", "_a", "_w"),
-    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "request", "user"),
-    "completion": ("completion", "answer", "response", "output", "target", "text", "solution"),
-}
 PROMPT_ALONE = {"prompt", "system", "tools", "id"}  # columns of a row without answers
 SIDES = ("prompt", "chosen", "rejected", "completion")
 SHOWN = 40  # characters of a value
+FEW = 10  # names of columns in a message
+EXPECTED = (
+    "columns such as prompt, chosen, rejected; prompt, responses, scores; or prompt, response_a,"
+    " response_b, winner (all formats: docs/data.md)"
+)
+# Our names of the better and the worse answer, or of the first and the second one.
+OPPOSITES = (
+    ("chosen", "rejected"),
+    ("score_chosen", "score_rejected"),
+    ("preferred_output", "non_preferred_output"),
+    ("response_j", "response_k"),
+    ("human_ref_A", "human_ref_B"),
+    *SIDES_OF_CHOICES,
+)
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -26,33 +36,81 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), "")
 
 
-def unknown_rows(row: Row, formats: str) -> TbpoError:
-    """Rows of no known format: what is in them, and the lines that would name their columns."""
+def unknown_rows(row: Row, columns: dict[str, str]) -> TbpoError:
+    """Rows of no known format: what is in them, and what to do about it.
+
+    Args:
+        row: the first one, with its own names of columns.
+        columns: our names → those in the rows, as the recipe has them.
+    """
     what = "the rows have none of the known formats"
     place = f"{row.source}, row {row.number}"
-    if not isinstance(row.content, dict):
-        kind = type(row.content).__name__
+    content = row.content
+    if not isinstance(content, dict):
         return TbpoError(
             what,
-            f"{place}; its columns: none, it is {kind}",
-            formats,
+            f"{place}; it is {type(content).__name__}, without names of columns",
+            EXPECTED,
             'write each row as a table of columns, e.g. {"prompt": …, "chosen": …, "rejected": …}',
         )
-    if row.content.keys() <= PROMPT_ALONE and isinstance(row.content.get("prompt"), str | list):
-        what, expected = (
-            "the rows are prompts without answers",
-            "answers, or a judge of the own ones",
-        )
+    if content.keys() <= PROMPT_ALONE and isinstance(content.get("prompt"), str | list):
+        what = "the rows are prompts without answers"
+        expected = "answers, or a judge of the own ones"
         fix = "add the tables [judge] and [rounds]: the policy then answers them itself"
         return TbpoError(what, place, expected, fix)
-    numbers = [name for name in SIDES if isinstance(row.content.get(name), int | float)]
-    if numbers:
+    ours = {theirs: name for name, theirs in columns.items()}
+    known = {str(ours.get(name) or name): value for name, value in content.items()}
+    numbers = [name for name in SIDES if isinstance(known.get(name), int | float)]
+    of_texts = [name for name in SIDES if _is_list_of_texts(known.get(name))]
+    inner = _inner(content)
+    lists = [value for value in content.values() if isinstance(value, list)]
+    if _has_no_names(row):
+        what = "the first line of the file does not name the columns"
+        fix = "put a line with their names before it, e.g. prompt,chosen,rejected"
+    elif len(lists) == len(content) > 1 and len({*map(len, lists)}) == 1:
+        what = "the row holds whole columns, not one comparison"
+        fix = "write a row for each comparison"
+    elif inner:
+        what, fix = f"{what}: they are within {inner}", f"write what is in {inner} as the row"
+    elif of_texts:
+        what = f"the column {of_texts[0]} holds a list of texts, not one text"
+        fix = "write one text there, or a list of messages, each with its role and content"
+    elif numbers:
         what = f"the column {numbers[0]} holds numbers, not text"
-    columns = ", ".join(f"{name} ({_seen(value)})" for name, value in row.content.items())
-    guess = _guess(row.content)
-    lines = "\n    ".join(f'{ours} = "{theirs}"' for ours, theirs in guess.items())
-    fix = f"name the columns, for example\n    [data.columns]\n    {lines}"
-    return TbpoError(what, f"{place}; its columns: {columns}", formats, fix)
+        fix = f'name the column with the text: [data.columns] {numbers[0]} = "…"'
+    else:
+        said, fix = advice(known)
+        what = f"{what}: {said}" if said else what
+    return TbpoError(what, f"{place}; its columns: {_shown(content)}", EXPECTED, fix)
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
+
+
+def _inner(content: dict[str, Any]) -> str:
+    """The column that holds a table with most of our names of a comparison; "" if none does."""
+    return next(
+        (
+            name
+            for name, value in content.items()
+            if isinstance(value, dict) and {"chosen", "rejected", "completion"} & value.keys()
+        ),
+        "",
+    )
+
+
+def _has_no_names(row: Row) -> bool:
+    """Whether most names of a file with fields have a blank within, as texts have."""
+    is_of_fields = Path(row.source).suffix in (".csv", ".tsv")
+    return is_of_fields and 2 * sum(" " in name.strip() for name in row.content) > len(row.content)
+
+
+def _shown(content: dict[str, Any]) -> str:
+    """The columns of a row, and how they begin; of many, the first ones."""
+    shown = [f"{name[:SHOWN]} ({_seen(value)})" for name, value in content.items()]
+    more = f", and {len(shown) - FEW} more" if len(shown) > FEW else ""
+    return ", ".join(shown[:FEW]) + more
 
 
 def _seen(value: Any) -> str:
@@ -67,20 +125,50 @@ def _seen(value: Any) -> str:
     return repr(value) if value is not None else "null"
 
 
-def _guess(content: dict[str, Any]) -> dict[str, str]:
-    """Our names of columns → those of a row that may be meant: by their names, then in order."""
-    left = [name for name, value in content.items() if isinstance(value, str | list)]
-    found: dict[str, str] = {}
-    for ours, words in LIKELY.items():
-        theirs = next((name for name in left if any(word in name.lower() for word in words)), "")
-        if theirs and not (ours == "completion" and {"chosen", "rejected"} & found.keys()):
-            found[ours] = theirs
-            left.remove(theirs)
-    sides = ("prompt", "completion") if "completion" in found else ("prompt", "chosen", "rejected")
-    for ours in sides:
-        if ours not in found:
-            found[ours] = left.pop(0) if left else "…"
-    return {ours: found[ours] for ours in sides}
+def _few(names: Iterable[str], near: str = "") -> str:
+    """Some of many names, those that are most like another one first."""
+    names = list(names)
+    like = difflib.get_close_matches(near, names, n=FEW, cutoff=0.4)
+    shown = list(dict.fromkeys([*like, *names]))[:FEW]
+    return ", ".join(shown) + (f", and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def reversed_columns(columns: dict[str, str], path: str) -> list[TbpoError]:
+    """Keys of [data.columns] that give the better and the worse answer each other's column.
+
+    They do so by our own names, or by names that say the opposite, as "rejected_text" does.
+    """
+    faults = []
+    for better, worse in OPPOSITES:
+        first, second = columns.get(better, better), columns.get(worse, worse)
+        is_one = first == second
+        is_opposite = (better, worse) == ("chosen", "rejected") and (
+            _says(first, "rejected") and _says(second, "chosen")
+        )
+        if not (is_one or is_opposite or (first, second) == (worse, better)):
+            continue
+        what = f"data.columns reads {better} and {worse} from one column, {first}"
+        fix = "name two columns"
+        if not is_one:
+            what = f'data.columns exchanges {better} and {worse}: {better} = "{first}"'
+            fix = f'{better} = "{second}", {worse} = "{first}"'
+            if (first, second) == (worse, better):
+                fix = "take both lines out: the rows have columns of these names"
+            fix += " (to train on exchanged answers on purpose: align.reverse = true)"
+        expected = f"a column for {better} and another one for {worse}"
+        faults.append(TbpoError(what, f"{path}, [data.columns]", expected, fix))
+    return faults
+
+
+def _says(name: str, ours: str) -> bool:
+    """Whether a name says that a column is the chosen one, or the rejected one, and not both."""
+    said = {
+        side
+        for side in ("chosen", "rejected")
+        for word in LIKELY[side]
+        if (name.lower().endswith(word) if word.startswith("_") else word in name.lower())
+    }
+    return said == {ours}
 
 
 def key_faults(columns: dict[str, str], known: tuple[str, ...], path: str) -> list[TbpoError]:
@@ -97,7 +185,7 @@ def key_faults(columns: dict[str, str], known: tuple[str, ...], path: str) -> li
             TbpoError(
                 f"data.columns.{ours} is not the name of a column that tbpo reads",
                 f"{path}, [data.columns] {ours}",
-                f"our name = the name in the rows; ours are {', '.join(known)}",
+                f"our name = the name in the rows; ours are {_few(known, ours)}",
                 fix,
             )
         )
@@ -123,7 +211,7 @@ def absent_columns(columns: dict[str, str], seen: set[str], where: str) -> list[
             TbpoError(
                 f'data.columns.{ours} = "{theirs}" names a column that no row has',
                 where,
-                f"one of {', '.join(sorted(seen))}",
+                f"one of {_few(sorted(seen), theirs)}",
                 fix,
             )
         )

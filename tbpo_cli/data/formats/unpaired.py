@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tbpo_cli.data.formats.answers import from_answers
-from tbpo_cli.data.formats.columns import Columns
+from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of
 from tbpo_cli.data.pairs import PreferencePair, RejectedRow
 from tbpo_cli.data.sources import Row
 
@@ -34,7 +34,8 @@ def is_unpaired(row: Columns) -> bool:
 def pair_up(rows: Iterator[Row], renamed: Callable[[Any], Any]) -> Iterator[Row]:
     """Rows in which a good and a bad completion of one prompt stand together, then what is left.
 
-    1. A row waits until one of the same prompt (and system and tools) with the other label comes.
+    1. A row waits until one of the same prompt, input, system and tools comes with the other
+       label.
     2. The two make one row, with the number of the later one; the first to wait is the first taken.
     3. What still waits at the end follows as it is, as do rows that are no such rows at once.
 
@@ -46,7 +47,8 @@ def pair_up(rows: Iterator[Row], renamed: Callable[[Any], Any]) -> Iterator[Row]
         content = renamed(row.content)
         try:
             good = is_good(content)
-            asked = [content["prompt"], content.get("system"), content.get("tools")]
+            asked = [content[first_of(content, PROMPTS)]]
+            asked += [content.get(name) for name in ("input", "system", "tools")]
             key = json.dumps(asked, sort_keys=True)
         except (RejectedRow, TypeError, KeyError, ValueError):
             yield row

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbpo_cli import console
-from tbpo_cli.data.pairs import Messages
+from tbpo_cli.data.pairs import Message, Messages
+from tbpo_cli.data.templates import Tools
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import json_lines, write_whole
 
@@ -31,6 +32,7 @@ class Comparison:
         length_a: tokens of `completion_a`.
         length_b: tokens of `completion_b`.
         sample: its number among the samples of the prompt.
+        tools: the JSON schemas of the functions that an answer may call.
     """
 
     prompt_id: str
@@ -42,6 +44,7 @@ class Comparison:
     length_a: int
     length_b: int
     sample: int = 0
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ class Judge:
     name: str
     compare: Callable[[Sequence[Comparison]], list[Verdict]]
     mark: Callable[[Sequence[Answer]], list[Mark]]
+
+
+def text_of(message: Message) -> str:
+    """What a person, or a judge, reads of a message: its text, and the calls of functions in it."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    said = [json.dumps({"tool_call": call}, ensure_ascii=False) for call in calls]
+    return "\n".join(part for part in (message["content"] or "", *said) if part)
 
 
 def score_judge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,15 @@ from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.endpoint import Endpoint
-from tbpo_cli.evaluation.judges.judge import Answer, Comparison, Judge, Mark, Verdict, say_failures
+from tbpo_cli.evaluation.judges.judge import (
+    Answer,
+    Comparison,
+    Judge,
+    Mark,
+    Verdict,
+    say_failures,
+    text_of,
+)
 from tbpo_cli.evaluation.judges.reply import Reply
 
 TEMPLATE = Path(__file__).parent / "judge.txt"
@@ -81,7 +90,7 @@ class _LanguageJudge:
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Verdicts, each of the replies to both orders."""
-        both = [(one.prompt, one.completion_a, one.completion_b) for one in comparisons]
+        both = [(_with_tools(one), one.completion_a, one.completion_b) for one in comparisons]
         bodies = [
             _body(self.settings, self.template, prompt, {"a": first, "b": second}, VERDICT)
             for prompt, a, b in both
@@ -171,8 +180,8 @@ def _body(
         labels: those that the judge is asked for. Within prompt and texts they are shown in another
             form, so that a judge that quotes one says nothing by that.
     """
-    turns = [f"{message['role']}: {message['content']}" for message in prompt]
-    shown = "\n\n".join(turns) if len(turns) > 1 else str(prompt[0]["content"])
+    turns = [f"{message['role']}: {text_of(message)}" for message in prompt]
+    shown = "\n\n".join(turns) if len(turns) > 1 else text_of(prompt[0])
     filled = {
         name: labels.sub(lambda label: f"[ [{label[1]}] ]", text)
         for name, text in {"prompt": shown, **texts}.items()
@@ -184,6 +193,14 @@ def _body(
         "messages": [{"role": "user", "content": content}],
         **settings.body,
     }
+
+
+def _with_tools(one: Comparison) -> Messages:
+    """The prompt of a comparison, after the functions that an answer may call."""
+    if not one.tools:
+        return one.prompt
+    tools = json.dumps(one.tools, ensure_ascii=False)
+    return ({"role": "functions that may be called", "content": tools}, *one.prompt)
 
 
 def _mark(settings: Settings, replies: Sequence[Reply]) -> Mark:
@@ -230,17 +247,17 @@ def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
 
 
 def _together(repeats: list[Verdict]) -> Verdict:
-    """The verdict of all repeats: the mean of those that can be read."""
-    read = [one for one in repeats if one.value is not None]
-    if len(repeats) == 1 or not read:
+    """The verdict of all repeats: the mean of those that can be read. Each has its cost."""
+    if len(repeats) == 1:
         return repeats[0]
+    read = [one for one in repeats if one.value is not None]
     values = tuple(float(one.value) for one in read if one.value is not None)
     costs = [one.cost for one in repeats if one.cost is not None]
     return Verdict(
-        sum(values) / len(values),
+        sum(values) / len(values) if values else None,
         "\n\n".join(f"{place}. {one.reason}" for place, one in enumerate(repeats, 1)),
         None,
-        all(one.consistent for one in read),
+        all(one.consistent for one in read) if read else None,
         (sum(one.tokens[0] for one in repeats), sum(one.tokens[1] for one in repeats)),
         sum(costs) if costs else None,
         values,

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from tbpo_cli import console
 from tbpo_cli.config.judging import Judge as Settings
+from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.judge import Answer, Judge, score_judge
 
@@ -53,7 +54,8 @@ def _rendered(tokenizer: Any, answer: Answer, source: str) -> str | TbpoError:
     prompt, completion = answer
     chat = [*prompt, {"role": "assistant", "content": completion}]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        render = limited(tokenizer.apply_chat_template, "the template of the reward model", source)
+        return str(render(chat, tokenize=False))
     except (TemplateError, ValueError, TypeError) as error:
         what = f"the template of the reward model refuses a chat: {error}"
         return TbpoError(what, source, "a template that renders these messages")

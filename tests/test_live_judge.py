@@ -1,0 +1,130 @@
+"""`tbpo eval` with a language model as judge: a server on loopback, asked by the command itself."""
+
+import html
+import json
+import re
+from collections import Counter
+
+import pytest
+from conftest import WORDS, write_jsonl
+from judge_server import chat_completion, chat_server
+
+REPEATS = 3
+THEIRS = "the answer of the file, which says [[A]] and [[B]]"
+CASES = ("wins", "loses", "flips", "unread", "cut", "noisy", "ties")
+PROMPTS = {case: f"{case} {word}" for case, word in zip(CASES, WORDS, strict=False)}
+
+
+def judge_of(asked):
+    """A judge whose answer to each prompt is known; in a noisy case the first repeat differs.
+
+    Args:
+        asked: counts the requests by their content.
+    """
+
+    def answer(body):
+        content = body["messages"][0]["content"]
+        if content == "Say yes.":  # whether the server answers at all
+            return "yes"
+        case = next(case for case, prompt in PROMPTS.items() if prompt in content)
+        repeat = asked[content]
+        asked[content] += 1
+        first = content.split("[Answer of A]\n")[1]
+        is_policy_first = not first.startswith("the answer of the file")
+        for_policy, for_file = ("[[A]]", "[[B]]") if is_policy_first else ("[[B]]", "[[A]]")
+        if case == "unread":  # it quotes both answers, one of which holds labels
+            return f"I cannot say: {first}"
+        if case == "cut":
+            return chat_completion("At first sight [[A]]", finish_reason="length")
+        noisy = for_policy if repeat == 0 else for_file
+        said = {"wins": for_policy, "loses": for_file, "flips": "[[A]]", "ties": "[[C]]"}
+        return f"Because of {case}. {said.get(case, noisy)}"
+
+    return answer
+
+
+@pytest.fixture
+def evaluated(trained, finished, tmp_path, tbpo):
+    """Runs the command with the judge; gives results, report, verdicts and the server's counts."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in PROMPTS.values()])
+    rows = [{"instruction": prompt, "output": THEIRS} for prompt in PROMPTS.values()]
+    (tmp_path / "theirs.json").write_text(json.dumps(rows))
+    asked = Counter()
+
+    def run(*more):
+        sets = {
+            "sample.prompts": prompts,
+            "sample.max_new_tokens": 6,
+            "eval.answers": "['theirs.json']",
+            "eval.opponents": "[]",
+            "eval.diversity_prompts": 0,
+            "judge.endpoint": server.url,
+            "judge.model": "judge-1",
+            "judge.repeats": REPEATS,
+            "judge.concurrency": 1,
+            "judge.body": "{temperature = 1.0}",
+            "judge.price_per_million": "[1.0, 2.0]",
+        }
+        flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+        where = ("eval", trained / "tiny.toml", "--run-dir", finished)
+        done = tbpo(*where, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        folder = finished / "eval"
+        page = html.unescape(re.sub("<[^>]*>", " ", (folder / "report.html").read_text()))
+        return (
+            json.loads((folder / "results.json").read_text()),
+            re.sub(r"\s+", " ", page),
+            [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()],
+            asked,
+        )
+
+    with chat_server(judge_of(asked)) as server:
+        yield run
+
+
+def test_repeats_flips_unread_and_cut_answers_are_in_the_figures_and_on_the_page(evaluated):
+    """1, 0, ½ (flips), ⅓ (noisy), ½ (tie): 7/15 of 5 prompts; 1 of 5 flips; ⅓ of one unlike."""
+    results, page, lines, asked = evaluated()
+    (rate,) = results["win_rates"]
+    assert (rate["model"], rate["against"], rate["judge"]) == ("policy", "theirs", "judge-1")
+    assert rate["raw"]["value"] == pytest.approx(7 / 15) and rate["raw"]["n"] == 5
+    assert rate["raw"]["low"] < 0.2 and rate["raw"]["high"] > 0.75, "five prompts say little"
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["unreadable"]) == (1, 2, 2, 2)
+    assert rate["inconsistent"]["value"] == pytest.approx(1 / 5)
+    assert rate["unlike_repeats"]["value"] == pytest.approx(1 / 15)
+    requests = len(CASES) * 2 * REPEATS
+    assert sum(asked.values()) == requests
+    tokens = (rate["prompt_tokens"], rate["completion_tokens"])
+    assert tokens == (100 * requests, 10 * requests)
+    assert rate["cost"] == pytest.approx(requests * (100 * 1 + 10 * 2) / 1e6)
+    values = {case: line["verdict"] for case, line in zip(CASES, lines, strict=True)}
+    assert values.pop("noisy") == pytest.approx(1 / 3)
+    assert values == {"wins": 1, "loses": 0, "flips": 0.5, "unread": None, "cut": None, "ties": 0.5}
+    by_case = dict(zip(CASES, lines, strict=True))
+    assert by_case["flips"]["consistent"] is False and by_case["wins"]["consistent"] is True
+    assert "(cut off: length)" in by_case["cut"]["reason"]
+    assert "cannot be told apart: tbpo_a wins 46.7% of 5 prompts (95 %: " in results["verdict"]
+    for shown in (
+        "policy – theirs, by judge-1",
+        "46.7%",
+        "20.0%",
+        "6.7%",
+        "no verdict against theirs, by judge-1",
+        "ties with theirs, by judge-1, not in both orders: 1. Because of flips. [[A]]",
+        "0.33 of a win against theirs, by judge-1",
+        "wins against theirs, by judge-1: 1. Because of wins.",
+        "8 held-out pairs, 7 prompts.",
+    ):
+        assert shown in page, shown
+
+
+def test_another_start_asks_for_cut_answers_alone(evaluated):
+    """And with more repeats for these only."""
+    evaluated()
+    *_, asked = evaluated("--restart")
+    first = len(CASES) * 2 * REPEATS
+    assert sum(asked.values()) == first + 2 * REPEATS
+    results, *_, asked = evaluated("--restart", "--set", f"judge.repeats={REPEATS + 1}")
+    assert sum(asked.values()) == first + 2 * REPEATS + 2 * (REPEATS + 1) + (len(CASES) - 1) * 2
+    (rate,) = results["win_rates"]
+    assert rate["raw"]["value"] == pytest.approx((1 + 0 + 1 / 2 + 1 / 4 + 1 / 2) / 5)
