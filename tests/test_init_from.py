@@ -111,7 +111,7 @@ def test_a_config_of_llama_factory(tbpo, tmp_path):
 def test_json_a_script_and_a_python_file(tbpo, tmp_path):
     config = {"model_name_or_path": "org/model", "dataset_name": "a/b", "max_steps": -1}
     written(tbpo, tmp_path, "config.json", json.dumps(config))
-    assert load_recipe(tmp_path / "mine.toml").align.epochs == 1.0, "-1 is no number of steps"
+    assert load_recipe(tmp_path / "mine.toml").align.epochs == 3.0, "-1 is no number of steps"
     (tmp_path / "mine.toml").unlink()
     written(tbpo, tmp_path, "run.sh", SCRIPT)
     recipe = load_recipe(tmp_path / "mine.toml")
@@ -120,14 +120,20 @@ def test_json_a_script_and_a_python_file(tbpo, tmp_path):
     done = written(tbpo, tmp_path, "train.py", PYTHON)
     tables = tomllib.loads((tmp_path / "mine.toml").read_text())
     assert tables["align"]["loss"]["beta"] == 0.2 and tables["align"]["batch_pairs"] == 8
-    assert tables["model"]["lora"] == {"r": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
+    assert tables["model"]["lora"] == {
+        "r": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "target_modules": ["q_proj"],
+    }
     assert "still to be mended" in done.stdout and "model.base is missing" in done.stdout
 
 
 def test_an_sft_config_fills_the_table_sft():
     theirs = {"stage": "sft", "learning_rate": 1e-5, "per_device_train_batch_size": 4}
     tables = convert(theirs).tables
-    assert tables == {"sft": {"learning_rate": 1e-5, "batch_examples": 4}}
+    assert (tables["sft"]["learning_rate"], tables["sft"]["batch_examples"]) == (1e-5, 4)
+    assert "align" not in tables
 
 
 @pytest.mark.parametrize(
@@ -155,3 +161,114 @@ def test_every_counterpart_is_a_key_of_a_recipe():
     assert {key for key in ours - known if not key.startswith("align.loss.")} == set()
     assert all(each.ours or each.note for each in THEIRS.values())
     assert LOSS_NAMES["sigmoid"] == "dpo"
+
+
+TRL_KEYS = {"model_name_or_path": "a/b", "dataset_name": "c/d"}
+AXOLOTL_KEYS = {"base_model": "a/b", "datasets": [{"path": "c/d"}]}
+FACTORY_KEYS = {"model_name_or_path": "a/b", "dataset": "c", "stage": "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "loss"),
+    [
+        (TRL_KEYS, {"name": "dpo", "beta": 0.1}),
+        ({**TRL_KEYS, "loss_type": ["ipo"]}, {"name": "ipo", "beta": 0.1}),
+        (
+            {**TRL_KEYS, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+            {"name": "dpo", "sft_weight": 0.5, "beta": 0.1},
+        ),
+        (FACTORY_KEYS, {"name": "dpo", "beta": 0.1}),
+        ({**FACTORY_KEYS, "pref_loss": "orpo", "pref_beta": 0.2}, {"name": "orpo", "lam": 0.2}),
+        ({**AXOLOTL_KEYS, "rl": "orpo", "orpo_alpha": 0.3}, {"name": "orpo", "lam": 0.3}),
+        ({**AXOLOTL_KEYS, "rl": "dpo", "rl_beta": 0.4}, {"name": "dpo", "beta": 0.4}),
+    ],
+)
+def test_the_loss_is_theirs_also_where_they_leave_it_out(theirs, loss):
+    assert convert(theirs).tables["align"]["loss"] == loss
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {**FACTORY_KEYS, "stage": "kto"},
+        {**AXOLOTL_KEYS, "rl": "kto"},
+        {**TRL_KEYS, "loss_type": "nca_pair"},
+        {**TRL_KEYS, "loss_type": ["sigmoid", "bco_pair"]},
+    ],
+)
+def test_a_loss_that_is_not_here_is_listed_and_dpo_stands_in_its_place(theirs):
+    converted = convert(theirs)
+    assert converted.tables["align"]["loss"]["name"] == "dpo"
+    assert any("dpo stands in its place" in why for _, why in converted.left)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "lora"),
+    [
+        ({**TRL_KEYS, "lora_r": 16}, None),
+        ({**TRL_KEYS, "use_peft": True}, {"r": 16, "alpha": 32.0, "dropout": 0.05}),
+        ({**FACTORY_KEYS, "lora_rank": 4}, {"r": 4, "alpha": 8.0, "dropout": 0.0}),
+        ({**FACTORY_KEYS, "finetuning_type": "full"}, None),
+        ({**AXOLOTL_KEYS, "rl": "dpo", "adapter": "qlora", "lora_r": 8}, {"r": 8}),
+    ],
+)
+def test_an_adapter_is_as_theirs(theirs, lora):
+    assert convert(theirs).tables["model"].get("lora") == lora
+
+
+def test_their_defaults_are_written_where_ours_differ():
+    align = convert(TRL_KEYS).tables["align"]
+    assert (align["learning_rate"], align["batch_pairs"], align["epochs"]) == (1e-6, 8, 3.0)
+    assert convert(TRL_KEYS).tables["data"]["max_length"] == 1024
+    assert "epochs" not in convert({**TRL_KEYS, "max_steps": 10}).tables["align"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_length", None),
+        ("max_steps", -1),
+        ("load_in_4bit", False),
+        ("optim", "adamw_8bit"),
+        ("save_steps", 0.1),
+        ("eval_steps", 0.25),
+        ("warmup_steps", 100),
+        ("simpo_gamma", 0.5),
+        ("unknown_key", 1),
+    ],
+)
+def test_what_is_not_taken_over_is_listed(key, value):
+    left = convert({**TRL_KEYS, key: value}).left
+    assert [why for name, why in left if name == key]
+
+
+def test_keys_of_a_data_set_that_are_not_taken_over_are_listed():
+    each = {"path": "json", "data_files": "a.jsonl", "ds_type": "json", "type": "x", "weight": 2}
+    converted = convert({**AXOLOTL_KEYS, "rl": "dpo", "datasets": [each]})
+    assert converted.tables["data"]["train"] == [{"path": "a.jsonl", "weight": 2}]
+    assert {"datasets.type", "datasets.ds_type"} <= {name for name, _ in converted.left}
+
+
+def test_variables_of_a_python_file_are_followed_or_listed(tbpo, tmp_path):
+    text = "RATE = 2e-6\nargs = DPOConfig(learning_rate=RATE, beta=find(), dataset_num_proc=None)\n"
+    done = written(tbpo, tmp_path, "train.py", text)
+    assert tomllib.loads((tmp_path / "mine.toml").read_text())["align"]["learning_rate"] == 2e-6
+    assert "find() is no plain value" in done.stdout and "dataset_num_proc" in done.stdout
+
+
+def test_a_recipe_in_yaml_is_kept_whole(tbpo, tmp_path):
+    text = "model: {base: org/model}\ndata: {train: org/pairs}\nalign: {epochs: 2.0, loss: dpo}\n"
+    done = written(tbpo, tmp_path, "ours.yaml", text)
+    assert done.returncode == 0 and "is a recipe already" in done.stdout
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert (recipe.align.epochs, recipe.align.loss_name) == (2.0, "dpo")
+
+
+def test_a_config_without_a_known_key_gives_no_recipe(tbpo, tmp_path):
+    done = written(tbpo, tmp_path, "x.yaml", "services: {web: 1}\n")
+    assert done.returncode == 2 and not (tmp_path / "mine.toml").exists()
+
+
+def test_an_incomplete_recipe_is_to_be_mended_first(tbpo, tmp_path):
+    done = written(tbpo, tmp_path, "x.yaml", "loss_type: ipo\n")
+    assert "next: mend mine.toml" in done.stdout + done.stderr

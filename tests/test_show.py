@@ -368,10 +368,10 @@ def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_fi
     text = flat(done.stdout)
     assert "✗ trackers" in text and "trackio is not installed" in text
     assert "→ pip install trackio" in text
-    assert "✗ what [judge] and [eval] name" in text and "has no function scor" in text
-    assert "GB for checkpoints" in text and done.returncode == 0
+    assert "✗ files and models of the evaluation" in text and "has no function scor" in text
+    assert "for checkpoints" in text and done.returncode == 2
     fine = tbpo("show", recipe_file, "--set", "judge.scorer=python:./scorer.py:score")
-    assert "✓ what [judge] and [eval] name" in flat(fine.stdout)
+    assert "✓ files and models of the evaluation" in flat(fine.stdout)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ CHECKS: dict[str, dict[str, _Check]] = {
     },
     "eval": {
         "the condition {recipe.eval.gate}": _Check(lambda recipe: recipe.eval.gate, require_gate),
-        "what [judge] and [eval] name: scorer, reward model, suites, answers, runs": _Check(
+        "files and models of the evaluation: scorer, reward model, suites, answers, runs": _Check(
             _names_something, _evaluation
         ),
         "the judge's server answers": _Check(_has_judge_server, _judge_server, asks=True),
@@ -240,5 +240,6 @@ CHECKS["sft"] = CHECKS["align"]
 def disk_check(run_dir: RunDir, needed: float) -> Check:
     """Whether the disk has the bytes of the checkpoints and results."""
     free = free_bytes(run_dir.path)
-    name = f"{needed / 1e9:.1f} GB for checkpoints; {free / 1e9:.0f} GB are free"
+    size = f"{needed / 1e9:.2g} GB" if needed else "an unknown size"
+    name = f"disk: {size} for checkpoints; {free / 1e9:.0f} GB are free"
     return run_check(name, partial(require_space, run_dir.path, needed, free))

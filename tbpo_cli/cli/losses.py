@@ -8,9 +8,11 @@ import re
 import textwrap
 from dataclasses import dataclass
 
+from tbpo_cli.config.other_tools import LOSS_NAMES
 from tbpo_cli.core.generators import GENERATORS
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
 from tbpo_cli.core.losses import LOSSES, Loss
+from tbpo_cli.errors import TbpoError
 
 COMPARED = {  # by the span of the loss, and then by what it compares
     "chosen": "nothing: it reads the chosen response",
@@ -119,9 +121,16 @@ def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def as_text() -> str:
-    """The losses, then the generators, for a terminal: a paragraph each."""
-    paragraphs = []
+def as_text(wanted: str | None = None) -> str:
+    """The losses, then the generators, for a terminal: a paragraph each.
+
+    Args:
+        wanted: the only loss or generator that is described.
+
+    Raises:
+        TbpoError: if there is none of that name.
+    """
+    paragraphs: dict[str, str] = {}
     for each in descriptions():
         lines = [
             each.summary,
@@ -130,11 +139,17 @@ def as_text() -> str:
             each.source,
             each.when,
         ]
-        paragraphs.append(_paragraph(each.name, lines))
+        paragraphs[each.name] = _paragraph(each.name, lines)
     for name, cls in GENERATORS.items():
         lines = [_summary(cls), f"generator = {_toml(cls())}"]
-        paragraphs.append(_paragraph(f"generator {name}", lines))
-    return "\n\n".join(paragraphs)
+        paragraphs[name] = _paragraph(f"generator {name}", lines)
+    if wanted is None:
+        return "\n\n".join(paragraphs.values())
+    if wanted not in paragraphs:
+        expected = f"one of {', '.join(paragraphs)}"
+        fix = f"tbpo losses {near}" if (near := LOSS_NAMES.get(wanted.lower())) else "tbpo losses"
+        raise TbpoError(f"there is no loss {wanted!r}", "the command line", expected, fix)
+    return paragraphs[wanted]
 
 
 def _cost(each: Description) -> str:

@@ -190,15 +190,16 @@ def init(
 
 @app.command(cls=Command)
 def losses(
+    name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None,
     markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
 ) -> None:
     """The losses and generators: formula, what each needs, keys with defaults, when to take it.
 
-    Example: tbpo losses
+    With NAME, only that one. Example: tbpo losses dpo
     """
     from tbpo_cli.cli.losses import as_markdown, as_text
 
-    text = as_markdown() if markdown else as_text()
+    text = as_markdown() if markdown else as_text(name)
     console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

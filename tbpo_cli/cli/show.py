@@ -14,6 +14,7 @@ from tbpo_cli.cli.checks import Check, all_checks, disk_check
 from tbpo_cli.cli.forecast import forecast, trainings_of
 from tbpo_cli.cli.forecast_rounds import forecast_rounds
 from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES, STATES, plan
 
@@ -24,6 +25,9 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
     Args:
         given: which keys do not have their default, from `recipe.sources`.
         processes: of the training, one a device.
+
+    Raises:
+        TbpoError: after all is printed, if something is lacking that would stop a stage.
     """
     _show_values(recipe, given)
     if not Path(recipe.model.base).exists() or recipe.push.repo:
@@ -46,7 +50,11 @@ def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int 
             _print(text, label)
         for warning in found.warnings:
             _print(warning, "WARNING")
-    _show_checks([*all_checks(recipe), disk_check(run_dir, disk)])
+    checks = [*all_checks(recipe), disk_check(run_dir, disk)]
+    _show_checks(checks)
+    if failed := [check.name for check in checks if check.problem is not None]:
+        what = f"{len(failed)} of what the stages need is lacking (✗ above): {'; '.join(failed)}"
+        raise TbpoError(what, fix="do what the lines under each ✗ say")
 
 
 def _show_checks(checks: list[Check]) -> None:

@@ -89,6 +89,7 @@ THEIRS: dict[str, Theirs] = {
     "ref_model": Theirs(TRL, note=NO_REFERENCE),
     "chat_template": Theirs("axolotl", "model.chat_template", "a Jinja file"),
     "template": Theirs(FACTORY, note=NOTHING + "the tokenizer's chat template is used"),
+    "max_length": Theirs(TRL, "data.max_length"),
     "sequence_len": Theirs(AXOLOTL, "data.max_length"),
     "cutoff_len": Theirs(FACTORY, "data.max_length"),
     # the adapter
@@ -125,6 +126,8 @@ THEIRS: dict[str, Theirs] = {
     "dataset_processes": Theirs(AXOLOTL, "data.workers"),
     "preprocessing_num_workers": Theirs(FACTORY, "data.workers"),
     # the loss
+    "stage": Theirs(FACTORY, note="a stage is a table here: [sft] or [align]"),
+    "loss_weights": Theirs(TRL, note="align.loss.sft_weight is the weight of the sft term"),
     "loss_type": Theirs(TRL, "align.loss.name", "with other names", LOSS_NAMES),
     "pref_loss": Theirs(FACTORY, "align.loss.name", "with other names", LOSS_NAMES),
     "rl": Theirs(AXOLOTL, "align.loss.name", "with other names", LOSS_NAMES),
@@ -133,6 +136,8 @@ THEIRS: dict[str, Theirs] = {
     "pref_beta": Theirs(FACTORY, "align.loss.beta"),
     "beta": Theirs("TRL", "align.loss.beta"),
     "label_smoothing": Theirs("TRL", "align.loss.label_smoothing"),
+    "orpo_alpha": Theirs(AXOLOTL, "align.loss.lam"),
+    "dpo_label_smoothing": Theirs(FACTORY, "align.loss.label_smoothing"),
     "simpo_gamma": Theirs("TRL, LLaMA-Factory", "align.loss.gamma"),
     "rpo_alpha": Theirs("TRL, axolotl", "align.loss.sft_weight"),
     "pref_ftx": Theirs(FACTORY, "align.loss.sft_weight"),
@@ -179,6 +184,27 @@ THEIRS: dict[str, Theirs] = {
     "push_to_hub": Theirs(TRL, note="tbpo push is a command of its own"),
     "hub_private_repo": Theirs(TRL, "push.private"),
 }  # fmt: skip
+
+# What holds where a config leaves a key out. Source: DPOConfig, SFTConfig and ModelConfig of TRL,
+# TrainingArguments of transformers, LLaMA-Factory's FinetuningArguments and DataArguments.
+_ARGUMENTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "max_grad_norm": 1.0,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    TRL: {**_ARGUMENTS, "beta": 0.1, "learning_rate": 1e-6, "max_length": 1024},
+    FACTORY: {**_ARGUMENTS, "pref_beta": 0.1, "learning_rate": 5e-5, "cutoff_len": 2048},
+    AXOLOTL: {"max_grad_norm": 1.0},
+}
+SFT_DEFAULTS: dict[str, dict[str, Any]] = {TRL: {"learning_rate": 2e-5}, FACTORY: {}, AXOLOTL: {}}
+LORA_DEFAULTS: dict[str, dict[str, Any]] = {
+    TRL: {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
+    FACTORY: {"lora_rank": 8, "lora_dropout": 0.0},
+    AXOLOTL: {},
+}
 
 
 def counterpart(name: str) -> str:

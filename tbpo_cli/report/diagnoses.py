@@ -41,14 +41,14 @@ BEFORE = (
         lambda f: 0 < f.rate < f.low,
         "learning_rate is under what is published",
         "the learning rate {rate:g} is low: for {trained}, {low:.2g} to {high:.2g} are usual",
-        "{stage}.learning_rate = {low:.1g} or more",
+        "{stage}.learning_rate = {low:.2g} or more",
     ),
     Diagnosis(
         ("rate",),
         lambda f: f.rate > f.high,
         "learning_rate is over what is published",
         "the learning rate {rate:g} is high: for {trained}, {low:.2g} to {high:.2g} are usual",
-        "{stage}.learning_rate = {high:.1g} or less, and watch the KL",
+        "{stage}.learning_rate = {high:.2g} or less, and watch the KL",
     ),
     Diagnosis(
         ("rate", "steps"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import log as fake_tensor_log
 from torch.func import functional_call
 from torch.utils.benchmark import Timer
 
@@ -92,7 +95,10 @@ def _saved(
     try:
         # Other implementations read the numbers of their masks.
         set_attention(causal, BY_SEQUENCE)
-        with FakeTensorMode(allow_non_fake_inputs=True) if is_fake else nullcontext():
+        with (
+            silent(fake_tensor_log),
+            FakeTensorMode(allow_non_fake_inputs=True) if is_fake else nullcontext(),
+        ):
             twins = {name: twin(each) for name, each in own.items()}
             rows = {
                 "input_ids": torch.zeros(1, num_tokens, dtype=torch.long, device=device),
@@ -109,6 +115,17 @@ def _saved(
         for module, own_attributes in attributes:
             vars(module).clear()
             vars(module).update(own_attributes)
+
+
+@contextmanager
+def silent(log: logging.Logger) -> Iterator[None]:
+    """Without a logger's lines: a pass that fails is done on another device, as `_saved` is."""
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def bytes_of_learning(policy: Policy, settings: Training) -> float:
