@@ -145,17 +145,14 @@ class Encoder:
         return NAME.format(self.control_tokens[match.group()])
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._copy.encode_batch_fast(texts, add_special_tokens=False)
-        if not self._renumbered:
-            return [encoding.ids for encoding in encodings]
-        return [
-            [self._renumbered.get(number, number) for number in encoding.ids]
-            for encoding in encodings
-        ]
+        return [encoding.ids for encoding in self._copy.encode_batch_fast(texts)]
 
     @cached_property
     def _copy(self) -> Tokenizer:
-        """The tokenizer with its control tokens under other names, in its vocabulary as well."""
+        """The tokenizer with its control tokens under other names, in its vocabulary as well.
+
+        No merge makes a control token out of parts of a text, and nothing is added to a text.
+        """
         from tokenizers import Tokenizer
 
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -163,11 +160,12 @@ class Encoder:
         for token in spec["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         model = spec["model"]
-        merged = {
-            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-            for merge in model.get("merges", ())
-        }
-        names = {text: name for text, name in names.items() if text not in merged}
+        if "merges" in model:
+            model["merges"] = [
+                (first, second)
+                for first, second in model["merges"]
+                if names.keys().isdisjoint((first, second, first + second))
+            ]
         vocab = model["vocab"]
         if isinstance(vocab, dict):
             model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
@@ -177,17 +175,6 @@ class Encoder:
             model["unk_token"] = names[model["unk_token"]]
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         return Tokenizer.from_str(json.dumps(spec))
-
-    @cached_property
-    def _renumbered(self) -> dict[int, int]:
-        """Ids of added tokens in the copy → in the tokenizer, where they differ."""
-        found: dict[int, int] = {}
-        for number, token in self.tokenizer.added_tokens_decoder.items():
-            name = NAME.format(number) if token.special else token.content
-            of_copy = self._copy.token_to_id(name)
-            if of_copy is not None and of_copy != number:
-                found[of_copy] = number
-        return found
 
 
 def _is_of_answers(control: str) -> bool:
