@@ -5,7 +5,9 @@ what to do.
 import gzip
 import json
 import os
+import resource
 import shutil
+import signal
 import time
 
 import pytest
@@ -15,7 +17,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from tbpo_cli.cli.last_resort import PACKAGE, message_for
-from tbpo_cli.data.limits import limited
+from tbpo_cli.config.recipe import Model
+from tbpo_cli.data.limits import at_most, limited
+from tbpo_cli.data.tokenizer import load_chat
+from tbpo_cli.errors import TbpoError
 
 FULL = ("error:", "where:", "expected:", "fix:")
 
@@ -667,7 +672,10 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
     ("template", "says"),
     [
         (LOOP, "takes more than 0.5 s for one conversation"),
-        ("{{ 'a' * 200000000 }}", "takes more than 0.125 GiB of memory for one conversation"),
+        (
+            "{% for message in messages %}{{ 'a' * 200000000 }}{% endfor %}",
+            "takes more than 0.125 GiB of memory for one conversation",
+        ),
     ],
 )
 def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
@@ -680,6 +688,22 @@ def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
     template = f"model.chat_template={tmp_path / 't.jinja'}"
     done = command("prepare", scene.recipe, "--set", template, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_the_limits_of_a_program_end_with_it():
+    """No alarm, no bound of memory and no handler is left behind, also by one that failed."""
+
+    def limits():
+        alarm, memory = signal.getitimer(signal.ITIMER_REAL), resource.RLIMIT_AS
+        return alarm, resource.getrlimit(memory), signal.getsignal(signal.SIGALRM)
+
+    before = limits()
+    with at_most(60, 2**30):
+        assert 0 < limits()[0][0] <= 60 and limits()[1] != before[1]
+    assert limits() == before
+    with pytest.raises(ValueError, match="broken"), at_most(60, 2**30):
+        raise ValueError("broken")
+    assert limits() == before
 
 
 OF_ONE_ROW = {
@@ -809,7 +833,7 @@ def test_the_executable_says_the_same_without_a_traceback(executable, recipe_fil
 
 
 HUB = {
-    "a base that is not there": (("model.base=user/none",), "the tokenizer cannot be loaded"),
+    "a base that is not there": (("model.base=user/none",), "loaded: the Hub has no such model"),
     "rows that are not there": (
         ("data.train=user/none",),
         "data.train cannot be read: DatasetNotFoundError",
@@ -837,6 +861,12 @@ def test_what_the_hub_does_not_have_is_a_message(mistake, executable, recipe_fil
         done.stderr
     )
     assert all(word in done.stderr for word in FULL) and "user/" in done.stderr
+
+
+def test_a_base_that_is_in_no_cache_and_on_no_hub_that_answers_is_a_message():
+    with pytest.raises(TbpoError, match="the Hub cannot be reached, and the base is not") as error:
+        load_chat(Model(base="user/none"), "2026-01-01")
+    assert error.value.where == "model.base = 'user/none'" and "network" in error.value.fix
 
 
 def test_show_asks_a_hub_that_does_not_answer_only_once(executable, recipe_file, tmp_path):

@@ -490,6 +490,7 @@ def ask_one(url):
     [
         ((401, f'{{"error": "{KEY} is wrong"}}', {}),
          "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
+        ((403, "not yours", {}), "the key in OPENAI_API_KEY is not accepted: 403 not", "a key of"),
         ((404, "no such model", {}), "the server answers 404 no such model",
          "the model 'judge-7'; its"),
         (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, "
@@ -510,6 +511,21 @@ def test_a_server_that_will_not_answer_is_a_message(trouble, what, expected):
         and error.value.where == server.url
     )
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
+def test_a_server_that_is_busy_or_fails_is_asked_again(status):
+    with chat_server(lambda body: "ok", *[(status, "", {"Retry_After": 0})] * 2) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert (reply.text, reply.refused, len(server.requests)) == ("ok", "", 3)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_a_reply_that_says_so_and_is_not_repeated(status):
+    with chat_server(lambda body: "never", (status, "too long", {})) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert reply.refused == f"the server refuses the request: {status} too long"
+    assert not reply.text and len(server.requests) == 1
 
 
 def test_no_server_at_the_address_is_a_message_soon():
@@ -791,6 +807,46 @@ def test_the_length_controlled_rate_recovers_the_truth(theta, phi):
         and figure["n"] == 4000
     )
     assert figure["value"] == pytest.approx(truth, abs=0.025)
+
+
+def test_the_length_controlled_rate_is_that_of_the_penalised_likelihoods_maximum():
+    """By torch's own optimizer: 0.001 on θ and 0.01 on φ, halved and squared.
+
+    Length decides every verdict, so the penalty alone keeps both finite.
+    """
+    lengths = np.array([-9.0, -1.0, 2.0, 3.0, 10.0])
+    values = (lengths > 0).astype(float)
+    features = torch.from_numpy(np.tanh(lengths / lengths.std()))
+    found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=1000, tolerance_grad=1e-12)
+
+    def objective():
+        optimizer.zero_grad()
+        chances = found[0] + found[1] * features
+        wrong = torch.nn.functional.binary_cross_entropy_with_logits(
+            chances, torch.from_numpy(values), reduction="sum"
+        )
+        loss = wrong + (found.square() * torch.tensor([0.001, 0.01])).sum() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(objective)
+    expected = found.detach()[0].sigmoid().item()
+    assert 0.05 < expected < 0.45
+    rate = length_controlled(values, lengths, np.arange(5))
+    assert rate["value"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_repeats_that_differ_are_unlike_and_one_alone_says_nothing():
+    comparisons = compare(("a", "b"), ("c", "d"), ("e", "f"))
+    verdicts = [
+        Verdict(0.5, "", repeats=(1.0, 0.0)),
+        Verdict(1.0, "", repeats=(1.0, 1.0)),
+        Verdict(1.0, "", repeats=(1.0,)),
+    ]
+    unlike = win_rate(comparisons, verdicts, "judge")["unlike_repeats"]
+    assert (unlike["value"], unlike["n"]) == (0.25, 2)
 
 
 def test_a_judge_that_likes_length_only_is_seen_through():
