@@ -396,9 +396,10 @@ def test_unknown_rows_are_shown_with_the_lines_that_would_name_their_columns():
             {"reply_text": "hi", "user_query": "hello"},
             {"prompt": "user_query", "completion": "reply_text"},
         ),
+        ({"first": "hello", "second": "hi"}, {"prompt": "first", "completion": "second"}),
         (
-            {"first": "hello", "second": "hi"},
-            {"prompt": "first", "chosen": "second", "rejected": "…"},
+            {"first": "hello", "second": "hi", "third": "go"},
+            {"prompt": "first", "chosen": "second", "rejected": "third"},
         ),
     ],
 )

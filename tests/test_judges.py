@@ -495,6 +495,7 @@ def ask_one(url):
     [
         ((401, f'{{"error": "{KEY} is wrong"}}', {}),
          "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
+        ((403, "not yours", {}), "the key in OPENAI_API_KEY is not accepted: 403 not", "a key of"),
         ((404, "no such model", {}), "the server answers 404 no such model",
          "the model 'judge-7'; its"),
         (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, "
@@ -515,6 +516,13 @@ def test_a_server_that_will_not_answer_is_a_message(trouble, what, expected):
         and error.value.where == server.url
     )
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
+def test_a_server_that_is_busy_or_fails_is_asked_again(status):
+    with chat_server(lambda body: "ok", *[(status, "", {"Retry_After": 0})] * 2) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert (reply.text, reply.refused, len(server.requests)) == ("ok", "", 3)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
