@@ -312,7 +312,7 @@ MISTAKES = {
         recipe_says(model={"lora": None, "quantization": "nf4"}),
         (*FULL, "model.quantization is not possible", "a table [model.lora]"),
     ),
-    "4 bits shared out": (
+    "4 bits sharded": (
         sets("prepare", "model.quantization=nf4", "align.sharding=fsdp"),
         (*FULL, "align.sharding", "cannot be fsdp"),
     ),
