@@ -108,6 +108,28 @@ def test_every_command_has_an_example(tbpo, command):
     assert done.returncode == 0 and "Example: tbpo " in done.stdout
 
 
+@pytest.mark.parametrize("command", ["prepare", "align", "eval", "push", "init", "losses", "show"])
+def test_help_names_no_types(tbpo, command):
+    done = tbpo(command, "-h")
+    assert done.returncode == 0 and not re.search(r"<[\w\[\]]+>|\[\[", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("command", ["losses", "show", "a mistake"])
+def test_at_60_columns_prose_is_in_lines_of_60(executable, recipe_file, command):
+    """Only a word that is longer, such as a path, is over them."""
+    arguments = {
+        "losses": ("losses",),
+        "show": ("show", recipe_file),
+        "a mistake": ("show", recipe_file, "--set", "align.loss=kto", "--set", "data.format=x"),
+    }[command]
+    done = executable(*arguments, COLUMNS="60")
+    assert done.returncode == (2 if command == "a mistake" else 0), done.stderr
+    printed = done.stdout + done.stderr
+    long = [line for line in printed.splitlines() if len(line) > 60]
+    assert not [line for line in long if max(map(len, line.split())) < 40], long
+    assert len(printed.splitlines()) > 6
+
+
 @pytest.mark.parametrize("wait_for", ["", "prepare/inputs.json", "align/inputs.json"])
 def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_for):
     """While libraries are imported, rows are prepared, or the model is loaded."""

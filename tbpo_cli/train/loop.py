@@ -42,7 +42,7 @@ from tbpo_cli.train.step import Stepper
 SHOWN = (
     ("loss", "loss {:.4f}"),
     ("accuracy", "accuracy {:.0%}"),
-    ("kl", "KL {:.4f}"),
+    ("kl", "KL {:z.4f}"),
     ("tokens_per_s", "{:,.0f} tokens/s"),
 )
 
