@@ -66,7 +66,7 @@ class ToldError(TbpoError):
 
 
 class Interrupted(TbpoError):  # noqa: N818 - an event, not a fault
-    """SIGINT or SIGTERM, after a checkpoint was written. Exit 130 or 143."""
+    """SIGINT, SIGTERM or SIGHUP, after a checkpoint was written. Exit 130, 143 or 129."""
 
     def __init__(self, signal_number: int, what: str, fix: str) -> None:
         super().__init__(what, fix=fix)
