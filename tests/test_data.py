@@ -225,6 +225,13 @@ def test_unusable_conversations_have_a_reason(chosen, rejected, reason):
     [
         ({"chosen": "Human: x", "rejected": "y"}, "wrong_type"),
         (
+            {
+                "chosen": "Well.\n\nHuman: x\n\nAssistant: y",
+                "rejected": "Well.\n\nHuman: x\n\nAssistant: z",
+            },
+            "wrong_type",
+        ),
+        (
             {"chosen": "\n\nHuman: x\n\nAssistant: ", "rejected": "\n\nHuman: x\n\nAssistant: y"},
             "empty_response",
         ),
@@ -351,6 +358,13 @@ def test_the_store_gives_back_what_was_written(tmp_path):
     assert len(store) == 2 and store.has_rejected
     assert store[0].chosen_ids.tolist() == [120, 121] and store[1].pair_id == "02"
     assert store.prompt_lengths.tolist() == [3, 1] and store.rejected_lengths.tolist() == [4, 1]
+
+
+def test_a_split_whose_writing_fails_leaves_no_file(tmp_path):
+    with pytest.raises(OSError, match="no space"), pair_writer(tmp_path) as writer:
+        writer.write_batch(record_batch([TokenizedPair("01", [1], [2], [3])]))
+        raise OSError("no space")
+    assert not list(tmp_path.iterdir())
 
 
 def test_spans_cut_what_a_loss_does_not_read(tmp_path):

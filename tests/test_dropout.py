@@ -50,6 +50,21 @@ def test_the_mask_of_a_token_does_not_depend_on_its_place():
     assert torch.equal(moved, mask_of(keys[None])[order])
 
 
+def test_without_a_key_for_each_token_torchs_generator_decides():
+    """Of no batch, or where a layer sees other tokens than the model's input, as experts do."""
+    for token_keys in (None, torch.arange(NUM_TOKENS)[None]):
+        source = TokenKeys()
+        source.set(token_keys, 0, 0)
+        dropout = TokenDropout(0.25, 0, source).train()
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(dropout(torch.ones(NUM_TOKENS // 2, NUM_FEATURES)))
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        assert set(found[0].unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+        assert abs((found[0] > 0).float().mean() - 0.75) < 0.01
+
+
 def test_nothing_is_dropped_outside_of_training():
     source = TokenKeys()
     source.set(torch.zeros(1, 3, dtype=torch.int64), 0, 0)

@@ -5,17 +5,30 @@ what to do.
 import gzip
 import json
 import os
+import resource
 import shutil
+import signal
 import time
 
+import httpx
 import pytest
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from tbpo_cli.cli.last_resort import PACKAGE, message_for
-from tbpo_cli.data.limits import limited
+from tbpo_cli.config.recipe import Model
+from tbpo_cli.data.limits import at_most, limited
+from tbpo_cli.data.tokenizer import load_chat
+from tbpo_cli.errors import TbpoError
 
 FULL = ("error:", "where:", "expected:", "fix:")
 
@@ -307,7 +320,7 @@ MISTAKES = {
         recipe_says(model={"lora": None, "quantization": "nf4"}),
         (*FULL, "model.quantization is not possible", "a table [model.lora]"),
     ),
-    "4 bits shared out": (
+    "4 bits sharded": (
         sets("prepare", "model.quantization=nf4", "align.sharding=fsdp"),
         (*FULL, "align.sharding", "cannot be fsdp"),
     ),
@@ -667,7 +680,10 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
     ("template", "says"),
     [
         (LOOP, "takes more than 0.5 s for one conversation"),
-        ("{{ 'a' * 200000000 }}", "takes more than 0.125 GiB of memory for one conversation"),
+        (
+            "{% for message in messages %}{{ 'a' * 200000000 }}{% endfor %}",
+            "takes more than 0.125 GiB of memory for one conversation",
+        ),
     ],
 )
 def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
@@ -680,6 +696,22 @@ def test_a_template_that_does_not_end_or_prints_without_end_is_stopped(
     template = f"model.chat_template={tmp_path / 't.jinja'}"
     done = command("prepare", scene.recipe, "--set", template, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_the_limits_of_a_program_end_with_it():
+    """No alarm, no bound of memory and no handler is left behind, also by one that failed."""
+
+    def limits():
+        alarm, memory = signal.getitimer(signal.ITIMER_REAL), resource.RLIMIT_AS
+        return alarm, resource.getrlimit(memory), signal.getsignal(signal.SIGALRM)
+
+    before = limits()
+    with at_most(60, 2**30):
+        assert 0 < limits()[0][0] <= 60 and limits()[1] != before[1]
+    assert limits() == before
+    with pytest.raises(ValueError, match="broken"), at_most(60, 2**30):
+        raise ValueError("broken")
+    assert limits() == before
 
 
 OF_ONE_ROW = {
@@ -809,7 +841,7 @@ def test_the_executable_says_the_same_without_a_traceback(executable, recipe_fil
 
 
 HUB = {
-    "a base that is not there": (("model.base=user/none",), "the tokenizer cannot be loaded"),
+    "a base that is not there": (("model.base=user/none",), "loaded: the Hub has no such model"),
     "rows that are not there": (
         ("data.train=user/none",),
         "data.train cannot be read: DatasetNotFoundError",
@@ -837,6 +869,44 @@ def test_what_the_hub_does_not_have_is_a_message(mistake, executable, recipe_fil
         done.stderr
     )
     assert all(word in done.stderr for word in FULL) and "user/" in done.stderr
+
+
+def test_a_base_that_is_in_no_cache_and_on_no_hub_that_answers_is_a_message():
+    with pytest.raises(TbpoError, match="the Hub cannot be reached, and the base is not") as error:
+        load_chat(Model(base="user/none"), "2026-01-01")
+    assert error.value.where == "model.base = 'user/none'" and "network" in error.value.fix
+
+
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+OF_THE_HUB = {
+    "gated": (GatedRepoError("no", response=RESPONSE), "the base is gated", "ask for access"),
+    "revision": (RevisionNotFoundError("no", response=RESPONSE), "no such revision", "revision"),
+    "model": (RepositoryNotFoundError("no", response=RESPONSE), "no such model", "hf auth login"),
+    "offline": (OfflineModeIsEnabled("no"), "may not be asked", "unset HF_HUB_OFFLINE"),
+    "network": (LocalEntryNotFoundError("no"), "cannot be reached", "the network"),
+    "another": (ValueError("no"), "loaded: transformers is confused", "a newer transformers"),
+}
+
+
+@pytest.mark.parametrize("has_cause", [True, False])
+@pytest.mark.parametrize("name", OF_THE_HUB)
+def test_the_error_behind_that_of_transformers_says_what_to_do(monkeypatch, name, has_cause):
+    """Raised `from` the Hub's own error, or merely while that was handled."""
+    error, what, fix = OF_THE_HUB[name]
+
+    def fails(*_, **__):
+        try:
+            raise error
+        except Exception as behind:
+            confused = OSError("transformers is confused")
+            if has_cause:
+                raise confused from behind
+            raise confused  # noqa: B904
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
+    with pytest.raises(TbpoError) as raised:
+        load_chat(Model(base="user/none"), "2026-01-01")
+    assert what in raised.value.what and fix in raised.value.fix
 
 
 def test_show_asks_a_hub_that_does_not_answer_only_once(executable, recipe_file, tmp_path):

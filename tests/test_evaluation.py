@@ -23,7 +23,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import check_source
 from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
-from tbpo_cli.evaluation.measures import decide, gate_faults
+from tbpo_cli.evaluation.measures import decide, gate_faults, tasks_of
 from tbpo_cli.evaluation.preference import calibration_error, reliability
 from tbpo_cli.evaluation.stats import (
     figure,
@@ -199,6 +199,16 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
     mixed = distinct([["a", "a", "a"], *([f"{n}", f"{n}'"] for n in range(5))], 1)
     assert mixed["value"] == 11 / 13 and mixed["high"] == 1.0, "no share is over 1"
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2) and repetition([1, 1]) == 0
+
+
+def test_the_interval_of_distinct_is_that_of_the_shares_without_each_text():
+    """ "a b a b b", "a c c" and "b c d": 4 of 11; without one of them 4/6, 4/8 and 3/8."""
+    found = distinct([[*"ababb"], [*"acc"], [*"bcd"]], 1)
+    shares = np.array([4 / 6, 4 / 8, 3 / 8])
+    error = 1.959964 * shares.std() * math.sqrt(2)
+    assert found["value"] == pytest.approx(4 / 11)
+    assert found["low"] == pytest.approx(4 / 11 - error)
+    assert found["high"] == pytest.approx(4 / 11 + error)
 
 
 def test_diversity_is_a_mean_over_samples_and_then_over_prompts():
@@ -779,6 +789,15 @@ def test_another_function_of_the_same_file_is_another_scorer(whole):
 
 # Suites
 
+
+def test_the_tasks_and_shots_are_those_of_the_first_open_llm_leaderboard():
+    shots = {"hellaswag": 10, "arc_challenge": 25, "mmlu": 5, "truthfulqa_mc2": 0}
+    shots |= {"winogrande": 5, "gsm8k": 5}
+    assert dict(tasks_of("open-llm-v1")) == shots
+    assert dict(tasks_of("gsm8k-chat")) == {"gsm8k_cot_llama": 8}
+    assert dict(tasks_of("ifeval")) == {"ifeval": None}, "as many as the task itself says"
+
+
 TASK = """
 task: letters
 dataset_path: json
@@ -825,7 +844,7 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     task = tmp_path / "letters.yaml"
     task.write_text(TASK.format(data=write_jsonl(tmp_path / "letters.jsonl", questions)))
     texts = [{"text": f"one {word} and two"} for word in ("cat", "dog", "red")]
-    other = tmp_path / "perplexity.yaml"
+    other = tmp_path / "words.yaml"  # a file's name stands for its task
     other.write_text(PERPLEXITY.format(data=write_jsonl(tmp_path / "texts.jsonl", texts)))
     run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}', '{other}']", restart=True)
     from transformers import AutoTokenizer
@@ -853,11 +872,11 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
         and found["metric"] == "acc,none"
     )
     assert found["low"] <= found["value"] <= found["high"]
-    unknown = read(run)["models"]["policy"]["suites"][str(other)]["perplexity"]
+    unknown = read(run)["models"]["policy"]["suites"][str(other)]["words"]
     assert unknown["value"] > 1 and unknown["metric"] == "word_perplexity,none"
     assert unknown["low"] is None and unknown["high"] is None, "the harness knows no error of it"
-    assert decide("perplexity > 0", read(run))["passed"]
-    assert not decide("perplexity.low > 0", read(run))["passed"]
+    assert decide("words > 0", read(run))["passed"]
+    assert not decide("words.low > 0", read(run))["passed"]
 
 
 CHAT = """

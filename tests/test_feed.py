@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import run_stage
 
+from tbpo_cli.batch.batches import span_lengths
 from tbpo_cli.config.recipe import load_recipe
+from tbpo_cli.core import build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
@@ -137,6 +139,32 @@ def test_a_step_is_divided_by_the_lengths_of_its_pairs(recipe_file, tmp_path):
     assert sorted(i for part in parts for batch in part for i in batch.indices) == sorted(whole)
     loads = [sum(batch.num_tokens for batch in part) for part in parts]
     assert max(loads) - min(loads) < 5
+
+
+@pytest.mark.parametrize(
+    ("loss", "spans"),
+    [
+        ("tbpo_a", ("aligned", "response")),
+        ("dpo", ("response", "response")),
+        ("sft", ("chosen", "chosen")),
+    ],
+)
+def test_a_step_reads_what_the_loss_does_and_one_that_reports_whole_responses(
+    recipe_file, tmp_path, loss, spans
+):
+    """With log_every = 2 the first step reports nothing, and the second reports."""
+    run_stage("prepare", recipe_file, tmp_path / "run")
+    recipe = load_recipe(recipe_file)
+    stores = [PairStore(tmp_path / "run/prepare" / split) for split in ("train", "eval")]
+    policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+    run = TrainingRun(policy, build_loss(loss), recipe.align, *stores, tmp_path, 0)
+    stepper = loop.build_stepper(run)
+    for number, span in enumerate(spans):
+        batches = stepper.collate(number, 10_000)
+        pairs = [index for batch in batches for index in batch.indices]
+        num_tokens = sum(batch.tokens.numel() for batch in batches)
+        assert len(pairs) == 8
+        assert num_tokens == span_lengths(stores[0], pairs, span)[:, 1:].sum()
 
 
 def test_the_next_step_is_made_while_this_one_is_computed_and_only_as_it_is_wanted():

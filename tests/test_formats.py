@@ -208,6 +208,25 @@ def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
 
 
 @pytest.mark.parametrize(
+    ("name", "margin"), [("scores", 3.0), ("ranks", 2.0), ("UltraFeedback", 6.0), ("Nectar", 1.0)]
+)
+def test_the_margin_of_a_pair_is_the_difference_of_its_scores_or_ranks(name, margin):
+    _, (pair,) = pairs_of(SAME[name][1])
+    assert (pair.chosen, pair.score_margin) == (HI, margin)
+
+
+def test_an_answer_of_a_list_may_be_a_message_that_calls_a_tool():
+    answers = [HI | {"content": None, "tool_calls": [CALL]}, GO]
+    _, (pair,) = pairs_of({"prompt": "hello", "responses": answers, "scores": [2, 1]})
+    assert pair.chosen == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def calling(function):
+    """A message that calls a tool."""
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         (RANKED | {"scores": [2, 2, 2, 2]}, "no_preference"),
@@ -233,6 +252,21 @@ def test_lists_become_pairs_as_the_recipe_says_and_ties_do_not(how, expected):
             "wrong_type",
         ),
         ({"input": {}, "preferred_output": [HI], "non_preferred_output": [GO]}, "missing_column"),
+        ({"prompt": "p", "chosen": [calling({"arguments": {}})], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [calling({"name": 3})], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [calling("add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [said("function_call", "add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [HI | {"content": None}], "rejected": [GO]}, "wrong_type"),
+        (
+            {"prompt": "p", "chosen": [HI | {"content": [{"text": 3}]}], "rejected": [GO]},
+            "wrong_type",
+        ),
+        (
+            {"prompt": "p", "chosen": [HI | {"reasoning_content": 3}], "rejected": [GO]},
+            "wrong_type",
+        ),
+        (RANKED | {"responses": [USER, HI, GO, HI]}, "roles"),
+        (RANKED | {"responses": [said("human", "b"), HI, GO, HI]}, "roles"),
     ],
 )
 def test_rows_that_say_no_preference_have_a_reason(row, reason):
@@ -280,6 +314,10 @@ def test_alpaca_rows_are_demonstrations_with_input_and_history():
         ("assistant", "two"),
         ("user", "Translate.\n\nhello"),
     ]
+    for without in ({"system": None}, {"system": None, "history": None}):
+        _, (pair,) = pairs_of(row | without)
+        expected = contents[-1:] if "history" in without else contents[1:]
+        assert [(message["role"], message["content"]) for message in pair.prompt] == expected
 
 
 def test_calls_of_tools_have_one_form():
@@ -298,6 +336,22 @@ def test_calls_of_tools_have_one_form():
         {"prompt": "hello", "chosen": [HI | {"tool_calls": []}], "rejected": [GO]}
     )
     assert pair.chosen == HI
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [('{"a": 1}', {"a": 1}), ("[1]", "[1]"), ("a = 1", "a = 1"), (None, {}), ({}, {})],
+)
+def test_a_call_keeps_its_id_and_arguments_that_are_no_object_of_json_stay_as_they_are(
+    arguments, kept
+):
+    call = {"id": "call-1", "index": 0, "function": {"name": "add", "arguments": arguments}}
+    message = HI | {"tool_calls": [call, {"id": None, "function": {"name": "add"}}]}
+    _, (pair,) = pairs_of({"prompt": "hello", "chosen": [message], "rejected": [GO]})
+    one, other = pair.chosen["tool_calls"]
+    function = {"name": "add", "arguments": kept}
+    assert one == {"id": "call-1", "index": 0, "type": "function", "function": function}
+    assert other == {"type": "function", "function": {"name": "add", "arguments": {}}}
 
 
 def test_nulls_within_arguments_are_kept_from_json_and_left_out_of_columnar_files(tmp_path):
@@ -355,6 +409,31 @@ def test_unknown_rows_are_shown_with_the_lines_that_would_name_their_columns():
     columns = {"prompt": "user_query", "chosen": "good_one", "rejected": "bad_one"}
     assert pairs_of(row, columns=columns)[1][0].chosen == HI
     assert "docs/data.md" in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("row", "guess"),
+    [
+        (
+            {"bad_one": "go", "output": "x", "good_one": "hi", "user_query": "hello"},
+            {"prompt": "user_query", "chosen": "good_one", "rejected": "bad_one"},
+        ),
+        (
+            {"reply_text": "hi", "user_query": "hello"},
+            {"prompt": "user_query", "completion": "reply_text"},
+        ),
+        ({"first": "hello", "second": "hi"}, {"prompt": "first", "completion": "second"}),
+        (
+            {"first": "hello", "second": "hi", "third": "go"},
+            {"prompt": "first", "chosen": "second", "rejected": "third"},
+        ),
+    ],
+)
+def test_columns_are_guessed_by_their_names_and_then_in_order(row, guess):
+    with pytest.raises(TbpoError, match="none of the known formats") as error:
+        pairs_of(row)
+    lines = [f'{ours} = "{theirs}"' for ours, theirs in guess.items()]
+    assert error.value.fix.split("[data.columns]")[1].split("\n    ")[1:] == lines
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,17 @@ truths.
 """
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from judge_server import chat_completion, chat_server
@@ -490,6 +495,7 @@ def ask_one(url):
     [
         ((401, f'{{"error": "{KEY} is wrong"}}', {}),
          "the key in OPENAI_API_KEY is not accepted: 401", "a key of"),
+        ((403, "not yours", {}), "the key in OPENAI_API_KEY is not accepted: 403 not", "a key of"),
         ((404, "no such model", {}), "the server answers 404 no such model",
          "the model 'judge-7'; its"),
         (NO_JSON, "no chat completion after 4 attempts: the answer is no chat completion, "
@@ -510,6 +516,21 @@ def test_a_server_that_will_not_answer_is_a_message(trouble, what, expected):
         and error.value.where == server.url
     )
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
+def test_a_server_that_is_busy_or_fails_is_asked_again(status):
+    with chat_server(lambda body: "ok", *[(status, "", {"Retry_After": 0})] * 2) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert (reply.text, reply.refused, len(server.requests)) == ("ok", "", 3)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_a_reply_that_says_so_and_is_not_repeated(status):
+    with chat_server(lambda body: "never", (status, "too long", {})) as server:
+        ((_, reply),) = ask_one(server.url)
+    assert reply.refused == f"the server refuses the request: {status} too long"
+    assert not reply.text and len(server.requests) == 1
 
 
 def test_no_server_at_the_address_is_a_message_soon():
@@ -628,6 +649,74 @@ def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, wh
     assert what in error.value.what and where in error.value.where
     if code == SCORERS:
         assert error.value.fix == "did you mean lengthy?"
+
+
+STARTER = """import os, subprocess, sys, time
+
+def f(prompt, completion):
+    child = subprocess.Popen(["sleep", "300"])
+    with open(prompt + ".new", "w") as file:
+        file.write(str(child.pid))
+    os.rename(prompt + ".new", prompt)
+    if completion == "exits":
+        os._exit(3)
+    time.sleep(300 if completion == "computes" else 0)
+    return 1
+"""
+ASKS = """import sys
+from tbpo_cli.evaluation.user_function import UserFunction
+print(UserFunction(sys.argv[1], "f")(*sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "number"),
+    [("returns", 0), ("exits", 0), ("computes", signal.SIGKILL), ("computes", signal.SIGINT)],
+)
+def test_what_a_scorer_starts_ends_with_it_and_with_the_command(tmp_path, does, number):
+    """The command ends by itself, is killed, or gets Ctrl-C, which its process group gets."""
+    (tmp_path / "mine.py").write_text(STARTER)
+    noted = tmp_path / "pid"
+    command = [sys.executable, "-c", ASKS, str(tmp_path / "mine.py"), str(noted), does]
+    asking = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        # A suite in the background ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not noted.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    started = psutil.Process(int(noted.read_text()))
+    if number:
+        os.killpg(asking.pid, number)
+    said, _ = asking.communicate(timeout=60)
+    assert (b"1.0" in said, b"exit code 3" in said) == (does == "returns", does == "exits")
+    while is_alive(started):
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.02)
+
+
+def is_alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_scorer_prints_is_shown_in_short_lines_on_stderr_and_commands_nothing(
+    judges, tmp_path, capfd
+):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os\n\ndef f(*_):\n    print('\\x1b]52;c;ZXZpbA==\\x07', 'x' * 5000)\n"
+        "    os.write(2, b'half \\xff, [bold]\\n')\n    os._exit(3)\n"
+    )
+    with pytest.raises(TbpoError, match="exit code 3"):
+        judges(f"judge.scorer=python:{path}:f")[0].compare(compare(("x", "y")))
+    out, err = capfd.readouterr()
+    first, second = err.splitlines()
+    assert first.startswith("mine.py: \\x1b]52;c;ZXZpbA==\\x07 xxx") and len(first) < 1020
+    assert second == "mine.py: half \ufffd, [bold]" and out == ""
 
 
 @pytest.mark.parametrize(
@@ -791,6 +880,46 @@ def test_the_length_controlled_rate_recovers_the_truth(theta, phi):
         and figure["n"] == 4000
     )
     assert figure["value"] == pytest.approx(truth, abs=0.025)
+
+
+def test_the_length_controlled_rate_is_that_of_the_penalised_likelihoods_maximum():
+    """By torch's own optimizer: 0.001 on θ and 0.01 on φ, halved and squared.
+
+    Length decides every verdict, so the penalty alone keeps both finite.
+    """
+    lengths = np.array([-9.0, -1.0, 2.0, 3.0, 10.0])
+    values = (lengths > 0).astype(float)
+    features = torch.from_numpy(np.tanh(lengths / lengths.std()))
+    found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=1000, tolerance_grad=1e-12)
+
+    def objective():
+        optimizer.zero_grad()
+        chances = found[0] + found[1] * features
+        wrong = torch.nn.functional.binary_cross_entropy_with_logits(
+            chances, torch.from_numpy(values), reduction="sum"
+        )
+        loss = wrong + (found.square() * torch.tensor([0.001, 0.01])).sum() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(objective)
+    expected = found.detach()[0].sigmoid().item()
+    assert 0.05 < expected < 0.45
+    rate = length_controlled(values, lengths, np.arange(5))
+    assert rate["value"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_repeats_that_differ_are_unlike_and_one_alone_says_nothing():
+    comparisons = compare(("a", "b"), ("c", "d"), ("e", "f"))
+    verdicts = [
+        Verdict(0.5, "", repeats=(1.0, 0.0)),
+        Verdict(1.0, "", repeats=(1.0, 1.0)),
+        Verdict(1.0, "", repeats=(1.0,)),
+    ]
+    unlike = win_rate(comparisons, verdicts, "judge")["unlike_repeats"]
+    assert (unlike["value"], unlike["n"]) == (0.25, 2)
 
 
 def test_a_judge_that_likes_length_only_is_seen_through():

@@ -14,8 +14,10 @@ from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
 from tbpo_cli.model.generate import completions
 from tbpo_cli.model.layout import choose_layout
+from tbpo_cli.model.load import add_helper
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.model.policy import Policy
+from tbpo_cli.model.probes import reads_padding
 from tbpo_cli.model.targets import text_layers
 
 CPU = torch.device("cpu")
@@ -200,13 +202,45 @@ def test_a_model_that_refuses_gradients_without_its_dropout_is_refused(tmp_path)
 
 def test_whole_weights_are_saved_with_the_end_tokens_and_a_tied_head_once(tmp_path):
     bf16 = make("llama", tie_word_embeddings=True).to(torch.bfloat16)
-    bf16.generation_config.eos_token_id = 5
+    habits = {"temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    bf16.generation_config.update(eos_token_id=5, **habits)
     bf16.save_pretrained(tmp_path / "base")
     Policy(load(tmp_path / "base")).save(tmp_path / "saved", end_ids=(7, 5))
     names = [set(load_file(tmp_path / one / "model.safetensors")) for one in ("base", "saved")]
     assert names[0] == names[1]
     config = json.loads((tmp_path / "saved/generation_config.json").read_text())
     assert config["eos_token_id"] == [7, 5]
+    assert {name: config.get(name) for name in habits} == habits, "as the base was published"
+
+
+def test_a_helper_is_loaded_where_the_weights_are_and_not_where_they_will_be(checkpoint):
+    policy = Policy(load(checkpoint))
+    model = Model(base=str(checkpoint))
+    for name, devices in {"one": (CPU,), "other": (torch.device("meta"), CPU)}.items():
+        add_helper(policy, name, str(checkpoint), model, *devices)
+        weights = [*policy.frozen[name].parameters()]
+        assert {weight.device for weight in weights} == {CPU}
+        assert not any(weight.requires_grad for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("llama", {}, None),
+        ("gpt_neox", {}, None),
+        ("rwkv", {"attention_hidden_size": 16, "context_length": 64}, "recurrent state"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "the longest sequence of a batch",
+        ),
+    ],
+)
+def test_what_makes_samples_depend_on_padding_is_said_and_nothing_where_nothing_does(
+    kind, settings, why
+):
+    reason = reads_padding(make(kind, **settings))
+    assert reason is None if why is None else why in reason
 
 
 def test_the_bases_generation_config_takes_no_part_in_samples(checkpoint):

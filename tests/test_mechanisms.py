@@ -17,7 +17,7 @@ from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.train import loop
-from tbpo_cli.train.memory import kept_bytes
+from tbpo_cli.train.memory import bytes_of_learning, kept_bytes
 from tbpo_cli.train.run import TrainingRun
 
 CPU = torch.device("cpu")
@@ -208,6 +208,31 @@ def test_the_bytes_that_are_foretold_for_a_token_are_those_that_a_pass_saves(mak
         backbone(input_ids=torch.arange(64)[None], use_cache=False)
     kept = sum(size for place, size in bytes_of.items() if place not in own)
     assert kept / 64 == pytest.approx(foretold, rel=0.25)
+
+
+def test_dropouts_masks_are_foretold_also_for_a_model_that_does_not_train_yet(make_run):
+    """And the model is left as it was."""
+    model = make_run("masks", {"lora": {"r": 4, "dropout": 0.1}}).policy.model
+    without, _ = kept_bytes(make_run("without", LORA).policy.model, False)
+    foretold = [kept_bytes(model.train(training), False) for training in (True, False)]
+    assert foretold[0] == foretold[1] and foretold[0][0] > 1.1 * without
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_the_bytes_that_are_foretold_for_learning_are_those_of_gradients_and_moments(
+    make_run, optimizer
+):
+    run = make_run("learning", LORA, optimizer=optimizer)
+    stepper = loop.build_stepper(run)
+    gradients = []
+    for weight in run.policy.trained.values():
+        weight.register_post_accumulate_grad_hook(lambda w: gradients.append(w.grad.nbytes))
+    stepper.step(0)
+    state = stepper.states["policy"].optimizer.state.values()
+    moments = [tensor.nbytes for each in state for tensor in each.values() if tensor.ndim]
+    assert len(gradients) == len(run.policy.trained)
+    assert bytes_of_learning(run.policy, run.settings) == sum(gradients) + sum(moments)
 
 
 def test_a_row_that_is_there_twice_is_trained_on_once(tmp_path, base):

@@ -119,6 +119,19 @@ def test_bf16_computes_in_bf16_and_trains_fp32(recipe_file, tmp_path, lora, weig
         assert got["logps_chosen"] == pytest.approx(want["logps_chosen"], abs=0.03)
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(("dtype", "is_exact"), [("bfloat16", False), ("float32", True)])
+def test_products_are_exact_in_fp32_alone_whatever_the_weights_are_kept_in(
+    recipe_file, lora, dtype, is_exact
+):
+    without = {} if lora else {"lora": None}
+    change_recipe(recipe_file, model={"dtype": dtype, **without})
+    policy = load_policy(load_recipe(recipe_file), CPU, None, with_reference=True)
+    assert Scorer.of(policy).is_exact == is_exact
+    half = not (lora or is_exact)  # an adapter's base has the dtype already
+    assert policy.autocast == (torch.bfloat16 if half else None)
+
+
 def evaluations(run):
     from tbpo_cli.train.metrics import read_metrics
 

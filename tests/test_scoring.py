@@ -17,6 +17,7 @@ from tbpo_cli.core import StateBaseline, build_loss, oracle
 from tbpo_cli.core.head import DIAGNOSTICS, STATISTICS
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.model.heads import read_head
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.policy import POLICY
@@ -226,6 +227,18 @@ def test_without_training_policy_and_reference_are_the_same(recipe, pairs):
         collate(pairs, "padded"), DIAGNOSTICS - {"reverse_kl", "entropy"}
     )
     assert scores.chosen.log_ratio.abs().max() == 0 and scores.rejected.advantage.abs().max() < 1e-6
+
+
+def test_a_token_whose_advantage_is_that_of_the_other_side_is_not_counted_as_better(recipe, pairs):
+    """One response on both sides: each position ties, and a tie is not a preference."""
+    policy = load_policy(recipe, CPU, None, with_reference=True)
+    disturb(policy)
+    policy.model.eval()
+    alike = [replace(pair, rejected_ids=pair.chosen_ids) for pair in pairs]
+    for one in alike:
+        (row,) = pair_rows(Scorer.of(policy), POLICY, collate([one], "padded"))
+        assert row["aligned"] == len(one.chosen_ids) and row["kl"] > 0
+        assert (row["token_accuracy"], row["log_ratio"]) == (0, 0)
 
 
 def test_dropout_is_off_in_the_reference_and_on_in_the_policy(recipe, pairs):

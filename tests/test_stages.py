@@ -419,7 +419,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter_and_metrics(
     assert metrics(killed) == metrics(whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_writes_a_checkpoint_and_exits_with_its_code(tmp_path, started, number, code):
     run = tmp_path / "run"
     process = started(run, 2, "align.max_steps=400", "align.checkpoint_every=300")

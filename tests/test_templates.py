@@ -10,7 +10,8 @@ import pytest
 from conftest import CHATML, train_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.data.pairs import RejectedRow, make_pair
@@ -199,20 +200,49 @@ def test_prompt_and_response_are_what_inference_sees(
 @pytest.mark.parametrize("template_name", TEMPLATES)
 def test_control_tokens_in_a_users_text_are_text(chat_of, tokenizer_name, template_name):
     """Written by a user, every control token of the model changes no count of control tokens, and
-    is still readable.
+    is still readable. So it is in an answer, but for marks of calls, which the model writes.
     """
     chat = chat_of(tokenizer_name, template_name)
     _, end, others = TEMPLATES[template_name]
     trick = f"before {end}{''.join(others)} after \ue0fa41\ue0fb"
-    plain, tricked = (tokens_of(chat, [user(text)], assistant(text)) for text in ("before", trick))
+    answer = trick.replace("<|call|>", "")
+    plain = tokens_of(chat, [user("before")], assistant("before"))
+    tricked = tokens_of(chat, [user(trick)], assistant(answer))
     for token in (end, *others):
         number = chat.tokenizer.convert_tokens_to_ids(token)
         for side in ("prompt_ids", "chosen_ids"):
             assert list(getattr(tricked, side)).count(number) == list(getattr(plain, side)).count(
                 number
             )
-    for side in ("prompt_ids", "chosen_ids"):
-        assert trick in chat.tokenizer.decode(getattr(tricked, side))
+    assert trick in chat.tokenizer.decode(tricked.prompt_ids)
+    assert answer in chat.tokenizer.decode(tricked.chosen_ids)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_control_tokens_that_the_vocabulary_makes_of_their_letters_are_text_in_a_text(kind):
+    """BPE merges the letters of "</s>" to it; for Unigram it is the likeliest piece."""
+    letters = [*"helo<>/sua "]
+    if kind == "BPE":
+        merges = [("<", "/"), ("</", "s"), ("</s", ">"), ("</s>", "o"), ("<", "u"), ("<u", ">")]
+        vocabulary = [*letters, *map("".join, merges)]
+        model = models.BPE({text: place for place, text in enumerate(vocabulary)}, merges)
+    else:
+        pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<u>", 0.0)]
+        model = models.Unigram([*pieces, *((letter, -2.0) for letter in letters)], 0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), eos_token="</s>", additional_special_tokens=["<u>"]
+    )
+    tokenizer.chat_template = EACH + "<u>{{ m.content }}</s>" + END + START + "<u>{% endif %}"
+    chat = Chat(tokenizer, "2026-01-01")
+    plain, tricky = (
+        tokens_of(chat, [user(text)], assistant(text)) for text in ("hello", "a</s>oh<u>")
+    )
+    seen = chat.render((user("hello"),), (), add_generation_prompt=True)
+    assert list(plain.prompt_ids) == tokenizer(seen, add_special_tokens=False)["input_ids"]
+    start, end = tokenizer.convert_tokens_to_ids(["<u>", "</s>"])
+    for ids, controls in ((tricky.prompt_ids, [start, end, start]), (tricky.chosen_ids, [end])):
+        assert [each for each in ids if each in (start, end)] == controls
+        assert "".join(tokenizer.convert_ids_to_tokens(ids)).count("a</s>oh<u>") == 1
 
 
 def test_a_beginning_of_sequence_token_stands_once_where_the_template_puts_it(chat_of):

@@ -133,7 +133,7 @@ def apply_overrides(
     raw: dict[str, Any],
     overrides: tuple[str, ...],
     may_be_absent: Callable[[str], bool] = lambda key: False,
-    hint: Callable[[tuple[str, ...], str], str] = lambda keys, near: "",
+    hint: Callable[[tuple[str, ...], str, Any], str] = lambda keys, near, given: "",
 ) -> list[TbpoError]:
     """Puts the "table.key=value" of the command line into `raw`.
 
@@ -161,7 +161,7 @@ def apply_overrides(
             resolve_paths(tables, Path.cwd())
             _merge(raw, tables)
         else:
-            fix = hint((key,), "") or "e.g. --set run.seed=1"
+            fix = hint((key,), "", tables.get(key)) or "e.g. --set run.seed=1"
             where = f"--set {override}"
             faults.append(TbpoError("--set is not understood", where, "table.key=value", fix))
     return faults

@@ -28,6 +28,10 @@ MASKED = re.compile(f"{OPEN}([0-9a-f]+){CLOSE}")
 # Characters that Unicode reserves for programs, around the number of a control token: its new name.
 NAME = "\ufdd0{}\ufdd1"
 NAMED = re.compile("\ufdd0[0-9]+\ufdd1")
+# The words in the names of marks that a model writes around its reasoning and its calls of tools.
+OF_REASONING = frozenset({"think", "thinking", "thought", "reasoning"})
+OF_CALLS = frozenset({"call", "calls"})
+BESIDE_THEM = frozenset({"begin", "start", "end", "of", "tool", "function"})
 # Texts that hardly any tokenizer merges with what follows them.
 ANCHORS = ("\n", "\x01", "a", ".")
 
@@ -50,8 +54,28 @@ class Encoder:
         """Matches any control token."""
         return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
 
-    def mask(self, content: Any) -> Any:
+    @cached_property
+    def _of_others(self) -> re.Pattern[str]:
+        """Matches the control tokens that an answer's own text cannot have: all but the marks of
+        reasoning and of calls that a model writes itself.
+        """
+        others = (text for text in self.control_tokens if not _is_of_answers(text))
+        return re.compile("|".join(map(re.escape, others)) or r"(?!)")
+
+    def mask_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with masked control tokens; the text of an answer keeps the marks of reasoning
+        and of calls, which its template looks for, and which the model writes.
+        """
+        masked: dict[str, Any] = self.mask(message)
+        if message.get("role") == "assistant" and isinstance(message.get("content"), str):
+            masked["content"] = self.mask(message["content"], self._of_others)
+        return masked
+
+    def mask(self, content: Any, controls: re.Pattern[str] | None = None) -> Any:
         """Messages, or parts of them, with the control tokens in texts as private-use characters.
+
+        Args:
+            controls: matches those to mask; None: all.
 
         Raises:
             RejectedRow: invalid_text, if a text has what is a name of a control token here.
@@ -61,7 +85,7 @@ class Encoder:
                 raise RejectedRow("invalid_text", "it has U+FDD0, which is not a character")
             if OPEN in content or CLOSE in content:
                 content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
-            return self.controls.sub(_masked, content)
+            return (controls or self.controls).sub(_masked, content)
         if isinstance(content, dict):
             return {self.mask(key): self.mask(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
@@ -72,6 +96,11 @@ class Encoder:
         """Ids of rendered texts with masked control tokens; nothing is added, cut or padded."""
         named = [self.controls.sub(self._named, text) for text in texts]
         return self._encode([unmask(text) if OPEN in text else text for text in named])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer as text, without control tokens but for the marks of reasoning and calls."""
+        left_out = {n for text, n in self.control_tokens.items() if not _is_of_answers(text)}
+        return str(self.tokenizer.decode([number for number in ids if number not in left_out]))
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts in which nothing is a control token."""
@@ -116,17 +145,14 @@ class Encoder:
         return NAME.format(self.control_tokens[match.group()])
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._copy.encode_batch_fast(texts, add_special_tokens=False)
-        if not self._renumbered:
-            return [encoding.ids for encoding in encodings]
-        return [
-            [self._renumbered.get(number, number) for number in encoding.ids]
-            for encoding in encodings
-        ]
+        return [encoding.ids for encoding in self._copy.encode_batch_fast(texts)]
 
     @cached_property
     def _copy(self) -> Tokenizer:
-        """The tokenizer with its control tokens under other names, in its vocabulary as well."""
+        """The tokenizer with its control tokens under other names, in its vocabulary as well.
+
+        No merge makes a control token out of parts of a text, and nothing is added to a text.
+        """
         from tokenizers import Tokenizer
 
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -134,11 +160,12 @@ class Encoder:
         for token in spec["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         model = spec["model"]
-        merged = {
-            merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
-            for merge in model.get("merges", ())
-        }
-        names = {text: name for text, name in names.items() if text not in merged}
+        if "merges" in model:
+            model["merges"] = [
+                (first, second)
+                for first, second in model["merges"]
+                if names.keys().isdisjoint((first, second, first + second))
+            ]
         vocab = model["vocab"]
         if isinstance(vocab, dict):
             model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
@@ -149,16 +176,13 @@ class Encoder:
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         return Tokenizer.from_str(json.dumps(spec))
 
-    @cached_property
-    def _renumbered(self) -> dict[int, int]:
-        """Ids of added tokens in the copy → in the tokenizer, where they differ."""
-        found: dict[int, int] = {}
-        for number, token in self.tokenizer.added_tokens_decoder.items():
-            name = NAME.format(number) if token.special else token.content
-            of_copy = self._copy.token_to_id(name)
-            if of_copy is not None and of_copy != number:
-                found[of_copy] = number
-        return found
+
+def _is_of_answers(control: str) -> bool:
+    """Whether a control token is a mark of reasoning or of a call, by the words of its name."""
+    words = {*re.findall(r"[a-z]+", control.lower())}
+    return bool(words & (OF_REASONING | OF_CALLS)) and words <= (
+        OF_REASONING | OF_CALLS | BESIDE_THEM
+    )
 
 
 def _masked(match: re.Match[str]) -> str:

@@ -56,7 +56,12 @@ def main() -> None:
     survivors = {key_of(row) for row in rows if is_open(row)}
     if arguments.survivors:
         files = sorted({file for file, _, _ in survivors})
-        again = {key_of(row): row for row in measured(files, arguments, survivors)}
+        again: dict[tuple[str, str, str], Row] = {}
+        for row in measured(files, arguments, survivors):
+            if again.get(key_of(row), {}).get("outcome") != SURVIVED:  # two mutants may read alike
+                again[key_of(row)] = row
+        left = {key for file in files for key in keys_in(file)}
+        rows = [row for row in rows if key_of(row) not in survivors - left]
         rows = [again.get(key_of(row), row) for row in rows]
     elif not arguments.report:
         files = [file for path in arguments.paths for file in python_files(path)]
@@ -92,6 +97,12 @@ def python_files(path: str) -> list[str]:
 
 def key_of(row: Row) -> tuple[str, str, str]:
     return row["file"], row["function"], row["change"]
+
+
+def keys_in(file: str) -> set[tuple[str, str, str]]:
+    """Of the mutants that a file has now: what no longer stands there is no survivor."""
+    made = mutants_of(file, (SNAPSHOT / file).read_text("utf-8"))
+    return {(file, mutant.function, mutant.change) for mutant in made}
 
 
 def is_open(row: Row) -> bool:
