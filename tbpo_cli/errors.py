@@ -55,7 +55,7 @@ class GateError(TbpoError):
 
 
 class ToldError(TbpoError):
-    """A failure that another process has told about already; only its exit code is left."""
+    """A failure that another process has reported already; only its exit code is left."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("a worker process failed")

@@ -12,7 +12,7 @@ import numpy as np
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Data, Recipe, Source
-from tbpo_cli.config.toml import TOKENIZER_FILES
+from tbpo_cli.config.toml import ENCODING_FILES
 from tbpo_cli.data.chunks import workers
 from tbpo_cli.data.formats import columns_read
 from tbpo_cli.data.formats.unknown import absent_columns, unread_columns
@@ -357,7 +357,7 @@ STAGE = Stage(
     ),
     run=run,
     report=report,
-    base_files=(*TOKENIZER_FILES, "tokenization*.py"),
+    base_files=ENCODING_FILES,
     check=check,
     outdated=_outdated,
 )
