@@ -232,7 +232,7 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
-def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(
+def test_micro_batches_layouts_logs_and_checkpointing_change_the_result_by_rounding_alone(
     recipe_file, tmp_path
 ):
     """One loss with all that a step has, dropout too: test_layouts.py has every loss, in one
@@ -418,7 +418,9 @@ def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, t
 @pytest.mark.parametrize(
     "key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device", "layout"]
 )
-def test_keys_that_cannot_change_the_result_invalidate_nothing(recipe_file, finished, capsys, key):
+def test_keys_that_change_the_result_by_rounding_at_most_invalidate_nothing(
+    recipe_file, finished, capsys, key
+):
     value = "packed" if key == "layout" else 77
     run_stage("align", recipe_file, finished, f"align.{key}={value}")
     assert "align is up to date" in capsys.readouterr().err
