@@ -255,6 +255,16 @@ def calling(function):
         ({"prompt": "p", "chosen": [calling({"arguments": {}})], "rejected": [GO]}, "wrong_type"),
         ({"prompt": "p", "chosen": [calling({"name": 3})], "rejected": [GO]}, "wrong_type"),
         ({"prompt": "p", "chosen": [calling("add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [said("function_call", "add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [HI | {"content": None}], "rejected": [GO]}, "wrong_type"),
+        (
+            {"prompt": "p", "chosen": [HI | {"content": [{"text": 3}]}], "rejected": [GO]},
+            "wrong_type",
+        ),
+        (
+            {"prompt": "p", "chosen": [HI | {"reasoning_content": 3}], "rejected": [GO]},
+            "wrong_type",
+        ),
         (RANKED | {"responses": [USER, HI, GO, HI]}, "roles"),
         (RANKED | {"responses": [said("human", "b"), HI, GO, HI]}, "roles"),
     ],
@@ -326,6 +336,22 @@ def test_calls_of_tools_have_one_form():
         {"prompt": "hello", "chosen": [HI | {"tool_calls": []}], "rejected": [GO]}
     )
     assert pair.chosen == HI
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [('{"a": 1}', {"a": 1}), ("[1]", "[1]"), ("a = 1", "a = 1"), (None, {}), ({}, {})],
+)
+def test_a_call_keeps_its_id_and_arguments_that_are_no_object_of_json_stay_as_they_are(
+    arguments, kept
+):
+    call = {"id": "call-1", "index": 0, "function": {"name": "add", "arguments": arguments}}
+    message = HI | {"tool_calls": [call, {"id": None, "function": {"name": "add"}}]}
+    _, (pair,) = pairs_of({"prompt": "hello", "chosen": [message], "rejected": [GO]})
+    one, other = pair.chosen["tool_calls"]
+    function = {"name": "add", "arguments": kept}
+    assert one == {"id": "call-1", "index": 0, "type": "function", "function": function}
+    assert other == {"type": "function", "function": {"name": "add", "arguments": {}}}
 
 
 def test_nulls_within_arguments_are_kept_from_json_and_left_out_of_columnar_files(tmp_path):

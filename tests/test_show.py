@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo.families import COMMON
 
@@ -87,6 +88,9 @@ def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, caps
     assert "reference the base, with the adapter off" in foretold
     assert "rows are shared_prompt: every prompt is read once" in said
     assert "layout shared_prompt: every prompt is read once" in foretold
+    weights = load_file(tmp_path / "run/align/adapter/adapter_model.safetensors").values()
+    num_weights = sum(weight.numel() for weight in weights)
+    assert f"align: training {num_weights:,} weights on cpu; 40 pairs, 8 held out" in said
     after = flat(shown(recipe_file, tmp_path / "run", capsys))
     assert "align up to date" in after and f"tokens/s of {tmp_path}/run/align)" in after
 

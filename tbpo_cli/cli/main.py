@@ -259,8 +259,8 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
 def main() -> None:
     """The executable.
 
-    Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130 and 143 interrupted;
-    1 a bug of ours.
+    Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130, 143 and 129
+    interrupted; 1 a bug of ours.
     """
     interrupts.listen()
     console.quiet_libraries()
