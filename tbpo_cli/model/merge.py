@@ -16,7 +16,7 @@ from tbpo_cli.config.recipe import Model
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
-from tbpo_cli.model.policy import generation_config
+from tbpo_cli.model.policy import generation_config, published_config
 from tbpo_cli.model.sharding import LanguageModel
 
 
@@ -56,7 +56,8 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
         merged.config.tie_word_embeddings = False
         merged.config.get_text_config().tie_word_embeddings = False
     published = generation_config(merged, saved_end_ids(adapter))
-    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    with published_config(merged):
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
     published.save_pretrained(folder)
 
 
