@@ -174,7 +174,7 @@ class Training:
     """Keys that [sft] and [align] share."""
 
     max_tokens_per_device: Count | Literal["auto"] = "auto"
-    """Tokens of a micro-batch on a device. They change the speed, and the result by rounding alone."""
+    """Tokens of a micro-batch on a device. It changes speed, and the result by rounding alone."""
     layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"
     """How pairs are put into rows. It changes the speed, and the result by rounding alone."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
