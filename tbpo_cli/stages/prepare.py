@@ -35,6 +35,9 @@ Work = tuple[
 ]  # recipe key, its sources, their split, where the pairs go
 
 FEW_PROMPTS = 20
+# How rows become pairs; to be raised where the same rows come to mean something else. 1: numbers
+# that say which answer is better are read from the whole column (1 and 2 were taken for 0 and 1).
+READING = 1
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -93,7 +96,7 @@ def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
     """
     other = complete_beside(run_dir, "prepare")
     manifest = other.manifest("prepare") if other else {}
-    if other is None or manifest["tokenizer"] != tokenizer:
+    if other is None or manifest["tokenizer"] != tokenizer or _outdated(manifest):
         return False
     if not copy_stage(other, run_dir, "prepare"):
         return False
@@ -110,9 +113,19 @@ def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
 def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
     """Writes report.html and the manifest, and reports the complete stage."""
     folder = run_dir.stage("prepare")
+    facts |= {"reading": READING}
     write_report(recipe, folder, facts["counts"])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
+
+
+def _outdated(manifest: dict[str, Any]) -> list[str]:
+    """What another version read otherwise in the rows of a complete stage."""
+    formats = {count["format"] for count in manifest.get("counts", ())}
+    if manifest.get("reading", 0) == READING or "winner" not in formats:
+        return []
+    what = "which of two answers a number names is read otherwise than by the version"
+    return [f"rows of the format winner: {what} that prepared them, which may have exchanged pairs"]
 
 
 def _work(recipe: Recipe) -> list[Work]:
@@ -346,4 +359,5 @@ STAGE = Stage(
     report=report,
     base_files=ENCODING_FILES,
     check=check,
+    outdated=_outdated,
 )
