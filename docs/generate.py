@@ -162,6 +162,8 @@ def plain(text: str) -> str:
     """A sentence of a diagnosis with example words in the place of its figures."""
     text = text.replace("{or_a_higher_rate}", ", or a higher {stage}.learning_rate")
     text = text.replace("{stage}", "align").replace("{trained}", "LoRA")
+    text = text.replace("{counted_steps}", "N steps").replace("{counted_pairs}", "N pairs")
+    text = text.replace("{usual}", "N to N")
     return re.sub(r"\{\w+(:[^}]*)?\}", "N", text).replace("|", "\\|")
 
 
@@ -175,10 +177,13 @@ def troubleshooting() -> str:
         "`tbpo show` says the first group before a training, `tbpo align`, `tbpo eval` and",
         "the report the",
         "second one after it: a sentence, and the key to change.",
+        "",
+        "`tbpo show` also lists what the stages will need, such as packages, files, servers, disk",
+        "and tokens. It exits with 2 if one of them is lacking (a line with ✗), else with 0.",
     ]
     titles = {"Before the training": BEFORE, "After the training": AFTER, "After rounds": ROUNDS}
     for title, table in titles.items():
-        page += ["", f"## {title}", "", "| when | what it says | what to change |"]
+        page += ["", f"## {title}", "", "| when | what it says | what to try |"]
         page.append("|---|---|---|")
         for each in table:
             page.append(f"| {each.condition} | {plain(each.sentence)} | {plain(each.change)} |")

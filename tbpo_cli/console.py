@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -67,6 +68,27 @@ def plain(text: str) -> str:
 def _code(found: re.Match[str]) -> str:
     number = ord(found[0])
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def at_width(text: str) -> str:
+    """Prose in lines that a terminal of stderr, or COLUMNS below 80, has space for.
+
+    Elsewhere the lines stay whole, for programs that search them.
+    """
+    if not err.is_terminal and err.width >= 80:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines += textwrap.wrap(
+            line,
+            err.width,
+            subsequent_indent=indent,
+            break_long_words=False,  # a path or a command can be copied
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        ) or [""]
+    return "\n".join(lines)
 
 
 def say(text: str) -> None:

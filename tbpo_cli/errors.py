@@ -55,7 +55,7 @@ class GateError(TbpoError):
 
 
 class ToldError(TbpoError):
-    """A failure that another process has told about already; only its exit code is left."""
+    """A failure that another process has reported already; only its exit code is left."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("a worker process failed")
@@ -66,7 +66,7 @@ class ToldError(TbpoError):
 
 
 class Interrupted(TbpoError):  # noqa: N818 - an event, not a fault
-    """SIGINT or SIGTERM, after a checkpoint was written. Exit 130 or 143."""
+    """SIGINT, SIGTERM or SIGHUP, after a checkpoint was written. Exit 130, 143 or 129."""
 
     def __init__(self, signal_number: int, what: str, fix: str) -> None:
         super().__init__(what, fix=fix)

@@ -10,9 +10,17 @@ import shutil
 import signal
 import time
 
+import httpx
 import pytest
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
@@ -312,7 +320,7 @@ MISTAKES = {
         recipe_says(model={"lora": None, "quantization": "nf4"}),
         (*FULL, "model.quantization is not possible", "a table [model.lora]"),
     ),
-    "4 bits shared out": (
+    "4 bits sharded": (
         sets("prepare", "model.quantization=nf4", "align.sharding=fsdp"),
         (*FULL, "align.sharding", "cannot be fsdp"),
     ),
@@ -867,6 +875,38 @@ def test_a_base_that_is_in_no_cache_and_on_no_hub_that_answers_is_a_message():
     with pytest.raises(TbpoError, match="the Hub cannot be reached, and the base is not") as error:
         load_chat(Model(base="user/none"), "2026-01-01")
     assert error.value.where == "model.base = 'user/none'" and "network" in error.value.fix
+
+
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+OF_THE_HUB = {
+    "gated": (GatedRepoError("no", response=RESPONSE), "the base is gated", "ask for access"),
+    "revision": (RevisionNotFoundError("no", response=RESPONSE), "no such revision", "revision"),
+    "model": (RepositoryNotFoundError("no", response=RESPONSE), "no such model", "hf auth login"),
+    "offline": (OfflineModeIsEnabled("no"), "may not be asked", "unset HF_HUB_OFFLINE"),
+    "network": (LocalEntryNotFoundError("no"), "cannot be reached", "the network"),
+    "another": (ValueError("no"), "loaded: transformers is confused", "a newer transformers"),
+}
+
+
+@pytest.mark.parametrize("has_cause", [True, False])
+@pytest.mark.parametrize("name", OF_THE_HUB)
+def test_the_error_behind_that_of_transformers_says_what_to_do(monkeypatch, name, has_cause):
+    """Raised `from` the Hub's own error, or merely while that was handled."""
+    error, what, fix = OF_THE_HUB[name]
+
+    def fails(*_, **__):
+        try:
+            raise error
+        except Exception as behind:
+            confused = OSError("transformers is confused")
+            if has_cause:
+                raise confused from behind
+            raise confused  # noqa: B904
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
+    with pytest.raises(TbpoError) as raised:
+        load_chat(Model(base="user/none"), "2026-01-01")
+    assert what in raised.value.what and fix in raised.value.fix
 
 
 def test_show_asks_a_hub_that_does_not_answer_only_once(executable, recipe_file, tmp_path):

@@ -226,6 +226,15 @@ def calling(function):
     return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
 
 
+def test_a_cut_answer_is_rejected_as_cut_and_never_chosen():
+    row = RANKED | {"truncated": [False, True, True, False]}
+    _, pairs = pairs_of(row)
+    made = [(pair.chosen["content"], pair.rejected) for pair in pairs]
+    assert made == [("b", {"role": "assistant", "content": "d", "is_cut": True})]
+    _, (whole,) = pairs_of(RANKED)
+    assert "is_cut" not in whole.rejected
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -255,6 +264,16 @@ def calling(function):
         ({"prompt": "p", "chosen": [calling({"arguments": {}})], "rejected": [GO]}, "wrong_type"),
         ({"prompt": "p", "chosen": [calling({"name": 3})], "rejected": [GO]}, "wrong_type"),
         ({"prompt": "p", "chosen": [calling("add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [said("function_call", "add")], "rejected": [GO]}, "wrong_type"),
+        ({"prompt": "p", "chosen": [HI | {"content": None}], "rejected": [GO]}, "wrong_type"),
+        (
+            {"prompt": "p", "chosen": [HI | {"content": [{"text": 3}]}], "rejected": [GO]},
+            "wrong_type",
+        ),
+        (
+            {"prompt": "p", "chosen": [HI | {"reasoning_content": 3}], "rejected": [GO]},
+            "wrong_type",
+        ),
         (RANKED | {"responses": [USER, HI, GO, HI]}, "roles"),
         (RANKED | {"responses": [said("human", "b"), HI, GO, HI]}, "roles"),
     ],
@@ -326,6 +345,27 @@ def test_calls_of_tools_have_one_form():
         {"prompt": "hello", "chosen": [HI | {"tool_calls": []}], "rejected": [GO]}
     )
     assert pair.chosen == HI
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"), [('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ({}, {})]
+)
+def test_a_call_keeps_its_id_and_its_arguments_become_an_object_of_json(arguments, kept):
+    call = {"id": "call-1", "index": 0, "function": {"name": "add", "arguments": arguments}}
+    message = HI | {"tool_calls": [call, {"id": None, "function": {"name": "add"}}]}
+    _, (pair,) = pairs_of({"prompt": "hello", "chosen": [message], "rejected": [GO]})
+    one, other = pair.chosen["tool_calls"]
+    function = {"name": "add", "arguments": kept}
+    assert one == {"id": "call-1", "index": 0, "type": "function", "function": function}
+    assert other == {"type": "function", "function": {"name": "add", "arguments": {}}}
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "a = 1", '{"a": 1', [1], 3])
+def test_a_call_whose_arguments_are_no_object_of_json_is_refused(arguments):
+    call = {"function": {"name": "add", "arguments": arguments}}
+    row = {"prompt": "hello", "chosen": [HI | {"tool_calls": [call]}], "rejected": [GO]}
+    _, (reason,) = pairs_of(row)
+    assert reason == "wrong_type"
 
 
 def test_nulls_within_arguments_are_kept_from_json_and_left_out_of_columnar_files(tmp_path):

@@ -3,12 +3,17 @@ truths.
 """
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from judge_server import chat_completion, chat_server
@@ -644,6 +649,74 @@ def test_a_scorer_that_fails_is_a_message(judges, tmp_path, code, name, what, wh
     assert what in error.value.what and where in error.value.where
     if code == SCORERS:
         assert error.value.fix == "did you mean lengthy?"
+
+
+STARTER = """import os, subprocess, sys, time
+
+def f(prompt, completion):
+    child = subprocess.Popen(["sleep", "300"])
+    with open(prompt + ".new", "w") as file:
+        file.write(str(child.pid))
+    os.rename(prompt + ".new", prompt)
+    if completion == "exits":
+        os._exit(3)
+    time.sleep(300 if completion == "computes" else 0)
+    return 1
+"""
+ASKS = """import sys
+from tbpo_cli.evaluation.user_function import UserFunction
+print(UserFunction(sys.argv[1], "f")(*sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "number"),
+    [("returns", 0), ("exits", 0), ("computes", signal.SIGKILL), ("computes", signal.SIGINT)],
+)
+def test_what_a_scorer_starts_ends_with_it_and_with_the_command(tmp_path, does, number):
+    """The command ends by itself, is killed, or gets Ctrl-C, which its process group gets."""
+    (tmp_path / "mine.py").write_text(STARTER)
+    noted = tmp_path / "pid"
+    command = [sys.executable, "-c", ASKS, str(tmp_path / "mine.py"), str(noted), does]
+    asking = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        # A suite in the background ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not noted.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    started = psutil.Process(int(noted.read_text()))
+    if number:
+        os.killpg(asking.pid, number)
+    said, _ = asking.communicate(timeout=60)
+    assert (b"1.0" in said, b"exit code 3" in said) == (does == "returns", does == "exits")
+    while is_alive(started):
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.02)
+
+
+def is_alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_scorer_prints_is_shown_in_short_lines_on_stderr_and_commands_nothing(
+    judges, tmp_path, capfd
+):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os\n\ndef f(*_):\n    print('\\x1b]52;c;ZXZpbA==\\x07', 'x' * 5000)\n"
+        "    os.write(2, b'half \\xff, [bold]\\n')\n    os._exit(3)\n"
+    )
+    with pytest.raises(TbpoError, match="exit code 3"):
+        judges(f"judge.scorer=python:{path}:f")[0].compare(compare(("x", "y")))
+    out, err = capfd.readouterr()
+    first, second = err.splitlines()
+    assert first.startswith("mine.py: \\x1b]52;c;ZXZpbA==\\x07 xxx") and len(first) < 1020
+    assert second == "mine.py: half \ufffd, [bold]" and out == ""
 
 
 @pytest.mark.parametrize(

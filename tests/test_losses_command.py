@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tbpo_cli.cli.losses import descriptions
 from tbpo_cli.cli.main import app
 from tbpo_cli.config.recipe import load_recipe
-from tbpo_cli.core import LOSSES
+from tbpo_cli.core import GENERATORS, LOSSES
 
 
 def described(name):
@@ -26,6 +26,22 @@ def test_it_prints_every_loss_with_its_formula_keys_and_source():
             assert " ".join(text.split()) in " ".join(result.output.split())
         assert each.source.startswith("arXiv ") or name == "sft"
     assert "softplus(z), z = β (Σr^l − Σr^w)" in result.output
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *GENERATORS])
+def test_with_a_name_only_that_loss_or_generator_is_described(name):
+    result = CliRunner().invoke(app, ["losses", name])
+    first, *others = result.output.splitlines()
+    assert result.exit_code == 0 and first in (name, f"generator {name}")
+    assert others and all(line.startswith("  ") for line in others), "one paragraph"
+
+
+@pytest.mark.parametrize(("name", "fix"), [("nope", "tbpo losses"), ("sigmoid", "tbpo losses dpo")])
+def test_an_unknown_name_is_answered_with_the_list(tbpo, name, fix):
+    done = tbpo("losses", name)
+    assert done.returncode == 2 and f"there is no loss '{name}'" in done.stderr
+    assert f"expected: one of {', '.join([*LOSSES, *GENERATORS])}" in done.stderr
+    assert done.stderr.endswith(f"fix: {fix}\n")
 
 
 def test_as_markdown_it_is_a_row_a_loss():

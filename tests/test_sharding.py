@@ -1,4 +1,4 @@
-"""Training with its weights shared out over processes (FSDP2) is the training of one process."""
+"""Training with weights that are sharded over processes (FSDP2) is that of one process."""
 
 import copy
 import os
@@ -157,7 +157,7 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
 
 @pytest.fixture
 def mesh(tmp_path):
-    """Of this process alone: it shares the weights out to itself, by the same code."""
+    """Of this process alone: it holds all of the shards, by the same code."""
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )

@@ -1,6 +1,7 @@
 """`tbpo show`: what it foretells is what the training then does, and it loads no weights."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from zoo.families import COMMON
 
 from tbpo_cli import console
 from tbpo_cli.cli.forecast import forecast, policy_on_meta, trainings_of
@@ -84,6 +88,9 @@ def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, caps
     assert "reference the base, with the adapter off" in foretold
     assert "rows are shared_prompt: every prompt is read once" in said
     assert "layout shared_prompt: every prompt is read once" in foretold
+    weights = load_file(tmp_path / "run/align/adapter/adapter_model.safetensors").values()
+    num_weights = sum(weight.numel() for weight in weights)
+    assert f"align: training {num_weights:,} weights on cpu; 40 pairs, 8 held out" in said
     after = flat(shown(recipe_file, tmp_path / "run", capsys))
     assert "align up to date" in after and f"tokens/s of {tmp_path}/run/align)" in after
 
@@ -269,6 +276,25 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
+def test_of_a_mixture_of_experts_no_line_of_torch_is_printed(start, recipe_file, tmp_path, base):
+    """Its experts have no kernel for shapes without numbers, which torch logs with a traceback."""
+    experts = tmp_path / "experts"
+    shutil.copytree(base, experts)
+    (experts / "model.safetensors").unlink()
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "moe_intermediate_size", "num_experts")
+    sizes = {name: COMMON[name] for name in (*names, "num_experts_per_tok")}
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=vocabulary, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(experts)
+    sets = ("--set", f"model.base={experts}", "--set", "align.max_steps=1")
+    for command in ("show", "align"):
+        done = start(command, recipe_file, *sets).finish()
+        assert done.returncode == 0, done.stderr
+        assert command != "show" or (done.stderr == "" and "memory" in done.stdout)
+        assert "fake_tensor" not in done.stderr and "Traceback" not in done.stderr
+
+
 FACTS = {"stage": "align", "rate": 5e-6, "weights": 7e9, "memory": 1e9, "device_memory": 2e9}
 SAID = {
     "nothing is wrong": ({}, []),
@@ -279,13 +305,16 @@ SAID = {
     "high": ({"rate": 1e-3}, ["the learning rate 0.001 is high"]),
     "a small model takes more": ({"rate": 1e-3, "weights": 2e6}, []),
     "low": ({"rate": 1e-8}, ["is low"]),
-    "too few steps": ({"steps": 30}, ["30 steps at the rate 5e-06 hardly move a policy"]),
+    "too few steps": (
+        {"steps": 30},
+        ["a training of 30 steps at the rate 5e-06 hardly moves a policy"],
+    ),
     "enough steps": ({"steps": 1900}, []),
     "a single step": (
         {"steps": 1, "batch": 32, "rate": 1e-4},
-        ["hardly move", "a single step of 32"],
+        ["of 1 step at the rate 0.0001 hardly moves", "a single step of 32"],
     ),
-    "fewer pairs than a batch": ({"pairs": 8, "batch": 32}, ["8 pairs, and a step takes 32"]),
+    "fewer pairs than a batch": ({"pairs": 8, "batch": 32}, ["has 8 pairs, and a step takes 32"]),
     "low beta": ({"beta_share": 0.01}, ["beta is 0.01 of its default"]),
     "high beta": ({"beta_share": 50}, ["50 times its default"]),
     "long": ({"length_ratio": 1.6}, ["1.6 times as long"]),
@@ -297,12 +326,14 @@ SAID = {
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
     "few steps at a high rate want more steps": (
         {"steps": 3, "rate": 1e-4},
-        ["; change more pairs, epochs or max_steps"],
+        ["; try more pairs, epochs or max_steps"],
     ),
     "few steps at a low rate want a higher one": (
         {"steps": 300, "rate": 1e-6},
-        ["or align.learning_rate = 3e-06"],
+        ["or align.learning_rate = 3.3e-06"],
     ),
+    "a KL of rounding errors": ({"kl": -2e-7, "steps": 1900}, ["hardly moved: KL 0.0000 nats"]),
+    "one step": ({"kl": 2e-4, "steps": 1, "rate": 1e-4}, ["of 1 step at", "a token after 1 step;"]),
     "unmoved": ({"kl": 2e-4, "steps": 300}, ["hardly moved: KL 0.0002 nats a token after 300"]),
     "far": ({"kl": 3.0}, ["far from its reference: KL 3.00"]),
     "entropy": ({"entropy_share": 0.2}, ["entropy fell to 20%"]),
@@ -333,7 +364,31 @@ def test_what_usually_goes_wrong_is_said_with_the_key_to_change(case):
     said = diagnose(Facts(**FACTS | changes))
     assert len(said) == len(expected), said
     for line, part in zip(said, expected, strict=True):
-        assert part in line and "; change " in line and "{" not in line
+        assert part in line and "; try " in line and "{" not in line
+
+
+def advised_rates(facts):
+    """The sentence and the rate of every piece of advice about the learning rate."""
+    for line in diagnose(facts, BEFORE):
+        if found := re.search(r"learning_rate = (\S+)", line):
+            yield line.split(":")[0][:20], float(found[1])
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_an_advised_rate_is_within_the_limits_of_its_own_sentence(stage, lora):
+    """Rates of 1e-9 to 1, models of 1e6 to 1e10 weights, 1 to 1e5 steps: all limits, rounded."""
+    given = 0
+    for rate in (1e-9 * 10 ** (n / 5) for n in range(45)):
+        for weights in (1e6 * 10 ** (n / 7) for n in range(28)):
+            for steps in (None, 1, 3, 7, 30, 113, 911, 4999, 10**5):
+                facts = Facts(stage=stage, lora=lora, rate=rate, weights=weights, steps=steps)
+                for begin, advised in advised_rates(facts):
+                    given += 1
+                    assert facts.low <= advised <= facts.high
+                    again = diagnose(replace(facts, rate=advised), BEFORE)
+                    assert not [line for line in again if line.startswith(begin)], (facts, advised)
+    assert given > 1000
 
 
 def test_every_diagnosis_is_met_in_a_case():
@@ -348,10 +403,12 @@ def test_the_facts_of_a_training_are_read_from_its_metrics():
     end = {"split": "eval", "step": 6, "kl": 0.2, "entropy": 1.0, "logps_chosen": -1.5}
     steps = [{"split": "train", "step": n, "accuracy": 1.0} for n in range(1, 7)]
     lines = [begin | {"accuracy": 0.0}, *steps, end | {"accuracy": 0.75}]
-    facts = after_training(lines, "align", True, 1e-4, 8)
+    before = Facts(rate=1e-4, held_out=8, batch=4, pairs=24)
+    facts = after_training(lines, before)
+    assert (facts.rate, facts.batch, facts.pairs) == (1e-4, 4, 24)
     assert (facts.steps, facts.kl, facts.entropy_share, facts.chosen_fall) == (6, 0.2, 0.5, 0.5)
     assert (facts.accuracy, facts.training_accuracy, facts.held_out) == (0.75, 1.0, 8)
-    assert after_training(lines[:3], "align", True, 1e-4, 8).kl is None, "it is not complete"
+    assert after_training(lines[:3], before).kl is None, "it is not complete"
 
 
 def test_an_alignment_that_learns_nothing_ends_with_a_sentence_and_the_key(tbpo, recipe_file):
@@ -359,6 +416,17 @@ def test_an_alignment_that_learns_nothing_ends_with_a_sentence_and_the_key(tbpo,
     assert done.returncode == 0
     assert "WARNING: the policy has hardly moved: KL 0.0000 nats a token after 6" in done.stderr
     assert "or align.learning_rate = " in done.stderr
+
+
+def test_an_alignment_of_one_step_on_fewer_pairs_than_a_batch_says_so_at_its_end(tbpo, recipe_file):
+    done = tbpo(
+        "align", recipe_file, "--set", "align.max_steps=1", "--set", "align.batch_pairs=999"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "WARNING: the whole training is a single step of 999; try more align.epochs" in done.stderr
+    )
+    assert re.search(r"the training data has \d+ pairs, and a step takes 999", done.stderr)
 
 
 def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_file, tmp_path):

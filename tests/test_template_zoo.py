@@ -409,8 +409,8 @@ def test_a_call_of_a_tool_is_in_the_tokens_or_the_row_is_refused(tokenizers, nam
     without = tokens_of(chat, [user("look")], assistant("", tool_calls=[CALL]))
     if name not in CALLING:
         assert with_tools.reason == without.reason == "not_rendered"
-        assert "the tool look_up" in with_tools.detail
-        assert "the call of the tool look_up" in without.detail
+        assert 'the tool: "look_up"' in with_tools.detail
+        assert 'the call of the tool: "look_up"' in without.detail
         return
     said = chat.tokenizer.decode(with_tools.chosen_ids)
     assert "look_up" in chat.tokenizer.decode(with_tools.prompt_ids)
@@ -457,6 +457,152 @@ def test_a_dropped_system_message_and_dropped_text_are_refused(tokenizers):
     chat = chat_of(tokenizers, "byte-level", shortens)
     assert tokens_of(chat, [user("dog")], assistant("it is 4.")).reason == "not_rendered"
     assert tokens_of(chat, [user("a longer question")], assistant("4")).reason == "not_rendered"
+
+
+def called(*calls):
+    return [
+        {"type": "function", "function": {"name": name, "arguments": given}}
+        for name, given in calls
+    ]
+
+
+FIRST_CALL = "{% for c in (m.tool_calls or [])[:1] %}[call]{{ c.function.name }} "
+ONE_CALL = FIRST_CALL + "{{ c.function.arguments | tojson }}[/call]{% endfor %}"
+SHOWN = "{{ m.content }}"
+# What a template drops, of which the text is in the rendering for another reason.
+DROPS = {
+    "a message that begins a later one": (
+        ("{% for m in messages %}", "{% for m in messages[-2:] %}"),
+        [user("red"), assistant("cat"), user("red cat")],
+        assistant("it is 4."),
+        "the message of user",
+    ),
+    "a system message of a role's name": (
+        ("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
+        [{"role": "system", "content": "[u]"}, user("red cat")],
+        assistant("it is 4."),
+        "the message of system",
+    ),
+    "the second of two calls that are the same": (
+        (SHOWN, SHOWN + ONE_CALL),
+        [user("x")],
+        assistant("", tool_calls=called(("w", {"n": 1}), ("w", {"n": 1}))),
+        "the call of the tool",
+    ),
+    "a second call within the first one": (
+        (SHOWN, SHOWN + ONE_CALL),
+        [user("x")],
+        assistant("", tool_calls=called(("w", {"n": 12}), ("w", {"n": 1}))),
+        "the call of the tool",
+    ),
+    "a number that is in the answer": (
+        (SHOWN, SHOWN + FIRST_CALL + "n[/call]{% endfor %}"),
+        [user("x")],
+        assistant("it is 4.", tool_calls=called(("w", {"n": 4}))),
+        "an argument of the call of w",
+    ),
+    "a short name of a tool": (
+        (SHOWN, SHOWN),
+        [user("x")],
+        assistant("we see 4.", tool_calls=called(("w", {}))),
+        "the call of the tool",
+    ),
+    "reasoning that the answer repeats": (
+        (SHOWN, SHOWN),
+        [user("x")],
+        assistant("red cat.", reasoning_content="red"),
+        "the answer's reasoning_content",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_what_a_template_drops_is_missed_though_its_text_stands_elsewhere(tokenizers, name):
+    (text, changed), prompt, answer, what = DROPS[name]
+    plain = TEXT["plain"][0]
+    assert text in plain
+    found = tokens_of(
+        chat_of(tokenizers, "byte-level", plain.replace(text, changed, 1)), prompt, answer
+    )
+    assert isinstance(found, RejectedRow), found
+    assert found.reason == "not_rendered"
+    assert f"leaves out {what}" in found.detail
+
+
+def test_short_and_repeated_texts_that_are_rendered_are_taken(tokenizers):
+    every = (
+        FIRST_CALL.replace("[:1]", "") + "{{ c.function.arguments | tojson }}[/call]{% endfor %}"
+    )
+    chat = chat_of(tokenizers, "byte-level", TEXT["plain"][0].replace(SHOWN, SHOWN + every, 1))
+    twice = called(("w", {"n": 1, "of": ["a", "a"]}), ("w", {"n": 1, "is": True, "x": 0.5}))
+    found = tokens_of(
+        chat, [user("a"), assistant("a"), user("a")], assistant("a", tool_calls=twice)
+    )
+    assert chat.tokenizer.decode(found.chosen_ids) == (
+        'a[call]w {"n": 1, "of": ["a", "a"]}[/call]'
+        '[call]w {"n": 1, "is": true, "x": 0.5}[/call][end]'
+    )
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_marks_of_reasoning_in_answers_are_seen_by_the_template_and_are_their_tokens(
+    tokenizers, is_special
+):
+    text = str(tokenizers["byte-level"].to_str())
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=is_special) for mark in ("<think>", "</think>", "<tool_call>")]
+    )
+    earlier = "{% if m.role == 'assistant' and not loop.last %}"
+    strips = earlier + "{{ m.content.split('</think>')[-1] }}{% else %}" + SHOWN + "{% endif %}"
+    template = TEXT["plain"][0].replace(SHOWN, strips, 1)
+    chat = chat_of({"byte-level": tokenizer}, "byte-level", template)
+    history = [user("</think> red"), assistant("<think>old</think>it is 4."), user("x")]
+    answer = "<think>two</think><tool_call>four"
+    found = tokens_of(chat, history, assistant(answer))
+    think, closed, call = map(tokenizer.token_to_id, ("<think>", "</think>", "<tool_call>"))
+    two, four = (tokenizer.encode(word).ids for word in ("two", "four"))
+    end = [tokenizer.token_to_id("[end]")]
+    assert found.chosen_ids == [think, *two, closed, call, *four, *end]
+    assert chat.encoder.decode(found.chosen_ids) == answer
+    prompt = chat.tokenizer.decode(found.prompt_ids)
+    assert "old" not in prompt and "it is 4." in prompt
+    # In a user's text a special token stays text.
+    assert (closed in found.prompt_ids) is not is_special
+
+
+def test_an_answer_without_the_reasoning_that_its_template_wants_is_one_rejected_row(tokenizers):
+    begun = TEXT["plain"][0].replace("[a]{% endif %}", "[a]<think>\n{% endif %}")
+    chat = chat_of(tokenizers, "byte-level", begun)
+    with_it = tokens_of(chat, [user("x")], assistant("<think>\ntwo</think>it is 4."))
+    assert isinstance(with_it, RejectedRow)  # the answer of the other side has none
+    assert with_it.reason == "template_error"
+    assert "\ue0fa" not in with_it.detail
+
+
+def test_a_rejected_answer_that_was_cut_has_no_end(tokenizers):
+    chat = chat_of(tokenizers, "byte-level", TEXT["three closers with newlines"][0])
+    cut = assistant("red cat", is_cut=True)
+    pairs = [
+        make_pair({}, (user("x"),), assistant("it is 4."), rejected)
+        for rejected in (cut, assistant("red cat"))
+    ]
+    without, whole = tokenize_pairs(pairs, chat, DATA)
+    said = tokenizers["byte-level"].encode("red cat").ids
+    assert without.rejected_ids == said
+    assert whole.rejected_ids[: len(said)] == said and len(whole.rejected_ids) > len(said)
+    assert without.chosen_ids == whole.chosen_ids
+
+
+def test_a_template_that_reads_only_lists_of_parts_is_given_them(tokenizers):
+    parts = "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}"
+    of_parts = TEXT["plain"][0].replace(SHOWN, parts, 1)
+    want, found = (
+        tokens_of(chat_of(tokenizers, "byte-level", template), [user("red cat")], assistant("4."))
+        for template in (TEXT["plain"][0], of_parts)
+    )
+    assert found.prompt_ids == want.prompt_ids
+    assert found.chosen_ids == want.chosen_ids
 
 
 def test_a_template_that_refuses_or_needs_a_system_message_still_says_where_it_ends(tokenizers):

@@ -200,20 +200,22 @@ def test_prompt_and_response_are_what_inference_sees(
 @pytest.mark.parametrize("template_name", TEMPLATES)
 def test_control_tokens_in_a_users_text_are_text(chat_of, tokenizer_name, template_name):
     """Written by a user, every control token of the model changes no count of control tokens, and
-    is still readable.
+    is still readable. So it is in an answer, but for marks of calls, which the model writes.
     """
     chat = chat_of(tokenizer_name, template_name)
     _, end, others = TEMPLATES[template_name]
     trick = f"before {end}{''.join(others)} after \ue0fa41\ue0fb"
-    plain, tricked = (tokens_of(chat, [user(text)], assistant(text)) for text in ("before", trick))
+    answer = trick.replace("<|call|>", "")
+    plain = tokens_of(chat, [user("before")], assistant("before"))
+    tricked = tokens_of(chat, [user(trick)], assistant(answer))
     for token in (end, *others):
         number = chat.tokenizer.convert_tokens_to_ids(token)
         for side in ("prompt_ids", "chosen_ids"):
             assert list(getattr(tricked, side)).count(number) == list(getattr(plain, side)).count(
                 number
             )
-    for side in ("prompt_ids", "chosen_ids"):
-        assert trick in chat.tokenizer.decode(getattr(tricked, side))
+    assert trick in chat.tokenizer.decode(tricked.prompt_ids)
+    assert answer in chat.tokenizer.decode(tricked.chosen_ids)
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])

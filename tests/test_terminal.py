@@ -1,5 +1,6 @@
 """At a terminal and without one: progress, tables, colours, interrupts."""
 
+import fcntl
 import os
 import pty
 import re
@@ -7,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import tomllib
 
@@ -108,6 +110,28 @@ def test_every_command_has_an_example(tbpo, command):
     assert done.returncode == 0 and "Example: tbpo " in done.stdout
 
 
+@pytest.mark.parametrize("command", ["prepare", "align", "eval", "push", "init", "losses", "show"])
+def test_help_names_no_types(tbpo, command):
+    done = tbpo(command, "-h")
+    assert done.returncode == 0 and not re.search(r"<[\w\[\]]+>|\[\[", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("command", ["losses", "show", "a mistake"])
+def test_at_60_columns_prose_is_in_lines_of_60(executable, recipe_file, command):
+    """Only a word that is longer, such as a path, is over them."""
+    arguments = {
+        "losses": ("losses",),
+        "show": ("show", recipe_file),
+        "a mistake": ("show", recipe_file, "--set", "align.loss=kto", "--set", "data.format=x"),
+    }[command]
+    done = executable(*arguments, COLUMNS="60")
+    assert done.returncode == (2 if command == "a mistake" else 0), done.stderr
+    printed = done.stdout + done.stderr
+    long = [line for line in printed.splitlines() if len(line) > 60]
+    assert not [line for line in long if max(map(len, line.split())) < 40], long
+    assert len(printed.splitlines()) > 6
+
+
 @pytest.mark.parametrize("wait_for", ["", "prepare/inputs.json", "align/inputs.json"])
 def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_for):
     """While libraries are imported, rows are prepared, or the model is loaded."""
@@ -147,25 +171,53 @@ def test_ctrl_c_is_answered_soon_wherever_it_comes(recipe_file, tmp_path, wait_f
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_sigterm_before_training_is_a_line_and_a_signal_that_is_ignored_stays_so(
-    recipe_file, tmp_path, ignored
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_training_is_a_line_and_one_that_is_ignored_stays_so(
+    recipe_file, tmp_path, ignored, number
 ):
-    """Ignored as by nohup or `trap "" TERM`: SIGTERM comes at the beginning and in training."""
+    """Ignored as by `trap "" TERM` or nohup: the signal comes at the beginning and in training."""
     given = signal.SIG_IGN if ignored else signal.SIG_DFL
     process = subprocess.Popen(
         [sys.executable, "-m", "tbpo_cli.cli.main", "align", str(recipe_file)],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, given),
+        preexec_fn=lambda: signal.signal(number, given),
     )  # fmt: skip
     for name in ("prepare/inputs.json", *(["align/metrics.jsonl"] if ignored else [])):
         while not (tmp_path / "runs/tiny" / name).exists() and process.poll() is None:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     _, said = process.communicate(timeout=100)
     assert (tmp_path / "runs/tiny/align/manifest.json").exists() == ignored
-    assert process.returncode == (0 if ignored else 143), said
+    assert process.returncode == (0 if ignored else 128 + number), said
     assert ignored or said.count("interrupted: nothing is lost") == 1
     assert "Traceback" not in said and "stopping" not in said
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(recipe_file, tmp_path):
+    """The kernel sends SIGHUP, and a shell once more; by then nothing can be written any more."""
+
+    def take_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tbpo_cli.cli.main", "align", str(recipe_file)]
+    process = subprocess.Popen(
+        [*command, "--set", "align.max_steps=2000", "--set", "align.checkpoint_every=2000"],
+        cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    log = tmp_path / "runs/tiny/align/metrics.jsonl"
+    while not log.exists() or log.read_text().count('"train"') < 3:
+        assert process.poll() is None, "it ended before"
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 65536)
+    os.close(ours)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    assert [*(tmp_path / "runs/tiny/align/checkpoints").glob("step-*")]
 
 
 CLIPBOARD = "\x1b]52;c;ZXZpbA==\x1b\\"  # what it asks a terminal for: to change the clipboard

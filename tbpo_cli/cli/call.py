@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.runs.launch import Processes, processes_of
@@ -22,15 +22,17 @@ Texts = list[str] | None
 
 
 def _without_type(parameters: list[Any]) -> list[Any]:
-    """The parameters, of which flags are shown by their name alone: they take no value."""
+    """The parameters, of which flags and arguments are shown by their name alone."""
     for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
+        if getattr(parameter, "is_flag", False):  # it takes no value
             parameter.metavar = ""
+        if isinstance(parameter, TyperArgument):
+            vars(parameter)["display_type_rich"] = lambda ctx: None
     return parameters
 
 
 class Command(TyperCommand):
-    """A command whose flags are shown without <bool>."""
+    """A command whose flags and arguments are shown without <bool> or <path>."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, as --help shows them."""
@@ -51,7 +53,7 @@ class Call:
 
     recipe: Annotated[Path, Argument(metavar="RECIPE", help="A TOML file.", show_default=False)]
     flags: Annotated[
-        Texts, Argument(metavar="[-- FLAGS]", help="Given to accelerate.", show_default=False)
+        Texts, Argument(metavar="-- FLAGS", help="Given to accelerate.", show_default=False)
     ] = None
     sets: Annotated[
         Texts,

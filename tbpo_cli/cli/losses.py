@@ -47,7 +47,6 @@ COSTS = {
     "tbpo_a": 0.83,
 }
 HELPERS = {1: "a helper policy", 2: "two helper policies"}
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,12 @@ def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def as_text(wanted: str | None = None) -> str:
+def as_text(wanted: str | None = None, width: int = 100) -> str:
     """The losses, then the generators, for a terminal: a paragraph each.
 
     Args:
         wanted: the only loss or generator that is described.
+        width: columns of a line.
 
     Raises:
         TbpoError: if there is none of that name.
@@ -139,10 +139,10 @@ def as_text(wanted: str | None = None) -> str:
             each.source,
             each.when,
         ]
-        paragraphs[each.name] = _paragraph(each.name, lines)
+        paragraphs[each.name] = _paragraph(each.name, lines, width)
     for name, cls in GENERATORS.items():
         lines = [_summary(cls), f"generator = {_toml(cls())}"]
-        paragraphs[name] = _paragraph(f"generator {name}", lines)
+        paragraphs[name] = _paragraph(f"generator {name}", lines, width)
     if wanted is None:
         return "\n\n".join(paragraphs.values())
     if wanted not in paragraphs:
@@ -156,10 +156,10 @@ def _cost(each: Description) -> str:
     return "" if each.cost is None else f"; a step takes {each.cost:.2g} times dpo's"
 
 
-def _paragraph(name: str, lines: list[str]) -> str:
+def _paragraph(name: str, lines: list[str], width: int) -> str:
     """The name, and under it the lines that say something, indented."""
     wrapped = [
-        textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ")
         for line in lines
         if line
     ]

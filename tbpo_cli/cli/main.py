@@ -163,7 +163,9 @@ def push(call: Call) -> None:
 
 @app.command(cls=Command)
 def init(
-    name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="Of a recipe.", show_default=False)
+    ] = None,
     source: Annotated[
         Path | None,
         Option("--from", metavar="FILE", help="A config of TRL, axolotl or LLaMA-Factory."),
@@ -190,7 +192,9 @@ def init(
 
 @app.command(cls=Command)
 def losses(
-    name: Annotated[str | None, Argument(metavar="[NAME]", show_default=False)] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="Of a loss or generator.", show_default=False)
+    ] = None,
     markdown: Annotated[bool, Option("--markdown", help="As a table for documentation.")] = False,
 ) -> None:
     """The losses and generators: formula, what each needs, keys with defaults, when to take it.
@@ -199,13 +203,15 @@ def losses(
     """
     from tbpo_cli.cli.losses import as_markdown, as_text
 
-    text = as_markdown() if markdown else as_text(name)
+    text = as_markdown() if markdown else as_text(name, width=min(100, console.out.width))
     console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @command("show", *RUN, "gpus")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
+
+    Exit code 2 if something is lacking that a stage needs (the lines with ✗).
 
     Example: tbpo show quickstart.toml --set align.loss=dpo
     """
@@ -253,8 +259,8 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
 def main() -> None:
     """The executable.
 
-    Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130 and 143 interrupted;
-    1 a bug of ours.
+    Exit codes: 0 done; 2 recipe, data or usage; 3 diverged; 4 gate failed; 130, 143 and 129
+    interrupted; 1 a bug of ours.
     """
     interrupts.listen()
     console.quiet_libraries()
@@ -273,7 +279,7 @@ def main() -> None:
 
 def _end(error: TbpoError) -> None:
     """Prints the message of an error, and exits with its code."""
-    sys.stderr.write(console.plain(f"{error}\n") if str(error) else "")
+    sys.stderr.write(console.at_width(console.plain(f"{error}\n")) if str(error) else "")
     sys.exit(error.exit_code)
 
 

@@ -80,6 +80,7 @@ def _ask_hub_once() -> None:
 def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
     """Every value by table: those that were given, one a line, then the defaults."""
     here = f'"{Path.cwd()}{os.sep}'
+    column = min(66, console.out.width - len("   (--set)"))
     tables = defaultdict[str, list[tuple[str, str]]](list)
     for key, value in recipe.settings().items():
         table, _, name = key.rpartition(".")
@@ -89,7 +90,7 @@ def _show_values(recipe: Recipe, given: dict[str, str]) -> None:
         console.show(f"[{table}]")
         for line, source in lines:
             if source:
-                console.show(f"  {line:<66} ({source})")
+                console.show(f"  {line:<{column}} ({source})")
         if defaults := [line for line, source in lines if not source]:
             _print(", ".join(defaults), "  default:", indent=4)
 

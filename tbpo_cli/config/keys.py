@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from tbpo_cli.config.advice import ADDRESSES, TABLES
 from tbpo_cli.config.other_tools import THEIRS, counterpart
 from tbpo_cli.config.validate import did_you_mean
 
@@ -20,6 +21,12 @@ RENAMED = {
     "data.ranking": "choose.pairs",
     "eval.scorer": "judge.scorer",
     "eval.reward_model": "judge.reward_model",
+}
+
+# A key that is often written for one of the same table.
+MISTAKEN = {
+    **{f"{table}.{name}": "endpoint" for table in ("judge", "eval.judge") for name in ADDRESSES},
+    **{f"{table}.path": "scorer" for table in ("judge", "eval.judge")},
 }
 
 
@@ -45,7 +52,7 @@ def may_be_absent(recipe: type, key: str) -> bool:
     return any(key == name and type(None) in _members(kind) for name, kind in all_keys(recipe))
 
 
-def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
+def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str, given: Any = None) -> str:
     """What to write in place of a key that its table does not have; "" if nothing is like it.
 
     A key of another tool is answered with ours; one that is spelt like a key of its table with that
@@ -55,11 +62,15 @@ def hint_for_unknown(recipe: type, keys: tuple[str, ...], near: str) -> str:
     name = keys[-1]
     if keys in {(each.name,) for each in dataclasses.fields(recipe)}:  # by --set TABLE=VALUE
         return f"{name} is a table: --set {name}.KEY=VALUE"
+    if isinstance(given, dict) and (place := TABLES.get(name)):
+        return place
     if now := RENAMED.get(".".join(keys)):
         return f"it is called {now} now"
+    if meant := MISTAKEN.get(".".join(keys)):
+        return did_you_mean(keys, meant)
     theirs = THEIRS.get(name)
     if theirs is not None and theirs.ours != ".".join(keys):
-        return counterpart(name)
+        return counterpart(name, given)
     if keys in TWINS:
         return did_you_mean(keys, TWINS[keys])
     places = [key for key, _ in all_keys(recipe) if key.rpartition(".")[2] == name]

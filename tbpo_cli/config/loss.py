@@ -69,23 +69,22 @@ def _build(
         given: a table with the key `name`, or the name alone.
     """
     from tbpo_cli.config.keys import nearest
-    from tbpo_cli.config.other_tools import LOSS_NAMES
+    from tbpo_cli.config.other_tools import LOSS_NAMES, NOT_OFFERED
 
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
     if not (isinstance(name, str) and name in classes):
         small = str(name).lower()
-        near = LOSS_NAMES.get(small, "") or nearest(small, list(classes))
         what = f"{'.'.join(keys)}.name = {name!r} is unknown"
-        fix = f'name = "{near}"' if near in classes else ""
+        near = LOSS_NAMES.get(small, "") or nearest(small, list(classes))
+        fix = NOT_OFFERED.get(small) or (f'name = "{near}"' if near in classes else "")
         return None, [fault(what, path, (*keys, "name"), f"one of {', '.join(classes)}", fix)]
     names = ["name", *(each.name for each in dataclasses.fields(classes[name]))]
     unknown = [key for key in options if key not in names]
     faults = []
     for key in unknown:
         owner = _owner(key, keys, name, classes)
-        is_table = isinstance(options.pop(key), dict)
-        found = unknown_key((*keys, key), names, path, is_table, hint)
+        found = unknown_key((*keys, key), names, path, options.pop(key), hint)
         faults.append(dataclasses.replace(found, fix=owner or found.fix))
     loss, other_faults = validate(classes[name], options, path, keys)
     return loss, faults + other_faults

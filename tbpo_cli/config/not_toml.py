@@ -55,6 +55,9 @@ OF_A_LINE = (
     ),
 )
 
+# The key of a table that its value alone is taken for.
+FIRST_KEYS = {"model": "base", "data": "train", "align.loss": "name"}
+
 
 def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
     """What a faulty recipe is, what is expected, and how it is mended.
@@ -66,12 +69,18 @@ def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
     """
     line = _line_of(text, error)
     value = line.partition("=")[2].strip()
-    convert = f"a config of another tool becomes a recipe by: tbpo init --from {path}"
+    convert = f"tbpo init NAME --from {path} writes it as TOML, as NAME.toml"
     table = 'a line [model], then base = "…"'
     if _is_json(text):
         return "the recipe is JSON, not TOML", table, convert
     if re.match(r"\s*(- )?[\w.-]+\s*:(\s|$)", line) and "=" not in line.partition(":")[0]:
         return "the recipe is YAML, not TOML", table, convert
+    if line.startswith("[") and (above := _value_above(text, line)):
+        name, value = above
+        what = f"{line.strip()} is a table, and {name} = {value} above it is a value"
+        key = FIRST_KEYS.get(name)
+        fix = f"write {key} = {value} under [{name}]" if key else f"write its keys under [{name}]"
+        return what, f"only the table [{name}]", f"remove {name} = {value}, and {fix}"
     if "twice" in error or "overwrite" in error:
         what = f"{line.strip()} is there twice" if line else "a table or a key is there twice"
         return (
@@ -104,6 +113,22 @@ def _line_of(text: str, error: str) -> str:
     if number is None or int(number[1]) > len(lines):
         return ""
     return lines[int(number[1]) - 1]
+
+
+def _value_above(text: str, line: str) -> tuple[str, str] | None:
+    """The first value above a table's heading whose key is a part of the heading.
+
+    Returns:
+        (the table's name, the value), as ("model", '"org/model"') of [model.lora].
+    """
+    parts = re.findall(r"[\w-]+", line)
+    found = None
+    for above in text.partition(line)[0].splitlines():
+        key, equals, value = (part.strip() for part in above.partition("="))
+        last = key.split(".")[-1]
+        if equals and last in parts:
+            found = ".".join(parts[: parts.index(last) + 1]), value
+    return found
 
 
 def _is_json(text: str) -> bool:

@@ -6,6 +6,7 @@ that they extend), axolotl's config reference, LLaMA-Factory's hyper-parameter c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,14 +23,14 @@ class Theirs:
         ours: our key; "" if a recipe needs none.
         note: what to know about it, after "here"; it is a whole sentence where `ours` is "".
         values: their values that have another name here; None: the key is left out.
-        scale: a number is multiplied by it.
+        notes: what to write instead, by their value, where `ours` is "".
     """
 
     tool: str
     ours: str = ""
     note: str = ""
     values: Mapping[Any, Any] = field(default_factory=dict)
-    scale: float = 1.0
+    notes: Mapping[Any, str] = field(default_factory=dict)
 
 
 # their name: our name
@@ -46,6 +47,28 @@ LOSS_NAMES = {
     "orpo": "orpo",
     "cpo": "cpo",
 }
+# Methods without a loss here, by their names: why, and what to write.
+_SINGLE = (
+    "it trains on single answers that are marked good or bad, and is not offered: pairs are needed "
+    "(rows of one prompt with both labels make them: docs/data.md); "
+)
+_SAMPLES = "it trains on a reward of sampled answers, and is not offered; "
+_PAIRS = "it is not offered; of the losses of pairs, "
+REFUSED = ("ppo", "grpo", "rloo", "reinforce", "rm", "pt")  # no loss can stand in their place
+NOT_OFFERED = {
+    **dict.fromkeys(("kto", "kto_pair", "bco"), f'{_SINGLE}then name = "dpo"'),
+    **dict.fromkeys(
+        ("ppo", "grpo", "rloo", "reinforce"),
+        f"{_SAMPLES}a table [rounds] chooses pairs by the marks of a judge (docs/rounds.md)",
+    ),
+    **dict.fromkeys(
+        ("bco_pair", "nca_pair", "exo_pair", "sppo_hard", "aot", "aot_pair", "aot_unpaired",
+         "discopop"),
+        f'{_PAIRS}name = "dpo" is the usual one; tbpo losses lists all',
+    ),
+    "rm": "a reward model is not trained here; judge.reward_model names one that is there",
+    "pt": "there is no pre-training here; a table [sft] trains on demonstrations",
+}  # fmt: skip
 SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine"}
 OPTIMIZERS = {
     "adamw_torch": "adamw",
@@ -68,6 +91,10 @@ LONG = "data.overlong says whether long pairs are left out or cut"
 NO_8_BIT = 'there is no 8-bit base; model.quantization = "nf4" has 4 bits'
 NO_REFERENCE = NOTHING + "the reference follows from the recipe; tbpo show names it"
 CACHED = NOTHING + "log π_ref is read from disk after the first epoch"
+ADAPTER = "a table [model.lora] trains an adapter"
+WITH_ADAPTER = "remove it, and write a table [model.lora], which trains an adapter"
+IN_4_BITS = f'{WITH_ADAPTER}, and model.quantization = "nf4"'
+ALL_WEIGHTS = "remove it: without a table [model.lora], all weights are trained"
 BATCH = "pairs of a whole step; their batch size × accumulation steps × GPUs"
 
 THEIRS: dict[str, Theirs] = {
@@ -93,9 +120,11 @@ THEIRS: dict[str, Theirs] = {
     "sequence_len": Theirs(AXOLOTL, "data.max_length"),
     "cutoff_len": Theirs(FACTORY, "data.max_length"),
     # the adapter
-    "use_peft": Theirs(TRL, note="a table [model.lora] trains an adapter"),
-    "adapter": Theirs(AXOLOTL, note="a table [model.lora] trains an adapter"),
-    "finetuning_type": Theirs(FACTORY, note="a table [model.lora] trains an adapter"),
+    "use_peft": Theirs(TRL, note=ADAPTER, notes={True: WITH_ADAPTER, False: ALL_WEIGHTS}),
+    "adapter": Theirs(AXOLOTL, note=ADAPTER, notes={"lora": WITH_ADAPTER, "qlora": IN_4_BITS}),
+    "finetuning_type": Theirs(
+        FACTORY, note=ADAPTER, notes={"lora": WITH_ADAPTER, "full": ALL_WEIGHTS}
+    ),
     "peft_config": Theirs(TRL, note="it is the table [model.lora]"),
     "lora_r": Theirs("TRL, axolotl", "model.lora.r"),
     "lora_rank": Theirs(FACTORY, "model.lora.r"),
@@ -185,8 +214,15 @@ THEIRS: dict[str, Theirs] = {
     "hub_private_repo": Theirs(TRL, "push.private"),
 }  # fmt: skip
 
-# What holds where a config leaves a key out. Source: DPOConfig, SFTConfig and ModelConfig of TRL,
-# TrainingArguments of transformers, LLaMA-Factory's FinetuningArguments and DataArguments.
+# What holds where a config leaves a key out. Read in the source files, at these commits:
+# transformers 5.24, training_args.py: _ARGUMENTS, and learning_rate = 5e-5 as in LLaMA-Factory.
+# TRL, trl/trainer: dpo_config.py (3da2424: beta, learning_rate, max_length), sft_config.py
+# (016013e: learning_rate, max_length), model_config.py (040e32d: lora_r, lora_alpha, lora_dropout).
+# LLaMA-Factory, src/llamafactory/hparams: finetuning_args.py (00577a8: pref_beta, simpo_gamma,
+# lora_rank, lora_alpha, lora_dropout, stage = sft), data_args.py (072bfe2: cutoff_len).
+# axolotl, src/axolotl: core/builders/base.py (00f1318: warmup_ratio; max_grad_norm is that of
+# transformers), utils/schemas/training.py (002a637: num_epochs, micro_batch_size, lr_scheduler),
+# and its config reference (sequence_len).
 _ARGUMENTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
@@ -197,7 +233,22 @@ _ARGUMENTS: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     TRL: {**_ARGUMENTS, "beta": 0.1, "learning_rate": 1e-6, "max_length": 1024},
     FACTORY: {**_ARGUMENTS, "pref_beta": 0.1, "learning_rate": 5e-5, "cutoff_len": 2048},
-    AXOLOTL: {"max_grad_norm": 1.0},
+    AXOLOTL: {
+        "num_epochs": 1.0,
+        "micro_batch_size": 1,
+        "sequence_len": 512,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.03,
+        "max_grad_norm": 1.0,
+    },
+}
+# Keys of TRL's SFTConfig that its DPOConfig does not have.
+SFT_KEYS = {
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eval_packing",
+    "packing_strategy",
 }
 SFT_DEFAULTS: dict[str, dict[str, Any]] = {TRL: {"learning_rate": 2e-5}, FACTORY: {}, AXOLOTL: {}}
 LORA_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -207,12 +258,25 @@ LORA_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def counterpart(name: str) -> str:
-    """What another tool's key is called here, in words; "" for a key that none of them has."""
+def counterpart(name: str, given: Any = None) -> str:
+    """What another tool's key is called here, in words; "" for a key that none of them has.
+
+    Args:
+        given: its value, whose name here is said as well.
+    """
     theirs = THEIRS.get(name)
     if theirs is None:
         return ""
+    is_plain = isinstance(given, str | int | float)
     if not theirs.ours:
-        return f"a key of {theirs.tool}; {theirs.note}"
+        note = theirs.notes.get(given, theirs.note) if is_plain else theirs.note
+        return f"a key of {theirs.tool}; {note}"
+    if theirs.values is LOSS_NAMES and str(given).lower() in NOT_OFFERED:
+        return f"here it is {theirs.ours}; of {given}: {NOT_OFFERED[str(given).lower()]}"
+    value = theirs.values.get(given) if is_plain else None
+    if value is None and is_plain and not theirs.values and not theirs.note:
+        value = given
+    if value is not None:
+        return f"here it is {theirs.ours} = {json.dumps(value, ensure_ascii=False)}"
     note = f" ({theirs.note})" if theirs.note else ""
     return f"here it is {theirs.ours}{note}"

@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "vocab*",
     "merges.txt",
 )
+# What the token ids of a text depend on; tokenization*.py for model.trust_remote_code.
+ENCODING_FILES = (*TOKENIZER_FILES, "tokenization*.py")
 WEIGHT_FILES = (
     "config.json",
     "generation_config.json",
@@ -131,7 +133,7 @@ def apply_overrides(
     raw: dict[str, Any],
     overrides: tuple[str, ...],
     may_be_absent: Callable[[str], bool] = lambda key: False,
-    hint: Callable[[tuple[str, ...], str], str] = lambda keys, near: "",
+    hint: Callable[[tuple[str, ...], str, Any], str] = lambda keys, near, given: "",
 ) -> list[TbpoError]:
     """Puts the "table.key=value" of the command line into `raw`.
 
@@ -159,7 +161,7 @@ def apply_overrides(
             resolve_paths(tables, Path.cwd())
             _merge(raw, tables)
         else:
-            fix = hint((key,), "") or "e.g. --set run.seed=1"
+            fix = hint((key,), "", tables.get(key)) or "e.g. --set run.seed=1"
             where = f"--set {override}"
             faults.append(TbpoError("--set is not understood", where, "table.key=value", fix))
     return faults

@@ -175,9 +175,9 @@ class Training:
     """Keys that [sft] and [align] share."""
 
     max_tokens_per_device: Count | Literal["auto"] = "auto"
-    """Tokens of a micro-batch on one device. It changes the speed, never the result."""
+    """Tokens of a micro-batch on a device. It changes speed, and the result by rounding alone."""
     layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"
-    """How pairs are put into rows. It changes the speed, never the result."""
+    """How pairs are put into rows. It changes the speed, and the result by rounding alone."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Whether each process holds all weights ("ddp") or a part of them ("fsdp")."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
+from tbpo_cli.config.advice import advice_on
 from tbpo_cli.errors import TbpoError
 
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
@@ -58,10 +59,11 @@ WORDS = {
 SHORT_NAMES = {"lr": "learning_rate", "rank": "r", "steps": "max_steps", "path": "base"}
 FEW = 12  # keys that a message lists beside a better answer
 
-Hint = Callable[[Keys, str], str]  # of an unknown key and the nearest one that its table has
+# Of an unknown key, the nearest one that its table has, and the value that it was given.
+Hint = Callable[[Keys, str, Any], str]
 
 
-def did_you_mean(keys: Keys, near: str) -> str:
+def did_you_mean(keys: Keys, near: str, given: Any = None) -> str:
     """What to write in place of an unknown key, of which nothing is known but its table."""
     return f"did you mean {'.'.join((*keys[:-1], near))}?" if near else ""
 
@@ -147,7 +149,7 @@ def _in_words(
     kind, given = entry["type"], entry["input"]
     if kind == "unexpected_keyword_argument":
         names = [each.name for each in fields(_owner(cls, entry["loc"]))]
-        return unknown_key(keys, names, path, isinstance(given, dict), hint)
+        return unknown_key(keys, names, path, given, hint)
     if kind == "missing":
         return _missing(keys, path)
     if kind == "value_error" and isinstance(given, dict):  # of a __post_init__
@@ -155,18 +157,19 @@ def _in_words(
     return _impossible(entry, keys, path, others)
 
 
-def unknown_key(keys: Keys, names: list[str], path: str, is_table: bool, hint: Hint) -> TbpoError:
+def unknown_key(keys: Keys, names: list[str], path: str, given: Any, hint: Hint) -> TbpoError:
     """A key that its table does not have.
 
     Args:
         names: the keys that the table has.
+        given: its value.
         hint: see `validate`.
     """
     near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
     if SHORT_NAMES.get(keys[-1]) in names:
         near = [SHORT_NAMES[keys[-1]]]
-    fix = hint(keys, near[0] if near else "")
-    what = f"{'.'.join(keys)} is an unknown {'table' if is_table else 'key'}"
+    fix = hint(keys, near[0] if near else "", given)
+    what = f"{'.'.join(keys)} is an unknown {'table' if isinstance(given, dict) else 'key'}"
     expected = f"one of {', '.join(names)}" if names else "no further keys"
     if fix and len(names) > FEW:
         expected = f"a key of [{'.'.join(keys[:-1])}]; tbpo show lists them"
@@ -199,6 +202,8 @@ def _impossible(entry: Any, keys: Keys, path: str, others: Sequence[Any]) -> Tbp
     near = difflib.get_close_matches(str(given), options, n=1)
     fix = f'{keys[-1]} = "{near[0]}"' if near else _as_wanted(kind, given, keys[-1])
     what = f"{name} = {json.dumps(given, default=str, ensure_ascii=False)} is not possible"
+    if advice := advice_on(name, given):
+        return fault(what, path, keys, *advice)
     return fault(what, path, keys, " or ".join(dict.fromkeys(wanted)), fix)
 
 

@@ -106,7 +106,8 @@ def workers(
 
 def _begin_process(parent: int, model: Model, data: Data, choose: Choose, seed: int) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    for number in (signal.SIGINT, signal.SIGHUP):  # those of a terminal are the main process's
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _begin_worker(model, data, choose, seed)
 

@@ -15,9 +15,9 @@ from tbpo_cli.data.formats import FORMATS, read_prompt, renamed, to_pairs
 from tbpo_cli.data.formats.columns import PROMPTS, first_of
 from tbpo_cli.data.formats.demonstrations import CHATS
 from tbpo_cli.data.formats.winners import WINNERS
-from tbpo_cli.data.pairs import Messages, RejectedRow, draw, make_pair
+from tbpo_cli.data.pairs import Messages, RejectedRow, Tools, draw, make_pair
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
-from tbpo_cli.data.templates import Chat, Tools
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokens import tokenize_prompt
 from tbpo_cli.errors import TbpoError
 

@@ -28,6 +28,10 @@ MASKED = re.compile(f"{OPEN}([0-9a-f]+){CLOSE}")
 # Characters that Unicode reserves for programs, around the number of a control token: its new name.
 NAME = "\ufdd0{}\ufdd1"
 NAMED = re.compile("\ufdd0[0-9]+\ufdd1")
+# The words in the names of marks that a model writes around its reasoning and its calls of tools.
+OF_REASONING = frozenset({"think", "thinking", "thought", "reasoning"})
+OF_CALLS = frozenset({"call", "calls"})
+BESIDE_THEM = frozenset({"begin", "start", "end", "of", "tool", "function"})
 # Texts that hardly any tokenizer merges with what follows them.
 ANCHORS = ("\n", "\x01", "a", ".")
 
@@ -50,8 +54,28 @@ class Encoder:
         """Matches any control token."""
         return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
 
-    def mask(self, content: Any) -> Any:
+    @cached_property
+    def _of_others(self) -> re.Pattern[str]:
+        """Matches the control tokens that an answer's own text cannot have: all but the marks of
+        reasoning and of calls that a model writes itself.
+        """
+        others = (text for text in self.control_tokens if not _is_of_answers(text))
+        return re.compile("|".join(map(re.escape, others)) or r"(?!)")
+
+    def mask_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with masked control tokens; the text of an answer keeps the marks of reasoning
+        and of calls, which its template looks for, and which the model writes.
+        """
+        masked: dict[str, Any] = self.mask(message)
+        if message.get("role") == "assistant" and isinstance(message.get("content"), str):
+            masked["content"] = self.mask(message["content"], self._of_others)
+        return masked
+
+    def mask(self, content: Any, controls: re.Pattern[str] | None = None) -> Any:
         """Messages, or parts of them, with the control tokens in texts as private-use characters.
+
+        Args:
+            controls: matches those to mask; None: all.
 
         Raises:
             RejectedRow: invalid_text, if a text has what is a name of a control token here.
@@ -61,7 +85,7 @@ class Encoder:
                 raise RejectedRow("invalid_text", "it has U+FDD0, which is not a character")
             if OPEN in content or CLOSE in content:
                 content = re.sub(f"[{OPEN}{CLOSE}]", _masked, content)
-            return self.controls.sub(_masked, content)
+            return (controls or self.controls).sub(_masked, content)
         if isinstance(content, dict):
             return {self.mask(key): self.mask(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
@@ -72,6 +96,11 @@ class Encoder:
         """Ids of rendered texts with masked control tokens; nothing is added, cut or padded."""
         named = [self.controls.sub(self._named, text) for text in texts]
         return self._encode([unmask(text) if OPEN in text else text for text in named])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer as text, without control tokens but for the marks of reasoning and calls."""
+        left_out = {n for text, n in self.control_tokens.items() if not _is_of_answers(text)}
+        return str(self.tokenizer.decode([number for number in ids if number not in left_out]))
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts in which nothing is a control token."""
@@ -146,6 +175,14 @@ class Encoder:
             model["unk_token"] = names[model["unk_token"]]
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         return Tokenizer.from_str(json.dumps(spec))
+
+
+def _is_of_answers(control: str) -> bool:
+    """Whether a control token is a mark of reasoning or of a call, by the words of its name."""
+    words = {*re.findall(r"[a-z]+", control.lower())}
+    return bool(words & (OF_REASONING | OF_CALLS)) and words <= (
+        OF_REASONING | OF_CALLS | BESIDE_THEM
+    )
 
 
 def _masked(match: re.Match[str]) -> str:

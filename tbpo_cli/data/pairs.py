@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-# role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
+# role, content; of an assistant also tool_calls, of a tool also name and tool_call_id; of a
+# response also is_cut, where a limit and not the model ended it
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
+Tools = tuple[dict[str, Any], ...]  # JSON schemas
 
 # What a template may render of a message beside its role and its content.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -62,7 +64,7 @@ class PreferencePair:
     prompt: Messages
     chosen: Message
     rejected: Message | None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: Tools = ()
     score_margin: float | None = None
     weight: float = 1.0
 
@@ -114,7 +116,7 @@ def _check_roles(messages: Messages) -> None:
             )
 
 
-def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def _tools(row: dict[str, Any]) -> Tools:
     """The `tools` column: a list of schemas, or that list as JSON text."""
     tools = row.get("tools") or []
     try:

@@ -13,10 +13,10 @@ from typing import Any
 from tbpo_cli.config.recipe import Data, Recipe, Source
 from tbpo_cli.data.choosing import EVERY_PAIR
 from tbpo_cli.data.formats import read_prompt, recognise, to_pairs
-from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, Tools
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
-from tbpo_cli.data.templates import Chat, Tools
+from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokens import tokenize_prompt
 from tbpo_cli.errors import TbpoError
 

@@ -8,6 +8,7 @@ template is rendered, so that they stay text whatever a template does with them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from contextlib import suppress
@@ -20,14 +21,12 @@ from jinja2 import TemplateSyntaxError
 
 from tbpo_cli.data.encoder import Encoder, unmask
 from tbpo_cli.data.limits import limited
-from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow
-from tbpo_cli.data.rendering import left_out_of_answer, left_out_of_prompt
+from tbpo_cli.data.pairs import Message, Messages, PreferencePair, RejectedRow, Tools
+from tbpo_cli.data.rendering import changed_answer, changed_prompt, check_rendering, squeezed
 from tbpo_cli.errors import TbpoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Tools = tuple[dict[str, Any], ...]  # JSON schemas
 
 MAX_CHARACTERS = 10_000_000  # of a rendered row
 
@@ -35,6 +34,10 @@ OTHER_TEMPLATE = "give a template of your own as model.chat_template"
 # Plain conversations, one of which most templates render.
 QUESTION = {"role": "user", "content": "question"}
 ANSWER = {"role": "assistant", "content": "reply"}
+REASONED = (
+    {**ANSWER, "reasoning_content": "because"},
+    {**ANSWER, "content": "<think>\nbecause\n</think>\n\nreply"},
+)
 PROBES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "help"}, QUESTION))
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "cat"}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -99,13 +102,17 @@ class Chat:
         return self._render(tuple(map(_with_arguments_as_text, messages)), tools, options)
 
     def _render(self, messages: Messages, tools: Tools, options: dict[str, Any]) -> str:
-        masked_tools: Any = self.encoder.mask(tools) or None
-        masked: Any = self.encoder.mask(messages)
+        masked = [self.encoder.mask_message(message) for message in messages]
+        if self._reads_parts:
+            masked = [_in_parts(message) for message in masked]
+        return self._apply(masked, self.encoder.mask(tools), options)
+
+    def _apply(self, messages: list[Message], tools: Any, options: dict[str, Any]) -> str:
         try:
-            template = self.tokenizer.get_chat_template(tools=masked_tools)
-            options |= {"chat_template": _with_date(template, self.template_date)}
+            template = self.tokenizer.get_chat_template(tools=tools or None)
+            options = {**options, "chat_template": _with_date(template, self.template_date)}
             text = self.tokenizer.apply_chat_template(
-                masked, masked_tools, tokenize=False, **options
+                messages, tools or None, tokenize=False, **options
             )
         except TemplateSyntaxError as error:
             raise TbpoError(
@@ -121,6 +128,18 @@ class Chat:
         if len(text) > MAX_CHARACTERS:
             raise RejectedRow("template_error", f"it renders {len(text):,} characters")
         return cast(str, text)
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template renders text only where it is in a list of parts, as some of models
+        with images do.
+        """
+        found = ["", ""]
+        for place, message in enumerate((QUESTION, _in_parts(QUESTION))):
+            with suppress(RejectedRow):
+                found[place] = self._apply([message], [], {})
+        as_text, as_parts = (str(QUESTION["content"]) in text for text in found)
+        return as_parts and not as_text and "'text'" not in found[1]
 
     def check_that_it_ends(self) -> None:
         """Renders a plain conversation, before any row is read.
@@ -139,9 +158,13 @@ class Chat:
             TbpoError: as `render`.
         """
         text = self.render(messages, tools, add_generation_prompt=True)
-        masked_messages, masked_tools = self.encoder.mask(messages), self.encoder.mask(tools)
-        if what := left_out_of_prompt(masked_messages, masked_tools, text):
-            raise RejectedRow("not_rendered", f"the chat template leaves out {unmask(what)}")
+        check_rendering(
+            text,
+            (messages, tools),
+            self._template_text,
+            lambda change: changed_prompt(messages, tools, change),
+            lambda changed: self.render(*changed, add_generation_prompt=True),
+        )
         return text
 
     def response(self, messages: Messages, answer: Message, tools: Tools, prompt: str) -> str:
@@ -154,24 +177,36 @@ class Chat:
         """
         full = self.render((*messages, answer), tools)
         try:
-            response = self._cut(prompt, full)
+            response = self._cut(prompt, full, with_end=not answer.get("is_cut"))
         except TbpoError as error:
             if messages not in PROBES and self._cuts_a_plain_chat:
                 raise RejectedRow("template_error", f"{error.what}: {error.where}") from None
             raise
-        if what := left_out_of_answer(self.encoder.mask(answer), response):
-            raise RejectedRow("not_rendered", f"the chat template leaves out {unmask(what)}")
+        check_rendering(
+            response,
+            (messages, answer, tools),
+            self._template_text,
+            lambda change: changed_answer(answer, change),
+            lambda changed: self.render((*messages, changed), tools),
+        )
         return response
 
-    def _cut(self, prompt: str, full: str) -> str:
-        """What the full rendering adds to the prompt, up to the token that ends the answer.
+    @cached_property
+    def _template_text(self) -> str:
+        return squeezed(str(self.tokenizer.chat_template))
+
+    def _cut(self, prompt: str, full: str, with_end: bool = True) -> str:
+        """What the full rendering adds to the prompt, up to the token that ends the answer, or
+        without it.
 
         Behind the answer's text stand one or more control tokens. The answer ends with the first of
         them at which generation stops. If it stops at none of them, it ends with the last.
         """
         if not full.startswith(prompt):
-            same = len(_same_start(prompt, full))
-            alone, followed = (text[max(0, same - 80) : same + 80] for text in (prompt, full))
+            same = len(_same_start(unmask(prompt), unmask(full)))
+            alone, followed = (
+                unmask(text)[max(0, same - 80) : same + 80] for text in (prompt, full)
+            )
             raise TbpoError(
                 "the chat template renders the prompt differently once an answer follows",
                 f"\n    prompt alone: …{alone!r}\n    with answer:  …{followed!r}",
@@ -183,10 +218,12 @@ class Chat:
         if closing is None:
             raise TbpoError(
                 "the chat template ends an answer without an end-of-turn token",
-                f"the answer renders as …{response[-80:]!r}",
+                f"the answer renders as …{unmask(response)[-80:]!r}",
                 "a control token after the answer, so that the model learns to stop",
                 OTHER_TEMPLATE,
             )
+        if not with_end:
+            return response[: closing.start()]
         found = list(self.encoder.controls.finditer(response, closing.start()))
         end = next((token for token in found if token.group() in self._ends), found[-1])
         return response[: end.end()]
@@ -252,11 +289,12 @@ class Chat:
 
     @cached_property
     def _cuts_a_plain_chat(self) -> bool:
-        for probe in PROBES:
+        """Whether it does so for some plain answer, with reasoning or without."""
+        for probe, answer in itertools.product(PROBES, (ANSWER, *REASONED)):
             try:
                 self._cut(
                     self.render(probe, (), add_generation_prompt=True),
-                    self.render((*probe, ANSWER), ()),
+                    self.render((*probe, answer), ()),
                 )
                 return True
             except (RejectedRow, TbpoError):
@@ -284,6 +322,10 @@ def _same_start(first: str, second: str) -> str:
     pairs = zip(first, second, strict=False)
     length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
     return first[:length]
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from tbpo_cli.config.recipe import Data
 from tbpo_cli.data import limits
-from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import Messages, PreferencePair, RejectedRow, Tools
 from tbpo_cli.data.sources import Row
-from tbpo_cli.data.templates import Chat, Tools, render_pair
+from tbpo_cli.data.templates import Chat, render_pair
 from tbpo_cli.errors import TbpoError
 
 PAIRS_AT_A_TIME = 16  # that are rendered within one limit of memory

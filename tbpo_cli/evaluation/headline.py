@@ -73,7 +73,7 @@ def _cost(models: Json) -> str:
     kl = policy["preference"]["all"]["kl"]["value"]
     entropy = [one["preference"]["all"]["entropy"]["value"] for one in (reference, policy)]
     parts = [
-        f"KL from the reference {kl:.4f} nats a token",
+        f"KL from the reference {kl:z.4f} nats a token",
         f"entropy {entropy[0]:.3f} → {entropy[1]:.3f}",
     ]
     for name, words, form in (

@@ -23,8 +23,8 @@ COMPARING = {  # a model with the reference, which has none of these itself
     "margin": ("reward margin, nats", "{:.3f}"),
     "token_accuracy": ("token accuracy", "{:.1%}"),
     "ece": ("calibration error (ECE)", "{:.3f}"),
-    "kl": ("KL(ref ‖ model), nats/token", "{:.4f}"),
-    "reverse_kl": ("KL(model ‖ ref), nats/token", "{:.4f}"),
+    "kl": ("KL(ref ‖ model), nats/token", "{:z.4f}"),
+    "reverse_kl": ("KL(model ‖ ref), nats/token", "{:z.4f}"),
 }
 OWN = {
     "entropy": ("entropy, nats/token", "{:.3f}"),

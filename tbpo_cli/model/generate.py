@@ -146,9 +146,7 @@ def samples_of(
                 {
                     "prompt_id": keys[place][0].prompt_id,
                     "sample": keys[place][1],
-                    "completion": chat.tokenizer.decode(
-                        list(completion.token_ids), skip_special_tokens=True
-                    ),
+                    "completion": chat.encoder.decode(completion.token_ids),
                     **asdict(completion),
                 }
                 for place, completion in batch

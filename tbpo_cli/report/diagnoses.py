@@ -25,7 +25,7 @@ class Diagnosis:
         applies: whether it is so.
         condition: the same in words, for docs/troubleshooting.md.
         sentence: what is said, with the facts in braces.
-        change: the key to change, and how.
+        change: the key to change, and how; it follows "; try".
     """
 
     reads: tuple[str, ...]
@@ -35,43 +35,50 @@ class Diagnosis:
     change: str
 
 
+# Of the numbers of steps, pairs and a batch, which are known before a training and after it.
+SIZES = (
+    Diagnosis(
+        ("steps", "batch"),
+        lambda f: f.steps == 1,
+        "the training has one step",
+        "the whole training is a single step of {batch}",
+        "more {stage}.epochs, or a smaller batch ({stage}.batch_pairs or batch_examples)",
+    ),
+    Diagnosis(
+        ("pairs", "batch"),
+        lambda f: f.pairs < f.batch,
+        "there are fewer pairs than a step takes",
+        "the training data has {counted_pairs}, and a step takes {batch}: every step reads some "
+        "of them twice",
+        "a smaller batch ({stage}.batch_pairs or batch_examples), or more rows",
+    ),
+)
+
 BEFORE = (
     Diagnosis(
         ("rate",),
         lambda f: 0 < f.rate < f.low,
         "learning_rate is under what is published",
-        "the learning rate {rate:g} is low: for {trained}, {low:.2g} to {high:.2g} are usual",
-        "{stage}.learning_rate = {low:.2g} or more",
+        "the learning rate {rate:g} is low: for {trained}, {usual} are usual",
+        "{stage}.learning_rate = {lowest} or more",
     ),
     Diagnosis(
         ("rate",),
         lambda f: f.rate > f.high,
         "learning_rate is over what is published",
-        "the learning rate {rate:g} is high: for {trained}, {low:.2g} to {high:.2g} are usual",
-        "{stage}.learning_rate = {high:.2g} or less, and watch the KL",
+        "the learning rate {rate:g} is high: for {trained}, {usual} are usual",
+        "{stage}.learning_rate = {highest} or less, and watch the KL",
     ),
     Diagnosis(
         ("rate", "steps"),
         lambda f: f.low <= f.rate and f.rate * f.steps < f.least_travel,
         "learning_rate × steps is under 5e-4 (LoRA) or 7e-5 (all weights); more for "
         "models under 1e9 weights",
-        "{steps} steps at the rate {rate:g} hardly move a policy, with {trained} trained",
+        "a training of {counted_steps} at the rate {rate:g} hardly moves a policy, with {trained} "
+        "trained",
         "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
-    Diagnosis(
-        ("steps", "batch"),
-        lambda f: f.steps == 1,
-        "the training has one step",
-        "the whole training is a single step of {batch}",
-        "{stage}.epochs, or a smaller batch",
-    ),
-    Diagnosis(
-        ("pairs", "batch"),
-        lambda f: f.pairs < f.batch,
-        "there are fewer pairs than a step takes",
-        "there are {pairs} pairs, and a step takes {batch}: every step reads some of them twice",
-        "a smaller batch ({stage}.batch_pairs or batch_examples), or more rows",
-    ),
+    *SIZES,
     # A twentieth to ten times the default: of dpo 0.005 to 1, around the 0.01 to 0.5 of the DPO and
     # Zephyr papers.
     Diagnosis(
@@ -79,14 +86,14 @@ BEFORE = (
         lambda f: f.beta_share < 1 / 20,
         "beta is under 1/20 of the loss's default",
         "beta is {beta_share:.2g} of its default: the policy may go far from the reference",
-        "align.loss.beta",
+        "a higher align.loss.beta",
     ),
     Diagnosis(
         ("beta_share",),
         lambda f: f.beta_share > 10,
         "beta is over 10 times the loss's default",
         "beta is {beta_share:.0f} times its default: the policy will hardly leave the reference",
-        "align.loss.beta",
+        "a lower align.loss.beta",
     ),
     # DPO makes answers longer where the chosen ones are (arXiv 2403.19159).
     Diagnosis(
@@ -95,7 +102,7 @@ BEFORE = (
         "chosen responses are over 1.3 times as long",
         "chosen responses are {length_ratio:.1f} times as long as rejected ones: the "
         "policy may learn to be long",
-        'the pairs, or align.loss.name = "simpo", which compares means',
+        'pairs of like lengths, or align.loss.name = "simpo", which compares means',
     ),
     Diagnosis(
         ("unaligned",),
@@ -110,7 +117,7 @@ BEFORE = (
         lambda f: f.cut > 0.1,
         "over 10 % of the rows are over data.max_length",
         "{cut:.0%} of the rows are over data.max_length: little is learned about long answers",
-        'data.max_length, or data.overlong = "truncate"',
+        'a higher data.max_length, or data.overlong = "truncate"',
     ),
     # Zephyr's DPO overfits after one epoch; most published runs take one to three.
     Diagnosis(
@@ -118,7 +125,7 @@ BEFORE = (
         lambda f: f.visits > 3,
         "each pair is read more than 3 times",
         "each pair is read {visits:.1f} times: beyond 3, held-out metrics usually fall",
-        "{stage}.epochs or {stage}.max_steps",
+        "fewer {stage}.epochs or a lower {stage}.max_steps",
     ),
     Diagnosis(
         ("held_out",),
@@ -132,16 +139,18 @@ BEFORE = (
         lambda f: f.memory > f.device_memory,
         "the forecast is over the device's memory",
         "{stage} needs more memory than the device has",
-        "{stage}.max_tokens_per_device, {stage}.activation_checkpointing = true, or more GPUs",
+        "a lower {stage}.max_tokens_per_device, {stage}.activation_checkpointing = true, or more "
+        "GPUs",
     ),
 )
 
 AFTER = (
+    *SIZES,
     Diagnosis(
         ("kl", "steps"),
         lambda f: f.kl < UNMOVED_KL,
         "KL is under 0.001 nats a token at the end",
-        "the policy has hardly moved: KL {kl:.4f} nats a token after {steps} steps",
+        "the policy has hardly moved: KL {kl:z.4f} nats a token after {counted_steps}",
         "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
     # The best runs of tests/benchmarks/results/methods.md have 0.07 to 0.4.
@@ -181,9 +190,8 @@ AFTER = (
         "KL grew, and held-out accuracy is still about 50 % (of 50 pairs or more)",
         "the policy moved, and still prefers the chosen response of only {accuracy:.0%} "
         "of the held-out pairs",
-        "nothing yet: look at pairs with tbpo prepare RECIPE --show 3 (noisy labels, or "
-        "a difference past the "
-        "shorter response, which losses that align do not read)",
+        "a look at pairs with tbpo prepare RECIPE --show 3: labels may be noisy, or the "
+        "difference past the shorter response, which losses that align do not read",
     ),
     Diagnosis(
         ("chosen_fall", "kl"),
@@ -199,7 +207,7 @@ AFTER = (
         lambda f: f.answer_ratio > 1.3,
         "sampled answers are over 1.3 times as long",
         "the policy's answers are {answer_ratio:.1f} times as long as the reference's",
-        "nothing, if the length-controlled win rate holds; else see the length bias in "
+        "a look at the length-controlled win rate, and if it falls, at the length bias in "
         "prepare/report.html",
     ),
     # A policy learns what its judge likes, errors and all: the judge's marks rise also where a
@@ -229,14 +237,14 @@ ROUNDS = (
         "over 60 % of the last policy's answers have the highest mark",
         "{round_top:.0%} of the last policy's answers have the highest mark there is: the judge "
         "can hardly tell them apart any more",
-        "judge.scale, another judge, or harder prompts",
+        "another judge.scale, another judge, or harder prompts",
     ),
     Diagnosis(
         ("round_no_pair",),
         lambda f: f.round_no_pair > 0.5,
         "over half of the prompts of the last round gave no pair",
         "{round_no_pair:.0%} of the prompts of the last round gave no pair",
-        "rounds.answers or rounds.temperature (higher), or choose.min_margin (lower)",
+        "a higher rounds.answers or rounds.temperature, or a lower choose.min_margin",
     ),
     Diagnosis(
         ("round_spread",),
@@ -244,27 +252,37 @@ ROUNDS = (
         "marks of the same prompt differ less than half as much as in the first round",
         "the marks of a prompt differ {round_spread:.0%} as much as in the first round: the pairs "
         "have little contrast left",
-        "rounds.number (fewer), rounds.temperature (higher), or rounds.answers (more)",
+        "a lower rounds.number, or a higher rounds.temperature or rounds.answers",
     ),
     Diagnosis(
         ("round_kl", "round_kl_before"),
         lambda f: f.round_kl > 0.5 and f.round_kl > 2 * f.round_kl_before,
         "KL more than doubled in the last round, to over 0.5 nats a token",
         "KL went from {round_kl_before:.2f} to {round_kl:.2f} nats a token in the last round",
-        'align.learning_rate (lower), align.loss.beta (higher), or rounds.reference = "first"',
+        'a lower align.learning_rate, a higher align.loss.beta, or rounds.reference = "first"',
     ),
 )
 
-DIAGNOSES = BEFORE + AFTER + ROUNDS
+# What is derived from the facts, for the braces of a sentence.
+DERIVED = {
+    "counted_pairs",
+    "counted_steps",
+    "highest",
+    "lowest",
+    "or_a_higher_rate",
+    "trained",
+    "usual",
+}
+DIAGNOSES = tuple(dict.fromkeys(BEFORE + AFTER + ROUNDS))
 
 
 def diagnose(facts: Facts, table: Sequence[Diagnosis] = DIAGNOSES) -> list[str]:
     """What applies, a sentence each with the key to change; nothing about what is not known."""
-    names = {each.name for each in fields(Facts)} | {"low", "high", "trained", "or_a_higher_rate"}
+    names = {each.name for each in fields(Facts)} | DERIVED
     said = []
     for each in table:
         is_known = all(getattr(facts, name) is not None for name in each.reads)
         if is_known and each.applies(facts):
             known = {name: getattr(facts, name) for name in names}
-            said.append(f"{each.sentence}; change {each.change}".format(**known))
+            said.append(f"{each.sentence}; try {each.change}".format(**known))
     return said

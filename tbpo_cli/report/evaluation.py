@@ -120,8 +120,8 @@ def _with_names(
 
 
 def show(results: Json) -> None:
-    """Prints the verdict and the tables of models and win rates, in 80 characters: intervals where
-    there is room.
+    """Prints the verdict and the tables of models and win rates, in 80 characters, with intervals
+    where they fit.
     """
     results, _, _ = _with_names(results, [], [])
     without_lengths = tables(results)[: -len(results["models"])]

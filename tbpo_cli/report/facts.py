@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any
+
+from tbpo_cli.console import counted
 
 # Learning rates that work, by stage and by whether an adapter is trained, for 1e9 weights and more.
 # align, LoRA: 5e-7 (arXiv 2605.12288) to 5e-5 (TRL's and peft's DPO examples); all weights: 3e-7 to
@@ -112,26 +115,59 @@ class Facts:
         return "LoRA" if self.lora else "all weights"
 
     @property
+    def lowest(self) -> str:
+        """The lowest usual rate as a text, which is never under the limit itself."""
+        return rounded(self.low, ROUND_CEILING)
+
+    @property
+    def highest(self) -> str:
+        """The highest usual rate as a text, which is never over the limit itself."""
+        return rounded(self.high, ROUND_FLOOR)
+
+    @property
+    def usual(self) -> str:
+        return f"{self.lowest} to {self.highest}"
+
+    @property
     def or_a_higher_rate(self) -> str:
         """The rate that would move the policy in these steps; "" if none that is usual would."""
-        wanted = min(self.high, 2 * self.least_travel / max(1, self.steps or 1))
-        return f", or {self.stage}.learning_rate = {wanted:.1g}" if wanted > self.rate else ""
+        steps = max(1, self.steps or 1)
+        wanted = rounded(min(self.high, 2 * self.least_travel / steps), ROUND_FLOOR)
+        is_enough = float(wanted) * steps >= self.least_travel
+        if not is_enough or float(wanted) <= self.rate:
+            return ""
+        return f", or {self.stage}.learning_rate = {wanted}"
+
+    @property
+    def counted_steps(self) -> str:
+        return counted(self.steps or 0, "step")
+
+    @property
+    def counted_pairs(self) -> str:
+        return counted(self.pairs or 0, "pair")
 
 
-def after_training(
-    metrics: Sequence[Mapping[str, Any]], stage: str, lora: bool, rate: float, held_out: int
-) -> Facts:
+def rounded(value: float, direction: str) -> str:
+    """A number of two digits, as TOML has it.
+
+    Args:
+        direction: of `decimal`: ROUND_FLOOR for what is an upper limit, ROUND_CEILING for a lower.
+    """
+    # By way of repr: the float 1.6e-5 is a little less than that, and would become 1.5e-5.
+    text = Context(prec=2, rounding=direction).create_decimal(repr(value))
+    return f"{float(text):g}"
+
+
+def after_training(metrics: Sequence[Mapping[str, Any]], facts: Facts) -> Facts:
     """The facts of a complete training.
 
     Args:
         metrics: the lines of its metrics.jsonl.
-        held_out: pairs that were measured on.
+        facts: what was known before: stage, rate, batch, pairs.
     """
     evaluations = [line for line in metrics if line["split"] == "eval"]
     steps = [line for line in metrics if line["split"] == "train"]
-    known: dict[str, Any] = {
-        "stage": stage, "lora": lora, "rate": rate, "steps": len(steps), "held_out": held_out,
-    }  # fmt: skip
+    known: dict[str, Any] = {"steps": len(steps)}
     recent = [line["accuracy"] for line in steps[-20:] if "accuracy" in line]
     if len(recent) >= 5:
         known["training_accuracy"] = sum(recent) / len(recent)
@@ -142,7 +178,7 @@ def after_training(
             known["entropy_share"] = last["entropy"] / first["entropy"]
         if "logps_chosen" in last:
             known["chosen_fall"] = first["logps_chosen"] - last["logps_chosen"]
-    return Facts(**known)
+    return replace(facts, **known)
 
 
 def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:

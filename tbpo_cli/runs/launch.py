@@ -172,7 +172,7 @@ def _run_workers(folder: Path, processes: Processes) -> None:
 
     Raises:
         TbpoError: if there are fewer GPUs than processes, or a worker was killed.
-        Interrupted: after SIGINT or SIGTERM.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP.
         ToldError: if a worker has said why it ended.
     """
     check_gpus(processes)
@@ -208,7 +208,7 @@ def _run_workers(folder: Path, processes: Processes) -> None:
 def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
     """Runs the workers of the stage's folder to their end.
 
-    A first SIGINT or SIGTERM goes to the workers as SIGTERM, which also ends those that are still
+    A first signal goes to the workers, SIGINT as SIGTERM, which also ends those that are still
     importing; without workers yet, the launcher ends. A second one kills them and the launcher.
     The lock of the run is the standard input of the launcher, and of the workers that it starts.
 
@@ -231,12 +231,13 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
 
     def pass_on(number: int, _frame: object) -> None:
         received.append(number)
+        passed = signal.SIGHUP if number == signal.SIGHUP else signal.SIGTERM
         for process in launcher:
             workers = process.children(recursive=True)
             is_over = len(received) > 1 or not workers
             for each in [*workers, *([process] if is_over else [])]:
                 with suppress(psutil.NoSuchProcess):
-                    each.send_signal(signal.SIGKILL if is_over else signal.SIGTERM)
+                    each.send_signal(signal.SIGKILL if is_over else passed)
 
     interrupts.raise_if_received()
     with ExitStack() as after:

@@ -1,4 +1,4 @@
-"""Whether the other machines of a training are alive, told by files that all of them see.
+"""Whether the other machines of a training are alive, by files that all of them see.
 
 A process that dies closes its connections, and the others notice. A machine that loses its power or
 its network does not: the others would wait for it as long as torch's time-outs last, which are made

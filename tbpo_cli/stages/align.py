@@ -6,7 +6,7 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.measures import PREFERENCE
 from tbpo_cli.report.diagnoses import AFTER, diagnose
-from tbpo_cli.report.facts import after_training
+from tbpo_cli.report.facts import Facts, after_training
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
@@ -42,10 +42,15 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     title = f"{recipe.align.loss_name} on the held-out pairs"
     console.show_evaluations(title, metrics, SUMMARY)
     weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
-    held_out = sum(each["kept"].get("eval", 0) for each in run_dir.manifest("prepare")["counts"])
-    is_lora, rate = recipe.model.lora is not None, recipe.align.learning_rate
-    facts = after_training(metrics, "align", is_lora, rate, held_out)
-    for sentence in diagnose(facts, AFTER):
+    before = Facts(
+        stage="align",
+        lora=recipe.model.lora is not None,
+        rate=recipe.align.learning_rate,
+        batch=recipe.align.batch_size,
+        pairs=_kept(run_dir, "train"),
+        held_out=_kept(run_dir, "eval"),
+    )
+    for sentence in diagnose(after_training(metrics, before), AFTER):
         console.say(f"WARNING: {sentence}")
     took = console.duration(manifest["seconds"])
     console.say(
@@ -54,6 +59,11 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     console.say(f"every step: {console.short(folder / 'metrics.jsonl')}")
     console.say(f"settings: {console.short(run_dir.path / 'recipe.toml')}")
     console.say(f"load it: AutoModelForCausalLM.from_pretrained({console.short(weights)!r})")
+
+
+def _kept(run_dir: RunDir, split: str) -> int:
+    """The pairs of a split that `tbpo prepare` has kept."""
+    return sum(each["kept"].get(split, 0) for each in run_dir.manifest("prepare")["counts"])
 
 
 STAGE = Stage(

@@ -42,7 +42,7 @@ from tbpo_cli.train.step import Stepper
 SHOWN = (
     ("loss", "loss {:.4f}"),
     ("accuracy", "accuracy {:.0%}"),
-    ("kl", "KL {:.4f}"),
+    ("kl", "KL {:z.4f}"),
     ("tokens_per_s", "{:,.0f} tokens/s"),
 )
 
@@ -52,7 +52,7 @@ def train(run: TrainingRun) -> MetricsLog:
 
     Raises:
         DivergenceError: on a gradient that is not finite, before the optimizer's step.
-        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+        Interrupted: on SIGINT, SIGTERM or SIGHUP, after a checkpoint.
     """
     stepper = build_stepper(run)
     checkpoints = run.folder / "checkpoints"
@@ -277,7 +277,7 @@ def _write(
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that holds the number of a first SIGINT or SIGTERM; a second one ends the process."""
+    """A list for the number of a first signal; a second SIGINT or SIGTERM ends the process."""
     received: list[int] = []
 
     def receive(number: int, _frame: object) -> None:

@@ -44,8 +44,8 @@ def kept_bytes(
     """Bytes that all layers, and that one layer, save for the backward pass for each token.
 
     They are counted in two passes over tensors without numbers, of which one has more tokens: what
-    is saved in both alike, as autocast's copies of the weights, is none of the tokens'. A quantized
-    model makes them on its device. The weights must not be sharded yet.
+    both save alike, as autocast's copies of the weights, does not count. A quantized model makes
+    them on its device. The weights must not be sharded yet.
 
     Args:
         autocast: the dtype of matrix products, if it is not that of the weights.

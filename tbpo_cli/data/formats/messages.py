@@ -70,6 +70,9 @@ def _calls(calls: Any, column: str) -> list[dict[str, Any]]:
     """Calls of tools in one form: {"type": "function", "function": {"name", "arguments"}}.
 
     Arguments that are a JSON object as text, as OpenAI's API gives them, become that object.
+
+    Raises:
+        RejectedRow: wrong_type, if a call has no name, or arguments that are no JSON object.
     """
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -78,8 +81,12 @@ def _calls(calls: Any, column: str) -> list[dict[str, Any]]:
             raise RejectedRow("wrong_type", f"{column}: a call of a tool has no name")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            parsed = _json_or_text(arguments)
-            arguments = parsed if isinstance(parsed, dict) else arguments
+            arguments = _json_or_text(arguments) if arguments.strip() else {}
+        if not isinstance(arguments, dict | None):
+            name = function["name"]
+            raise RejectedRow(
+                "wrong_type", f"{column}: the arguments of the call of {name} are no JSON object"
+            )
         outer = {key: call[key] for key in ("id", "index") if call.get(key) is not None}
         function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
         made.append({**outer, "type": "function", "function": function})

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tbpo_cli import console
-from tbpo_cli.data.pairs import Message, Messages
-from tbpo_cli.data.templates import Tools
+from tbpo_cli.data.pairs import Message, Messages, Tools
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import json_lines, write_whole
 

@@ -48,8 +48,8 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
     2306.05685, section 3.4: the labels [[A]], [[B]], [[C]], and a win only if both orders say so,
     else a tie; section 3.1: the grading of a single answer, [[7]].
 
-    A mark is the last number in double brackets; one outside `scale` is none, nor is that of an
-    answer that was cut.
+    A mark is the last number in double brackets. A number outside `scale` does not count, nor does
+    that of an answer that was cut.
 
     With `repeats` every question is asked several times, and verdict and mark are the means: what
     the judge draws by chance is in the values that the interval is made of.
@@ -215,9 +215,7 @@ def _mark(settings: Settings, replies: Sequence[Reply]) -> Mark:
 
 
 def _mark_in(settings: Settings, reply: Reply) -> float | None:
-    """The last number in double brackets; None if there is none on the scale, or the answer was
-    cut.
-    """
+    """The last number in double brackets; None if it is not on the scale, or the answer was cut."""
     found = MARK.findall(reply.text)
     if reply.was_cut or not found:
         return None
