@@ -176,6 +176,15 @@ def test_an_encoder_with_a_decoder_is_refused_in_a_line(tmp_path):
     assert error.value.fix == "take a decoder: a causal language model"
 
 
+def test_what_cannot_be_trained_by_its_kind_is_refused_before_weights_are_loaded(tmp_path):
+    settings = {"is_decoder": True, "attn_layers": ["local"], "attention_head_size": 4}
+    settings |= {"feed_forward_size": 24, "axial_pos_embds": False, "num_hidden_layers": 1}
+    make("reformer", **settings).config.save_pretrained(tmp_path)
+    shapes = Model(base=str(tmp_path), initial_weights="random")
+    with torch.device("meta"), pytest.raises(TbpoError, match="cannot be trained: reformer"):
+        load_base(shapes, str(tmp_path), torch.device("meta"), torch.float32)
+
+
 def test_an_adapter_that_holds_biases_of_its_base_is_refused_by_the_name_of_the_key(tmp_path):
     make("llama", attention_bias=True).save_pretrained(tmp_path / "base")
     base = load(tmp_path / "base")

@@ -85,22 +85,22 @@ def check_causality(model: LanguageModel, source: str) -> None:
     """Refuses a model that is not causal: one in which a later token changes an earlier logit.
 
     Also one whose logits are not finite, or that cannot be trained without its own dropout. Weights
-    without numbers ("meta") are not tried.
+    without numbers ("meta") are not tried: of those, only what the architecture tells is refused.
 
     Raises:
         TbpoError: for such a model, and for one that cannot be called with tokens alone.
     """
-    weight = next(model.parameters())
-    if weight.is_meta:
-        return
-    ids = probe_ids(model)
-    changed = ids[:-CHANGED_TOKENS] + probe_ids(model, CHANGED_TOKENS, start=PROBE_TOKENS + 1)
     where = f"model.base = {source!r}"
     fix = "take a decoder, such as those that AutoModelForCausalLM is made for"
     kind = getattr(causal_model(model).config, "model_type", "")
     if kind in ONLY_WITH_DROPOUT:
         what = f"the model cannot be trained: {kind} computes gradients with its own dropout only"
         raise TbpoError(what, where, "a causal language model of text", fix)
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return
+    ids = probe_ids(model)
+    changed = ids[:-CHANGED_TOKENS] + probe_ids(model, CHANGED_TOKENS, start=PROBE_TOKENS + 1)
     found = []
     try:
         with evaluating(model):
