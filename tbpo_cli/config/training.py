@@ -47,7 +47,8 @@ class Lora:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the adapter's inputs that a training step sets to zero."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """The layers that get an adapter: their names, or "all-linear" for all but the output head."""
+    """The layers that get an adapter: their names, or "all-linear" for those of the language part
+    but its output head, routers, and experts of a mixture that are one tensor."""
 
 
 @table
