@@ -17,7 +17,7 @@ from tbpo_cli.data.chunks import workers
 from tbpo_cli.data.formats import columns_read
 from tbpo_cli.data.formats.unknown import absent_columns, unread_columns
 from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
-from tbpo_cli.data.selection import Counts, PairFilter
+from tbpo_cli.data.selection import READING, Counts, PairFilter, read_otherwise
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
@@ -30,14 +30,10 @@ from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.sharing import complete_beside, copy_stage
 from tbpo_cli.runs.stage import Stage
 
-Work = tuple[
-    str, tuple[Source, ...], str, str
-]  # recipe key, its sources, their split, where the pairs go
+# Recipe key, its sources, their split, where the pairs go.
+Work = tuple[str, tuple[Source, ...], str, str]
 
 FEW_PROMPTS = 20
-# How rows become pairs; to be raised where the same rows come to mean something else. 1: numbers
-# that say which answer is better are read from the whole column (1 and 2 were taken for 0 and 1).
-READING = 1
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -96,7 +92,7 @@ def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
     """
     other = complete_beside(run_dir, "prepare")
     manifest = other.manifest("prepare") if other else {}
-    if other is None or manifest["tokenizer"] != tokenizer or _outdated(manifest):
+    if other is None or manifest["tokenizer"] != tokenizer or read_otherwise(manifest):
         return False
     if not copy_stage(other, run_dir, "prepare"):
         return False
@@ -117,15 +113,6 @@ def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
     write_report(recipe, folder, facts["counts"])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
-
-
-def _outdated(manifest: dict[str, Any]) -> list[str]:
-    """What another version read otherwise in the rows of a complete stage."""
-    formats = {count["format"] for count in manifest.get("counts", ())}
-    if manifest.get("reading", 0) == READING or "winner" not in formats:
-        return []
-    what = "which of two answers a number names is read otherwise than by the version"
-    return [f"rows of the format winner: {what} that prepared them, which may have exchanged pairs"]
 
 
 def _work(recipe: Recipe) -> list[Work]:
@@ -359,5 +346,5 @@ STAGE = Stage(
     report=report,
     base_files=ENCODING_FILES,
     check=check,
-    outdated=_outdated,
+    outdated=read_otherwise,
 )
