@@ -228,6 +228,7 @@ def test_their_defaults_are_written_where_ours_differ():
     theirs = convert({**FACTORY_KEYS, "pref_loss": "simpo"})
     assert theirs.tables["align"]["loss"] == {"name": "simpo", "beta": 0.1, "gamma": 0.5}
     assert theirs.tables["align"]["learning_rate"] == 5e-5
+    assert "simpo_gamma" not in dict(convert(FACTORY_KEYS).left), "a default that dpo does not read"
     assert theirs.tables["data"]["max_length"] == 2048
 
 

@@ -145,9 +145,10 @@ def convert(theirs: dict[str, Any]) -> Converted:
     loss = "" if is_sft else _convert_loss(full, stage, converted)
     for name, value in full.items():
         if name not in BATCHES and name not in LOSS_KEYS:
-            before = len(converted.moved)
+            before, listed = len(converted.moved), len(converted.left)
             _convert_key(name, value, is_sft, loss, converted)
-            if name not in theirs:
+            if name not in theirs:  # a default that the loss does not read is not listed
+                del converted.left[listed:]
                 text = f"{name}, their default"
                 converted.moved[before:] = [(text, ours) for _, ours in converted.moved[before:]]
     sizes = [
@@ -194,8 +195,6 @@ def defaults_of(tool: str, theirs: dict[str, Any], is_sft: bool) -> dict[str, An
         found |= LORA_DEFAULTS[tool]
     if tool == FACTORY and "lora_alpha" not in theirs and has_adapter(tool, theirs):
         found["lora_alpha"] = 2 * int(theirs.get("lora_rank", found["lora_rank"]))
-    if theirs.get("pref_loss") == "simpo":
-        found["simpo_gamma"] = 0.5
     if "warmup_steps" in theirs:
         found.pop("warmup_ratio", None)
     if theirs.get("max_steps", -1) not in (-1, None):

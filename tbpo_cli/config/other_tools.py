@@ -232,7 +232,13 @@ _ARGUMENTS: dict[str, Any] = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     TRL: {**_ARGUMENTS, "beta": 0.1, "learning_rate": 1e-6, "max_length": 1024},
-    FACTORY: {**_ARGUMENTS, "pref_beta": 0.1, "learning_rate": 5e-5, "cutoff_len": 2048},
+    FACTORY: {
+        **_ARGUMENTS,
+        "pref_beta": 0.1,
+        "simpo_gamma": 0.5,
+        "learning_rate": 5e-5,
+        "cutoff_len": 2048,
+    },
     AXOLOTL: {
         "num_epochs": 1.0,
         "micro_batch_size": 1,
