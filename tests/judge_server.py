@@ -3,9 +3,11 @@
 import json
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from loopback import on_loopback
 
 
 def chat_completion(text, **more):
@@ -96,16 +98,5 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
 def chat_server(answer, *troubles):
-    state = Server(answer, list(troubles))
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Chat", (Handler,), {"server_state": state})
-    )
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield state
-    finally:
-        server.shutdown()
-        server.server_close()
+    return on_loopback(Handler, Server(answer, list(troubles)))

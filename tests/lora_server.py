@@ -2,11 +2,12 @@
 
 import json
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from loopback import on_loopback
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,15 +118,5 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
 def lora_server(folder, **settings):
-    state = LoraServer(folder, **settings)
-    handler = type("Lora", (Handler,), {"server_state": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield state
-    finally:
-        server.shutdown()
-        server.server_close()
+    return on_loopback(Handler, LoraServer(folder, **settings))

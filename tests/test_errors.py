@@ -276,7 +276,7 @@ MISTAKES = {
     ),
     "percent for a share": (
         sets("prepare", "align.warmup=5"),
-        (*FULL, "align.warmup = 5", "at most 1"),
+        (*FULL, "align.warmup = 5", "a share of the steps from 0 to 1", "for 5 %, warmup = 0.05"),
     ),
     "no pairs a step": (
         sets("prepare", "align.batch_pairs=0"),

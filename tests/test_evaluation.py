@@ -202,13 +202,14 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
 
 
 def test_the_interval_of_distinct_is_that_of_the_shares_without_each_text():
-    """ "a b a b b", "a c c" and "b c d": 4 of 11; without one of them 4/6, 4/8 and 3/8."""
-    found = distinct([[*"ababb"], [*"acc"], [*"bcd"]], 1)
-    shares = np.array([4 / 6, 4 / 8, 3 / 8])
-    error = 1.959964 * shares.std() * math.sqrt(2)
-    assert found["value"] == pytest.approx(4 / 11)
-    assert found["low"] == pytest.approx(4 / 11 - error)
-    assert found["high"] == pytest.approx(4 / 11 + error)
+    """Ten texts with one word of their own and one to ten times "a": 11 of 65."""
+    texts = [[str(number), *["a"] * number] for number in range(1, 11)]
+    found = distinct(texts, 1)
+    shares = np.array([10 / (65 - len(text)) for text in texts])
+    error = 1.959964 * shares.std() * math.sqrt(9)
+    assert found["value"] == pytest.approx(11 / 65)
+    assert found["low"] == pytest.approx(11 / 65 - error)
+    assert found["high"] == pytest.approx(11 / 65 + error)
 
 
 def test_diversity_is_a_mean_over_samples_and_then_over_prompts():

@@ -226,6 +226,15 @@ def calling(function):
     return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
 
 
+def test_a_cut_answer_is_rejected_as_cut_and_never_chosen():
+    row = RANKED | {"truncated": [False, True, True, False]}
+    _, pairs = pairs_of(row)
+    made = [(pair.chosen["content"], pair.rejected) for pair in pairs]
+    assert made == [("b", {"role": "assistant", "content": "d", "is_cut": True})]
+    _, (whole,) = pairs_of(RANKED)
+    assert "is_cut" not in whole.rejected
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -339,12 +348,9 @@ def test_calls_of_tools_have_one_form():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kept"),
-    [('{"a": 1}', {"a": 1}), ("[1]", "[1]"), ("a = 1", "a = 1"), (None, {}), ({}, {})],
+    ("arguments", "kept"), [('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ({}, {})]
 )
-def test_a_call_keeps_its_id_and_arguments_that_are_no_object_of_json_stay_as_they_are(
-    arguments, kept
-):
+def test_a_call_keeps_its_id_and_its_arguments_become_an_object_of_json(arguments, kept):
     call = {"id": "call-1", "index": 0, "function": {"name": "add", "arguments": arguments}}
     message = HI | {"tool_calls": [call, {"id": None, "function": {"name": "add"}}]}
     _, (pair,) = pairs_of({"prompt": "hello", "chosen": [message], "rejected": [GO]})
@@ -352,6 +358,14 @@ def test_a_call_keeps_its_id_and_arguments_that_are_no_object_of_json_stay_as_th
     function = {"name": "add", "arguments": kept}
     assert one == {"id": "call-1", "index": 0, "type": "function", "function": function}
     assert other == {"type": "function", "function": {"name": "add", "arguments": {}}}
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "a = 1", '{"a": 1', [1], 3])
+def test_a_call_whose_arguments_are_no_object_of_json_is_refused(arguments):
+    call = {"function": {"name": "add", "arguments": arguments}}
+    row = {"prompt": "hello", "chosen": [HI | {"tool_calls": [call]}], "rejected": [GO]}
+    _, (reason,) = pairs_of(row)
+    assert reason == "wrong_type"
 
 
 def test_nulls_within_arguments_are_kept_from_json_and_left_out_of_columnar_files(tmp_path):

@@ -221,6 +221,15 @@ def test_their_defaults_are_written_where_ours_differ():
     assert (align["learning_rate"], align["batch_pairs"], align["epochs"]) == (1e-6, 8, 3.0)
     assert convert(TRL_KEYS).tables["data"]["max_length"] == 1024
     assert "epochs" not in convert({**TRL_KEYS, "max_steps": 10}).tables["align"]
+    ours = convert({**AXOLOTL_KEYS, "rl": "dpo"}).tables["align"]
+    assert (ours["epochs"], ours["batch_pairs"], ours["warmup"]) == (1.0, 1, 0.03)
+    assert convert({**AXOLOTL_KEYS, "rl": "dpo"}).tables["data"]["max_length"] == 512
+    assert (ours["schedule"], ours["max_grad_norm"]) == ("cosine", 1.0)
+    theirs = convert({**FACTORY_KEYS, "pref_loss": "simpo"})
+    assert theirs.tables["align"]["loss"] == {"name": "simpo", "beta": 0.1, "gamma": 0.5}
+    assert theirs.tables["align"]["learning_rate"] == 5e-5
+    assert "simpo_gamma" not in dict(convert(FACTORY_KEYS).left), "a default that dpo does not read"
+    assert theirs.tables["data"]["max_length"] == 2048
 
 
 @pytest.mark.parametrize(
@@ -247,6 +256,52 @@ def test_keys_of_a_data_set_that_are_not_taken_over_are_listed():
     converted = convert({**AXOLOTL_KEYS, "rl": "dpo", "datasets": [each]})
     assert converted.tables["data"]["train"] == [{"path": "a.jsonl", "weight": 2}]
     assert {"datasets.type", "datasets.ds_type"} <= {name for name, _ in converted.left}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sft.yaml", "model_name_or_path: a/b\ndataset_name: c/d\nassistant_only_loss: true\n"),
+        ("sft.sh", "trl sft --model_name_or_path a/b --dataset_name c/d\n"),
+        ("sft.py", "args = SFTConfig(model_name_or_path='a/b', dataset_name='c/d')\n"),
+    ],
+)
+def test_a_training_on_demonstrations_of_trl_becomes_the_table_sft(tbpo, tmp_path, name, text):
+    done = written(tbpo, tmp_path, name, text)
+    assert done.returncode == 0, done.stderr
+    tables = tomllib.loads((tmp_path / "mine.toml").read_text())
+    assert "align" not in tables and tables["data"]["max_length"] == 1024
+    assert (tables["sft"]["learning_rate"], tables["sft"]["batch_examples"]) == (2e-5, 8)
+
+
+def test_every_one_of_several_data_files_is_taken_over():
+    each = {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "weight": 2}
+    converted = convert({**AXOLOTL_KEYS, "rl": "dpo", "datasets": [each]})
+    sources = [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 2}]
+    assert converted.tables["data"]["train"] == sources
+
+
+def test_files_of_a_data_set_on_the_hub_are_listed():
+    each = {"path": "org/pairs", "data_files": ["a.jsonl", "b.jsonl"]}
+    converted = convert({**AXOLOTL_KEYS, "rl": "dpo", "datasets": [each]})
+    assert converted.tables["data"]["train"] == [{"path": "org/pairs"}]
+    (why,) = [why for name, why in converted.left if name == "datasets.data_files"]
+    assert "b.jsonl" in why and "all files of org/pairs are read" in why
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "says"),
+    [
+        ("stage", "rm", "judge.reward_model names one"),
+        ("stage", "ppo", "a table [rounds] chooses pairs"),
+        ("stage", "pt", "there is no pre-training"),
+        ("rl", "grpo", "a table [rounds] chooses pairs"),
+    ],
+)
+def test_a_training_of_another_kind_is_refused_with_a_sentence(tbpo, tmp_path, key, method, says):
+    done = written(tbpo, tmp_path, "x.yaml", f"model_name_or_path: a/b\n{key}: {method}\n")
+    assert done.returncode == 2 and f"{method} is not offered" in done.stderr
+    assert says in done.stderr and not (tmp_path / "mine.toml").exists()
 
 
 def test_variables_of_a_python_file_are_followed_or_listed(tbpo, tmp_path):

@@ -864,6 +864,23 @@ def test_an_adapter_of_another_base_and_one_without_lora_are_refused(made, run):
         gather(faults)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_export_says_that_it_leaves_an_evaluation_out(recipe_file, finished, tbpo, lost):
+    """One that has lost its manifest, or that is of other weights."""
+    (finished / "eval").mkdir()
+    (finished / "eval/results.json").write_text("{}")
+    if not lost:
+        of_others = {"inputs": {"outputs": {"align": "of another adapter"}}}
+        write_sealed(finished / "eval/manifest.json", of_others)
+    folder = finished.parent / "export"
+    done = tbpo("push", recipe_file, "--run-dir", finished, "--to", folder)
+    assert done.returncode == 0, done.stderr
+    why = f"has lost {finished / 'eval/manifest.json'}" if lost else "is older than the weights"
+    warning = next(line for line in done.stderr.splitlines() if line.startswith("warning: "))
+    assert f"the evaluation {why}" in warning and "tbpo eval RECIPE first" in warning
+    assert not (folder / "results.json").exists()
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_an_export_to_a_folder_loads_and_says_how_it_is_served(recipe_file, finished, tbpo, merge):
     """The adapter on its base, or the merged weights alone, give the trained model's logits."""

@@ -343,7 +343,8 @@ def test_the_adapter_of_each_round_answers_from_a_server_that_loads_it(tmp_path)
         path = write(tmp_path, rounds=served(server), align={"learning_rate": 1e-2})
         run = run_stage("align", path, tmp_path / "run")
     asked = [name for what, name in server.seen if what == "complete"]
-    assert asked[: (4 + 8) * 3] == [BASE] * 36, "the first policy is the base"
+    compared = 4 + 8  # answers of the base, before the held-out prompts and before round 1
+    assert asked[: (4 + 8) * 3 + compared] == [BASE] * 48, "the first policy is the base"
     names = [name for what, name in server.seen if what == "load_lora_adapter"]
     assert len(names) == 3 and len({*names}) == 2, "after round 1, for round 2, after round 2"
     assert not server.loaded, "at the end nothing of it is left there"
@@ -369,7 +370,7 @@ def test_a_server_that_cannot_load_the_adapter_is_a_message(tmp_path):
 
 
 def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path):
-    with lora_server(QUICKSTART, dies_after=20) as server:
+    with lora_server(QUICKSTART, dies_after=32) as server:
         path = write(tmp_path, rounds=served(server, number=1, batch_size=1))
         with pytest.raises(TbpoError, match="OPENAI_API_KEY"):
             run_stage("align", path, tmp_path / "run")
@@ -377,5 +378,6 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path):
         change_recipe(path, rounds={"endpoint": server.url})
         run = run_stage("align", path, tmp_path / "run")
     base = [name for what, name in server.seen if what == "complete" and name == BASE]
-    assert len(base) == (4 + 16) * 3 - 20, "what was answered is not asked for again"
+    compared, answered = 8, 32 - (4 + 4 * 3) - 8  # of round 1, before the server died
+    assert len(base) == compared + 16 * 3 - answered, "what was answered is not asked for again"
     assert (run / "align/adapter/adapter_model.safetensors").exists()

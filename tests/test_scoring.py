@@ -236,7 +236,8 @@ def test_a_token_whose_advantage_is_that_of_the_other_side_is_not_counted_as_bet
     policy.model.eval()
     alike = [replace(pair, rejected_ids=pair.chosen_ids) for pair in pairs]
     for one in alike:
-        (row,) = pair_rows(Scorer.of(policy), POLICY, collate([one], "padded"))
+        batch = replace(collate([one], "padded"), indices=(0,))
+        (row,) = pair_rows(Scorer.of(policy), POLICY, batch)
         assert row["aligned"] == len(one.chosen_ids) and row["kl"] > 0
         assert (row["token_accuracy"], row["log_ratio"]) == (0, 0)
 

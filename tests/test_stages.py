@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import DivergenceError, TbpoError
+from tbpo_cli.runs.files import read_sealed, write_sealed
 
 
 def adapter(run):
@@ -231,7 +232,7 @@ def test_the_sft_loss_is_a_mean_over_tokens_whatever_the_micro_batches(recipe_fi
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
-def test_micro_batches_layouts_and_activation_checkpointing_do_not_change_the_result(
+def test_micro_batches_layouts_logs_and_checkpointing_change_the_result_by_rounding_alone(
     recipe_file, tmp_path
 ):
     """One loss with all that a step has, dropout too: test_layouts.py has every loss, in one
@@ -307,6 +308,86 @@ def test_restart_moves_the_old_folder_aside_and_deletes_nothing(recipe_file, tra
     ).exists()
 
 
+def of_an_earlier_version(run):
+    manifest = read_sealed(run / "prepare/manifest.json")
+    write_sealed(
+        run / "prepare/manifest.json", {k: manifest[k] for k in manifest if k != "reading"}
+    )
+
+
+def test_pairs_that_an_earlier_version_may_have_exchanged_are_made_anew(recipe_file, tmp_path):
+    """Numbers 1 and 2 for the better answer; also where a run beside it has them already."""
+    rows = [
+        {"prompt": row["prompt"], "response_a": row["chosen"], "response_b": row["rejected"]}
+        | {"winner": 1 + number % 2}
+        for number, row in enumerate(preference_rows(20, seed=4))
+    ]
+    sets = (f"data.train={write_jsonl(tmp_path / 'numbered.jsonl', rows)}",)
+    runs = [tmp_path / "runs" / name for name in ("old", "new")]
+    run_stage("prepare", recipe_file, runs[0], *sets)
+    of_an_earlier_version(runs[0])
+    with pytest.raises(TbpoError, match="rows of the format winner") as error:
+        run_stage("align", recipe_file, runs[0], *sets)
+    assert "--restart redoes prepare" in error.value.fix
+    run_stage("prepare", recipe_file, runs[1], *sets)
+    assert "copied_from" not in read_sealed(runs[1] / "prepare/manifest.json")
+    run_stage("prepare", recipe_file, runs[0], *sets, restart=True)
+    assert read_sealed(runs[0] / "prepare/manifest.json")["outputs"]
+    run_stage("prepare", recipe_file, runs[0], *sets)
+
+
+def test_pairs_of_an_earlier_version_that_read_the_same_are_kept(recipe_file, finished, capsys):
+    of_an_earlier_version(finished)
+    run_stage("align", recipe_file, finished)
+    assert "align is up to date" in capsys.readouterr().err
+
+
+def test_a_lost_manifest_of_prepare_is_named_with_the_command_that_makes_it(recipe_file, finished):
+    (finished / "prepare/manifest.json").unlink()
+    with pytest.raises(TbpoError, match="inputs of a stage changed") as error:
+        run_stage("align", recipe_file, finished)
+    assert f"{finished / 'prepare/manifest.json'} is missing" in error.value.expected
+    assert error.value.fix.startswith("tbpo prepare RECIPE first")
+    run_stage("prepare", recipe_file, finished)
+    run_stage("align", recipe_file, finished)
+
+
+SWALLOWS = """import os, signal, sys, transformers
+of = getattr(transformers, sys.argv.pop(1))
+load = of.from_pretrained.__func__
+
+def swallow(cls, *given, **named):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        pass
+    return load(cls, *given, **named)
+
+of.from_pretrained = classmethod(swallow)
+from tbpo_cli.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "made", "not_made"),
+    [
+        ("prepare", "AutoTokenizer", "prepare/manifest.json", "align"),
+        ("align", "AutoTokenizer", "prepare/manifest.json", "align"),
+        ("align", "AutoModelForCausalLM", "align/inputs.json", "align/checkpoints"),
+    ],
+)
+def test_a_signal_that_a_library_swallows_ends_the_command_at_the_next_step(
+    recipe_file, tmp_path, command, library, made, not_made
+):
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWS, library, command, str(recipe_file), "--run-dir", "run"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 143 and "interrupted: nothing is lost" in done.stderr, done.stderr
+    assert (tmp_path / "run" / made).exists() and not (tmp_path / "run" / not_made).exists()
+
+
 def test_restart_redoes_an_earlier_stage_whose_inputs_changed(recipe_file, finished):
     run_stage("align", recipe_file, finished, "data.max_length=300", restart=True)
     assert all(
@@ -337,7 +418,9 @@ def test_a_stage_that_failed_begins_anew_once_its_cause_is_mended(recipe_file, t
 @pytest.mark.parametrize(
     "key", ["log_every", "checkpoint_every", "eval_every", "max_tokens_per_device", "layout"]
 )
-def test_keys_that_cannot_change_the_result_invalidate_nothing(recipe_file, finished, capsys, key):
+def test_keys_that_change_the_result_by_rounding_at_most_invalidate_nothing(
+    recipe_file, finished, capsys, key
+):
     value = "packed" if key == "layout" else 77
     run_stage("align", recipe_file, finished, f"align.{key}={value}")
     assert "align is up to date" in capsys.readouterr().err

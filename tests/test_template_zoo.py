@@ -580,6 +580,20 @@ def test_an_answer_without_the_reasoning_that_its_template_wants_is_one_rejected
     assert "\ue0fa" not in with_it.detail
 
 
+def test_a_rejected_answer_that_was_cut_has_no_end(tokenizers):
+    chat = chat_of(tokenizers, "byte-level", TEXT["three closers with newlines"][0])
+    cut = assistant("red cat", is_cut=True)
+    pairs = [
+        make_pair({}, (user("x"),), assistant("it is 4."), rejected)
+        for rejected in (cut, assistant("red cat"))
+    ]
+    without, whole = tokenize_pairs(pairs, chat, DATA)
+    said = tokenizers["byte-level"].encode("red cat").ids
+    assert without.rejected_ids == said
+    assert whole.rejected_ids[: len(said)] == said and len(whole.rejected_ids) > len(said)
+    assert without.chosen_ids == whole.chosen_ids
+
+
 def test_a_template_that_reads_only_lists_of_parts_is_given_them(tokenizers):
     parts = "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}"
     of_parts = TEXT["plain"][0].replace(SHOWN, parts, 1)

@@ -1,8 +1,8 @@
 """PairBatch: some pairs as tensors for a model; and LAYOUTS, the ways to arrange them.
 
 A layout is nothing but input ids, position ids, attention, and for every response token the flat
-index of the position that predicts it. All layouts give the same scores; a new one is a function
-and an entry in the table.
+index of the position that predicts it. All layouts give the same scores, but for rounding; a new
+one is a function and an entry in the table.
 
 Words: a *sequence* is a run of tokens with positions of its own; a *line* is one index of the first
 dimension of the model's input, (lines, L). A padded line holds one sequence; a packed line holds

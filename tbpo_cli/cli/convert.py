@@ -18,7 +18,10 @@ from tbpo_cli.config.other_tools import (
     FACTORY,
     LORA_DEFAULTS,
     LOSS_NAMES,
+    NOT_OFFERED,
+    REFUSED,
     SFT_DEFAULTS,
+    SFT_KEYS,
     THEIRS,
     TRL,
     Theirs,
@@ -125,18 +128,27 @@ def convert(theirs: dict[str, Any]) -> Converted:
     2. The loss, whose name decides what beta is called.
     3. Every other key, one by one: it is taken over, or listed with the reason.
     4. The batch of a step, from their two sizes.
+
+    Raises:
+        TbpoError: for a training that is none of preferences or demonstrations.
     """
     converted = Converted()
+    for name in ("stage", *LOSS_KEYS):
+        if (method := str(theirs.get(name)).lower()) in REFUSED:
+            what, expected = f"{method} is not offered", "a training of pairs or demonstrations"
+            raise TbpoError(what, f"{name}: {method}", expected, NOT_OFFERED[method])
     tool = tool_of(theirs)
-    stage = str(theirs.get("stage", "dpo" if "pref_loss" in theirs or tool == TRL else "sft"))
+    is_dpo = "pref_loss" in theirs or (tool == TRL and not SFT_KEYS & set(theirs))
+    stage = str(theirs.get("stage", "dpo" if is_dpo else "sft"))
     is_sft = stage == "sft" and "rl" not in theirs and "rlhf" not in theirs
     full = {**defaults_of(tool, theirs, is_sft), **theirs}
     loss = "" if is_sft else _convert_loss(full, stage, converted)
     for name, value in full.items():
         if name not in BATCHES and name not in LOSS_KEYS:
-            before = len(converted.moved)
+            before, listed = len(converted.moved), len(converted.left)
             _convert_key(name, value, is_sft, loss, converted)
-            if name not in theirs:
+            if name not in theirs:  # a default that the loss does not read is not listed
+                del converted.left[listed:]
                 text = f"{name}, their default"
                 converted.moved[before:] = [(text, ours) for _, ours in converted.moved[before:]]
     sizes = [
@@ -244,6 +256,9 @@ def _convert_key(name: str, value: Any, is_sft: bool, loss: str, converted: Conv
             unread = set(each) - {*SOURCE_KEYS, "data_files"} if isinstance(each, dict) else ()
             why = "no counterpart: the format of rows is recognised"
             converted.left += [(f"{name}.{field}", f"{each[field]}: {why}") for field in unread]
+            if isinstance(each, dict) and each.get("data_files") and not _is_of_files(each):
+                why = f"all files of {each.get('path')} are read; name files to read only those"
+                converted.left.append((f"{name}.data_files", f"{each['data_files']}: {why}"))
         value = _sources(value)
     elif key == "model.lora.target_modules" and isinstance(value, str) and "," in value:
         value = [part.strip() for part in value.split(",")]
@@ -289,6 +304,12 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _is_of_files(source: dict[str, Any]) -> bool:
+    """Whether a data set of axolotl is the files of `data_files`, and its path their type."""
+    types = ("json", "csv", "parquet", "arrow", "text")
+    return source.get("path") in types and bool(source.get("data_files"))
+
+
 def _sources(value: Any) -> Any:
     """Data sets as we name them: a path, or tables with path, config and split."""
     if isinstance(value, str):
@@ -298,10 +319,9 @@ def _sources(value: Any) -> Any:
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, dict):
             table = {SOURCE_KEYS[key]: each[key] for key in SOURCE_KEYS if each.get(key)}
-            files = each.get("data_files")
-            if table.get("path") in ("json", "csv", "parquet") and files:
-                table["path"] = files if isinstance(files, str) else files[0]
-            tables.append(table)
+            files = each["data_files"] if _is_of_files(each) else table.get("path")
+            listed = files if isinstance(files, list) else [files]
+            tables += [{**table, "path": file} for file in listed if file]
         else:
             tables.append({"path": str(each)})
     return tables

@@ -221,7 +221,8 @@ def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
         reference += " (for the metrics only)"
     try:
         layout, why = choose_layout(policy.models, training.settings.layout, longest)
-        chosen = f"{layout}: {why}; real pairs will tell whether the weights agree"
+        other = "the training is refused" if layout == "padded" else "rows are padded or refused"
+        chosen = f"{layout}: {why}; if real pairs differ in it from each sequence alone, {other}"
     except TbpoError as error:
         chosen = f"the training would stop: {error.what} ({error.where}); {error.fix}"
     return [

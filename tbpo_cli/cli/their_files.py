@@ -15,6 +15,8 @@ from tbpo_cli.errors import TbpoError
 LORA_CONFIG = {"r": "lora_r", "target_modules": "lora_target_modules"}
 # of peft's LoraConfig
 PEFT_DEFAULTS = {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+# Default of a key that only SFTConfig has: by it, `convert` knows a training on demonstrations.
+OF_SFT = {"dataset_text_field": "text"}
 FIRST_ARGUMENTS = {"from_pretrained": "model_name_or_path", "load_dataset": "dataset_name"}
 
 
@@ -57,6 +59,8 @@ def _keywords(text: str) -> dict[str, Any]:
             function = getattr(node.func, "id", getattr(node.func, "attr", ""))
             is_config = function.endswith(("Config", "Arguments"))
             names = LORA_CONFIG if function == "LoraConfig" else {}
+            if function == "SFTConfig":
+                found.update(OF_SFT)
             if function == "LoraConfig":
                 found.update(PEFT_DEFAULTS)
             pairs = [(names.get(str(each.arg), each.arg), each.value) for each in node.keywords]
@@ -82,7 +86,7 @@ def _keywords(text: str) -> dict[str, Any]:
 def _flags(text: str) -> dict[str, Any]:
     """The --name value pairs of a shell script."""
     words = shlex.split(text.replace("\\\n", " "), comments=True)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(OF_SFT) if words[:2] == ["trl", "sft"] else {}
     for number, word in enumerate(words):
         if not word.startswith("--") or len(word) < 3:
             continue

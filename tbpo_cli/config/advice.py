@@ -25,7 +25,9 @@ TABLES = {
 }
 
 Advice = tuple[str, str]  # what is expected, and what to write
-_NUMBER_OF_PAIRS = "for a number N of pairs, write N / pairs, or name rows of their own: data.eval"
+_NUMBER_OF_PAIRS = (
+    "for a number of pairs, divide it by all pairs, or name rows of their own: data.eval"
+)
 
 
 def _of_lora(given: Any) -> Advice | None:
@@ -46,8 +48,9 @@ def _of_warmup(given: Any) -> Advice | None:
     if isinstance(given, bool) or not isinstance(given, int | float) or given <= 1:
         return None
     expected = "a share of the steps from 0 to 1, such as 0.05, not a number of steps"
-    fix = f"warmup = 0.05; for {given:g} steps, write {given:g} / steps (tbpo show counts them)"
-    return expected, fix
+    percent = f"for {given:g} %, warmup = {given / 100:g}; " if given <= 100 else ""
+    steps = f"for {given:g} steps, {given:g} divided by all steps, which tbpo show counts"
+    return expected, percent + steps
 
 
 OF_VALUES: dict[str, Callable[[Any], Advice | None]] = {

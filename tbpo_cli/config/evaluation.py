@@ -32,7 +32,7 @@ class Sample:
     )
     """The models that answer."""
     batch_size: Count = 32
-    """Completions at a time. It changes the speed, never the result."""
+    """Completions at a time. It changes the speed, and logits by rounding alone."""
     temperature: NotNegative = 0.7
     """The temperature of sampling; 0 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9

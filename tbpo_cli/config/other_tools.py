@@ -54,6 +54,7 @@ _SINGLE = (
 )
 _SAMPLES = "it trains on a reward of sampled answers, and is not offered; "
 _PAIRS = "it is not offered; of the losses of pairs, "
+REFUSED = ("ppo", "grpo", "rloo", "reinforce", "rm", "pt")  # no loss can stand in their place
 NOT_OFFERED = {
     **dict.fromkeys(("kto", "kto_pair", "bco"), f'{_SINGLE}then name = "dpo"'),
     **dict.fromkeys(
@@ -213,8 +214,15 @@ THEIRS: dict[str, Theirs] = {
     "hub_private_repo": Theirs(TRL, "push.private"),
 }  # fmt: skip
 
-# What holds where a config leaves a key out. Source: DPOConfig, SFTConfig and ModelConfig of TRL,
-# TrainingArguments of transformers, LLaMA-Factory's FinetuningArguments and DataArguments.
+# What holds where a config leaves a key out. Read in the source files, at these commits:
+# transformers 5.24, training_args.py: _ARGUMENTS, and learning_rate = 5e-5 as in LLaMA-Factory.
+# TRL, trl/trainer: dpo_config.py (3da2424: beta, learning_rate, max_length), sft_config.py
+# (016013e: learning_rate, max_length), model_config.py (040e32d: lora_r, lora_alpha, lora_dropout).
+# LLaMA-Factory, src/llamafactory/hparams: finetuning_args.py (00577a8: pref_beta, simpo_gamma,
+# lora_rank, lora_alpha, lora_dropout, stage = sft), data_args.py (072bfe2: cutoff_len).
+# axolotl, src/axolotl: core/builders/base.py (00f1318: warmup_ratio; max_grad_norm is that of
+# transformers), utils/schemas/training.py (002a637: num_epochs, micro_batch_size, lr_scheduler),
+# and its config reference (sequence_len).
 _ARGUMENTS: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
@@ -224,8 +232,29 @@ _ARGUMENTS: dict[str, Any] = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     TRL: {**_ARGUMENTS, "beta": 0.1, "learning_rate": 1e-6, "max_length": 1024},
-    FACTORY: {**_ARGUMENTS, "pref_beta": 0.1, "learning_rate": 5e-5, "cutoff_len": 2048},
-    AXOLOTL: {"max_grad_norm": 1.0},
+    FACTORY: {
+        **_ARGUMENTS,
+        "pref_beta": 0.1,
+        "simpo_gamma": 0.5,
+        "learning_rate": 5e-5,
+        "cutoff_len": 2048,
+    },
+    AXOLOTL: {
+        "num_epochs": 1.0,
+        "micro_batch_size": 1,
+        "sequence_len": 512,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.03,
+        "max_grad_norm": 1.0,
+    },
+}
+# Keys of TRL's SFTConfig that its DPOConfig does not have.
+SFT_KEYS = {
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eval_packing",
+    "packing_strategy",
 }
 SFT_DEFAULTS: dict[str, dict[str, Any]] = {TRL: {"learning_rate": 2e-5}, FACTORY: {}, AXOLOTL: {}}
 LORA_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ class Rounds:
     max_new_tokens: Count = 512
     """The most tokens of an answer. One that is cut there is never chosen."""
     batch_size: Count = 32
-    """Answers at a time. It changes the speed, never the result."""
+    """Answers at a time. It changes the speed, and logits by rounding alone."""
     reference: Literal["first", "previous"] = "first"
     """The reference of each round: the one of the beginning, or the policy of the round before."""
     replay: Fraction = 0.0

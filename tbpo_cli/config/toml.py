@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "vocab*",
     "merges.txt",
 )
+# What the token ids of a text depend on; tokenization*.py for model.trust_remote_code.
+ENCODING_FILES = (*TOKENIZER_FILES, "tokenization*.py")
 WEIGHT_FILES = (
     "config.json",
     "generation_config.json",

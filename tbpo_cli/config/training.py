@@ -47,7 +47,8 @@ class Lora:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the adapter's inputs that a training step sets to zero."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """The layers that get an adapter: their names, or "all-linear" for all but the output head."""
+    """The layers that get an adapter: their names, or "all-linear" for those of the language part
+    but its output head, routers, and experts of a mixture that are one tensor."""
 
 
 @table
@@ -174,9 +175,9 @@ class Training:
     """Keys that [sft] and [align] share."""
 
     max_tokens_per_device: Count | Literal["auto"] = "auto"
-    """Tokens of a micro-batch on one device. It changes the speed, never the result."""
+    """Tokens of a micro-batch on a device. It changes speed, and the result by rounding alone."""
     layout: Literal["auto", "shared_prompt", "packed", "padded"] = "auto"
-    """How pairs are put into rows. It changes the speed, never the result."""
+    """How pairs are put into rows. It changes the speed, and the result by rounding alone."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Whether each process holds all weights ("ddp") or a part of them ("fsdp")."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-# role, content; of an assistant also tool_calls, of a tool also name and tool_call_id
+# role, content; of an assistant also tool_calls, of a tool also name and tool_call_id; of a
+# response also is_cut, where a limit and not the model ended it
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
 Tools = tuple[dict[str, Any], ...]  # JSON schemas

@@ -23,6 +23,9 @@ from tbpo_cli.data.tokens import Result, TokenizedPair
 from tbpo_cli.errors import TbpoError
 
 EXCERPT_CHARACTERS = 200
+# How rows become pairs; to be raised where the same rows come to mean something else. 1: numbers
+# that say which answer is better are read from the whole column (1 and 2 were taken for 0 and 1).
+READING = 1
 
 
 @dataclass
@@ -164,3 +167,16 @@ def _demonstrations(key: str, where: str, format_name: str) -> TbpoError:
         "comparisons to align on: of each prompt a chosen and a rejected response",
         f"demonstrations are for `tbpo sft`: [sft] train = {where!r}, and comparisons in {key}",
     )
+
+
+def read_otherwise(manifest: dict[str, Any]) -> list[str]:
+    """What a version of another READING made otherwise of the rows of a complete stage.
+
+    Args:
+        manifest: of the stage; it may be empty.
+    """
+    formats = {count["format"] for count in manifest.get("counts", ())}
+    if manifest.get("reading", 0) == READING or "winner" not in formats:
+        return []
+    what = "which of two answers a number names is read otherwise than by the version"
+    return [f"rows of the format winner: {what} that prepared them, which may have exchanged pairs"]

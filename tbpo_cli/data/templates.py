@@ -177,7 +177,7 @@ class Chat:
         """
         full = self.render((*messages, answer), tools)
         try:
-            response = self._cut(prompt, full)
+            response = self._cut(prompt, full, with_end=not answer.get("is_cut"))
         except TbpoError as error:
             if messages not in PROBES and self._cuts_a_plain_chat:
                 raise RejectedRow("template_error", f"{error.what}: {error.where}") from None
@@ -195,8 +195,9 @@ class Chat:
     def _template_text(self) -> str:
         return squeezed(str(self.tokenizer.chat_template))
 
-    def _cut(self, prompt: str, full: str) -> str:
-        """What the full rendering adds to the prompt, up to the token that ends the answer.
+    def _cut(self, prompt: str, full: str, with_end: bool = True) -> str:
+        """What the full rendering adds to the prompt, up to the token that ends the answer, or
+        without it.
 
         Behind the answer's text stand one or more control tokens. The answer ends with the first of
         them at which generation stops. If it stops at none of them, it ends with the last.
@@ -221,6 +222,8 @@ class Chat:
                 "a control token after the answer, so that the model learns to stop",
                 OTHER_TEMPLATE,
             )
+        if not with_end:
+            return response[: closing.start()]
         found = list(self.encoder.controls.finditer(response, closing.start()))
         end = next((token for token in found if token.group() in self._ends), found[-1])
         return response[: end.end()]

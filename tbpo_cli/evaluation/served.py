@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tbpo_cli.evaluation.serving import (
 )
 from tbpo_cli.model.adapters import local_adapter
 from tbpo_cli.model.generate import seed_of
-from tbpo_cli.model.load import load_trained
+from tbpo_cli.model.load import load_base_alone, load_trained
 
 Json = dict[str, Any]
 
@@ -33,27 +34,55 @@ NUM_PROBES = 8  # answers whose log-probabilities say which weights a server has
 
 @contextmanager
 def on_server(
-    recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], device: torch.device
+    recipe: Recipe,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+    is_base: bool = False,
 ) -> Iterator[None]:
     """Loads the adapter on the server where that is asked for, and checks what answers there.
+
+    Args:
+        is_base: whether the policy is the base itself, as before the first round; without an
+            adapter, nothing else is known of what the server is to answer with.
 
     Raises:
         TbpoError: if the server does not load it, or answers with other weights.
     """
     settings = recipe.sample
     if settings.endpoint is None or settings.endpoint_adapter is None:
+        if settings.endpoint is not None and is_base:
+            _check_answers(recipe, chat, prompts, str(settings.endpoint_model), device, None)
         yield
         return
     folder = local_adapter(str(settings.adapter))
     base = str(settings.endpoint_model)
     with loaded_adapter(settings.endpoint, base, folder, settings.endpoint_adapter) as name:
-        if probes := _probes(recipe, chat, prompts[:NUM_PROBES], name):
-            policy = load_trained(recipe, device, folder, None)
-            check_weights(differences_of(policy, probes), settings.endpoint, name)
-            del policy  # its memory is for what comes next
-        else:
-            console.say("the server gives no log-probabilities: its weights are not compared")
+        _check_answers(recipe, chat, prompts, name, device, folder)
         yield
+
+
+def _check_answers(
+    recipe: Recipe,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    name: str,
+    device: torch.device,
+    adapter: Path | None,
+) -> None:
+    """Compares a few answers of the server with the policy, which is the base without an adapter.
+
+    The policy is loaded for this alone: its memory is for what comes next.
+    """
+    probes = _probes(recipe, chat, prompts[:NUM_PROBES], name)
+    if not probes:
+        console.say("the server gives no log-probabilities: its weights are not compared")
+        return
+    if adapter is None:
+        policy = load_base_alone(recipe, device)
+    else:
+        policy = load_trained(recipe, device, adapter, None)
+    check_weights(differences_of(policy, probes), str(recipe.sample.endpoint), name)
 
 
 def _probes(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], name: str) -> list[Probe]:

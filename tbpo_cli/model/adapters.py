@@ -197,6 +197,7 @@ def _exactly(
         is_untouched = (weight.data_ptr(), weight._version) == (pointer, version)
         copy = copies.get(id(weight))
         if not is_untouched and (copy is None or not torch.equal(weight, copy)):
+            _refuse_biases(loaded[0].peft_config[name], folder)
             fault = fault or "it changes its base as it is loaded"
     if fault:
         raise _misfit(fault, folder, base)
@@ -209,6 +210,18 @@ def _misfit(fault: str, folder: Path, base: str) -> TbpoError:
         f"an adapter for {base}, all of whose weights find their place",
         "check model.base, and that the adapter was trained on it",
     )
+
+
+def _refuse_biases(config: PeftConfig, folder: Path) -> None:
+    """Raises TbpoError for an adapter that holds the biases of its base."""
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise TbpoError(
+            f"the adapter changes its base as it is loaded: bias = {bias!r} has it hold the biases",
+            str(folder / CONFIG_FILE),
+            'bias = "none": policy and reference share one base',
+            'train it again with bias = "none", or merge it into its base, to be named model.base',
+        )
 
 
 def _check_start(folder: Path) -> None:

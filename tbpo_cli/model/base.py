@@ -30,6 +30,8 @@ from tbpo_cli.model.sharding import LanguageModel
 SHOWN_KEYS = 6
 # Buffers that old checkpoints hold, and that today's architectures compute.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
+# What configs make a model return besides logits.
+OUTPUTS = ("output_router_logits", "output_attentions", "output_hidden_states")
 WEIGHTS = (
     "a folder with config.json and *.safetensors (pickles are not loaded), or the id of a Hub"
     " repository"
@@ -54,7 +56,8 @@ def load_base(
 
     1. Read the config, and refuse an index that names other files than safetensors.
     2. Load the weights; refuse what the checkpoint lacks, has too much or in another shape.
-    3. Turn off what is the base's own habit: dropout, and the settings of its generation config.
+    3. Turn off what is the base's own habit: dropout, outputs besides the logits, and the settings
+       of its generation config.
     4. Put in the fused norms, move it to the device, and check that no token sees a later one.
 
     Args:
@@ -89,6 +92,7 @@ def load_base(
     loaded.published_generation_config = loaded.generation_config
     if loaded.generation_config is not None:
         loaded.generation_config = special_tokens_of(loaded.generation_config)
+    loaded.published_outputs = turn_outputs_off(loaded.config)
     turn_noise_off(loaded)
     fuse_norms(loaded)
     if model.quantization is None:
@@ -186,6 +190,24 @@ def turn_noise_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
+def turn_outputs_off(config: Any) -> list[tuple[Any, str]]:
+    """Makes a model return no router logits, attentions or hidden states besides its logits.
+
+    They take memory, and with router logits transformers' own loss is computed at each pass, for
+    which a step of a generation has not the mask.
+
+    Returns:
+        The configs, that of the model or of its language part, and what each had turned on.
+    """
+    found = []
+    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+        for name in OUTPUTS:
+            if getattr(part, name, False):
+                setattr(part, name, False)
+                found.append((part, name))
+    return found
+
+
 @contextmanager
 def refused_with_a_reason(source: str, key: str) -> Iterator[None]:
     """Makes whatever the libraries raise while a model is loaded an error that names the cause."""
@@ -204,7 +226,9 @@ def refused_with_a_reason(source: str, key: str) -> Iterator[None]:
         SafetensorError,
     ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = f"the model cannot be loaded: {' '.join(lines[:2]) or type(error).__name__}"
+        # Of an encoder's config, what follows are the names of some two hundred classes.
+        why = " ".join(lines[:2]).partition(" Model type should be one of ")[0]
+        what = f"the model cannot be loaded: {why or type(error).__name__}"
         raise TbpoError(what, f"{key} = {source!r}", WEIGHTS, _fix(error, source, key)) from error
 
 
@@ -227,6 +251,10 @@ def _fix(error: BaseException, source: str, key: str) -> str:
         (
             any(isinstance(each, RepositoryNotFoundError) for each in causes),
             f"check {key}: no such repository, or a private one, which needs `hf auth login`",
+        ),
+        (
+            isinstance(error, FileNotFoundError) and "safetensors" in text,
+            "copy or download the model again: a file of its weights is missing",
         ),
         (
             isinstance(error, ImportError),

@@ -23,7 +23,13 @@ from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.model.policy import Policy
-from tbpo_cli.model.probes import check_positions, differ, probe_ids, reads_padding
+from tbpo_cli.model.probes import (
+    check_positions,
+    differ,
+    positions_change,
+    probe_ids,
+    reads_padding,
+)
 from tbpo_cli.model.sharding import LanguageModel, causal_model
 
 PROMPT_TOKENS, NEW_TOKENS = 6, 3  # of the sequences that are tried before any is generated
@@ -161,7 +167,8 @@ def completions(
 
     A model that reads the padding on the left gets prompts of one length at a time, without any;
     one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time. A
-    model whose cache changes its logits (BLT) generates without.
+    model whose cache changes its logits (BLT) generates without, and so does one whose earlier
+    tokens get other positions on the way (dynamic rope past its length).
 
     Raises:
         TbpoError: if a prompt and its completion need more positions than the model has.
@@ -184,8 +191,27 @@ def completions(
         if all(place in known for place in batch):
             continue
         asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
-        answers = generate(model, asked, drawn, settings, stop_ids, use_cache)
+        start, end = len(asked[0]), len(asked[-1]) + settings.max_new_tokens - 1
+        if positions_change(model, start, end):
+            with _own_frequencies(model):
+                answers = generate(model, asked, drawn, settings, stop_ids, use_cache=False)
+        else:
+            answers = generate(model, asked, drawn, settings, stop_ids, use_cache)
         yield list(zip(batch, answers, strict=True))
+
+
+@contextlib.contextmanager
+def _own_frequencies(model: LanguageModel) -> Iterator[None]:
+    """Rotary frequencies of no longer sequence than those within the context, nor after it.
+
+    With rope_type "dynamic", transformers keeps the frequencies of the longest sequence so far
+    until it reads one that is shorter than the length that the model was trained with.
+    """
+    shortest = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with _without_settings(model) as causal, torch.no_grad():
+        causal(input_ids=shortest, use_cache=False)
+        yield
+        causal(input_ids=shortest, use_cache=False)
 
 
 def _batches(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GenerationConfig
@@ -16,7 +18,7 @@ from tbpo_cli.config.recipe import Model
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
-from tbpo_cli.model.policy import generation_config
+from tbpo_cli.model.policy import generation_config, published_config
 from tbpo_cli.model.sharding import LanguageModel
 
 
@@ -45,7 +47,7 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
         layer.get_base_layer().get_parameter(name)
         for layer, name in zip(layers, names, strict=True)
     ]
-    _check_shares_nothing(weights, adapter)
+    _check_shares_nothing(layers, weights, adapter)
     for layer, weight in zip(layers, weights, strict=True):
         dtype = weight.dtype
         weight.data = weight.data.float()
@@ -56,19 +58,29 @@ def merge_adapter(model: Model, adapter: Path, folder: Path, max_shard_size: str
         merged.config.tie_word_embeddings = False
         merged.config.get_text_config().tie_word_embeddings = False
     published = generation_config(merged, saved_end_ids(adapter))
-    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    with published_config(merged):
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
     published.save_pretrained(folder)
 
 
-def _check_shares_nothing(weights: list[nn.Parameter], adapter: Path) -> None:
-    """Raises TbpoError if two layers with adapters of their own share one weight (Zamba)."""
-    if len({id(weight) for weight in weights}) < len(weights):
-        raise TbpoError(
-            "the adapter cannot be merged: layers that share one weight have adapters of their own",
-            str(adapter),
-            "an adapter on layers whose weights are their own",
-            "publish the adapter without merging, or leave those layers out of target_modules",
-        )
+def _check_shares_nothing(
+    layers: list[BaseTunerLayer], weights: list[nn.Parameter], adapter: Path
+) -> None:
+    """Raises TbpoError if two layers with adapters of their own share one weight.
+
+    They do in Zamba, and where tokens of tied embeddings are trained.
+    """
+    uses = Counter(map(id, weights))
+    shared = [layer for layer, weight in zip(layers, weights, strict=True) if uses[id(weight)] > 1]
+    if not shared:
+        return
+    what = "layers that share one weight have adapters of their own"
+    fix = "publish the adapter without merging, or leave those layers out of target_modules"
+    if any(isinstance(layer, TrainableTokensLayer) for layer in shared):
+        what = "its trainable_token_indices change the embeddings, which the head shares (tied)"
+        fix = "publish the adapter without merging, or train one without trainable_token_indices"
+    expected = "an adapter on layers whose weights are their own"
+    raise TbpoError(f"the adapter cannot be merged: {what}", str(adapter), expected, fix)
 
 
 def _is_tied(model: LanguageModel) -> bool:

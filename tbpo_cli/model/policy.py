@@ -182,9 +182,10 @@ class Policy:
             self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
         else:
             dtype = self.model.config.dtype
-            self.model.save_pretrained(folder, state_dict=cast_state(state, dtype))
-            self.model.config.dtype = dtype  # save_pretrained sets the dtype of the weights
-            self.model.config.save_pretrained(folder)
+            with published_config(self.model):
+                self.model.save_pretrained(folder, state_dict=cast_state(state, dtype))
+                self.model.config.dtype = dtype  # save_pretrained sets the dtype of the weights
+                self.model.config.save_pretrained(folder)
         generation_config(causal_model(self.model), end_ids).save_pretrained(folder)
         files = (path for path in folder.rglob("*") if path.is_file())
         return sorted(path for path in files if path.name != "README.md")
@@ -197,6 +198,19 @@ def cast_state(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str,
         if id(tensor) not in cast:
             cast[id(tensor)] = tensor.to(dtype or tensor.dtype)
     return {name: cast[id(tensor)] for name, tensor in state.items()}
+
+
+@contextlib.contextmanager
+def published_config(causal: LanguageModel) -> Iterator[None]:
+    """The base's config with the outputs that it was published with, within the context."""
+    outputs = getattr(causal, "published_outputs", ())
+    for config, name in outputs:
+        setattr(config, name, True)
+    try:
+        yield
+    finally:
+        for config, name in outputs:
+            setattr(config, name, False)
 
 
 def generation_config(causal: LanguageModel, end_ids: Sequence[int]) -> GenerationConfig:

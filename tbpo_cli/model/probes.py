@@ -14,6 +14,7 @@ from tbpo_cli.model.sharding import LanguageModel, causal_model, text_decoder
 
 PROBE_TOKENS = 12
 CHANGED_TOKENS = 4
+SHOWN_KEYS = 6
 # Relative distances of hidden states or logits that are the same but for rounding.
 SAME_IN_FP32 = 1e-4
 SAME_IN_TF32 = 2e-3  # of products in fp32 on a GPU
@@ -83,23 +84,23 @@ def differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def check_causality(model: LanguageModel, source: str) -> None:
     """Refuses a model that is not causal: one in which a later token changes an earlier logit.
 
-    Also one that cannot be trained without its own dropout. Weights without numbers ("meta") are
-    not tried.
+    Also one whose logits are not finite, or that cannot be trained without its own dropout. Weights
+    without numbers ("meta") are not tried: of those, only what the architecture tells is refused.
 
     Raises:
         TbpoError: for such a model, and for one that cannot be called with tokens alone.
     """
-    weight = next(model.parameters())
-    if weight.is_meta:
-        return
-    ids = probe_ids(model)
-    changed = ids[:-CHANGED_TOKENS] + probe_ids(model, CHANGED_TOKENS, start=PROBE_TOKENS + 1)
     where = f"model.base = {source!r}"
     fix = "take a decoder, such as those that AutoModelForCausalLM is made for"
     kind = getattr(causal_model(model).config, "model_type", "")
     if kind in ONLY_WITH_DROPOUT:
         what = f"the model cannot be trained: {kind} computes gradients with its own dropout only"
         raise TbpoError(what, where, "a causal language model of text", fix)
+    weight = next(model.parameters())
+    if weight.is_meta:
+        return
+    ids = probe_ids(model)
+    changed = ids[:-CHANGED_TOKENS] + probe_ids(model, CHANGED_TOKENS, start=PROBE_TOKENS + 1)
     found = []
     try:
         with evaluating(model):
@@ -111,10 +112,33 @@ def check_causality(model: LanguageModel, source: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"the model cannot be called with the tokens of a text alone: {reason}"
         raise TbpoError(what, where, "a causal language model of text", fix) from error
+    if not all(logits.isfinite().all() for logits in found):
+        _refuse_no_numbers(model, where)
     if differ(found[0], found[1], weight.dtype):
         what = f"the model is not causal: in {type(causal_model(model)).__name__} a token sees"
         expected = "a causal language model: a token's distribution depends on earlier tokens alone"
         raise TbpoError(f"{what} later ones", where, expected, fix)
+
+
+def _refuse_no_numbers(model: LanguageModel, where: str) -> None:
+    """Raises TbpoError for logits that are infinite or no numbers, with the tensors at fault."""
+    causal = causal_model(model)
+    faulty = [name for name, tensor in causal.named_parameters() if not _is_finite(tensor)]
+    if faulty:
+        more = f" and {len(faulty) - SHOWN_KEYS} more" if len(faulty) > SHOWN_KEYS else ""
+        what = f"weights are infinite or no numbers (NaN): {', '.join(faulty[:SHOWN_KEYS])}{more}"
+        fix = "copy or download the checkpoint again; if it is your own, the training diverged"
+        raise TbpoError(what, where, "finite weights", fix)
+    raise TbpoError(
+        f"the logits of a short text are infinite or no numbers (NaN) in {causal.dtype}",
+        where,
+        "finite logits",
+        'model.dtype = "float32" or "bfloat16", or another base',
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def carried_state(model: LanguageModel) -> str | None:
@@ -147,13 +171,36 @@ def independent_length(model: LanguageModel) -> int | None:
     With rope_type "dynamic" and "longrope" the frequencies are chosen by the longest sequence of a
     batch, once it is longer than this. None: they never depend on it.
     """
-    bounds: list[int] = []
-    for table in rope_tables(model):
-        if table.get("rope_type") in ("dynamic", "longrope"):
-            config = text_config(model)
-            bound = table.get("original_max_position_embeddings")
-            bounds.append(int(bound or config.max_position_embeddings))
+    bounds = [bound for _, bound in _bounds_of_rope(model)]
     return min(bounds) if bounds else None
+
+
+def positions_change(model: LanguageModel, start: int, end: int) -> bool:
+    """Whether earlier tokens get other positions while a sequence grows.
+
+    With rope_type "dynamic" every token past the bound changes the frequencies of all, with
+    "longrope" the one that crosses it: keys that were computed before do not belong to them.
+
+    Args:
+        start, end: tokens of the sequence at the first pass and at the last one.
+    """
+    return any(
+        end > bound and (kind == "dynamic" or start <= bound)
+        for kind, bound in _bounds_of_rope(model)
+    )
+
+
+def _bounds_of_rope(model: LanguageModel) -> list[tuple[str, int]]:
+    """The types of positions that depend on the length, and the length up to which they do not."""
+    config = text_config(model)
+    return [
+        (
+            table["rope_type"],
+            int(table.get("original_max_position_embeddings") or config.max_position_embeddings),
+        )
+        for table in rope_tables(model)
+        if table.get("rope_type") in ("dynamic", "longrope")
+    ]
 
 
 def num_positions(model: LanguageModel) -> int | None:

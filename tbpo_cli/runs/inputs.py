@@ -16,8 +16,9 @@ from tbpo_cli.runs.stage import Stage
 
 Files = dict[str, dict[str, Any]]  # by path: size, times and hash
 
-# Keys that decide how a result is reached or shown, never what it is: changing them invalidates
-# nothing.
+# Keys that decide how a result is reached or shown: changing them invalidates nothing. Those that
+# change the order of sums (max_tokens_per_device, layout, activation_checkpointing, sharding,
+# log_every, batch_size), and the number of processes, change the result by rounding alone.
 FREE_KEYS = {
     "data.max_reject_fraction", "data.workers", "sample.batch_size", "sample.endpoint",
     "sample.endpoint_adapter", "rounds.batch_size", "rounds.endpoint", "rounds.endpoint_folder",

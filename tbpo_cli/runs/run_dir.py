@@ -134,9 +134,14 @@ class RunDir:
         return inputs_of(stage, recipe, known, outputs)
 
     def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
-        """What differs between the inputs of a started stage and those of now, one line each."""
-        before = self.started_from(stage.name)
-        return differences(before, self.inputs(stage, recipe), self.path) if before else []
+        """What differs between the inputs of a started stage and those of now, one line each.
+
+        To them belongs how this version reads them, if an earlier one did otherwise.
+        """
+        if not (before := self.started_from(stage.name)):
+            return []
+        lines = differences(before, self.inputs(stage, recipe), self.path)
+        return lines + stage.outdated(self.manifest(stage.name))
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes the recipe as it is read by workers, by people and by runs that compare."""

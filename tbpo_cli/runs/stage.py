@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.config.toml import BASE_FILES
@@ -31,6 +31,7 @@ class Stage:
         checks_before: by the name of a stage that it needs: raises TbpoError if that is not worth
             running, since this stage could not use the result.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
+        outdated: from its manifest: what an earlier version made otherwise, one line each.
     """
 
     name: str
@@ -41,5 +42,6 @@ class Stage:
     work: Callable[[Recipe, RunDir], None] | None = None
     base_files: tuple[str, ...] = BASE_FILES
     check: Callable[[Recipe, RunDir], None] | None = None
+    outdated: Callable[[dict[str, Any]], list[str]] = lambda manifest: []
     renews: bool = False
     checks_before: Mapping[str, Callable[[Recipe, RunDir], None]] = field(default_factory=dict)

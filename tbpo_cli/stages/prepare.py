@@ -12,12 +12,12 @@ import numpy as np
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Data, Recipe, Source
-from tbpo_cli.config.toml import TOKENIZER_FILES
+from tbpo_cli.config.toml import ENCODING_FILES
 from tbpo_cli.data.chunks import workers
 from tbpo_cli.data.formats import columns_read
 from tbpo_cli.data.formats.unknown import absent_columns, unread_columns
 from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
-from tbpo_cli.data.selection import Counts, PairFilter
+from tbpo_cli.data.selection import READING, Counts, PairFilter, read_otherwise
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
 from tbpo_cli.data.templates import Chat
@@ -30,9 +30,8 @@ from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.sharing import complete_beside, copy_stage
 from tbpo_cli.runs.stage import Stage
 
-Work = tuple[
-    str, tuple[Source, ...], str, str
-]  # recipe key, its sources, their split, where the pairs go
+# Recipe key, its sources, their split, where the pairs go.
+Work = tuple[str, tuple[Source, ...], str, str]
 
 FEW_PROMPTS = 20
 
@@ -93,7 +92,7 @@ def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
     """
     other = complete_beside(run_dir, "prepare")
     manifest = other.manifest("prepare") if other else {}
-    if other is None or manifest["tokenizer"] != tokenizer:
+    if other is None or manifest["tokenizer"] != tokenizer or read_otherwise(manifest):
         return False
     if not copy_stage(other, run_dir, "prepare"):
         return False
@@ -110,6 +109,7 @@ def _copied(recipe: Recipe, run_dir: RunDir, tokenizer: str) -> bool:
 def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
     """Writes report.html and the manifest, and reports the complete stage."""
     folder = run_dir.stage("prepare")
+    facts |= {"reading": READING}
     write_report(recipe, folder, facts["counts"])
     run_dir.finish("prepare", [*folder.glob("*/pairs.arrow"), folder / "rejects.jsonl"], facts)
     report(recipe, run_dir)
@@ -344,6 +344,7 @@ STAGE = Stage(
     ),
     run=run,
     report=report,
-    base_files=(*TOKENIZER_FILES, "tokenization*.py"),
+    base_files=ENCODING_FILES,
     check=check,
+    outdated=read_otherwise,
 )

@@ -18,7 +18,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answers import write_answers
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
-from tbpo_cli.runs.rounds import with_pairs
+from tbpo_cli.runs.rounds import root_of, with_pairs
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
@@ -118,7 +118,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     samples = _sample(recipe, run_dir, chat, prompts, keys, done)
     with ExitStack() as stack:
         if group.is_main:
-            stack.enter_context(on_server(recipe, chat, prompts, group.device))
+            is_base = root_of(run_dir) != run_dir.path and recipe.sample.adapter is None
+            stack.enter_context(on_server(recipe, chat, prompts, group.device, is_base))
         group.gather(None)  # nobody asks before the server has the policy
         part = stack.enter_context(
             (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8")

@@ -277,7 +277,7 @@ def _write(
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that holds the number of a first signal; a second SIGINT or SIGTERM ends the process."""
+    """A list for the number of a first signal; a second SIGINT or SIGTERM ends the process."""
     received: list[int] = []
 
     def receive(number: int, _frame: object) -> None:

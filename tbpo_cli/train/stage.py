@@ -25,6 +25,7 @@ from tbpo_cli.model.base import compute_dtype
 from tbpo_cli.model.load import add_helper, load_policy
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import check_positions
+from tbpo_cli.model.targets import without_adapter
 from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
@@ -131,6 +132,8 @@ def _say_what_is_trained(
     where = f"{group.size} × {device}" if group.size > 1 else device
     pairs = f"{len(stores[0]):,} pairs, {len(stores[1]):,} held out"
     console.say(f"{name}: training {num_weights:,} weights on {where}; {pairs}")
+    if policy.adapters and (bare := without_adapter(policy.model)):
+        console.say(f"linear layers without an adapter: {', '.join(bare)}")
     if name == "align":
         console.say(f"the reference is {policy.describe_reference()}")
 

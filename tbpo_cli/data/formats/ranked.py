@@ -53,7 +53,8 @@ def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
     """{"prompt", "responses": [text, …], "scores": [number, …]}, or each answer with its score.
 
     UltraFeedback's rows have `completions` with `overall_score`, Nectar's `answers` with `rank`. An
-    answer whose score is null or not finite has none. `truncated` says which answers were cut.
+    answer whose score is null or not finite has none. `truncated` says which answers were cut:
+    these are never chosen, and a rejected one ends without an end token, which no model gave it.
 
     Raises:
         RejectedRow: wrong_type; a reason of `choose`, if no pair can be made of the answers.
@@ -75,7 +76,7 @@ def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
             row | {"score_chosen": marks[chosen], "score_rejected": marks[rejected]},
             asked,
             answers[chosen],
-            answers[rejected],
+            answers[rejected] | ({"is_cut": True} if marked[rejected].is_cut else {}),
         )
         for chosen, rejected in choice.pairs
     ]
