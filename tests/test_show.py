@@ -356,6 +356,15 @@ SAID = {
         {"same_judges": "judge.scorer"},
         ["the win rate by judge.scorer is no evidence"],
     ),
+    "a judge that cannot be read": (
+        {"unread": 0.25, "unread_by": "j"},
+        ["j gave no verdict that can be read to 25.0% of its questions"],
+    ),
+    "a judge that looks at the position": (
+        {"flips": 0.5, "flips_by": "j"},
+        ["j changes its verdict with the order of the two answers on 50.0%"],
+    ),
+    "few flips are usual": ({"flips": 0.15, "flips_by": "j", "unread": 0.0}, []),
     "answers get longer": ({"answer_ratio": 1.5}, ["1.5 times as long as the reference's"]),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tbpo_cli.evaluation.headline import MANY_FLIPS
 from tbpo_cli.report.facts import Facts
 
 UNMOVED_KL = 1e-3  # nats a token
@@ -218,6 +219,24 @@ AFTER = (
         "the policy's answers are {answer_ratio:.1f} times as long as the reference's",
         "a look at the length-controlled win rate, and if it falls, at the length bias in "
         "prepare/report.html",
+    ),
+    Diagnosis(
+        ("unread",),
+        lambda f: f.unread > 0,
+        "answers of the judge have no verdict that can be read",
+        "{unread_by} gave no verdict that can be read to {unread:.1%} of its questions: they are "
+        "left out of the win rates",
+        "a higher max_tokens in judge.body, another judge.template, or another judge",
+    ),
+    # GPT-4 changes its verdict on 35 % of the pairs of MT-Bench with their order, smaller judges on
+    # more (arXiv 2306.05685, table 2).
+    Diagnosis(
+        ("flips",),
+        lambda f: f.flips > MANY_FLIPS,
+        "the judge changes its verdict with the order on over 20 % of the comparisons",
+        "{flips_by} changes its verdict with the order of the two answers on {flips:.1%} of the "
+        "comparisons: these count as ties, and say little",
+        "another judge, or another judge.template",
     ),
     # A policy learns what its judge likes, errors and all: the judge's marks rise also where a
     # better one's fall (arXiv 2210.10760).
