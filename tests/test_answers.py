@@ -8,6 +8,7 @@ from conftest import run_stage, write_jsonl
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answer_files import Answers, Question, answers_to, read_answers
 from tbpo_cli.evaluation.answers import names_of_answers, question_id
+from tbpo_cli.evaluation.measures import labels
 
 
 def user(*texts):
@@ -51,7 +52,7 @@ BAD = [
     ('{"prompt": "x", "comp', "line 2 is not JSON"),
     ({"prompt": "two?"}, 'it has no "output" or "completion", but prompt'),
     ({"question": "two?", "output": "2"}, 'it has no "instruction" or "prompt", but question'),
-    ({"prompt": "two?", "completion": None}, 'it has no "output" or "completion"'),
+    ({"prompt": "two?", "completion": None}, 'its "completion" is null'),
     ({"prompt": 3, "completion": "x"}, '"prompt" has 3, which is no text'),
     ({"prompt": "two?", "completion": 2}, '"completion" has 2, which is no text'),
     ({"prompt": "two?", "output": "\ud83d"}, '"output" has half of a surrogate pair'),
@@ -99,8 +100,28 @@ def test_a_file_that_cannot_be_read_is_a_message(tmp_path):
 
 def test_files_of_answers_never_share_a_name():
     assert names_of_answers(["a/x.jsonl", "b/model_outputs.json"], ["dpo"]) == ["x", "b"]
-    for files in (["a/x.jsonl", "b/x.jsonl"], ["a/reference.jsonl"], ["a/dpo.json"]):
-        assert names_of_answers(files, ["dpo"]) == files
+    assert names_of_answers(["/1/a/x.jsonl", "/1/b/x.jsonl"], []) == ["a/x", "b/x"]
+    assert names_of_answers(["/a/reference.jsonl"], []) == ["a/reference"]
+    assert names_of_answers(["/a/dpo.json", "/a/y.json"], ["dpo"]) == ["a/dpo", "y"]
+    same = ["a/x.jsonl", "a/x.json"]
+    assert names_of_answers(same, ["dpo"]) == same
+
+
+def test_runs_of_the_same_name_are_called_by_as_many_folders_as_tell_them_apart():
+    """The deepest shared name is no end of its own; what is distinct stays short."""
+    runs = ["/w/runs/dpo", "/w/other/dpo", "/w/runs/sft", "/w/a/b/align/adapter"]
+    assert labels(runs) == ["runs/dpo", "other/dpo", "sft", "b"]
+    assert labels(["/1/x/dpo", "/2/x/dpo"]) == ["1/x/dpo", "2/x/dpo"]
+    assert labels(["/w/policy"]) == ["w/policy"]
+
+
+@pytest.mark.parametrize("name", ["completion", "output"])
+def test_an_answer_that_is_null_is_named_as_that(tmp_path, name):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", name: None}])
+    with pytest.raises(TbpoError, match=f'row 1 cannot be used: its "{name}" is null'):
+        read_answers(path)
+    both = write_jsonl(tmp_path / "y.jsonl", [{"prompt": "a", "output": None, "completion": "b"}])
+    assert read_answers(both).by_text == {"a": "b"}
 
 
 def test_a_conversation_is_found_by_all_of_its_messages(tmp_path):

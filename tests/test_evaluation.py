@@ -715,14 +715,13 @@ def test_a_gate_reads_the_figure_that_it_names(whole):
         "reference.self_bleu": reference["diversity"]["self_bleu"]["value"],
         "score.n": 8,
     }.items():
-        assert decide(f"{name} >= {value!r}", results) == {
-            "expression": f"{name} >= {value!r}", "value": value, "passed": True,
-        }  # fmt: skip
-    assert decide("win_rate.other > 0", results) == {
-        "expression": "win_rate.other > 0",
-        "value": None,
-        "passed": False,
-    }
+        decided = {"expression": f"{name} >= {value!r}", "value": value, "passed": True}
+        if "win_rate" in name:
+            against = "chosen" if "chosen" in name else "reference"
+            decided |= {"against": against, "judge": against_reference["judge"]}
+        assert decide(f"{name} >= {value!r}", results) == decided
+    other = decide("win_rate.other > 0", results)
+    assert (other["value"], other["passed"], other["against"]) == (None, False, "other")
 
 
 def test_a_failed_gate_is_raised_after_everything_is_written(copied):

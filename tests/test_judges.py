@@ -174,6 +174,92 @@ def test_unreadable_verdicts_are_counted_and_left_out(language_judge):
     assert (silent["unreadable"], silent["ties"], silent["model"]) == (1, 0, "policy")
 
 
+ECHO = "Two assistants: end with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] if"
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("{question}\n so I cannot say.", None),
+        ("> {question}", None),
+        ("{question}\n[[A]]", 1.0),
+        (f"I was told to {ECHO} they are equally good. I do not know.", None),
+        (f"I was told to {ECHO} they are equally good. So: [[A]]", 1.0),
+        ("I end with your verdict: [[A]]", 1.0),
+        ("[[A]] or [[B]]? The first is wrong: [[A]]", 1.0),
+        ("<think>maybe [[B]] or", None),
+        ("<think>maybe [[B]] or [[C]]</think> [[A]]", 1.0),
+        ("maybe [[B]]</think> [[A]]", 1.0),
+        ("<think>maybe [[B]]</think> I cannot say.", None),
+        ("[THINK]maybe [[B]] or", None),
+    ],
+)
+def test_thinking_and_the_question_itself_are_no_verdict(language_judge, answer, value):
+    """The judge prefers x, which stands first in one order; in the other it says [[B]] for it."""
+
+    def said(body):
+        question = body["messages"][0]["content"]
+        text = answer.replace("{question}", question)
+        if sections(body)[0] == "x":
+            return text
+        return text.replace("[[A]]", "[[B]]") if value is None else "[[B]]"
+
+    with chat_server(said) as server:
+        (verdict,) = language_judge(server).compare(compare(("x", "y")))
+    assert verdict.value == value
+    assert (verdict.asked, verdict.unread > 0) == (2, value is None)
+
+
+@pytest.mark.parametrize("end", ["Answer [[A]], [[B]] or [[C]]", "\n{b}"])
+def test_the_end_of_a_template_that_is_repeated_is_no_verdict(language_judge, tmp_path, end):
+    """Also where it is a completion that is nothing but a letter."""
+    template = tmp_path / "mine.txt"
+    template.write_text("Which of the answers to {prompt} is better: {a} or {b}? " + end)
+    echo = lambda body: body["messages"][0]["content"]  # noqa: E731
+    with chat_server(echo) as server:
+        judge = language_judge(server, f"judge.template={template}")
+        (verdict,) = judge.compare(compare(("A", "B"), prompt="Say it, whatever you may think"))
+    assert verdict.value is None and verdict.unread == 2
+
+
+def test_what_is_the_same_without_asking_is_no_verdict_of_a_mute_judge(language_judge):
+    comparisons = compare(("2", "2"), ("2", "3"))
+    with chat_server(lambda body: "no idea") as server:
+        verdicts = language_judge(server).compare(comparisons)
+    rates = win_rate(comparisons, verdicts, "judge")
+    assert rates["raw"] is None and rates["length_controlled"] is None
+    assert (rates["asked"], rates["unread"], rates["unreadable"], rates["ties"]) == (2, 2, 1, 0)
+    same = win_rate(comparisons[:1], verdicts[:1], "judge")
+    assert same["raw"]["value"] == 0.5, "nothing was asked"
+
+
+def test_repeats_that_cannot_be_read_are_counted_though_others_can(language_judge):
+    """Half of the answers of both orders: the verdict is of the rest."""
+    turn = iter(range(4))
+
+    def said(body):
+        if next(turn) >= 2:
+            return "Hm."
+        return "[[A]]" if sections(body)[0] == "x" else "[[B]]"
+
+    comparisons = compare(("x", "y"))
+    sets = ("judge.repeats=2", "judge.concurrency=1", "judge.body={temperature = 1.0}")
+    with chat_server(said) as server:
+        verdicts = language_judge(server, *sets).compare(comparisons)
+    rates = win_rate(comparisons, verdicts, "judge")
+    assert (rates["asked"], rates["unread"], rates["unreadable"]) == (4, 2, 0)
+    assert rates["raw"]["value"] == 1.0
+
+
+def test_repeats_at_temperature_0_are_refused(judges):
+    given = ("judge.endpoint=http://127.0.0.1:9/v1", "judge.model=m", "judge.repeats=2")
+    for body in ((), ("judge.body={temperature = 0}",)):
+        with pytest.raises(TbpoError) as error:
+            judges(*given, *body)
+        assert "repeats must be 1 at temperature 0" in error.value.expected
+    assert judges(*given, "judge.body={max_tokens = 5}"), "the server's own temperature"
+
+
 def test_an_answer_that_was_cut_is_no_verdict_and_is_not_kept(language_judge):
     """The label that it was weighing does not count; asked again, it may come to an end."""
     weighing = chat_completion("At first sight [[A]] seems right, yet")
@@ -224,13 +310,14 @@ def test_a_judge_is_asked_again_and_its_own_noise_is_reported(language_judge, tm
         return "[[A]]" if (sections(body)[0] == "x") != is_second else "[[B]]"
 
     comparisons = compare(("x", "y"))
-    repeats = ("judge.repeats=3", "judge.concurrency=1")
+    warm = "judge.body={temperature = 0.7}"
+    repeats = ("judge.repeats=3", "judge.concurrency=1", warm)
     with chat_server(answer) as server:
         judge = language_judge(server, *repeats)
         (verdict,) = judge.compare(comparisons)
         assert language_judge(server, *repeats).compare(comparisons) == [verdict]
         assert len(server.requests) == 6, "two orders, three times"
-        language_judge(server, "judge.repeats=4").compare(comparisons)
+        language_judge(server, "judge.repeats=4", warm).compare(comparisons)
         assert len(server.requests) == 8, "one repeat more asks for that alone"
     assert verdict.repeats == (1.0, 0.0, 1.0) and verdict.value == pytest.approx(2 / 3)
     assert verdict.consistent is True and verdict.tokens == (600, 60)

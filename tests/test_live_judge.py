@@ -51,7 +51,7 @@ def evaluated(trained, finished, tmp_path, tbpo):
     (tmp_path / "theirs.json").write_text(json.dumps(rows))
     asked = Counter()
 
-    def run(*more):
+    def run(*more, code=0):
         sets = {
             "sample.prompts": prompts,
             "sample.max_new_tokens": 6,
@@ -68,29 +68,38 @@ def evaluated(trained, finished, tmp_path, tbpo):
         flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
         where = ("eval", trained / "tiny.toml", "--run-dir", finished)
         done = tbpo(*where, *flags, *more)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
+        if code:
+            return done.stderr
         folder = finished / "eval"
+        warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING: judge")]
         page = html.unescape(re.sub("<[^>]*>", " ", (folder / "report.html").read_text()))
         return (
             json.loads((folder / "results.json").read_text()),
             re.sub(r"\s+", " ", page),
             [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()],
             asked,
+            warnings,
         )
 
     with chat_server(judge_of(asked)) as server:
+        run.server = server
         yield run
 
 
 def test_repeats_flips_unread_and_cut_answers_are_in_the_figures_and_on_the_page(evaluated):
     """1, 0, ½ (flips), ⅓ (noisy), ½ (tie): 7/15 of 5 prompts; 1 of 5 flips; ⅓ of one unlike."""
-    results, page, lines, asked = evaluated()
+    results, page, lines, asked, warnings = evaluated()
     (rate,) = results["win_rates"]
     assert (rate["model"], rate["against"], rate["judge"]) == ("policy", "theirs", "judge-1")
     assert rate["raw"]["value"] == pytest.approx(7 / 15) and rate["raw"]["n"] == 5
     assert rate["raw"]["low"] < 0.2 and rate["raw"]["high"] > 0.75, "five prompts say little"
     assert (rate["wins"], rate["ties"], rate["losses"], rate["unreadable"]) == (1, 2, 2, 2)
     assert rate["inconsistent"]["value"] == pytest.approx(1 / 5)
+    assert (rate["asked"], rate["unread"]) == (42, 12), "two cases of both orders and all repeats"
+    assert "by judge-1 (whose answer to 28.6% of 42 questions is unread)" in results["verdict"]
+    (warning,) = warnings
+    assert "judge-1 gave no verdict that can be read to 28.6% of its questions" in warning
     assert rate["unlike_repeats"]["value"] == pytest.approx(1 / 15)
     requests = len(CASES) * 2 * REPEATS
     assert sum(asked.values()) == requests
@@ -121,10 +130,45 @@ def test_repeats_flips_unread_and_cut_answers_are_in_the_figures_and_on_the_page
 def test_another_start_asks_for_cut_answers_alone(evaluated):
     """And with more repeats for these only."""
     evaluated()
-    *_, asked = evaluated("--restart")
+    *_, asked, _ = evaluated("--restart")
     first = len(CASES) * 2 * REPEATS
     assert sum(asked.values()) == first + 2 * REPEATS
-    results, *_, asked = evaluated("--restart", "--set", f"judge.repeats={REPEATS + 1}")
+    results, *_, asked, _ = evaluated("--restart", "--set", f"judge.repeats={REPEATS + 1}")
     assert sum(asked.values()) == first + 2 * REPEATS + 2 * (REPEATS + 1) + (len(CASES) - 1) * 2
     (rate,) = results["win_rates"]
     assert rate["raw"]["value"] == pytest.approx((1 + 0 + 1 / 2 + 1 / 4 + 1 / 2) / 5)
+
+
+ONCE = ("--set", "judge.repeats=1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "no idea",
+        None,
+        "<think>maybe [[A]] or",
+        chat_completion("thinking [[A]] seems", finish_reason="length"),
+    ],
+)
+def test_a_judge_that_says_nothing_of_all_is_an_error_and_passes_no_gate(evaluated, answer):
+    evaluated.server.answer = lambda body: answer
+    stderr = evaluated(*ONCE, "--set", "eval.gate=win_rate > 0.4", code=2)
+    assert "judge-1 gave no verdict on any of 7 comparisons" in stderr
+    assert "[[A]], [[B]] or [[C]]" in stderr and "judge.template" in stderr
+
+
+def test_a_judge_that_looks_at_the_position_alone_is_a_warning_and_in_the_headline(evaluated):
+    evaluated.server.answer = lambda body: "I think [[A]]"
+    results, *_, warnings = evaluated(*ONCE)
+    (warning,) = warnings
+    assert "changes its verdict with the order of the two answers on 100.0%" in warning
+    assert "(whose verdict changes with the order on 100.0%)" in results["verdict"]
+
+
+def test_a_gate_on_a_win_rate_says_against_whom_it_is(evaluated):
+    """Of two opponents the first, which its line names."""
+    evaluated.server.answer = lambda body: "[[C]]"
+    more = ("--set", "eval.opponents=['reference']", "--set", "eval.gate=win_rate > 0.9")
+    stderr = evaluated(*ONCE, *more, code=4)
+    assert "measured 0.5 against reference, by judge-1" in stderr

@@ -112,7 +112,9 @@ def test_a_mark_that_an_answer_asks_for_is_not_one(marker):
 def test_the_mean_of_the_repeats_that_can_be_read_is_the_mark(marker):
     replies = iter(["[[4]]", "nothing", "[[9]]"])
     with chat_server(lambda body: next(replies)) as server:
-        judge = marker(server, "judge.repeats=3", "judge.concurrency=1")
+        judge = marker(
+            server, "judge.repeats=3", "judge.concurrency=1", "judge.body={temperature = 0.7}"
+        )
         (mark,) = judge.mark(ANSWERS[:1])
     assert mark.value == 6.5 and mark.tokens == (300, 30)
 

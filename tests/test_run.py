@@ -511,6 +511,26 @@ def test_a_module_that_a_scorer_imports_is_an_input(tmp_path):
     assert names == {"scorer.py", "helper.py", "pack/__init__.py", "pack/more.py"}
 
 
+def test_modules_in_folders_that_a_scorer_names_and_relative_imports_are_inputs(tmp_path):
+    """`sys.path` is changed by the code; a folder may be named in parts."""
+    code = tmp_path / "scorer.py"
+    code.write_text(
+        "import os, sys\nHERE = os.path.dirname(__file__)\n"
+        "sys.path.insert(0, os.path.join(HERE, 'lib', 'helper'))\nimport hs\nimport pack.more\n"
+    )
+    (tmp_path / "lib/helper/pack").mkdir(parents=True)
+    (tmp_path / "lib/unused").mkdir()
+    (tmp_path / "lib/unused/hs.py").write_text("")
+    (tmp_path / "lib/helper/hs.py").write_text("")
+    (tmp_path / "lib/helper/pack/__init__.py").write_text("from . import words\n")
+    (tmp_path / "lib/helper/pack/more.py").write_text("")
+    (tmp_path / "lib/helper/pack/words.py").write_text("")
+    found = files_of("judge.scorer", f"python:{code}:score", ("*",))
+    names = {str(path.relative_to(tmp_path)) for path in found}
+    inner = ("hs.py", "pack/__init__.py", "pack/more.py", "pack/words.py")
+    assert names == {"scorer.py", *(f"lib/helper/{name}" for name in inner)}
+
+
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_a_lock_that_is_no_file_is_named_and_nothing_is_written_through_it(tmp_path, kind):
     run, other = RunDir(tmp_path / "run"), tmp_path / "other"

@@ -323,6 +323,8 @@ SAID = {
     "many epochs": ({"visits": 5}, ["read 5.0 times"]),
     "nothing is held out": ({"held_out": 0}, ["no pair is held out"]),
     "too big": ({"memory": 3e9}, ["align needs more memory"]),
+    "two sigma of few answers": ({"two_sigma_answers": 5}, ["takes the worst of 5 answers"]),
+    "two sigma of enough answers": ({"two_sigma_answers": 6}, []),
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
     "few steps at a high rate want more steps": (
         {"steps": 3, "rate": 1e-4},
@@ -354,6 +356,15 @@ SAID = {
         {"same_judges": "judge.scorer"},
         ["the win rate by judge.scorer is no evidence"],
     ),
+    "a judge that cannot be read": (
+        {"unread": 0.25, "unread_by": "j"},
+        ["j gave no verdict that can be read to 25.0% of its questions"],
+    ),
+    "a judge that looks at the position": (
+        {"flips": 0.5, "flips_by": "j"},
+        ["j changes its verdict with the order of the two answers on 50.0%"],
+    ),
+    "few flips are usual": ({"flips": 0.15, "flips_by": "j", "unread": 0.0}, []),
     "answers get longer": ({"answer_ratio": 1.5}, ["1.5 times as long as the reference's"]),
 }
 

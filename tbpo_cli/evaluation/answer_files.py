@@ -196,6 +196,8 @@ def _column(row: Json, *names: str) -> str:
     for name in names:
         if row.get(name) is not None:
             return name
+    if nulls := [name for name in names if name in row]:
+        raise ValueError(f'its "{nulls[0]}" is null, which is no text')
     has = ", ".join(map(str, row)) or "nothing"
     raise ValueError(f'it has no "{names[0]}" or "{names[1]}", but {has:.100}')
 

@@ -10,18 +10,43 @@ from typing import Any
 from tbpo_cli.runs.files import write_whole
 
 Json = dict[str, Any]
+OF_EVERY_EVALUATION = ("policy", "reference", "chosen")  # names of models
 IDS = ("uid", "question_id")  # of a question of Arena-Hard 2 and 0.1
 
 
 def names_of_answers(files: Sequence[str], others: Sequence[str]) -> list[str]:
-    """What the opponents are called: by their files, or by the folders of AlpacaEval's; by their
-    paths where these are not distinct, or `others` or the models of every evaluation have them.
+    """What the opponents are called: by their files, or by the folders of AlpacaEval's; with the
+    folders above where these are not distinct, or `others` have them.
     """
     paths = [Path(file) for file in files]
-    names = [path.parent.name if path.stem == "model_outputs" else path.stem for path in paths]
-    taken = {"policy", "reference", "chosen", *others}
-    are_distinct = len({*names, *taken}) == len(names) + len(taken)
-    return names if are_distinct else list(files)
+    own = [path.parent if path.stem == "model_outputs" else path.with_suffix("") for path in paths]
+    return distinct_names(files, own, others)
+
+
+def distinct_names(
+    sources: Sequence[str], paths: Sequence[Path], others: Sequence[str] = ()
+) -> list[str]:
+    """The shortest end of each path that no other one has, nor anything else that has a name; the
+    sources, if two paths are the same.
+
+    Args:
+        paths: of the sources, as they are to be called.
+        others: names that are taken, beside those of the models of every evaluation.
+    """
+    taken = {*OF_EVERY_EVALUATION, *others}
+    ends = [_ends(path) for path in paths]
+    names = []
+    for place, own in enumerate(ends):
+        of_others = {end for number, each in enumerate(ends) if number != place for end in each}
+        free = (end for end in own if end not in taken and end not in of_others)
+        names.append(next(free, sources[place]))
+    return names if len({*names}) == len(names) else list(sources)
+
+
+def _ends(path: Path) -> list[str]:
+    """The last part of a path, the last two parts, and so on."""
+    parts = path.relative_to(path.anchor).parts
+    return ["/".join(parts[-size:]) for size in range(1, len(parts) + 1)]
 
 
 def question_id(row: Any) -> str:

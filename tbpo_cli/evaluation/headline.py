@@ -9,6 +9,8 @@ from tbpo_cli.console import counted
 
 Json = dict[str, Any]
 
+MANY_FLIPS = 0.2  # of the comparisons, whose verdict changes with the order
+
 OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
 
 
@@ -47,14 +49,26 @@ def _of_win_rate(own: str, rate: Json) -> str:
     opponent = OPPONENTS.get(rate["against"], rate["against"])
     raw = rate["raw"]
     if raw is None:
-        return f"{rate['judge']} gave no verdict on {own} against {opponent}"
+        return f"{rate['judge']} gave no verdict on {own} against {opponent}{_noise(rate)}"
     share = f"{raw['value']:.1%} of {counted(raw['n'], 'prompt')} ({_interval(raw)})"
-    share = f"{share}, by {rate['judge']}"
+    share = f"{share}, by {rate['judge']}{_noise(rate)}"
     if raw["low"] > 0.5:
         return f"{own} beats {opponent}: it wins {share}"
     if raw["high"] < 0.5:
         return f"{own} loses to {opponent}: it wins {share}"
     return f"{own} and {opponent} cannot be told apart: {own} wins {share}"
+
+
+def _noise(rate: Json) -> str:
+    """What speaks against the judge's verdicts, in brackets; "" if nothing does."""
+    said = []
+    if rate.get("unread"):
+        share = f"{rate['unread'] / rate['asked']:.1%}"
+        said.append(f"whose answer to {share} of {counted(rate['asked'], 'question')} is unread")
+    flips = rate.get("inconsistent")
+    if flips and flips["value"] > MANY_FLIPS:
+        said.append(f"whose verdict changes with the order on {flips['value']:.1%}")
+    return f" ({' and '.join(said)})" if said else ""
 
 
 def _of_accuracy(own: str, test: Json) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.config.validate import fault
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.answers import names_of_answers
+from tbpo_cli.evaluation.answers import distinct_names, names_of_answers
 
 NUM_GRAMS, PERCENTILES = 4, (5, 50, 95)
 # name: (what a person reads, how it is written)
@@ -100,13 +100,12 @@ def setting_of(suite: str) -> str:
 
 
 def labels(sources: Sequence[str]) -> list[str]:
-    """What models of `eval.against` are called: by their runs' names, or by their paths where these
-    are not distinct.
+    """What models of `eval.against` are called: by their runs' names, with the folders above where
+    these are not distinct.
     """
     paths = [Path(source) for source in sources]
-    names = [(path.parents[1] if path.parent.name == "align" else path).name for path in paths]
-    are_distinct = len({*names, "policy", "reference", "chosen"}) == len(names) + 3
-    return names if are_distinct else list(sources)
+    runs = [path.parents[1] if path.parent.name == "align" else path for path in paths]
+    return distinct_names(sources, runs)
 
 
 def gate_faults(recipe: Recipe, path: str) -> list[TbpoError]:
@@ -153,7 +152,8 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """{"expression", "value", "passed"} of a checked gate, None for an empty one.
 
     It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n.
-    What the results do not have has the value None, and does not pass.
+    What the results do not have has the value None, and does not pass. For a win rate, "against"
+    and "judge" say whose it is: of several opponents and judges the first, if none is named.
     """
     if (match := GATE.fullmatch(gate)) is None:
         return None
@@ -170,14 +170,20 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
             **tasks,
         }
     rates: dict[str, dict[str, Any]] = {}
+    judge = ""
     for entry in results["win_rates"]:
         if entry["model"] == "policy":  # by the first judge
+            judge = judge or entry["judge"]
             rates.setdefault(
                 entry["against"], {name: entry[key] for name, key in WIN_RATES.items()}
             )
     value = (_named(figures, rates).get(name) or {}).get(part or "value")
     passed = value is not None and COMPARISONS[comparison](value, float(bound))
-    return {"expression": gate.strip(), "value": value, "passed": passed}
+    decided = {"expression": gate.strip(), "value": value, "passed": passed}
+    rate, _, against = name.partition(".")
+    if rate in WIN_RATES and rates:
+        decided |= {"against": against or next(iter(rates)), "judge": judge}
+    return decided
 
 
 def _named(

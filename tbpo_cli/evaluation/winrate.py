@@ -15,6 +15,7 @@ import numpy as np
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.comparisons import comparisons_of
 from tbpo_cli.evaluation.judges import judges_of
 from tbpo_cli.evaluation.judges.judge import Comparison, Verdict
@@ -49,14 +50,16 @@ def judge_all(
     judges = judges_of(recipe.judge_of_eval, recipe.table_of_judge, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
-        judged = list(zip(comparisons, judge.compare(comparisons), strict=True))
+        said = judge.compare(comparisons)
+        _check_that_it_says_something(judge.name, recipe.table_of_judge, said)
+        judged = list(zip(comparisons, said, strict=True))
         for (model, against), group in itertools.groupby(
             judged, key=lambda pair: (pair[0].model, pair[0].against)
         ):
             of_both, verdicts = zip(*group, strict=True)
             win_rates.append(win_rate(of_both, verdicts, judge.name))
             if not win_rates[-1]["raw"]:
-                reason = verdicts[0].reason[:300]
+                reason = next(one for one in verdicts if one.value is None).reason[:300]
                 console.say(f"{judge.name} gave no verdict on {model} against {against}: {reason}")
             for name, groups, values in _scores(of_both, verdicts):
                 scores.setdefault(name, mean_of_groups(groups, values))
@@ -77,6 +80,18 @@ def judge_all(
             for one, said in judged
         ]
     return win_rates, lines, scores
+
+
+def _check_that_it_says_something(judge: str, table: str, verdicts: Sequence[Verdict]) -> None:
+    """Raises TbpoError if a judge was asked, and none of its answers is a verdict."""
+    asked = [verdict for verdict in verdicts if verdict.asked]
+    if not asked or any(verdict.value is not None for verdict in asked):
+        return
+    what = f"{judge} gave no verdict on any of {console.counted(len(asked), 'comparison')}"
+    where = f"[{table}]; its first answer: {' '.join(asked[0].reason.split())[:300]}"
+    expected = "[[A]], [[B]] or [[C]] at the end of its answers, in both orders"
+    fix = f"a higher max_tokens in {table}.body, another {table}.template, or another judge"
+    raise TbpoError(what, where, expected, fix)
 
 
 def _scores(
@@ -102,14 +117,17 @@ def win_rate(
     """An entry of results.json's "win_rates", for the comparisons of one model with one opponent.
 
     The rate counts a tie as half a win, and is the mean over prompts of the mean over their
-    samples. Verdicts that cannot be read are counted, and left out; there is no rate where none can
-    be read.
+    samples. Verdicts that cannot be read are counted, and left out; there is no rate where the
+    judge was asked and none can be read, whatever is the same without asking.
     """
     read = [
         (one, verdict)
         for one, verdict in zip(comparisons, verdicts, strict=True)
         if verdict.value is not None
     ]
+    was_asked = any(verdict.asked for verdict in verdicts)
+    if was_asked and not any(verdict.asked for _, verdict in read):
+        read = []
     values = np.array([verdict.value for _, verdict in read], np.float64)
     _, prompts = np.unique([one.prompt_id for one, _ in read], return_inverse=True)
     lengths = np.array([one.length_a - one.length_b for one, _ in read], np.float64)
@@ -125,7 +143,9 @@ def win_rate(
         "wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
         "losses": int((values < 0.5).sum()),
-        "unreadable": len(verdicts) - len(read),
+        "unreadable": sum(verdict.value is None for verdict in verdicts),
+        "asked": sum(verdict.asked for verdict in verdicts),
+        "unread": sum(verdict.unread for verdict in verdicts),
         "inconsistent": rate_figure(orders) if orders else None,
         "unlike_repeats": rate_figure(unlike) if unlike else None,
         "prompt_tokens": sum(verdict.tokens[0] for verdict in verdicts),

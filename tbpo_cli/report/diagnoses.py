@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tbpo_cli.evaluation.headline import MANY_FLIPS
 from tbpo_cli.report.facts import Facts
 
 UNMOVED_KL = 1e-3  # nats a token
@@ -142,6 +143,15 @@ BEFORE = (
         "a lower {stage}.max_tokens_per_device, {stage}.activation_checkpointing = true, or more "
         "GPUs",
     ),
+    # No mark of n is lower than μ − σ √(n − 1), which is μ − 2σ for n = 5.
+    Diagnosis(
+        ("two_sigma_answers",),
+        lambda f: f.two_sigma_answers < 6,
+        'choose.pairs = "best_two_sigma" with fewer than 6 answers a prompt',
+        'choose.pairs = "best_two_sigma" takes the worst of {two_sigma_answers} answers, as '
+        '"best_worst" does: of fewer than 6, none is under two standard deviations below the mean',
+        'rounds.answers = 8 or more, or choose.pairs = "best_worst"',
+    ),
 )
 
 AFTER = (
@@ -209,6 +219,24 @@ AFTER = (
         "the policy's answers are {answer_ratio:.1f} times as long as the reference's",
         "a look at the length-controlled win rate, and if it falls, at the length bias in "
         "prepare/report.html",
+    ),
+    Diagnosis(
+        ("unread",),
+        lambda f: f.unread > 0,
+        "answers of the judge have no verdict that can be read",
+        "{unread_by} gave no verdict that can be read to {unread:.1%} of its questions: they are "
+        "left out of the win rates",
+        "a higher max_tokens in judge.body, another judge.template, or another judge",
+    ),
+    # GPT-4 changes its verdict on 35 % of the pairs of MT-Bench with their order, smaller judges on
+    # more (arXiv 2306.05685, table 2).
+    Diagnosis(
+        ("flips",),
+        lambda f: f.flips > MANY_FLIPS,
+        "the judge changes its verdict with the order on over 20 % of the comparisons",
+        "{flips_by} changes its verdict with the order of the two answers on {flips:.1%} of the "
+        "comparisons: these count as ties, and say little",
+        "another judge, or another judge.template",
     ),
     # A policy learns what its judge likes, errors and all: the judge's marks rise also where a
     # better one's fall (arXiv 2210.10760).

@@ -24,16 +24,21 @@ MAX_COLUMNS = 10  # of a table, with its first one, on a page 1,200 pixels wide
 WON = ("raw", "length_controlled", "wins", "ties", "losses")
 JUDGED = (
     "unreadable",
+    "unread",
+    "asked",
     "inconsistent",
     "unlike_repeats",
     "prompt_tokens",
     "completion_tokens",
     "cost",
 )
+TESTS = "Paired tests"
 JUDGES = "Verdicts of the judges"  # a table of the page alone
 LABELS = MEASURES | {
     "raw": ("win rate", "{:.1%}"),
     "cost": ("cost", "{:.2f}"),
+    "unread": ("questions without a readable answer", "{}"),
+    "asked": ("questions asked", "{}"),
     "inconsistent": ("other verdict in the other order", "{:.1%}"),
     "unlike_repeats": ("repeats unlike the others", "{:.1%}"),
     "loss": ("loss", "{}"),
@@ -127,6 +132,9 @@ def show(results: Json) -> None:
     without_lengths = tables(results)[: -len(results["models"])]
     (title, headings, rows), *of_models = without_lengths
     for name, heads, lines in (table for table in of_models if table[2] and table[0] != JUDGES):
+        if name == TESTS:  # of which there are more than columns that fit
+            console.show_table(name, heads, [[_text(cell) for cell in line] for line in lines])
+            continue
         cells = [[_text(cell, len(lines) < 3) for cell in line] for line in [heads, *lines]]
         first, *others = (list(column) for column in zip(*cells, strict=True))
         console.show_table(name, first, others)
@@ -166,7 +174,7 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     found = [
         ("Win rates", *_table(WON, by_kind)),
         ("Methods", *_table(METHODS, known if len(models) > 2 else {})),
-        ("Paired tests", *_table(TESTED, tests if len(tests) > 1 else {})),
+        (TESTS, *_table(TESTED, tests if len(tests) > 1 else {})),
         (JUDGES, *_table(JUDGED, by_kind if _says_more(rates) else {})),
         ("Held-out pairs", *_table(PREFERENCE, known)),
         ("Diversity", *_table(SCORE | DIVERSITY, known)),
@@ -191,7 +199,7 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
 
 def _says_more(rates: list[Json]) -> bool:
     """Whether there is more to say of a verdict than who has won."""
-    return any(rate.get(name) for rate in rates for name in JUDGED)
+    return any(rate.get(name) for rate in rates for name in JUDGED if name != "asked")
 
 
 def _table(names: Iterable[str], known: dict[str, Json]) -> tuple[list[str], list[list[Any]]]:

@@ -52,11 +52,15 @@ class Facts:
         chosen_fall: by how much log π of a chosen token fell, nats.
         loss_fall: by how much the held-out loss fell.
         answer_ratio: mean length of the policy's samples over that of the reference's.
+        two_sigma_answers: in rounds, the answers to a prompt, if "best_two_sigma" chooses of them.
         round_length: in rounds, mean length of the last policy's answers over the first one's.
         round_top: the share of the last policy's answers with the highest mark of all.
         round_no_pair: the share of the prompts of the last round that gave no pair.
         round_spread: standard deviation of a prompt's marks, the last round's over the first's.
         round_kl: KL of the last round. `round_kl_before`: of the round before.
+        unread: the share of a judge's questions whose answer is no verdict. `unread_by`: its name.
+        flips: the share of comparisons whose verdict changes with the order of the two answers.
+        flips_by: the name of the judge that does so.
         same_judges: the judges, in words, that both chose the training pairs and compared answers.
     """
 
@@ -82,12 +86,17 @@ class Facts:
     chosen_fall: float | None = None
     loss_fall: float | None = None
     answer_ratio: float | None = None
+    two_sigma_answers: int | None = None
     round_length: float | None = None
     round_top: float | None = None
     round_no_pair: float | None = None
     round_spread: float | None = None
     round_kl: float | None = None
     round_kl_before: float | None = None
+    unread: float | None = None
+    unread_by: str | None = None
+    flips: float | None = None
+    flips_by: str | None = None
     same_judges: str | None = None
 
     @property
@@ -196,5 +205,22 @@ def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
     lengths = [model["diversity"].get("length", {}).get("value") for model in (policy, reference)]
     if all(lengths):
         known["answer_ratio"] = lengths[0] / lengths[1]
+    known |= _of_judges(results.get("win_rates", ()))
     known["same_judges"] = " and ".join(results.get("same_judges", ()))
     return Facts(**known)
+
+
+def _of_judges(rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The largest shares of unread answers and of flips that a judge has, and which judge it is."""
+    found: dict[str, Any] = {}
+    for judge in dict.fromkeys(rate["judge"] for rate in rates):
+        own = [rate for rate in rates if rate["judge"] == judge]
+        flips = [rate["inconsistent"] for rate in own if rate.get("inconsistent")]
+        compared = sum(each["n"] for each in flips)
+        asked = sum(rate.get("asked", 0) for rate in own)
+        changed = sum(each["value"] * each["n"] for each in flips)
+        unread = sum(rate.get("unread", 0) for rate in own)
+        for name, part, whole in (("unread", unread, asked), ("flips", changed, compared)):
+            if whole and part / whole > found.get(name, -1.0):
+                found |= {name: part / whole, f"{name}_by": judge}
+    return found

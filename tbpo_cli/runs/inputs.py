@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -111,28 +112,69 @@ def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _imported(path: Path) -> set[Path]:
-    """The modules beside a file of code that it imports, directly or through others; not run."""
+    """The local modules that a file of code imports, directly or through others; not run.
+
+    They are looked for beside the file, and in the folders that a text of the code names from
+    there, as `sys.path.insert(0, os.path.join(HERE, "helper"))` does.
+    """
     found: set[Path] = set()
+    folders = [path.parent]
+    trees: list[tuple[Path, ast.Module]] = []
     left = [path]
     while left:
+        here = left.pop()
         try:
-            tree = ast.parse(left.pop().read_bytes())
+            tree = ast.parse(here.read_bytes())
         except (SyntaxError, ValueError, RecursionError):  # told when it is loaded
             continue
-        for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                package = [node.module] if node.module else []
-                names = [".".join([*package, alias.name]) for alias in node.names] + package
-            for name in names:
-                first, *rest = name.split(".")
-                stem = path.parent.joinpath(first, *rest)
-                for each in (stem.with_suffix(".py"), stem / "__init__.py"):
-                    if each.is_file() and each not in found and each != path:
+        trees.append((here, tree))
+        folders += _named_folders(tree, here.parent, folders)
+        # A folder may be named after the import that needs it, or by a module that comes later.
+        modules = {file for each in trees for file in _modules(*each, folders)}
+        new = modules - found - {path}
+        found |= new
+        left += new
+    return found
+
+
+def _named_folders(tree: ast.Module, here: Path, known: list[Path]) -> list[Path]:
+    """The folders that the texts of some code name from where it is, which are not known yet."""
+    texts = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    texts = {text for text in texts if 0 < len(text) < 256 and text.isprintable()}
+    found: list[Path] = []
+    left = [here]
+    for _ in range(3):  # parts of a path that are given one by one
+        paths = [base / text for base in left for text in sorted(texts)]
+        new = [path for path in paths if path not in (*known, *found)]
+        left = [path for path in new if os.path.isdir(path)]  # noqa: PTH112 - any text is no error
+        found += left
+    return found
+
+
+def _modules(file: Path, tree: ast.Module, folders: list[Path]) -> set[Path]:
+    """The files of the modules that some code imports, with those of the packages around them."""
+    found = set()
+    for node in ast.walk(tree):
+        names: list[str] = []
+        bases = folders
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = [node.module] if node.module else []
+            names = [".".join([*package, alias.name]) for alias in node.names]
+            if node.level:
+                bases = [*file.parents][node.level - 1 : node.level]
+        for name in names:
+            parts = name.split(".")
+            stems = [base.joinpath(*parts[:n]) for base in bases for n in range(1, len(parts) + 1)]
+            for stem in stems:
+                for each in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+                    if each.is_file():
                         found.add(each)
-                        left.append(each)
     return found
 
 

@@ -292,6 +292,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         measured = (
             "it was not measured" if gate["value"] is None else f"measured {gate['value']:.4g}"
         )
+        measured += _whose(gate)
         what = f"the gate failed: {gate['expression']} does not hold, {measured}"
         raise GateError(
             what,
@@ -300,7 +301,13 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
             "train better, or change eval.gate",
         )
     if gate:
-        console.say(f"the gate is passed: {gate['expression']}, measured {gate['value']:.4g}")
+        measured = f"measured {gate['value']:.4g}{_whose(gate)}"
+        console.say(f"the gate is passed: {gate['expression']}, {measured}")
+
+
+def _whose(gate: dict[str, Any]) -> str:
+    """Against whom and by which judge a gate's win rate is; "" for other figures."""
+    return f" against {gate['against']}, by {gate['judge']}" if "against" in gate else ""
 
 
 STAGE = Stage(

@@ -59,6 +59,9 @@ class Verdict:
         tokens: that a server has read and written for it.
         cost: of these tokens; None where prices are not known.
         repeats: the values of all repeats that can be read, of which `value` is the mean.
+        asked: questions that the judge was asked for it: none where the completions are the same,
+            and a language model is asked in both orders, in each repeat.
+        unread: those of them whose answer says nothing that can be read.
     """
 
     value: float | None
@@ -68,6 +71,8 @@ class Verdict:
     tokens: tuple[int, int] = (0, 0)
     cost: float | None = None
     repeats: tuple[float, ...] = ()
+    asked: int = 1
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def _no_score(name: str, value: float | TbpoError) -> TbpoError:
 def _verdict(a: Mark, b: Mark) -> Verdict:
     """Of the marks of two completions."""
     if a.value is None or b.value is None:
-        return Verdict(None, f"no verdict: {a.reason or b.reason}")
+        return Verdict(None, f"no verdict: {a.reason or b.reason}", unread=1)
     value = (a.value > b.value) + (a.value == b.value) / 2
     return Verdict(value, f"{a.value:.4g} against {b.value:.4g}", (a.value, b.value))
 

@@ -23,6 +23,7 @@ from tbpo_cli.evaluation.judges.judge import (
     say_failures,
     text_of,
 )
+from tbpo_cli.evaluation.judges.own_words import after_thinking, ends_with_question, own_labels
 from tbpo_cli.evaluation.judges.reply import Reply
 
 TEMPLATE = Path(__file__).parent / "judge.txt"
@@ -40,9 +41,10 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
     """A language model that compares two completions, or marks one.
 
     To compare, it is shown both, in both orders. The last label of an answer counts, or its last
-    line if that is nothing but a letter; an answer that was cut gives no verdict. Labels within a
-    prompt or a completion are shown in a form that counts for nothing. Completions that are the
-    same tie without being shown.
+    line if that is nothing but a letter; an answer that was cut gives no verdict. Labels within its
+    thinking, or within a text of the question that it repeats, do not count; those within a prompt
+    or a completion are shown in a form that counts for nothing. Completions that are the same tie
+    without being shown.
 
     Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena", arXiv
     2306.05685, section 3.4: the labels [[A]], [[B]], [[C]], and a win only if both orders say so,
@@ -74,6 +76,24 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
 
 
 @dataclass(frozen=True)
+class _Said:
+    """A reply, and the question that it answers."""
+
+    reply: Reply
+    question: str
+
+    def last(self, pattern: re.Pattern[str]) -> str | None:
+        """The last label of the judge's own; None if it has none.
+
+        A reply that was cut has none: its last label may be one that the judge was still weighing.
+        """
+        if self.reply.was_cut:
+            return None
+        labels = own_labels(pattern, after_thinking(self.reply.text), self.question)
+        return labels[-1] if labels else None
+
+
+@dataclass(frozen=True)
 class _LanguageJudge:
     """The two things that a language model is asked for.
 
@@ -98,14 +118,18 @@ class _LanguageJudge:
             for first, second in ((a, b), (b, a))
         ]
         replies = self._replies(bodies, "", "template")
+        said = [
+            [_Said(reply, _question(body)) for reply in of_one]
+            for body, of_one in zip(bodies, replies, strict=True)
+        ]
         judged = (
             _together(
                 [_verdict(self.settings, *pair) for pair in zip(forward, backward, strict=True)]
             )
-            for forward, backward in zip(replies[::2], replies[1::2], strict=True)
+            for forward, backward in zip(said[::2], said[1::2], strict=True)
         )
         return [
-            next(judged) if a != b else Verdict(0.5, "the completions are the same")
+            next(judged) if a != b else Verdict(0.5, "the completions are the same", asked=0)
             for _, a, b in both
         ]
 
@@ -118,7 +142,10 @@ class _LanguageJudge:
             for prompt, text in answers
         ]
         replies = self._replies(bodies, " for marks", "mark_template")
-        marks = [_mark(self.settings, of_one) for of_one in replies]
+        marks = [
+            _mark(self.settings, [_Said(reply, _question(body)) for reply in of_one])
+            for body, of_one in zip(bodies, replies, strict=True)
+        ]
         expected, fix = f"a mark as [[{high}]]", f"change {self.table}.mark_template"
         failed = [
             TbpoError(one.reason, self.endpoint.shown, expected, fix)
@@ -195,6 +222,11 @@ def _body(
     }
 
 
+def _question(body: dict[str, Any]) -> str:
+    """The text of a request, as the judge is shown it."""
+    return str(body["messages"][0]["content"])
+
+
 def _with_tools(one: Comparison) -> Messages:
     """The prompt of a comparison, after the functions that an answer may call."""
     if not one.tools:
@@ -203,10 +235,11 @@ def _with_tools(one: Comparison) -> Messages:
     return ({"role": "functions that may be called", "content": tools}, *one.prompt)
 
 
-def _mark(settings: Settings, replies: Sequence[Reply]) -> Mark:
+def _mark(settings: Settings, said: Sequence[_Said]) -> Mark:
     """The mean of the marks that can be read in the replies of all repeats."""
-    marks = [value for reply in replies if (value := _mark_in(settings, reply)) is not None]
+    marks = [value for one in said if (value := _mark_in(settings, one)) is not None]
     value = sum(marks) / len(marks) if marks else None
+    replies = [one.reply for one in said]
     reason = "\n\n".join(map(_shown, replies))
     if value is None:
         low, high = settings.scale
@@ -214,14 +247,11 @@ def _mark(settings: Settings, replies: Sequence[Reply]) -> Mark:
     return Mark(value, reason, *_spent(settings, replies))
 
 
-def _mark_in(settings: Settings, reply: Reply) -> float | None:
-    """The last number in double brackets; None if it is not on the scale, or the answer was cut."""
-    found = MARK.findall(reply.text)
-    if reply.was_cut or not found:
-        return None
+def _mark_in(settings: Settings, said: _Said) -> float | None:
+    """The last number in double brackets; None if there is none, or it is not on the scale."""
+    found = said.last(MARK)
     low, high = settings.scale
-    value = float(found[-1])
-    return value if low <= value <= high else None
+    return float(found) if found is not None and low <= float(found) <= high else None
 
 
 def _spent(settings: Settings, replies: Sequence[Reply]) -> tuple[tuple[int, int], float | None]:
@@ -232,16 +262,17 @@ def _spent(settings: Settings, replies: Sequence[Reply]) -> tuple[tuple[int, int
     return (read, written), (read * prices[0] + written * prices[1]) / 1e6 if prices else None
 
 
-def _verdict(settings: Settings, forward: Reply, backward: Reply) -> Verdict:
+def _verdict(settings: Settings, forward: _Said, backward: _Said) -> Verdict:
     """Of the answers to (a, b) and to (b, a)."""
-    value = _value(forward)
-    reverse = _value(backward)
-    reason = f"{_shown(forward)}\n\nThe other way round: {_shown(backward)}"
-    spent = _spent(settings, (forward, backward))
+    value, reverse = _value(forward), _value(backward)
+    reason = f"{_shown(forward.reply)}\n\nThe other way round: {_shown(backward.reply)}"
+    spent = _spent(settings, (forward.reply, backward.reply))
     if value is None or reverse is None:
-        return Verdict(None, f"no verdict can be read: {reason}", None, None, *spent)
+        unread = (value is None) + (reverse is None)
+        what = f"no verdict can be read: {reason}"
+        return Verdict(None, what, None, None, *spent, asked=2, unread=unread)
     consistent = value == 1 - reverse
-    return Verdict(value if consistent else 0.5, reason, None, consistent, *spent)
+    return Verdict(value if consistent else 0.5, reason, None, consistent, *spent, asked=2)
 
 
 def _together(repeats: list[Verdict]) -> Verdict:
@@ -259,6 +290,8 @@ def _together(repeats: list[Verdict]) -> Verdict:
         (sum(one.tokens[0] for one in repeats), sum(one.tokens[1] for one in repeats)),
         sum(costs) if costs else None,
         values,
+        sum(one.asked for one in repeats),
+        sum(one.unread for one in repeats),
     )
 
 
@@ -267,14 +300,11 @@ def _shown(reply: Reply) -> str:
     return f"{reply.refused or reply.text}{cut}"
 
 
-def _value(reply: Reply) -> float | None:
+def _value(said: _Said) -> float | None:
     """1 if the completion shown first is better, 0 if the other one is, 0.5 for a tie; None if it
     does not say.
-
-    An answer that was cut says nothing: its last label may be one that the judge was still
-    weighing.
     """
-    labels = VERDICT.findall(reply.text) or LAST_LINE.findall(reply.text)
-    if reply.was_cut or not labels:
-        return None
-    return {"A": 1.0, "B": 0.0}.get(labels[-1].upper(), 0.5)
+    label = said.last(VERDICT)
+    if label is None and not ends_with_question(said.reply.text, said.question):
+        label = said.last(LAST_LINE)
+    return None if label is None else {"A": 1.0, "B": 0.0}.get(label.upper(), 0.5)
