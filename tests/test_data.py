@@ -22,7 +22,7 @@ from tbpo_cli.data.prompts import held_out_texts
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.data.tokens import TokenizedPair, tokenize_pairs
+from tbpo_cli.data.tokens import TokenizedPair, encode_pairs, render_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.report.shown_pairs import show_pairs
 from tbpo_cli.runs.run_dir import RunDir
@@ -252,8 +252,9 @@ def test_an_unusable_hh_dialogue_has_a_reason(row, reason):
 
 
 def tokens_of(tokenizer, content, **data):
-    (result,) = tokenize_pairs(
-        [pair_of(content)], Chat(tokenizer, "2026-01-01"), Data(train=UNUSED, **data)
+    chat = Chat(tokenizer, "2026-01-01")
+    (result,) = encode_pairs(
+        render_pairs([pair_of(content)], chat), chat, Data(train=UNUSED, **data)
     )
     return result
 

@@ -1,6 +1,6 @@
 """The one path: a pair is followed from its row to its gradient, through the real stages.
 
-A pair takes seven forms, one after the other; each is made behind a door, a public function of one
+A pair takes eight forms, one after the other; each is made behind a door, a public function of one
 file. Behind the doors other functions of ours do the work, and a profiler sees all of them. The
 training step calls the doors from `collate` on, and makes the scalar and its gradient.
 """
@@ -24,7 +24,8 @@ from tbpo_cli.data.tokens import TokenizedPair
 PACKAGE = str(Path(tbpo_cli.__file__).parent)
 DOORS = {  # file, function: the form that it makes
     ("data/formats/__init__.py", "to_pairs"): PreferencePair,
-    ("data/tokens.py", "tokenize_pairs"): TokenizedPair,
+    ("data/tokens.py", "render_pairs"): PreferencePair,  # beside its three texts
+    ("data/tokens.py", "encode_pairs"): TokenizedPair,
     ("data/store.py", "record_batch"): pa.RecordBatch,
     ("data/store.py", "PairStore.__getitem__"): TokenizedPair,  # read back, by another command
     ("batch/layouts.py", "collate"): PairBatch,
@@ -32,7 +33,7 @@ DOORS = {  # file, function: the form that it makes
     ("core/losses/base.py", "PreferenceLoss.__call__"): LossOutput,
 }
 STEP = "train/step.py"
-MOST_FUNCTIONS, MOST_FILES = 140, 30  # that a stranger reads to know all of the way
+MOST_FUNCTIONS, MOST_FILES = 165, 32  # that a stranger reads to know all of the way
 
 
 @dataclass
@@ -117,10 +118,18 @@ def test_a_pair_is_followed_from_its_row_to_its_gradient(recipe_file, tmp_path, 
         threading.setprofile(None)
     times, passages = zip(*map(follower.last, DOORS), strict=True)
     assert [*times] == sorted(times), "the forms follow each other"
-    pair, tokens, columns, again, batch, scores, output = (only(one.made) for one in passages)
-    forms = [type(form) for form in (pair, tokens, columns, again, batch, scores, output)]
+    pair, texts, tokens, columns, again, batch, scores, output = (
+        only(one.made) for one in passages
+    )
+    forms = [type(form) for form in (pair, texts, tokens, columns, again, batch, scores, output)]
     assert forms == [*DOORS.values()]
-    ids = {pair.pair_id, tokens.pair_id, columns["pair_id"][0].as_py(), again.pair_id}
+    ids = {
+        pair.pair_id,
+        texts.pair_id,
+        tokens.pair_id,
+        columns["pair_id"][0].as_py(),
+        again.pair_id,
+    }
     assert ids == {*batch.pair_ids} and len(ids) == 1, "it is one and the same pair"
     assert (tokens.chosen_ids == again.chosen_ids).all()
     num_tokens = (len(again.chosen_ids), len(again.rejected_ids))

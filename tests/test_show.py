@@ -323,6 +323,8 @@ SAID = {
     "many epochs": ({"visits": 5}, ["read 5.0 times"]),
     "nothing is held out": ({"held_out": 0}, ["no pair is held out"]),
     "too big": ({"memory": 3e9}, ["align needs more memory"]),
+    "two sigma of few answers": ({"two_sigma_answers": 5}, ["takes the worst of 5 answers"]),
+    "two sigma of enough answers": ({"two_sigma_answers": 6}, []),
     "several at once": ({"rate": 1e-8, "held_out": 0}, ["is low", "no pair is held out"]),
     "few steps at a high rate want more steps": (
         {"steps": 3, "rate": 1e-4},

@@ -17,7 +17,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.data.pairs import RejectedRow, make_pair
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.data.tokens import tokenize_pairs
+from tbpo_cli.data.tokens import encode_pairs, render_pairs
 
 DATA = Data(train=(Source("unused"),), max_length=100_000)
 EACH, END = "{% for m in messages %}", "{% endfor %}"
@@ -318,7 +318,7 @@ def assistant(text, **more):
 
 def tokens_of(chat, prompt, answer, tools=()):
     pair = make_pair({"tools": [*tools]}, tuple(prompt), answer, assistant("no."))
-    (result,) = tokenize_pairs([pair], chat, DATA)
+    (result,) = encode_pairs(render_pairs([pair], chat), chat, DATA)
     return result
 
 
@@ -587,7 +587,7 @@ def test_a_rejected_answer_that_was_cut_has_no_end(tokenizers):
         make_pair({}, (user("x"),), assistant("it is 4."), rejected)
         for rejected in (cut, assistant("red cat"))
     ]
-    without, whole = tokenize_pairs(pairs, chat, DATA)
+    without, whole = encode_pairs(render_pairs(pairs, chat), chat, DATA)
     said = tokenizers["byte-level"].encode("red cat").ids
     assert without.rejected_ids == said
     assert whole.rejected_ids[: len(said)] == said and len(whole.rejected_ids) > len(said)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.data.pairs import RejectedRow, make_pair
 from tbpo_cli.data.templates import Chat
-from tbpo_cli.data.tokens import tokenize_pairs
+from tbpo_cli.data.tokens import encode_pairs, render_pairs
 from tbpo_cli.errors import TbpoError
 
 DATA = Data(train=(Source("unused"),), max_length=1_000_000)
@@ -140,7 +140,8 @@ def assistant(text, **more):
 
 def tokens_of(chat, prompt, answer, row=None):
     other = assistant("no" if answer["content"] != "no" else "yes")
-    (result,) = tokenize_pairs([make_pair(row or {}, tuple(prompt), answer, other)], chat, DATA)
+    pair = make_pair(row or {}, tuple(prompt), answer, other)
+    (result,) = encode_pairs(render_pairs([pair], chat), chat, DATA)
     return result
 
 
@@ -267,7 +268,7 @@ def test_sentencepiece_invents_no_space_before_an_answer(chat_of):
 def test_a_template_that_trims_leaves_no_difference_between_answers_that_it_trims_alike(chat_of):
     chat = chat_of("byte-level BPE", "llama3")
     pair = make_pair({}, (user("x"),), assistant("hi"), assistant(" hi\n"))
-    (result,) = tokenize_pairs([pair], chat, DATA)
+    (result,) = encode_pairs(render_pairs([pair], chat), chat, DATA)
     assert result.reason == "identical"
 
 

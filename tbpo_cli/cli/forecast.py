@@ -111,6 +111,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         "lora": recipe.model.lora is not None,
         "rate": settings.learning_rate,
         "device_memory": device_memory(device),
+        "two_sigma_answers": recipe.two_sigma_answers,
         **counts.facts,
     }
     default = getattr(type(training.loss)(), "beta", None)

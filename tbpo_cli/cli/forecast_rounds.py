@@ -39,9 +39,16 @@ def forecast_rounds(recipe: Recipe, run_dir: RunDir) -> list[Line]:
         f"{settings.number} of {', '.join(f'{each:,}' for each in prompts)} {kind}, "
         f"{settings.answers} answers each: {to_train:,} answers, and {to_measure:,} to "
         f"{held_out:,} held-out prompts; at most {total * settings.max_new_tokens:,} tokens; "
-        f"{total:,} marks of the judge"
+        f"{total:,} marks of the judge{_requests(recipe, total)}"
     )
     return [("rounds", line), *_measured(recipe, run_dir, total), *warnings]
+
+
+def _requests(recipe: Recipe, total: int) -> str:
+    """What the marks ask of a language model: like answers are asked for once."""
+    if recipe.judge is None or recipe.judge.endpoint is None:
+        return ""
+    return f", {total * recipe.judge.repeats:,} requests at most"
 
 
 def _measured(recipe: Recipe, run_dir: RunDir, total: int) -> list[Line]:

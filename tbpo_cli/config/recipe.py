@@ -115,6 +115,13 @@ class Recipe:
             f"{self.table_of_judge}.{kind}" for kind in self.judge.in_common(self.judge_of_eval)
         )
 
+    @property
+    def two_sigma_answers(self) -> int | None:
+        """The answers to a prompt in rounds, if choose.pairs = "best_two_sigma" chooses of them."""
+        if self.rounds is None or self.choose.pairs != "best_two_sigma":
+            return None
+        return self.rounds.answers
+
     def settings(self) -> dict[str, Any]:
         """{"table.key": value} with every default; keys without a value are left out."""
         return _flatten(_plain(self))

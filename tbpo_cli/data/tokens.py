@@ -57,16 +57,6 @@ Result = TokenizedPair | RejectedRow
 Rendered = tuple[PreferencePair, str, str, str] | RejectedRow
 
 
-def tokenize_pairs(pairs: Sequence[PreferencePair], chat: Chat, data: Data) -> list[Result]:
-    """The pairs as tokens, in order; in place of a pair that cannot be used, the reason.
-
-    Raises:
-        TbpoError: if the chat template does not allow the cut between prompt and response, or does
-            not end.
-    """
-    return encode_pairs(render_pairs(pairs, chat), chat, data)
-
-
 def render_pairs(
     pairs: Sequence[PreferencePair], chat: Chat, rows: Sequence[Row] = ()
 ) -> list[Rendered]:
@@ -76,7 +66,8 @@ def render_pairs(
         rows: of each pair, its row, which errors name.
 
     Raises:
-        TbpoError: as `tokenize_pairs`.
+        TbpoError: if the chat template does not allow the cut between prompt and response, or does
+            not end.
     """
     rendered: list[Rendered] = []
     for start in range(0, len(pairs), PAIRS_AT_A_TIME):
@@ -92,7 +83,7 @@ def render_pairs(
 
 
 def encode_pairs(rendered: Sequence[Rendered], chat: Chat, data: Data) -> list[Result]:
-    """What `render_pairs` has made, as tokens."""
+    """What `render_pairs` has made, as tokens; the reason in place of a pair that is too long."""
     texts = [one for one in rendered if not isinstance(one, RejectedRow)]
     prompts = [prompt for _, prompt, *_ in texts]
     prompt_ids = chat.encoder.encode(prompts)

@@ -83,7 +83,8 @@ def _of_training(run_dir: RunDir) -> Json:
         for count in run_dir.manifest("prepare")["counts"]
         if count["key"] == "data.train" and count["source"] == str(run_dir.path / MARKED)
     )
-    margins = PairStore(run_dir.stage("prepare") / "train").score_margins
+    # The round's own pairs come first, then those of `rounds.replay`.
+    margins = PairStore(run_dir.stage("prepare") / "train").score_margins[: own["kept"]["train"]]
     lines = json_lines(run_dir.stage("align") / "metrics.jsonl")
     measured = [line["kl"] for line in lines if line["split"] == "eval" and "kl" in line]
     spreads = [pstdev(_marks(row)) for row in rows if len(_marks(row)) > 1]

@@ -143,6 +143,15 @@ BEFORE = (
         "a lower {stage}.max_tokens_per_device, {stage}.activation_checkpointing = true, or more "
         "GPUs",
     ),
+    # No mark of n is lower than μ − σ √(n − 1), which is μ − 2σ for n = 5.
+    Diagnosis(
+        ("two_sigma_answers",),
+        lambda f: f.two_sigma_answers < 6,
+        'choose.pairs = "best_two_sigma" with fewer than 6 answers a prompt',
+        'choose.pairs = "best_two_sigma" takes the worst of {two_sigma_answers} answers, as '
+        '"best_worst" does: of fewer than 6, none is under two standard deviations below the mean',
+        'rounds.answers = 8 or more, or choose.pairs = "best_worst"',
+    ),
 )
 
 AFTER = (

@@ -52,6 +52,7 @@ class Facts:
         chosen_fall: by how much log π of a chosen token fell, nats.
         loss_fall: by how much the held-out loss fell.
         answer_ratio: mean length of the policy's samples over that of the reference's.
+        two_sigma_answers: in rounds, the answers to a prompt, if "best_two_sigma" chooses of them.
         round_length: in rounds, mean length of the last policy's answers over the first one's.
         round_top: the share of the last policy's answers with the highest mark of all.
         round_no_pair: the share of the prompts of the last round that gave no pair.
@@ -85,6 +86,7 @@ class Facts:
     chosen_fall: float | None = None
     loss_fall: float | None = None
     answer_ratio: float | None = None
+    two_sigma_answers: int | None = None
     round_length: float | None = None
     round_top: float | None = None
     round_no_pair: float | None = None

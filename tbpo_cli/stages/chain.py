@@ -171,6 +171,7 @@ def run_through(
         TbpoError: without `restart`, if a stage with results was made from other inputs.
     """
     _link(recipe, run_dir)
+    rounds.warn_of_choice(recipe)
     steps = steps_of(target, recipe, run_dir)
     states = _states(steps)
     for step in steps:

@@ -12,6 +12,8 @@ from tbpo_cli.config.rounds import Rounds
 from tbpo_cli.data.dealing import are_prompts_alone
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.rounds import rounds_of
+from tbpo_cli.report.diagnoses import BEFORE, diagnose
+from tbpo_cli.report.facts import Facts
 from tbpo_cli.report.rounds import texts_of, warnings_of
 from tbpo_cli.runs.rounds import all_rounds
 from tbpo_cli.runs.run_dir import RunDir
@@ -24,6 +26,12 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         "Answers to held-out prompts, and the pairs of each round", *texts_of(entries)
     )
     for sentence in warnings_of(entries):
+        console.say(f"WARNING: {sentence}")
+
+
+def warn_of_choice(recipe: Recipe) -> None:
+    """Says, before anything is sampled, that a choice among so few answers is another one."""
+    for sentence in diagnose(Facts(two_sigma_answers=recipe.two_sigma_answers), BEFORE):
         console.say(f"WARNING: {sentence}")
 
 
