@@ -327,6 +327,8 @@ def test_alpaca_eval_corrects_for_length_from_init_to_the_gate(tmp_path, tbpo):
         "expression": "length_controlled_win_rate > 0.5",
         "value": corrected["value"],
         "passed": passed,
+        "against": "baseline",
+        "judge": rate["judge"],
     }
     assert done.returncode == (0 if passed else 4), done.stderr
     written = json.loads((run / f"sample/answers/{run.name}/model_outputs.json").read_text())
