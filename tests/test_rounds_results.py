@@ -128,6 +128,7 @@ def test_the_plan_counts_answers_marks_and_requests_as_they_come(tmp_path, tbpo)
     """Of two rounds, before anything ran and after all has, with every answer asked for twice."""
     with chat_server(lambda body: f"[[{1 + len(body['messages'][0]['content']) % 9}]]") as server:
         judge = {"scorer": None, "endpoint": server.url, "model": "judge", "repeats": 2}
+        judge["body"] = {"temperature": 0.7, "max_tokens": 64}
         counts = {"prompts": 5, "held_out_prompts": 4, "max_new_tokens": 16}
         write(tmp_path, judge=judge, rounds=counts)
         shown = planned(tbpo("show", "own.toml", "--run-dir", "run").stdout)
