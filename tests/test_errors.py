@@ -356,8 +356,8 @@ MISTAKES = {
             *FULL,
             "none of the known formats",
             "question ('a'), good ('b'), bad ('c')",
-            "prompt + chosen + rejected",
-            "[data.columns]",
+            "prompt, chosen, rejected",
+            '[data.columns] prompt = "question" chosen = "good" rejected = "bad"',
         ),
     ),
     "the same twice": (

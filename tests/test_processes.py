@@ -88,14 +88,15 @@ def test_three_processes_train_as_one_does_and_only_the_first_speaks(recipe_file
     assert (manifest["num_processes"], manifest["device"]) == (3, "cpu")
 
 
-def test_two_processes_stop_together_and_one_goes_on_alone(recipe_file, tmp_path, alone):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_two_processes_stop_together_and_one_goes_on_alone(recipe_file, tmp_path, alone, number):
     sets = (*EXACT, "align.log_every=2", "align.checkpoint_every=100")
     process = start(recipe_file, tmp_path / "two", "--gpus", "2", "--cpu", sets=sets)
     wait_for_step(tmp_path / "two", 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, _, err = finish(process)
     assert (
-        code == 143
+        code == 128 + number
         and err.count("interrupted: a checkpoint of step") == 1
         and "Traceback" not in err
     )

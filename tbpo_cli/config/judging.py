@@ -59,15 +59,15 @@ class Judge:
             raise ValueError("endpoint and model must be given together")
         if not self.named:
             raise ValueError("scorer must be given, or reward_model, or endpoint and model")
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError("scale must be the lowest and the highest mark")
+        if self.endpoint is None and (unread := self._given_of_a_server()):
+            raise ValueError(f"{unread[0]} is not read: it is of a language model, with endpoint")
         if self.repeats > 1 and self.body.get("temperature") == 0:
             raise ValueError(
                 "repeats must be 1 at temperature 0, where all answers to a question are alike: "
                 "give body a temperature above 0, as in {temperature = 0.7, max_tokens = 1024}"
             )
-        if not self.scale[0] < self.scale[1]:
-            raise ValueError("scale must be the lowest and the highest mark")
-        if self.endpoint is None and (unread := self._given_of_a_server()):
-            raise ValueError(f"{unread[0]} is not read: it is of a language model, with endpoint")
 
     def _given_of_a_server(self) -> list[str]:
         """The keys of a language model that do not have their default."""

@@ -165,7 +165,10 @@ def _deciding(content: Columns) -> list[str]:
     marks = [name for name, value in content.items() if _is_mark(value)]
     named = [name for name in marks if any(word in name.lower() for word in DECIDING)]
     return named or [
-        name for name in marks if not INCIDENTAL & {*re.split(r"[^a-z]+", name.lower())}
+        name
+        for name in marks
+        if not INCIDENTAL & {*re.split(r"[^a-z]+", name.lower())}
+        and not any(_likely([name], ours) for ours in LIKELY)
     ]
 
 
