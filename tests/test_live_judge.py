@@ -172,3 +172,18 @@ def test_a_gate_on_a_win_rate_says_against_whom_it_is(evaluated):
     more = ("--set", "eval.opponents=['reference']", "--set", "eval.gate=win_rate > 0.9")
     stderr = evaluated(*ONCE, *more, code=4)
     assert "measured 0.5 against reference, by judge-1" in stderr
+
+
+def test_opponents_that_the_judge_is_mute_about_take_no_part_in_tests(evaluated):
+    """It speaks of the file's answers alone: the other opponent has no rate, and no p-value."""
+
+    def said(body):
+        return "[[C]]" if THEIRS.split(",")[0] in body["messages"][0]["content"] else "Hm."
+
+    evaluated.server.answer = said
+    results, *_, warnings = evaluated(*ONCE, "--set", "eval.opponents=['reference']")
+    rates = {rate["against"]: rate["raw"] and rate["raw"]["value"] for rate in results["win_rates"]}
+    assert rates == {"reference": None, "theirs": 0.5}
+    assert [test["against"] for test in results["tests"]] == ["theirs"]
+    assert "judge-1 gave no verdict on tbpo_a against its reference (whose" in results["verdict"]
+    assert len(warnings) == 1

@@ -109,6 +109,18 @@ def test_a_mark_that_an_answer_asks_for_is_not_one(marker):
     assert "a number from 1 to 10" in asked["messages"][0]["content"]
 
 
+@pytest.mark.parametrize("reply", ["{question}\nHm.", "<think>[[7]] or"])
+def test_the_question_and_thinking_are_no_mark(marker, reply):
+    """The question itself names the worst and the best mark in double brackets."""
+
+    def said(body):
+        question = body["messages"][0]["content"]
+        return reply.replace("{question}", question) if "two" in question else "So: [[10]]"
+
+    with chat_server(said) as server:
+        assert [mark.value for mark in marker(server).mark(ANSWERS[:2])] == [10.0, None]
+
+
 def test_the_mean_of_the_repeats_that_can_be_read_is_the_mark(marker):
     replies = iter(["[[4]]", "nothing", "[[9]]"])
     with chat_server(lambda body: next(replies)) as server:
@@ -235,6 +247,13 @@ def test_what_is_marked_before_a_judge_breaks_down_is_kept(tmp_path):
     assert (none.value, one.value) == (None, 1.0) and "the score inf" in none.reason
     marks = score_judge("it", whole, cache).mark(ANSWERS)
     assert [mark.value for mark in marks] == [1.0, 5.0, 2.0, 5.0] and asked == ["two", "4"]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -1.7e308, 1e101])
+def test_a_score_whose_mean_would_overflow_is_no_mark(score):
+    (none, one) = score_judge("it", lambda answers: iter([score, -1e100])).mark(ANSWERS[:2])
+    assert none.value is None and f"the score {score}" in none.reason
+    assert one.value == -1e100
 
 
 # ------------------------------------------------- who judges

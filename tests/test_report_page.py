@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from conftest import run_stage, write_jsonl, write_recipe
 
+from tbpo_cli import console
 from tbpo_cli.report.charts import HEIGHT, WIDTH, Panel, Series, histogram
-from tbpo_cli.report.evaluation import MAX_ROWS, write_report
+from tbpo_cli.report.evaluation import MAX_ROWS, show, write_report
 from tbpo_cli.report.pages import write_page
 
 CHROMIUM = next(
@@ -581,3 +582,27 @@ def test_markup_of_a_model_does_nothing_in_a_browser_and_no_request_leaves_the_p
     assert {"/css", "/frame", "/img"} <= set(asked) and "<title>bare" not in document
     server.shutdown()
     server.server_close()
+
+
+def test_paired_tests_of_many_models_fit_into_80_columns_without_a_cut_word(capsys, monkeypatch):
+    """A line each, also where there are more tests than columns could stand beside each other."""
+    results, *_ = inputs("runs/dpo", "other/dpo")
+    others = [("policy", "runs/dpo"), ("policy", "other/dpo"), ("runs/dpo", "other/dpo")]
+    results["tests"] = [
+        {"model": model, "against": against, "measure": measure, "p": 0.5, "p_holm": 1.0}
+        | {"difference": figure(0.1, 0.05)}
+        for model, against in others
+        for measure in ("accuracy", "win rate, by world.py:score")
+    ]
+    monkeypatch.setattr(console.out, "width", 80)
+    show(results)
+    text = capsys.readouterr().out.split("Paired tests")[1].split("Held-out pairs")[0]
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines if "p, after Holm" in line] == [
+        ["difference", "p", "p,", "after", "Holm"]
+    ]
+    for model, against in others:
+        start = f"{model} – {against}, accuracy "
+        assert any(line.startswith(start) and "+10.0%" in line for line in lines), start
+    assert text.count("0.5000") == 6 and text.count("1.0000") == 6

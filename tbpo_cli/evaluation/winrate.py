@@ -47,6 +47,7 @@ def judge_all(
     """
     win_rates, lines = [], []
     scores: dict[str, Any] = {}
+    mute = set()  # who a judge has said nothing about: what is the same is no verdict there
     judges = judges_of(recipe.judge_of_eval, recipe.table_of_judge, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
     for judge in judges if comparisons else ():
@@ -59,6 +60,7 @@ def judge_all(
             of_both, verdicts = zip(*group, strict=True)
             win_rates.append(win_rate(of_both, verdicts, judge.name))
             if not win_rates[-1]["raw"]:
+                mute.add((model, against, judge.name))
                 reason = next(one for one in verdicts if one.value is None).reason[:300]
                 console.say(f"{judge.name} gave no verdict on {model} against {against}: {reason}")
             for name, groups, values in _scores(of_both, verdicts):
@@ -70,7 +72,7 @@ def judge_all(
                 "model": one.model,
                 "against": one.against,
                 "judge": judge.name,
-                "verdict": said.value,
+                "verdict": None if (one.model, one.against, judge.name) in mute else said.value,
                 "scores": said.scores,
                 "reason": said.reason,
                 "consistent": said.consistent,

@@ -226,7 +226,8 @@ AFTER = (
         "answers of the judge have no verdict that can be read",
         "{unread_by} gave no verdict that can be read to {unread:.1%} of its questions: they are "
         "left out of the win rates",
-        "a higher max_tokens in judge.body, another judge.template, or another judge",
+        "another judge; for a language model a higher max_tokens in judge.body, or another "
+        "judge.template, may do",
     ),
     # GPT-4 changes its verdict on 35 % of the pairs of MT-Bench with their order, smaller judges on
     # more (arXiv 2306.05685, table 2).
