@@ -197,6 +197,7 @@ def test_where_the_choice_leaves_no_pair_the_key_is_named(recipe_file, tmp_path,
     with pytest.raises(TbpoError, match=reason) as error:
         prepared(recipe_file, tmp_path / "a", scored_rows(6), sets)
     assert fix in error.value.fix
+    assert "max_reject_fraction" not in error.value.fix, "no fraction makes a pair of none"
 
 
 def test_any_number_of_workers_draws_the_same(recipe_file, tmp_path):

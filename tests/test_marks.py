@@ -249,6 +249,13 @@ def test_what_is_marked_before_a_judge_breaks_down_is_kept(tmp_path):
     assert [mark.value for mark in marks] == [1.0, 5.0, 2.0, 5.0] and asked == ["two", "4"]
 
 
+@pytest.mark.parametrize("score", [math.nan, math.inf, -1.7e308, 1e101])
+def test_a_score_whose_mean_would_overflow_is_no_mark(score):
+    (none, one) = score_judge("it", lambda answers: iter([score, -1e100])).mark(ANSWERS[:2])
+    assert none.value is None and f"the score {score}" in none.reason
+    assert one.value == -1e100
+
+
 # ------------------------------------------------- who judges
 
 

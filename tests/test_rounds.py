@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 from conftest import change_recipe, merged, run_stage, write_jsonl
 from lora_server import BASE, lora_server
+from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Recipe, load_recipe
 from tbpo_cli.config.rounds import Rounds
@@ -381,3 +383,20 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path):
     compared, answered = 8, 32 - (4 + 4 * 3) - 8  # of round 1, before the server died
     assert len(base) == compared + 16 * 3 - answered, "what was answered is not asked for again"
     assert (run / "align/adapter/adapter_model.safetensors").exists()
+
+
+def test_a_server_with_another_base_is_noticed_before_the_first_answer(tmp_path):
+    other = shutil.copytree(QUICKSTART, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator).to(value.dtype)
+        for name, value in weights.items()
+    }
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    with lora_server(other) as server:
+        path = write(tmp_path, rounds=served(server))
+        with pytest.raises(TbpoError, match="something else than this policy"):
+            run_stage("align", path, tmp_path / "run")
+    assert len(server.seen) == 4, "the answers that are compared, and no others"
+    assert not (tmp_path / "run/rounds/0/sample/samples.jsonl").exists()

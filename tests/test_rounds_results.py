@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import command, run_stage
 from judge_server import chat_server
-from test_rounds import QUICKSTART, write
+from test_rounds import QUICKSTART, states, write
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
@@ -128,6 +128,7 @@ def test_the_plan_counts_answers_marks_and_requests_as_they_come(tmp_path, tbpo)
     """Of two rounds, before anything ran and after all has, with every answer asked for twice."""
     with chat_server(lambda body: f"[[{1 + len(body['messages'][0]['content']) % 9}]]") as server:
         judge = {"scorer": None, "endpoint": server.url, "model": "judge", "repeats": 2}
+        judge["body"] = {"temperature": 0.7, "max_tokens": 64}
         counts = {"prompts": 5, "held_out_prompts": 4, "max_new_tokens": 16}
         write(tmp_path, judge=judge, rounds=counts)
         shown = planned(tbpo("show", "own.toml", "--run-dir", "run").stdout)
@@ -199,3 +200,34 @@ def test_the_margin_of_a_rounds_pairs_is_that_of_its_own(made):
         own += [best - min(row["scores"])] if best > min(row["scores"]) else []
     assert last["pairs"] == len(own)
     assert last["pair_margin"] == pytest.approx(sum(own) / len(own))
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("run.name=other", None),
+        ("rounds.batch_size=2", None),
+        ("sample.max_prompts=3", None),
+        ("eval.judge.scorer=python:scorer.py:equal", None),
+        ("judge.scorer=python:scorer.py:equal", "rounds/0/mark"),
+        ("rounds.temperature=0.9", "rounds/0/sample"),
+        ("choose.min_margin=1.0", "rounds/1/prepare"),
+        ("align.max_steps=3", "rounds/1/align"),
+        ("rounds.replay=0.75", "rounds/2/prepare"),
+    ],
+)
+def test_a_changed_key_redoes_only_what_depends_on_it(made, override, first):
+    folder, _ = made
+    found = states(folder, override)
+    assert next((name for name, state in found.items() if state != "done"), None) == first
+    names = [*found]
+    assert names[0] == "rounds/prompts" and names[-1] == "rounds/3/after/mark"
+
+
+def test_another_reference_leaves_the_first_round_as_it_is(made):
+    folder, reference = made
+    other = {"first": "previous", "previous": "first"}[reference]
+    found = states(folder, f"rounds.reference={other}")
+    changed = [name for name, state in found.items() if state != "done"]
+    assert changed and all(name.startswith(("rounds/2/", "rounds/3/")) for name in changed)
+    assert {"rounds/2/align", "rounds/3/align"} <= {*changed}

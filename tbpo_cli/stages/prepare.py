@@ -282,16 +282,15 @@ FIXES = {  # by the most frequent reason
     "template_error": f"{OTHER_TEMPLATE}, or change the rows",
     "in_eval": "give data.eval other prompts than data.train",
     "unpaired": "give rows with both labels for a prompt, or use the good ones as sft.train",
-    "no_preference": "give rows of which one answer is better",
+    "no_preference": "give rows of which one answer is better, or another [judge]",
     "identical": "give rows whose answers differ",
-    "no_mark": "give rows with at least two answers that have a mark",
-    "all_cut": "give rows with a better answer that is whole",
+    "no_mark": "mend [judge], or give rows with two answers that have a mark",
+    "all_cut": "raise rounds.max_new_tokens, or give rows with a better, whole answer",
     "small_margin": "lower choose.min_margin",
     "length_difference": "raise choose.max_length_difference",
     "unwanted": "give rows with label = true",
     "marks_differ": "take the wrong ones of scores and ranks out of the rows",
-    "not_text": "take these rows out, or their columns of pictures and sound if the text stands"
-    " for itself",
+    "not_text": "take these rows out, or their pictures and sound if the text stands for itself",
 }
 
 
@@ -326,7 +325,8 @@ def _check(key: str, counts: list[Counts], max_reject_fraction: float, folder: P
         ", ".join(parts),
         f"{folder / 'rejects.jsonl'}; first {place}",
         f"at least one usable row, and at most {max_reject_fraction:.0%} left out",
-        f"{FIXES.get(reasons[0][0], 'mend the rows')}; or raise data.max_reject_fraction",
+        FIXES.get(reasons[0][0], "mend the rows")
+        + "; or raise data.max_reject_fraction" * (num_kept > 0),
     )
 
 

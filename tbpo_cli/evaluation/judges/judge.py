@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import json_lines, write_whole
 
 Answer = tuple[Messages, str]  # a prompt and its completion
+
+MAX_SCORE = 1e100  # means and variances of scores up to it are finite
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def score_judge(
         # Not buffered: what is scored is kept, however the process ends.
         with nullcontext() if cache is None else cache.open("ab", buffering=0) as file:
             for key, value in console.track(scored, name, len(new), every=1000):
-                if isinstance(value, TbpoError) or not math.isfinite(value):
+                if isinstance(value, TbpoError) or not abs(value) <= MAX_SCORE:
                     failed[key] = _no_score(name, value)
                     continue
                 known[key] = value
@@ -175,7 +176,8 @@ def _no_score(name: str, value: float | TbpoError) -> TbpoError:
     if isinstance(value, TbpoError):
         return value
     fix = "name another judge"
-    return TbpoError(f"{name} gives the score {value}", name, "a finite number", fix)
+    expected = f"a finite number, from -{MAX_SCORE:g} to {MAX_SCORE:g}"
+    return TbpoError(f"{name} gives the score {value}", name, expected, fix)
 
 
 def _verdict(a: Mark, b: Mark) -> Verdict:
@@ -201,6 +203,6 @@ def _scores_of(cache: Path | None) -> dict[str, float]:
     if cache is not None and cache.exists():
         for line in json_lines(cache, may_be_cut=True):
             with suppress(TypeError, ValueError, LookupError):
-                if math.isfinite(line["score"]):
+                if abs(line["score"]) <= MAX_SCORE:
                     known[line["key"]] = float(line["score"])
     return known
