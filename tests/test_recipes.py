@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from judge_server import chat_server
 from tbpo_cli.config.recipe import load_recipe, sources
 from tbpo_cli.core import LOSSES
 from tbpo_cli.core.generators import Sba
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.run_dir import RunDir
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -90,8 +92,11 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load_recipe(path, (f"model.base={tmp_path}", "model.dtype=bfloat16"))
-    show(recipe, sources(path), RunDir(tmp_path / "run"))
+    with suppress(TbpoError):  # no server of the judge is there, or no disk for a large model
+        show(recipe, sources(path), RunDir(tmp_path / "run"))
     text = capsys.readouterr().out
+    missing = [line for line in text.splitlines() if line.strip().startswith("✗")]
+    assert all("disk" in line or "judge" in line for line in missing), missing
     assert "memory " in text and "head " in text and "learning_rate =" in text, text
     assert text.count("WARNING") == text.count("needs more memory than"), (
         text
