@@ -326,7 +326,7 @@ def test_a_win_rate_by_the_judge_that_chose_the_pairs_is_said_to_be_no_evidence(
     results = json.loads((run / "eval/results.json").read_text())
     (said,) = (line for line in results["warnings"] if "no evidence" in line)
     assert said.startswith("the win rate by judge.scorer is no evidence")
-    assert said.endswith("change [eval.judge], which names another judge for tbpo eval")
+    assert said.endswith("try [eval.judge], which names another judge for tbpo eval")
     assert "is no evidence" in (run / "eval/report.html").read_text()
     other = run_stage("eval", recipe_file, run, *sets, f"eval.{judge}:other")
     results = json.loads((other / "eval/results.json").read_text())
