@@ -366,7 +366,7 @@ MISTAKES = {
             *FULL,
             "3 of 3 rows of data.train cannot be used, 3 identical",
             "rejects.jsonl",
-            "data.max_reject_fraction",
+            "give rows whose answers differ",
         ),
     ),
     "everything too long": (

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tbpo_cli.config.recipe import Data, Source
+from tbpo_cli.data.encoder import unmask
 from tbpo_cli.data.pairs import RejectedRow, make_pair
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokens import encode_pairs, render_pairs
@@ -171,6 +172,7 @@ TEXTS = st.one_of(
 @given(question=TEXTS, answer=TEXTS)
 @example(question="  hello ", answer="\n\n hello  ")
 @example(question="hello", answer="日本語")
+@example(question="\ue0fa", answer="\ue0fb")
 def test_prompt_and_response_are_what_inference_sees(
     chat_of, tokenizer_name, template_name, question, answer
 ):
@@ -180,8 +182,8 @@ def test_prompt_and_response_are_what_inference_sees(
     chat = chat_of(tokenizer_name, template_name)
     tokenizer, end = chat.tokenizer, TEMPLATES[template_name][1]
     pair = tokens_of(chat, [user(question)], assistant(answer))
-    prompt = chat.render((user(question),), (), add_generation_prompt=True)
-    full = chat.render((user(question), assistant(answer)), ())
+    prompt = unmask(chat.render((user(question),), (), add_generation_prompt=True))
+    full = unmask(chat.render((user(question), assistant(answer)), ()))
     response = full[len(prompt) : full.rindex(end) + len(end)]
     assert list(pair.prompt_ids) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     end_id = tokenizer.convert_tokens_to_ids(end)
