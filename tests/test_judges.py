@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from tbpo_cli.config.recipe import Judge, load_recipe
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.evaluation.comparisons import without_thinking
 from tbpo_cli.evaluation.judges import JUDGES, judges_of
 from tbpo_cli.evaluation.judges.endpoint import Endpoint, retry_after
 from tbpo_cli.evaluation.judges.judge import Comparison, Verdict, text_of
 from tbpo_cli.evaluation.judges.language_judge import TEMPLATE
+from tbpo_cli.evaluation.judges.own_words import without_thinking
 from tbpo_cli.evaluation.judges.reply import Reply, read_reply
 from tbpo_cli.evaluation.winrate import length_controlled, win_rate
 

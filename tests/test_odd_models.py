@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_loading import TINY as OTHERS
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tbpo_cli.config.recipe import Lora, Model, Sample
@@ -18,18 +19,7 @@ from tbpo_cli.model.policy import POLICY, Policy
 from tbpo_cli.model.targets import without_adapter
 
 CPU = torch.device("cpu")
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 16,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-}
+TINY = OTHERS | {"max_position_embeddings": 16, "initializer_range": 0.5}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 LONG = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},

@@ -553,7 +553,7 @@ def test_words_and_addresses_without_a_key_are_no_secrets(text):
         "'''\nrows of /home/me/x/FILE\n'''",
         r'"C:\\Users\\me\\FILE"',
         r"C:\Users\me\FILE",
-        "D:/work/me/FILE",
+        "D:/data/me/FILE",
         r'"\\\\server\\me\\FILE"',
         '"python:/home/me/FILE:score"',
         "/run dir/of me/FILE",

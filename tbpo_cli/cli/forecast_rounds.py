@@ -6,7 +6,6 @@ from statistics import fmean
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.data.choosing import two_sigma_warning
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.rounds import MARKED, PROMPTS, all_rounds, place_of_policy
 from tbpo_cli.runs.run_dir import RunDir
@@ -18,8 +17,6 @@ def forecast_rounds(recipe: Recipe, run_dir: RunDir) -> list[Line]:
     """What is known of the answers and the marks; of the trainings see `forecast`."""
     settings = recipe.rounds
     assert settings is not None
-    warning = two_sigma_warning(recipe.choose, settings.answers)
-    warnings = [("WARNING", warning)] if warning else []
     dealt = all_rounds(run_dir).manifest(PROMPTS)
     if dealt:
         prompts, held_out = dealt["prompts"], dealt["held_out"]
@@ -27,10 +24,7 @@ def forecast_rounds(recipe: Recipe, run_dir: RunDir) -> list[Line]:
         prompts, held_out = [settings.prompts] * settings.number, settings.held_out_prompts
     else:
         what = "answers and marks are counted once the prompts are dealt out, the first stage"
-        return [
-            ("rounds", f"{settings.number}, of {settings.answers} answers a prompt; {what}"),
-            *warnings,
-        ]
+        return [("rounds", f"{settings.number}, of {settings.answers} answers a prompt; {what}")]
     to_train = sum(prompts) * settings.answers
     to_measure = held_out * settings.answers * (settings.number + 1)
     total = to_train + to_measure
@@ -41,7 +35,7 @@ def forecast_rounds(recipe: Recipe, run_dir: RunDir) -> list[Line]:
         f"{held_out:,} held-out prompts; at most {total * settings.max_new_tokens:,} tokens; "
         f"{total:,} marks of the judge{_requests(recipe, total)}"
     )
-    return [("rounds", line), *_measured(recipe, run_dir, total), *warnings]
+    return [("rounds", line), *_measured(recipe, run_dir, total)]
 
 
 def _requests(recipe: Recipe, total: int) -> str:

@@ -79,7 +79,6 @@ class _Place:
 # deviations below the mean; a random number in [0, 1)) → those that are rejected.
 Rule = Callable[[list[_Place], float, float], list[_Place]]
 
-NEAREST_IS_WORST = 5  # marks, of which none is lower than μ − 2σ
 
 RULES: dict[str, Rule] = {
     "best_worst": lambda lower, target, drawn: lower[-1:],
@@ -143,21 +142,6 @@ def choose(answers: Sequence[MarkedAnswer], settings: Choose, seed: int, prompt:
     if not pairs:
         return Choice((), noted, *_limit(whole[0], by_mark, settings))
     return Choice(tuple(pairs), noted)
-
-
-def two_sigma_warning(settings: Choose, num_answers: int) -> str:
-    """Says that "best_two_sigma" does what "best_worst" does; "" where it does not.
-
-    Args:
-        num_answers: to each prompt.
-    """
-    if settings.pairs != "best_two_sigma" or num_answers > NEAREST_IS_WORST:
-        return ""
-    return (
-        f'choose.pairs = "best_two_sigma" takes the worst of {num_answers} answers, as '
-        f'"best_worst" does: none of up to {NEAREST_IS_WORST} is two standard deviations below '
-        f"their mean; rounds.answers = {NEAREST_IS_WORST + 1} or more makes a difference"
-    )
 
 
 def _has_mark(answer: MarkedAnswer) -> bool:

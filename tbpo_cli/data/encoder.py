@@ -99,8 +99,15 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """An answer as text, without control tokens but for the marks of reasoning and calls."""
-        left_out = {n for text, n in self.control_tokens.items() if not _is_of_answers(text)}
-        return str(self.tokenizer.decode([number for number in ids if number not in left_out]))
+        return str(
+            self.tokenizer.decode([number for number in ids if number not in self._not_said])
+        )
+
+    @cached_property
+    def _not_said(self) -> frozenset[int]:
+        """The ids of the control tokens that are no part of an answer's text."""
+        marks = self.control_tokens.items()
+        return frozenset(number for text, number in marks if not _is_of_answers(text))
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts in which nothing is a control token."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.evaluation.answer_files import Question, answers_to, read_answers
 from tbpo_cli.evaluation.answers import names_of_answers, question_id
 from tbpo_cli.evaluation.judges.judge import Comparison, text_of
+from tbpo_cli.evaluation.judges.own_words import without_thinking
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
@@ -93,24 +93,6 @@ def comparisons_of(
                 )
             )
     return comparisons
-
-
-def without_thinking(text: str, marks: tuple[str, str]) -> str:
-    """A completion without its thinking parts.
-
-    A part without its opening mark began in the prompt; one without its closing mark was cut, and
-    nothing follows it.
-
-    Args:
-        marks: that open and close a part; two empty texts leave every completion as it is.
-    """
-    opening, closing = marks
-    if not opening or not closing or not (opening in text or closing in text):
-        return text
-    whole = f"{re.escape(opening)}.*?{re.escape(closing)}"
-    text = re.sub(whole, "", text, flags=re.DOTALL)
-    text = text.rpartition(closing)[2]
-    return text.partition(opening)[0].strip()
 
 
 def _reader(recipe: Recipe) -> Read:

@@ -81,7 +81,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
     A server is asked by the first process alone, which has several requests on the way.
     """
-    from tbpo_cli.evaluation.comparisons import without_thinking
+    from tbpo_cli.evaluation.judges.own_words import without_thinking
     from tbpo_cli.train.group import Group
 
     group = Group.of_environment()

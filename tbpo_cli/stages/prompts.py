@@ -10,7 +10,6 @@ from typing import Any
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.config.toml import ENCODING_FILES
-from tbpo_cli.data.choosing import two_sigma_warning
 from tbpo_cli.data.dealing import Dealt, Question, are_prompts_alone, deal, questions_of
 from tbpo_cli.data.held_out import held_out_prompts
 from tbpo_cli.data.tokenizer import load_chat
@@ -85,9 +84,6 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     facts = run_dir.manifest(PROMPTS)
     counts = ", ".join(f"{number:,}" for number in facts["prompts"])
     console.say(f"prompts of the rounds: {counts}; held out: {facts['held_out']:,}")
-    assert recipe.rounds is not None
-    if warning := two_sigma_warning(recipe.choose, recipe.rounds.answers):
-        console.say(f"WARNING: {warning}")
     for reason, number in facts["rejected"].items():
         where = console.short(run_dir.stage(PROMPTS) / "rejects.jsonl")
         console.say(f"{number:,} rows have no usable prompt ({reason}): {where}")

@@ -10,16 +10,28 @@ REPEATED = 12  # characters after a label that make it a quotation where the que
 TAIL = 40  # characters at the end of a reply that are no verdict where the question has them, too
 
 
-def after_thinking(text: str) -> str:
-    """A reply after its thinking; nothing if that does not come to an end.
+def without_thinking(text: str, marks: tuple[str, str]) -> str:
+    """A completion without its thinking parts.
 
-    A part without its opening mark began in the prompt.
+    A part without its opening mark began in the prompt; one without its closing mark was cut, and
+    nothing follows it.
+
+    Args:
+        marks: that open and close a part; two empty texts leave every completion as it is.
     """
-    for opening, closing in THINKING:
-        rest = text.rpartition(closing)[2]
-        if opening in rest:
-            return ""
-        text = rest
+    opening, closing = marks
+    if not opening or not closing or not (opening in text or closing in text):
+        return text
+    whole = f"{re.escape(opening)}.*?{re.escape(closing)}"
+    text = re.sub(whole, "", text, flags=re.DOTALL)
+    text = text.rpartition(closing)[2]
+    return text.partition(opening)[0].strip()
+
+
+def after_thinking(text: str) -> str:
+    """A judge's reply without its thinking parts, of any of the marks in THINKING."""
+    for marks in THINKING:
+        text = without_thinking(text, marks)
     return text
 
 
