@@ -783,6 +783,18 @@ def test_what_a_scorer_starts_ends_with_it_and_with_the_command(tmp_path, does, 
         time.sleep(0.02)
 
 
+def test_a_process_whose_parent_has_ended_already_gets_the_signal_too():
+    """What ends the processes of a scorer may begin after the scorer has ended."""
+    code = """import os, signal
+from tbpo_cli.runs.children import die_with_parent
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+die_with_parent(os.getpid(), signal.SIGTERM)  # which is not this process's parent
+print(signal.sigwait({signal.SIGTERM}) == signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 def is_alive(process):
     try:
         return process.status() != psutil.STATUS_ZOMBIE

@@ -16,14 +16,14 @@ PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     """Asks the kernel for a signal when the parent ends; elsewhere than on Linux, a thread looks.
 
-    The parent may have ended before that: then this process ends here.
+    The parent may have ended before that: then this process sends itself the signal.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     else:
         threading.Thread(target=_look, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:
-        os._exit(128 + number)
+        os.kill(os.getpid(), number)
 
 
 def _look(parent: int, number: int) -> None:
