@@ -784,7 +784,7 @@ def test_what_a_scorer_starts_ends_with_it_and_with_the_command(tmp_path, does, 
 
 
 def test_a_process_whose_parent_has_ended_already_gets_the_signal_too():
-    """What ends the processes of a scorer may begin after the scorer has ended."""
+    """The process that ends what a scorer has started may itself begin after the scorer."""
     code = """import os, signal
 from tbpo_cli.runs.children import die_with_parent
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
