@@ -13,7 +13,7 @@ import torch
 
 from tbpo_cli import console
 from tbpo_cli.batch.layouts import PairBatch
-from tbpo_cli.errors import TbpoError, ToldError
+from tbpo_cli.errors import ReportedError, TbpoError
 from tbpo_cli.runs.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import MIN_TOKENS
@@ -56,7 +56,7 @@ class TokenBudget:
 
         Raises:
             TbpoError: if the number is the recipe's, or cannot be halved any more.
-            ToldError: if the weights are sharded.
+            ReportedError: if the weights are sharded.
         """
         while True:
             result = None
@@ -89,7 +89,7 @@ class TokenBudget:
         self.tokens //= 2
         if self._sharded_in:
             write_whole(self._sharded_in / HALVED, str(self.tokens))
-            raise ToldError(1)
+            raise ReportedError(1)
         console.say(
             f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
         )
