@@ -11,7 +11,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.selection import require_comparisons
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import interrupts
-from tbpo_cli.runs.files import told_as_unwritable
+from tbpo_cli.runs.files import explaining_disk_errors
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
 from tbpo_cli.runs.rounds import (
     all_rounds,
@@ -204,7 +204,7 @@ def run_through(
             if step.stage.work is not None and is_left:
                 join_workers(step.stage, step.run_dir, processes)
         return
-    with run_dir.lock(), told_as_unwritable(run_dir.path):
+    with run_dir.lock(), explaining_disk_errors(run_dir.path):
         for place in range(len(steps)):
             # A stage before may have another result now, or say which rows there are.
             left = steps_of(target, recipe, run_dir)[place:]
