@@ -59,6 +59,7 @@ def train_stage(
     _check_fit(policy, stores, recipe.model)
     _check_space(policy, settings, folder, group)
     device = _device_name(group.device)
+    num_weights = policy.model.num_parameters()
     _say_what_is_trained(stage.name, policy, stores, device, group)
     mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
     key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
@@ -83,6 +84,7 @@ def train_stage(
     facts = {
         "seed": recipe.run.seed,
         "device": device,
+        "num_weights": num_weights,
         "num_processes": group.size,
         "ways": run.ways,
         "seconds": round(time.monotonic() - started, 1),
