@@ -16,6 +16,7 @@ from tbpo_cli.config.other_tools import (
     AXOLOTL,
     DEFAULTS,
     FACTORY,
+    LONG,
     LORA_DEFAULTS,
     LOSS_NAMES,
     NOT_OFFERED,
@@ -164,8 +165,10 @@ def convert(theirs: dict[str, Any]) -> Converted:
     for name in BATCHES:
         if name in full and not str(full[name]).isdigit():
             converted.left.append((name, f"{full[name]} is no number: set the batch by hand"))
-    for name, value in theirs.items():
-        _convert_adapter(name, value, converted)
+    if theirs.get("adapter") == "qlora":
+        converted.put("adapter", "model.quantization", "nf4")
+    if "cutoff_len" in full:
+        converted.put("cutoff_len", "data.overlong", "truncate")
     if not has_adapter(tool, theirs) and converted.tables.get("model", {}).pop("lora", None):
         converted.moved = [each for each in converted.moved if "model.lora." not in each[1]]
         why = "it trains all weights without an adapter: there is no table [model.lora]"
@@ -226,12 +229,6 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
     return ours or "dpo"
 
 
-def _convert_adapter(name: str, value: Any, converted: Converted) -> None:
-    """4-bit weights of axolotl's qlora."""
-    if (name, value) == ("adapter", "qlora"):
-        converted.put(name, "model.quantization", "nf4")
-
-
 def _convert_key(name: str, value: Any, is_sft: bool, loss: str, converted: Converted) -> None:
     """Puts one of their keys into `converted`, or says why not."""
     known = THEIRS.get(name)
@@ -281,6 +278,8 @@ def _why_not(known: Theirs | None, key: str, name: str, value: Any, loss: str) -
         return f"nothing is set; {key} has its default (tbpo show names it)"
     if isinstance(value, str | int | bool) and known.values.get(value, value) is None:
         return f"{value}: already so"
+    if key == "data.overlong" and value not in known.values:
+        return f"{value}: {LONG}"
     if key == "data.train.config":
         return f"{value}: a table [[data.train]] with path and config"
     *table, last = key.split(".")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tbpo_cli.batch.batches import longest_sequence, num_steps, span_lengths
-from tbpo_cli.config.recipe import Align, Recipe, Sft
+from tbpo_cli.config.recipe import Align, Recipe, Rounds, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
@@ -127,7 +127,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         sharded, why = choose_sharding(policy, settings.sharding, recipe.model, device)
         if processes > 1:
             lines.append(("processes", f"{processes}, {'fsdp' if sharded else 'ddp'}: {why}"))
-        lines += choices(policy, training, counts.longest)
+        lines += choices(policy, training, counts.longest, recipe.rounds)
         parts = processes if sharded else 1
         memory, tokens = estimate_memory(
             policy, recipe.model, settings, device, parts, counts.bounds
@@ -200,9 +200,16 @@ def _share_over_length(run_dir: RunDir) -> float:
     return float((dropped + shortened) / max(1, sum(count["rows"] for count in counts)))
 
 
-def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
+def choices(
+    policy: Policy, training: Training, longest: int, rounds: Rounds | None = None
+) -> list[Line]:
     """What the training will say when it has chosen reference, head and layout."""
     reference = policy.describe_reference() if policy.has_reference else "none"
+    if policy.has_reference and rounds is not None and rounds.number > 1:
+        later = ", in every round"
+        if rounds.reference == "previous":
+            later = ", in round 1; in each later one the policy of the round before, frozen"
+        reference += f'{later} (rounds.reference = "{rounds.reference}")'
     if policy.has_reference and training.loss.needs <= REFERENCE_FREE:
         reference += " (for the metrics only)"
     try:

@@ -271,10 +271,10 @@ def main() -> None:
     except Exception as error:
         from tbpo_cli.cli.last_resort import message_for
 
-        told = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
-        if told is None:
+        message = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
+        if message is None:
             raise
-        _end(told)
+        _end(message)
 
 
 def _end(error: TbpoError) -> None:

@@ -188,13 +188,13 @@ def load_whole(kind: Any, source: str, key: str, **options: Any) -> LanguageMode
         "has in another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
         "has, and the architecture does not,": unexpected,
     }
-    told = [f"{how} {_some(names)}" for how, names in faults.items() if names]
-    if not told and not found.get("error_msgs"):
+    said = [f"{how} {_some(names)}" for how, names in faults.items() if names]
+    if not said and not found.get("error_msgs"):
         return loaded
-    told += [str(message).splitlines()[0] for message in found.get("error_msgs") or ()]
+    said += [str(message).splitlines()[0] for message in found.get("error_msgs") or ()]
     made = (loaded.config.architectures or ["another model"])[0]
     raise TbpoError(
-        f"the checkpoint is not that of a {type(loaded).__name__}: it {'; it '.join(told)}",
+        f"the checkpoint is not that of a {type(loaded).__name__}: it {'; it '.join(said)}",
         f"{key} = {source!r}",
         f"every weight of a {type(loaded).__name__}, and no others; the config names {made}",
         "copy or download the checkpoint again, or name the model that has these weights",

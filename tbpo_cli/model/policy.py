@@ -152,9 +152,9 @@ class Policy:
     def describe_reference(self) -> str:
         """Which model the reference is, in words."""
         if REFERENCE in self.frozen:
-            return "a frozen copy of the model"
+            return "a frozen model beside the policy"
         if REFERENCE in self.adapters:
-            return "a frozen copy of the SFT adapter"
+            return "a frozen adapter beside the policy's, on the same base"
         return "the base, with the adapter off"
 
     def save(self, folder: Path, writes: bool = True, end_ids: Sequence[int] = ()) -> list[Path]:

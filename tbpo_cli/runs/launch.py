@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from tbpo_cli import console
-from tbpo_cli.errors import Interrupted, TbpoError, ToldError
+from tbpo_cli.errors import Interrupted, ReportedError, TbpoError
 from tbpo_cli.runs import interrupts, machines
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.files import HALVED, halved_tokens
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # In a stage's folder, while its workers run: the first machine has launched it; a worker has said
 # why it failed.
-LAUNCHED, TOLD = ".launched", ".told"
+LAUNCHED, REPORTED = ".launched", ".reported"
 # torch's settings of its allocator; the second is its old name.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ABSENT = 600.0  # seconds without the first machine that another one waits for it
@@ -173,7 +173,7 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     Raises:
         TbpoError: if there are fewer GPUs than processes, or a worker was killed.
         Interrupted: after SIGINT, SIGTERM or SIGHUP.
-        ToldError: if a worker has said why it ended.
+        ReportedError: if a worker has said why it ended.
     """
     check_gpus(processes)
     if processes.machine_rank == 0:
@@ -191,13 +191,13 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)
-    is_told = (folder / TOLD).exists()
+    is_reported = (folder / REPORTED).exists()
     if received:
-        if is_told and code:
-            raise ToldError(128 + received)
+        if is_reported and code:
+            raise ReportedError(128 + received)
         raise Interrupted(received, "nothing is lost", "the same command goes on from there")
-    if code > 0 and is_told:
-        raise ToldError(code)
+    if code > 0 and is_reported:
+        raise ReportedError(code)
     if code:
         number = -code if code < 0 else code - 128
         what = f"a worker process {f'was killed by signal {number}' if number > 0 else 'failed'}"
@@ -225,7 +225,7 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.per_machine))
         )
     if processes.machine_rank == 0:
-        (folder / TOLD).unlink(missing_ok=True)
+        (folder / REPORTED).unlink(missing_ok=True)
     received: list[int] = []
     launcher: list[psutil.Popen] = []
 

@@ -19,6 +19,7 @@ from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, describe_attention
 from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.layout import PADDED, apply_layout, choose_layout, confirm_layout
+from tbpo_cli.model.out_of_memory import is_out_of_memory
 from tbpo_cli.model.probes import attention_of
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.model.sharding import causal_model
@@ -26,7 +27,7 @@ from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
 from tbpo_cli.runs import interrupts
 from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
-from tbpo_cli.train.feed import TokenBudget, is_out_of_memory, keep_freed_memory
+from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.memory import (
     bytes_of_learning,
     kept_bytes,

@@ -62,6 +62,7 @@ def train_stage(
     _check_fit(policy, stores, recipe.model)
     _check_space(policy, settings, folder, group)
     device = _device_name(group.device)
+    num_weights = policy.model.num_parameters()
     _say_what_is_trained(stage.name, policy, stores, device, group)
     key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
     with open_trackers(recipe, folder / "logs", group) as track:
@@ -85,6 +86,7 @@ def train_stage(
     facts = {
         "seed": recipe.run.seed,
         "device": device,
+        "num_weights": num_weights,
         "num_processes": group.size,
         "ways": run.ways,
         "seconds": round(time.monotonic() - started, 1),
