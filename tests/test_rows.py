@@ -17,6 +17,7 @@ from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import load_base
 from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.sharding import Shards, gathered
 
 CPU = torch.device("cpu")
@@ -237,3 +238,14 @@ def test_no_process_ever_has_memory_for_the_whole_model(tmp_path):
         assert mine["own"] <= 0.51 * mine["whole"] and whole["own"] == whole["whole"]
         assert mine["rise"] < 0.85 * mine["whole"] and whole["rise"] > 0.95 * whole["whole"], found
     assert found["sharded"][0]["logits"] != found["sharded"][1]["logits"]
+
+
+def test_shapes_of_an_adapter_that_exists_are_known_without_its_numbers(recipe_file, tmp_path):
+    make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path / "adapter")
+    model = Model(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), lora=Lora())
+    recipe = replace(load_recipe(recipe_file), model=model)
+    policy = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
+    assert {weight.device.type for weight in policy.model.parameters()} == {"meta"}
+    assert policy.describe_reference() == "a frozen copy of the SFT adapter"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
@@ -25,6 +24,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.fused import fuse_norms
 from tbpo_cli.model.policy import special_tokens_of
 from tbpo_cli.model.probes import check_causality
+from tbpo_cli.model.quantization import quantization
 from tbpo_cli.model.rows import Place, WholeOnlyError, read_rows, shapes_of
 from tbpo_cli.model.sharding import LanguageModel, Shards, shard
 
@@ -150,7 +150,7 @@ def _whole_model(
         options["trust_remote_code"] = model.trust_remote_code
         return AutoModelForCausalLM.from_config(config, **options)
     if model.quantization is not None:
-        options["quantization_config"] = _quantization(dtype, device)
+        options["quantization_config"] = quantization(dtype, device)
     if model.quantization is not None or device.type == "cuda":
         options["device_map"] = {"": device}
     return load_whole(AutoModelForCausalLM, source, "model.base", **options, **_hub(model))
@@ -324,24 +324,3 @@ def _fix(error: BaseException, source: str, key: str) -> str:
     ]
     known = next((fix for holds, fix in fixes if holds), "")
     return known or f"check {key} (and model.revision), and that the Hub can be reached"
-
-
-def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
-    key = 'model.quantization = "nf4"'
-    if device.type == "cpu":  # there, bitsandbytes has no gradient after a pass for inference
-        raise TbpoError(
-            "4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise TbpoError(
-            "4-bit weights need bitsandbytes, which is not installed",
-            key,
-            "the optional extra `quantization`",
-            "pip install 'tbpo[quantization]'",
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )

@@ -17,7 +17,8 @@ from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
 def policy_of_shapes(recipe: Recipe, loss: Loss, device: torch.device, after_sft: bool) -> Policy:
     """The policy and the models that it is compared with, on "meta".
 
-    They are those that the training would load for a device.
+    They are those that the training would load for a device; an adapter that exists is taken for one
+    that [model.lora] describes.
 
     Args:
         device: where the training would compute.
@@ -27,12 +28,12 @@ def policy_of_shapes(recipe: Recipe, loss: Loss, device: torch.device, after_sft
         TbpoError: if the base's config cannot be read, or LoRA finds no layers.
     """
     meta = torch.device("meta")
-    model = replace(recipe.model, initial_weights="random", quantization=None)
+    model = replace(recipe.model, initial_weights="random", quantization=None, adapter=None)
     shapes = replace(recipe, model=model)
     with meta:
         policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
         views = [*loss.helpers]
-        if after_sft and policy.adapters:
+        if policy.adapters and (after_sft or recipe.model.adapter is not None):
             views.append(REFERENCE)
         for view in views:
             if policy.adapters:
