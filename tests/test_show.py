@@ -121,8 +121,8 @@ def test_references_and_helpers_are_those_of_the_training(recipe_file, tmp_path)
     for name, changes in (("full", {"model": {"lora": None}}), ("sft", {"sft": {}})):
         change_recipe(Path(shutil.copy(recipe_file, tmp_path / f"{name}.toml")), **changes)
     cases = {
-        "full.toml": ("a frozen copy of the model", "the head is trained"),
-        "sft.toml": ("a frozen copy of the SFT adapter", "no policy logits"),
+        "full.toml": ("a frozen model beside the policy", "the head is trained"),
+        "sft.toml": ("a frozen adapter beside the policy's, on the same base", "no policy logits"),
     }
     for name, (reference, head) in cases.items():
         recipe = load_recipe(tmp_path / name)

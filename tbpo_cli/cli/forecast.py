@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,15 +12,15 @@ import numpy as np
 import torch
 
 from tbpo_cli.batch.batches import longest_sequence, num_steps, span_lengths
-from tbpo_cli.config.recipe import Align, Recipe, Sft
+from tbpo_cli.config.recipe import Align, Recipe, Rounds, Sft
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.layout import choose_layout
-from tbpo_cli.model.load import load_policy
-from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
@@ -128,7 +127,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         sharded, why = choose_sharding(policy, settings.sharding, recipe.model, device)
         if processes > 1:
             lines.append(("processes", f"{processes}, {'fsdp' if sharded else 'ddp'}: {why}"))
-        lines += choices(policy, training, counts.longest)
+        lines += choices(policy, training, counts.longest, recipe.rounds)
         parts = processes if sharded else 1
         memory, tokens = estimate_memory(
             policy, recipe.model, settings, device, parts, counts.bounds
@@ -155,21 +154,8 @@ def policy_on_meta(training: Training, recipe: Recipe, device: torch.device) -> 
     Raises:
         TbpoError: if the base's config cannot be read, or LoRA finds no layers.
     """
-    loss, meta = training.loss, torch.device("meta")
-    model = replace(recipe.model, initial_weights="random", quantization=None)
-    shapes = replace(recipe, model=model)
-    with meta:
-        policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
-        views = [*loss.helpers]
-        if training.settings is recipe.align and recipe.sft is not None and policy.adapters:
-            views.append(REFERENCE)
-        for view in views:
-            if policy.adapters:
-                policy.model.add_adapter(view, policy.adapters[POLICY])
-                policy.model.set_adapter(POLICY)
-            else:
-                policy.frozen[view] = copy.deepcopy(policy.model).requires_grad_(False)
-    return policy
+    after_sft = training.settings is recipe.align and recipe.sft is not None
+    return policy_of_shapes(recipe, training.loss, device, after_sft)
 
 
 def _lengths(store: PairStore, span: str) -> np.ndarray:
@@ -214,9 +200,16 @@ def _share_over_length(run_dir: RunDir) -> float:
     return float((dropped + shortened) / max(1, sum(count["rows"] for count in counts)))
 
 
-def choices(policy: Policy, training: Training, longest: int) -> list[Line]:
+def choices(
+    policy: Policy, training: Training, longest: int, rounds: Rounds | None = None
+) -> list[Line]:
     """What the training will say when it has chosen reference, head and layout."""
     reference = policy.describe_reference() if policy.has_reference else "none"
+    if policy.has_reference and rounds is not None and rounds.number > 1:
+        later = ", in every round"
+        if rounds.reference == "previous":
+            later = ", in round 1; in each later one the policy of the round before, frozen"
+        reference += f'{later} (rounds.reference = "{rounds.reference}")'
     if policy.has_reference and training.loss.needs <= REFERENCE_FREE:
         reference += " (for the metrics only)"
     try:

@@ -68,7 +68,7 @@ PATHS = {
     "align.loss.negative": _TRAINED,
     "align.loss.guide": _TRAINED,
     "sample.prompts": _FILE,
-    "sample.adapter": _ADAPTER,
+    "sample.adapter": _TRAINED,  # in rounds without [model.lora], a model
     "eval.against": _TRAINED,
     "eval.answers": _FILE,
     **{

@@ -103,7 +103,14 @@ def _rounds(entries: list[Json]) -> Json:
     warnings = rounds.warnings_of(entries)
     headings, rows = rounds.table_of(entries)
     panels = rounds.panels_of(entries)
-    return {"headings": headings, "rows": rows, "warnings": warnings, "panels": panels}
+    reference = rounds.reference_of(entries)
+    return {
+        "headings": headings,
+        "rows": rows,
+        "warnings": warnings,
+        "panels": panels,
+        "reference": reference,
+    }
 
 
 def _with_names(

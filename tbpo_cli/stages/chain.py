@@ -13,7 +13,15 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import interrupts
 from tbpo_cli.runs.files import explaining_disk_errors
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
-from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
+from tbpo_cli.runs.rounds import (
+    all_rounds,
+    in_words,
+    is_linked,
+    link_last,
+    place_of_policy,
+    place_of_round,
+    place_of_training,
+)
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, rounds, sample, sft
@@ -106,11 +114,13 @@ def _steps_of_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> Iterator[S
     for number in range(last + 1):
         if number:
             place = place_of_round(recipe, run_dir, number)
-            for name in ("sample", "mark", "prepare", "align"):
-                is_target = name == target and number == (1 if name == "prepare" else last)
+            for name in ("sample", "mark", "prepare"):
+                is_target = name == target == "prepare"
                 yield step(name, place.recipe, place.run_dir, is_target)
-                if is_target and target == "prepare":
-                    return
+            if target == "prepare":
+                return
+            place = place_of_training(recipe, run_dir, number)
+            yield step("align", place.recipe, place.run_dir, target == "align" and number == last)
         place = place_of_policy(recipe, run_dir, number)
         for name in ("sample", "mark"):
             yield step(name, place.recipe, place.run_dir)
@@ -137,6 +147,7 @@ def _state(step: Step) -> tuple[State, list[str]]:
         if run_dir.root is None:
             raise
         changes = ["what a stage before makes is not there"]
+    changes = changes if run_dir.root is None else in_words(changes)
     is_complete = bool(run_dir.manifest(stage.name))
     if changes and stage.renews:
         return "renewed", changes
@@ -295,6 +306,8 @@ def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     lines = dict.fromkeys(line for changes in changed.values() for line in changes)
     names = list(states)
     invalidated = names[names.index(next(iter(changed))) :]
+    if any(step.run_dir.root is not None for step in steps):  # in rounds not all that follows
+        invalidated = [*changed, "what depends on it"]
     fix = (
         f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
         "or --run-dir DIR starts another run"
