@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +18,9 @@ from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.layout import choose_layout
-from tbpo_cli.model.load import load_policy
-from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
@@ -156,22 +155,8 @@ def policy_on_meta(training: Training, recipe: Recipe, device: torch.device) -> 
     Raises:
         TbpoError: if the base's config cannot be read, or LoRA finds no layers.
     """
-    loss = training.loss
-    meta = torch.device("meta")
-    model = replace(recipe.model, initial_weights="random", quantization=None)
-    shapes = replace(recipe, model=model)
-    with meta:
-        policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
-        views = [*loss.helpers]
-        if training.settings is recipe.align and recipe.sft is not None and policy.adapters:
-            views.append(REFERENCE)
-        for view in views:
-            if policy.adapters:
-                policy.model.add_adapter(view, policy.adapters[POLICY])
-                policy.model.set_adapter(POLICY)
-            else:
-                policy.frozen[view] = copy.deepcopy(policy.model).requires_grad_(False)
-    return policy
+    after_sft = training.settings is recipe.align and recipe.sft is not None
+    return policy_of_shapes(recipe, training.loss, device, after_sft)
 
 
 def _lengths(store: PairStore, span: str) -> np.ndarray:

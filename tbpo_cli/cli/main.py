@@ -246,9 +246,9 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
     if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
         check_gpus(processes)
     states = plan(name, recipe, run_dir)
-    for stage, (state, _) in states.items():
-        if state not in ("done", "begun"):  # what was begun has been checked then
-            require(stage.rpartition("/")[2], recipe)
+    left = [label for label, (state, _) in states.items() if state not in ("done", "begun")]
+    for stage in dict.fromkeys(label.rpartition("/")[2] for label in left):
+        require(stage, recipe)  # what was begun has been checked then
     if [*states.values()][-1][0] != "done":
         warn_of_later_stages(name, recipe)
     if of_policy and not has_policy(recipe, run_dir):

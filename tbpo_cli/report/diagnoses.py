@@ -163,7 +163,7 @@ AFTER = (
         "the policy has hardly moved: KL {kl:z.4f} nats a token after {counted_steps}",
         "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
-    # The best runs of tests/benchmarks/results/methods.md have 0.07 to 0.4.
+    # The best runs of tests/benchmarks/results/methods_small_grid.md have 0.07 to 0.4.
     Diagnosis(
         ("kl",),
         lambda f: f.kl > FAR_KL,

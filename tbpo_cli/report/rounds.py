@@ -90,7 +90,7 @@ def warnings_of(entries: list[Json]) -> list[str]:
 
 
 def _name(entry: Json) -> str:
-    return f"round {entry['round']}" if entry["round"] else "the first"
+    return f"round {entry['round']}" if entry["round"] else "first"
 
 
 def _cell(value: Any, form: str) -> Json | str:

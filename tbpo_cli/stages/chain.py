@@ -306,6 +306,8 @@ def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     lines = dict.fromkeys(line for changes in changed.values() for line in changes)
     names = list(states)
     invalidated = names[names.index(next(iter(changed))) :]
+    if any(step.run_dir.root is not None for step in steps):  # in rounds not all that follows
+        invalidated = [*changed, "what depends on it"]
     fix = (
         f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
         "or --run-dir DIR starts another run"
