@@ -161,6 +161,7 @@ def losses() -> str:
 def plain(text: str) -> str:
     """A sentence of a diagnosis with example words in the place of its figures."""
     text = text.replace("{or_a_higher_rate}", ", or a higher {stage}.learning_rate")
+    text = text.replace("{or_the_first_reference}", ', or rounds.reference = "first"')
     text = text.replace("{stage}", "align").replace("{trained}", "LoRA")
     text = text.replace("{counted_steps}", "N steps").replace("{counted_pairs}", "N pairs")
     text = text.replace("{usual}", "N to N")

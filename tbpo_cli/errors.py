@@ -30,12 +30,12 @@ class TbpoError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        told = [
+        lines = [
             f"  {label}: {text}"
             for label in ("where", "expected", "fix")
             if (text := getattr(self, label))
         ]
-        return "\n".join([f"error: {self.what}", *told, *map(str, self.also)])
+        return "\n".join([f"error: {self.what}", *lines, *map(str, self.also)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For other processes: an Exception keeps nothing of what was given by keyword."""
@@ -54,7 +54,7 @@ class GateError(TbpoError):
     exit_code = 4
 
 
-class ToldError(TbpoError):
+class ReportedError(TbpoError):
     """A failure that another process has reported already; only its exit code is left."""
 
     def __init__(self, exit_code: int) -> None:

@@ -187,6 +187,40 @@ def test_scored_answers_are_prepared_as_the_recipe_chooses(recipe_file, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("num_tokens", "limit", "expected"),
+    [
+        (None, 0, {"train": 6}),  # five tokens and the end of the turn; six tokens, cut
+        (None, 1, {"train": 6}),
+        ([6, 9], 2, {"train": 0}),
+        ([6, 9], 3, {"train": 6}),
+        (11, 0, {"train": 6}),  # a number that is of the whole row
+    ],
+)
+def test_the_length_of_an_answer_is_that_which_is_trained_on(
+    recipe_file, tmp_path, num_tokens, limit, expected
+):
+    """As its row says, else as it is counted: with the end of the turn, which a cut one has not."""
+    rows = [
+        {
+            "prompt": f"question {number}",
+            "answers": ["abcde", "vwxyz!"],  # of letters that the tokenizer does not merge
+            "scores": [2, 1],
+            "truncated": [False, True],
+            "num_tokens": num_tokens,
+        }
+        for number in range(6)
+    ]
+    sets = (f"choose.max_length_difference={limit}",)
+    if not expected["train"]:
+        with pytest.raises(TbpoError, match="6 length_difference"):
+            prepared(recipe_file, tmp_path / "a", rows, *sets)
+        return
+    run, counts = prepared(recipe_file, tmp_path / "a", rows, *sets)
+    assert counts["kept"] == expected
+    assert (PairStore(run / "prepare/train").lengths[:, 1:] == 6).all()
+
+
+@pytest.mark.parametrize(
     ("sets", "reason", "fix"),
     [
         ("choose.min_margin=9", "6 small_margin", "lower choose.min_margin"),

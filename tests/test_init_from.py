@@ -8,7 +8,7 @@ import pytest
 from tbpo_cli.cli.convert import convert
 from tbpo_cli.config.keys import all_keys
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
-from tbpo_cli.config.recipe import Recipe, load_recipe
+from tbpo_cli.config.recipe import Data, Recipe, load_recipe
 
 TRL = """
 model_name_or_path: org/model
@@ -230,6 +230,24 @@ def test_their_defaults_are_written_where_ours_differ():
     assert theirs.tables["align"]["learning_rate"] == 5e-5
     assert "simpo_gamma" not in dict(convert(FACTORY_KEYS).left), "a default that dpo does not read"
     assert theirs.tables["data"]["max_length"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (TRL_KEYS, "truncate"),
+        (FACTORY_KEYS, "truncate"),
+        ({**AXOLOTL_KEYS, "rl": "dpo"}, "drop"),
+        ({**AXOLOTL_KEYS, "rl": "dpo", "excess_length_strategy": "truncate"}, "truncate"),
+        ({**TRL_KEYS, "truncation_mode": "keep_end"}, "drop"),
+    ],
+)
+def test_what_becomes_of_long_pairs_is_as_theirs_where_that_is_offered(theirs, ours):
+    converted = convert(theirs)
+    assert converted.tables["data"].get("overlong", Data.overlong) == ours
+    assert ("truncation_mode" in dict(converted.left)) == (
+        theirs.get("truncation_mode") == "keep_end"
+    )
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,7 @@ def test_a_signal_before_there_are_workers_ends_the_command(recipe_file, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_sampling_of_several_processes_is_told_as_that(
+def test_an_interrupted_sampling_of_several_processes_has_a_message_of_its_own(
     recipe_file, tmp_path, alone, number
 ):
     run = tmp_path / "run"

@@ -827,7 +827,7 @@ def test_from_the_hub_and_back(made, base, tmp_path, executable, capsys):
     further = ("--run-dir", "further", "--set", f"model.adapter={pinned}", *sets)
     done = executable("sample", made[0], *further, **offline)
     assert done.returncode == 0, done.stderr
-    assert "the reference is a frozen copy of" in done.stderr
+    assert "the reference is a frozen adapter" in done.stderr
     lines = (tmp_path / "further/align/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["kl"] == pytest.approx(0, abs=1e-6)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import command, run_stage
+from conftest import command, merged, run_stage
 from judge_server import chat_server
-from test_rounds import QUICKSTART, states, write
+from test_rounds import QUICKSTART, write
 
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
@@ -30,8 +30,7 @@ SETTINGS = {
 def made(request, tmp_path_factory):
     """(folder with own.toml and the three rounds in run/, the reference of the rounds)."""
     folder = tmp_path_factory.mktemp(request.param)
-    reference = {"rounds": {"reference": request.param}}
-    changes = SETTINGS | {"rounds": SETTINGS["rounds"] | reference["rounds"]}
+    changes = merged(SETTINGS, {"rounds": {"reference": request.param}})
     run_stage("align", write(folder, **changes), folder / "run")
     return folder, request.param
 
@@ -133,8 +132,10 @@ def test_the_plan_counts_answers_marks_and_requests_as_they_come(tmp_path, tbpo)
         write(tmp_path, judge=judge, rounds=counts)
         shown = planned(tbpo("show", "own.toml", "--run-dir", "run").stdout)
         expected = (
-            "rounds 2 of 5, 5 prompts at most, 3 answers each: 30 answers, and 36 to 4 held-out "
-            "prompts; at most 1,056 tokens; 66 marks of the judge, 132 requests at most"
+            "rounds 2 of at most 5 prompts each; 3 answers to a prompt: at most 30 answers to "
+            "train on answers at most 36 more, for the report: the first policy, and that of each "
+            "round, answers 4 held-out prompts 3 times cost at most 1,056 tokens of answers; "
+            "at most 66 marks of the judge, at most 132 requests"
         )
         assert shown.startswith(expected)
         before = len(server.requests)  # a check of `show` asks as well
@@ -153,16 +154,16 @@ def test_the_plan_counts_answers_marks_and_requests_as_they_come(tmp_path, tbpo)
         for row in json_lines(path)
     ]
     assert len(samples) + len(held_out) == 66 and len(held_out) == 24
-    assert again.startswith(expected.replace(" at most, 3", ", 3"))
+    known = expected.replace("at most ", "").replace("cost 1", "cost at most 1")
+    assert again.startswith(known.replace("judge, 132", "judge, at most 132"))
     texts = {(str(row["messages"]), row["completion"]) for row in samples + held_out}
-    assert num_asked == 2 * len({each for each in texts if each[1].strip()}) <= 132
+    num_checks = 1  # that the server answers, before anything is sampled
+    assert num_asked - num_checks == 2 * len({each for each in texts if each[1].strip()}) <= 132
 
 
 def test_two_processes_write_the_answers_and_marks_of_one(made, tmp_path):
     """Those of round 2, which the adapter of round 1 gives."""
-    folder, reference = made
-    if reference == "previous":
-        pytest.skip("one reference is enough")
+    folder, _ = made
     recipe = load_recipe(folder / "own.toml")
     place = place_of_round(recipe, RunDir(folder / "run"), 2)
     two = RunDir(tmp_path / "two")
@@ -200,34 +201,3 @@ def test_the_margin_of_a_rounds_pairs_is_that_of_its_own(made):
         own += [best - min(row["scores"])] if best > min(row["scores"]) else []
     assert last["pairs"] == len(own)
     assert last["pair_margin"] == pytest.approx(sum(own) / len(own))
-
-
-@pytest.mark.parametrize(
-    ("override", "first"),
-    [
-        ("run.name=other", None),
-        ("rounds.batch_size=2", None),
-        ("sample.max_prompts=3", None),
-        ("eval.judge.scorer=python:scorer.py:equal", None),
-        ("judge.scorer=python:scorer.py:equal", "rounds/0/mark"),
-        ("rounds.temperature=0.9", "rounds/0/sample"),
-        ("choose.min_margin=1.0", "rounds/1/prepare"),
-        ("align.max_steps=3", "rounds/1/align"),
-        ("rounds.replay=0.75", "rounds/2/prepare"),
-    ],
-)
-def test_a_changed_key_redoes_only_what_depends_on_it(made, override, first):
-    folder, _ = made
-    found = states(folder, override)
-    assert next((name for name, state in found.items() if state != "done"), None) == first
-    names = [*found]
-    assert names[0] == "rounds/prompts" and names[-1] == "rounds/3/after/mark"
-
-
-def test_another_reference_leaves_the_first_round_as_it_is(made):
-    folder, reference = made
-    other = {"first": "previous", "previous": "first"}[reference]
-    found = states(folder, f"rounds.reference={other}")
-    changed = [name for name, state in found.items() if state != "done"]
-    assert changed and all(name.startswith(("rounds/2/", "rounds/3/")) for name in changed)
-    assert {"rounds/2/align", "rounds/3/align"} <= {*changed}

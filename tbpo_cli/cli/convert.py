@@ -16,6 +16,7 @@ from tbpo_cli.config.other_tools import (
     AXOLOTL,
     DEFAULTS,
     FACTORY,
+    LONG,
     LORA_DEFAULTS,
     LOSS_NAMES,
     NOT_OFFERED,
@@ -80,7 +81,8 @@ def write(source: Path, target: Path) -> None:
     ours = is_our_recipe(found)
     converted = Converted(found) if ours else convert(found)
     if not ours and not set(found) & set(THEIRS):
-        what, expected = "no key of the config is known", "a config of TRL, axolotl, LLaMA-Factory"
+        what = "no key of the config is known"
+        expected = "a config of TRL, axolotl, LLaMA-Factory"
         raise TbpoError(what, str(source), expected, "tbpo init lists recipes to begin with")
     target.write_text(tomli_w.dumps(without_nothing(converted.tables)), encoding="utf-8")
     console.out.print(f"wrote {target}", markup=False)
@@ -135,7 +137,8 @@ def convert(theirs: dict[str, Any]) -> Converted:
     converted = Converted()
     for name in ("stage", *LOSS_KEYS):
         if (method := str(theirs.get(name)).lower()) in REFUSED:
-            what, expected = f"{method} is not offered", "a training of pairs or demonstrations"
+            what = f"{method} is not offered"
+            expected = "a training of pairs or demonstrations"
             raise TbpoError(what, f"{name}: {method}", expected, NOT_OFFERED[method])
     tool = tool_of(theirs)
     is_dpo = "pref_loss" in theirs or (tool == TRL and not SFT_KEYS & set(theirs))
@@ -145,7 +148,8 @@ def convert(theirs: dict[str, Any]) -> Converted:
     loss = "" if is_sft else _convert_loss(full, stage, converted)
     for name, value in full.items():
         if name not in BATCHES and name not in LOSS_KEYS:
-            before, listed = len(converted.moved), len(converted.left)
+            before = len(converted.moved)
+            listed = len(converted.left)
             _convert_key(name, value, is_sft, loss, converted)
             if name not in theirs:  # a default that the loss does not read is not listed
                 del converted.left[listed:]
@@ -164,8 +168,10 @@ def convert(theirs: dict[str, Any]) -> Converted:
     for name in BATCHES:
         if name in full and not str(full[name]).isdigit():
             converted.left.append((name, f"{full[name]} is no number: set the batch by hand"))
-    for name, value in theirs.items():
-        _convert_adapter(name, value, converted)
+    if theirs.get("adapter") == "qlora":
+        converted.put("adapter", "model.quantization", "nf4")
+    if "cutoff_len" in full:
+        converted.put("cutoff_len", "data.overlong", "truncate")
     if not has_adapter(tool, theirs) and converted.tables.get("model", {}).pop("lora", None):
         converted.moved = [each for each in converted.moved if "model.lora." not in each[1]]
         why = "it trains all weights without an adapter: there is no table [model.lora]"
@@ -208,7 +214,8 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
     name = next((each for each in LOSS_KEYS if full.get(each) not in (None, "rlhf")), "")
     given = full.get(name, "sigmoid")
     if stage not in STAGES:
-        name, given = "stage", stage
+        name = "stage"
+        given = stage
     parts = list(given) if isinstance(given, list | tuple) else [given]
     losses = [each for each in parts if each != "sft"]
     ours = LOSS_NAMES.get(str(losses[0]).lower()) if len(losses) == 1 else None
@@ -224,12 +231,6 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
         if other in full and other != name:
             converted.left.append((other, f"align.loss.name has it from {name}"))
     return ours or "dpo"
-
-
-def _convert_adapter(name: str, value: Any, converted: Converted) -> None:
-    """4-bit weights of axolotl's qlora."""
-    if (name, value) == ("adapter", "qlora"):
-        converted.put(name, "model.quantization", "nf4")
 
 
 def _convert_key(name: str, value: Any, is_sft: bool, loss: str, converted: Converted) -> None:
@@ -281,6 +282,8 @@ def _why_not(known: Theirs | None, key: str, name: str, value: Any, loss: str) -
         return f"nothing is set; {key} has its default (tbpo show names it)"
     if isinstance(value, str | int | bool) and known.values.get(value, value) is None:
         return f"{value}: already so"
+    if key == "data.overlong" and value not in known.values:
+        return f"{value}: {LONG}"
     if key == "data.train.config":
         return f"{value}: a table [[data.train]] with path and config"
     *table, last = key.split(".")

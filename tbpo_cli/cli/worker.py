@@ -15,7 +15,7 @@ from tbpo_cli import console
 from tbpo_cli.cli.last_resort import message_for
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import PARENT, die_with_parent
-from tbpo_cli.runs.launch import TOLD
+from tbpo_cli.runs.launch import REPORTED
 
 # The messages of a process whose connection another one has closed.
 ECHOES = ("onnection closed by peer", "onnection reset by peer")
@@ -56,13 +56,13 @@ def _run(folder: Path) -> int:
     except Exception as error:
         # A process that ends closes its connections; what the others then raise is only an echo.
         is_echo = any(text in str(error) for text in ECHOES)
-        told = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
+        message = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
         if not is_echo and _is_first(folder):
-            if told is None:
+            if message is None:
                 traceback.print_exc()
             else:
-                sys.stderr.write(console.plain(f"{told}\n"))
-        return 1 if told is None else told.exit_code
+                sys.stderr.write(console.plain(f"{message}\n"))
+        return 1 if message is None else message.exit_code
     return 0
 
 
@@ -70,7 +70,7 @@ def _is_first(folder: Path) -> bool:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # what all have met is reported by the first one
     try:
-        (folder / TOLD).touch(exist_ok=False)
+        (folder / REPORTED).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

@@ -87,7 +87,7 @@ PACKED = NOTHING + "rows are packed where the model allows it"
 NO_LOGITS = NOTHING + "no step holds all its logits"
 FSDP = 'align.sharding = "fsdp" shards weights; --gpus N starts processes'
 RESPONSES = "data.max_length counts prompt and response; no prompt is cut"
-LONG = "data.overlong says whether long pairs are left out or cut"
+LONG = 'longer pairs are left out here, or lose their ends with data.overlong = "truncate"'
 NO_8_BIT = 'there is no 8-bit base; model.quantization = "nf4" has 4 bits'
 NO_REFERENCE = NOTHING + "the reference follows from the recipe; tbpo show names it"
 CACHED = NOTHING + "log π_ref is read from disk after the first epoch"
@@ -150,7 +150,10 @@ THEIRS: dict[str, Theirs] = {
     "val_size": Theirs(FACTORY, "data.eval_fraction"),
     "max_prompt_length": Theirs(TRL, note=RESPONSES),
     "max_completion_length": Theirs(TRL, note=RESPONSES),
-    "truncation_mode": Theirs(TRL, note=LONG),
+    "truncation_mode": Theirs(TRL, "data.overlong", values={"keep_start": "truncate"}),
+    "excess_length_strategy": Theirs(
+        AXOLOTL, "data.overlong", values={"truncate": "truncate", "drop": "drop"}
+    ),
     "dataset_num_proc": Theirs(TRL, "data.workers"),
     "dataset_processes": Theirs(AXOLOTL, "data.workers"),
     "preprocessing_num_workers": Theirs(FACTORY, "data.workers"),
@@ -216,8 +219,9 @@ THEIRS: dict[str, Theirs] = {
 
 # What holds where a config leaves a key out. Read in the source files, at these commits:
 # transformers 5.24, training_args.py: _ARGUMENTS, and learning_rate = 5e-5 as in LLaMA-Factory.
-# TRL, trl/trainer: dpo_config.py (3da2424: beta, learning_rate, max_length), sft_config.py
-# (016013e: learning_rate, max_length), model_config.py (040e32d: lora_r, lora_alpha, lora_dropout).
+# TRL, trl/trainer: dpo_config.py (3da2424: beta, learning_rate, max_length,
+# truncation_mode), sft_config.py (016013e: learning_rate, max_length), model_config.py (040e32d:
+# lora_r, lora_alpha, lora_dropout).
 # LLaMA-Factory, src/llamafactory/hparams: finetuning_args.py (00577a8: pref_beta, simpo_gamma,
 # lora_rank, lora_alpha, lora_dropout, stage = sft), data_args.py (072bfe2: cutoff_len).
 # axolotl, src/axolotl: core/builders/base.py (00f1318: warmup_ratio; max_grad_norm is that of
@@ -231,7 +235,13 @@ _ARGUMENTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    TRL: {**_ARGUMENTS, "beta": 0.1, "learning_rate": 1e-6, "max_length": 1024},
+    TRL: {
+        **_ARGUMENTS,
+        "beta": 0.1,
+        "learning_rate": 1e-6,
+        "max_length": 1024,
+        "truncation_mode": "keep_start",
+    },
     FACTORY: {
         **_ARGUMENTS,
         "pref_beta": 0.1,

@@ -77,6 +77,9 @@ class Recipe:
         if self.rounds is not None and self.sft is not None:
             what = "cannot stand beside [rounds]: name what an SFT run made as model.adapter"
             raise ValueError(f"sft {what}, or as model.base")
+        if self.rounds is not None and self.align.start is not None:
+            what = "align.start cannot stand beside [rounds], which begin from the reference"
+            raise ValueError(f"{what}: name that as model.adapter, or as model.base")
         if self.rounds is not None and self.rounds.endpoint and self.model.lora is None:
             raise ValueError("rounds.endpoint needs [model.lora]: a server loads adapters only")
         if self.rounds is not None and len(self.judge.named if self.judge else ()) != 1:

@@ -18,7 +18,8 @@ class MarkedAnswer:
     Args:
         text: of the answer; answers with the same text are the same.
         mark: the higher, the better; None or a number that is not finite if there is no mark.
-        num_tokens: the length of the answer; only `choose.max_length_difference` reads it.
+        num_tokens: the length of the answer as it is trained on: the end of its turn counts, which
+            an answer that is cut has not. Only `choose.max_length_difference` reads it.
         is_cut: whether the answer stops at a limit, and not where the model ended it.
     """
 
@@ -53,7 +54,7 @@ class Chooser:
     Args:
         settings: [choose] of the recipe.
         seed: `run.seed`.
-        count_tokens: the lengths of some texts; only `choose.max_length_difference` asks for them.
+        count_tokens: the lengths of some texts, where a row has none for `max_length_difference`.
     """
 
     settings: Choose = field(default_factory=Choose)

@@ -74,7 +74,8 @@ def question_of(content: Any, data: Data) -> Question:
             content = content | {first_of(content, WINNERS): "a"}
         with_our_names = replace(data, columns={})
         (pair, *_) = to_pairs(Row("", 0, content), name, with_our_names, EVERY_PAIR).pairs
-        messages, tools = pair.prompt, pair.tools
+        messages = pair.prompt
+        tools = pair.tools
     pair = make_pair({"tools": list(tools)}, messages, ANSWER, None)
     return Question(pair.prompt_hash, messages, tools)
 
@@ -148,17 +149,19 @@ def deal(
     measured = _in_order(held_out, seed)
     names = {each.prompt_hash for each in measured}
     left = [each for each in _in_order(questions, seed) if each.prompt_hash not in names]
-    number, how = settings.number, settings.prompts
-    if how == "same":
-        parts = [left] * number
-    elif how == "dealt":
-        size, longer = divmod(len(left), number)
-        ends = [place * size + min(place, longer) for place in range(number + 1)]
-        parts = [left[start:end] for start, end in itertools.pairwise(ends)]
-    else:
-        turns = itertools.cycle(left)
-        parts = [list(itertools.islice(turns, min(how, len(left)))) for _ in range(number)]
+    turns = itertools.cycle(left)
+    parts = [list(itertools.islice(turns, size)) for size in shares(len(left), settings)]
     return Dealt(parts, measured[: settings.held_out_prompts])
+
+
+def shares(num_prompts: int, settings: Rounds) -> list[int]:
+    """How many of some prompts each round answers, as `rounds.prompts` says."""
+    number = settings.number
+    how = settings.prompts
+    if how == "dealt":
+        size, longer = divmod(num_prompts, number)
+        return [size + (place < longer) for place in range(number)]
+    return [num_prompts if how == "same" else min(how, num_prompts)] * number
 
 
 def _in_order(questions: Iterable[Question], seed: int) -> list[Question]:

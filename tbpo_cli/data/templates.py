@@ -141,15 +141,6 @@ class Chat:
         as_text, as_parts = (str(QUESTION["content"]) in text for text in found)
         return as_parts and not as_text and "'text'" not in found[1]
 
-    def check_that_it_ends(self) -> None:
-        """Renders a plain conversation, before any row is read.
-
-        Raises:
-            TbpoError: if the template loops for ever, or makes a text of any size.
-        """
-        with suppress(RejectedRow):  # the rows will tell
-            self.render((QUESTION, ANSWER), ())
-
     def prompt(self, messages: Messages, tools: Tools) -> str:
         """A prompt with the generation prompt, as text with masked control tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tbpo_cli.evaluation.measures import tasks_of
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.evaluation.suites import run_task
 from tbpo_cli.model.generate import samples_of
+from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
 
@@ -104,7 +106,10 @@ class Measurer:
         with self.policy.view(candidate.view) as model:
             for task, shots in tasks_of(suite):
                 console.say(f"{task}, {candidate.name} …")
-                figures |= run_task(model, self.chat, task, shots, batch_size)
+                found, batch_size = with_less_at_once(
+                    functools.partial(run_task, model, self.chat, task, shots), batch_size, task
+                )
+                figures |= found
         return [{"suite": suite, "figures": figures}]
 
     def _complete(

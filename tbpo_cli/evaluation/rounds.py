@@ -27,7 +27,8 @@ def rounds_of(recipe: Recipe, run_dir: RunDir) -> list[Json]:
         in tokens; `cut`, the share that stops at the limit; `top`, the share with the highest mark
         of all. Of the round that the policy comes from: `pairs`; `no_pair`, the share of prompts
         that gave none; `pair_margin`, the mean difference of their marks; `spread`, the mean
-        standard deviation of the marks of a prompt; `kl`, nats a token, from the round's reference.
+        standard deviation of the marks of a prompt; `kl`, nats a token, from the round's reference;
+        `reference`, which that is: `rounds.reference`.
     """
     settings = recipe.rounds
     assert settings is not None
@@ -42,6 +43,7 @@ def rounds_of(recipe: Recipe, run_dir: RunDir) -> list[Json]:
         if number:
             entry["win_rate"] = _win_rate(answered[-1], answered[0])
             entry |= _of_training(place_of_round(recipe, run_dir, number).run_dir)
+            entry["reference"] = settings.reference
         entries.append(entry)
     marks = [_marks(row) for rows in answered for row in rows]
     highest = max((mark for of_prompt in marks for mark in of_prompt), default=0.0)
@@ -78,12 +80,9 @@ def _win_rate(rows: Rows, first: Rows) -> Figure | None:
 def _of_training(run_dir: RunDir) -> Json:
     """The figures of a round's own answers, pairs and training."""
     rows = json_lines(run_dir.path / MARKED)
-    own = next(
-        count
-        for count in run_dir.manifest("prepare")["counts"]
-        if count["key"] == "data.train" and count["source"] == str(run_dir.path / MARKED)
-    )
     # The round's own pairs come first, then those of `rounds.replay`.
+    counts = run_dir.manifest("prepare")["counts"]
+    own = next(count for count in counts if count["key"] == "data.train")
     margins = PairStore(run_dir.stage("prepare") / "train").score_margins[: own["kept"]["train"]]
     lines = json_lines(run_dir.stage("align") / "metrics.jsonl")
     measured = [line["kl"] for line in lines if line["split"] == "eval" and "kl" in line]

@@ -18,6 +18,7 @@ from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
 from tbpo_cli.evaluation.stats import LEAST_ROWS, Figure, normal_figure, wilson, without_interval
+from tbpo_cli.model.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +90,8 @@ def run_task(
     except TbpoError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # the caller takes smaller batches
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         expected = (
             "a task whose data can be read or downloaded; ifeval needs the packages of tbpo[suites]"

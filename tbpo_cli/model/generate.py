@@ -22,6 +22,7 @@ from transformers import (
 from tbpo_cli.config.recipe import Sample
 from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
+from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import (
     check_positions,
@@ -163,7 +164,8 @@ def completions(
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Yields (place, completion) of prompts, a batch of prompts of like length at a time.
 
-    A batch in which all places are `known` is left out.
+    A batch in which all places are `known` is left out. Where memory runs out, half as many prompts
+    go through at once from there on; a completion depends on its own prompt and seed alone.
 
     A model that reads the padding on the left gets prompts of one length at a time, without any;
     one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time. A
@@ -171,7 +173,8 @@ def completions(
     tokens get other positions on the way (dynamic rope past its length).
 
     Raises:
-        TbpoError: if a prompt and its completion need more positions than the model has.
+        TbpoError: if a prompt and its completion need more positions than the model has, or more
+            memory than there is.
     """
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     if not places:
@@ -190,14 +193,37 @@ def completions(
     for batch in _batches(places, prompts, size, same_length):
         if all(place in known for place in batch):
             continue
-        asked, drawn = [prompts[place] for place in batch], [seeds[place] for place in batch]
-        start, end = len(asked[0]), len(asked[-1]) + settings.max_new_tokens - 1
-        if positions_change(model, start, end):
-            with _own_frequencies(model):
-                answers = generate(model, asked, drawn, settings, stop_ids, use_cache=False)
-        else:
-            answers = generate(model, asked, drawn, settings, stop_ids, use_cache)
-        yield list(zip(batch, answers, strict=True))
+        done = 0
+        while done < len(batch):
+            rest = batch[done:]
+
+            def answered(count: int, rest: Sequence[int] = rest) -> list[Completion]:
+                part = rest[:count]
+                asked, drawn = [prompts[place] for place in part], [seeds[place] for place in part]
+                return _answers(model, asked, drawn, settings, stop_ids, use_cache)
+
+            wanted = min(size, len(rest))
+            answers, fitting = with_less_at_once(answered, wanted, "sampling")
+            if fitting < wanted:
+                size = fitting  # also of the batches that follow
+            yield list(zip(rest, answers, strict=False))
+            done += fitting
+
+
+def _answers(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: Sample,
+    stop_ids: Sequence[int],
+    use_cache: bool,
+) -> list[Completion]:
+    """As `generate`; without a cache where earlier tokens get other positions on the way."""
+    start, end = len(prompts[0]), len(prompts[-1]) + settings.max_new_tokens - 1
+    if not positions_change(model, start, end):
+        return generate(model, prompts, seeds, settings, stop_ids, use_cache)
+    with _own_frequencies(model):
+        return generate(model, prompts, seeds, settings, stop_ids, use_cache=False)
 
 
 @contextlib.contextmanager

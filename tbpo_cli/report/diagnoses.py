@@ -163,7 +163,7 @@ AFTER = (
         "the policy has hardly moved: KL {kl:z.4f} nats a token after {counted_steps}",
         "more pairs, epochs or max_steps{or_a_higher_rate}",
     ),
-    # The best runs of tests/benchmarks/results/methods.md have 0.07 to 0.4.
+    # The best runs of tests/benchmarks/results/methods_small_grid.md have 0.07 to 0.4.
     Diagnosis(
         ("kl",),
         lambda f: f.kl > FAR_KL,
@@ -288,7 +288,7 @@ ROUNDS = (
         lambda f: f.round_kl > 0.5 and f.round_kl > 2 * f.round_kl_before,
         "KL more than doubled in the last round, to over 0.5 nats a token",
         "KL went from {round_kl_before:.2f} to {round_kl:.2f} nats a token in the last round",
-        'a lower align.learning_rate, a higher align.loss.beta, or rounds.reference = "first"',
+        "a lower align.learning_rate or a higher align.loss.beta{or_the_first_reference}",
     ),
 )
 
@@ -299,6 +299,7 @@ DERIVED = {
     "highest",
     "lowest",
     "or_a_higher_rate",
+    "or_the_first_reference",
     "trained",
     "usual",
 }

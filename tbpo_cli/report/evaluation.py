@@ -103,7 +103,14 @@ def _rounds(entries: list[Json]) -> Json:
     warnings = rounds.warnings_of(entries)
     headings, rows = rounds.table_of(entries)
     panels = rounds.panels_of(entries)
-    return {"headings": headings, "rows": rows, "warnings": warnings, "panels": panels}
+    reference = rounds.reference_of(entries)
+    return {
+        "headings": headings,
+        "rows": rows,
+        "warnings": warnings,
+        "panels": panels,
+        "reference": reference,
+    }
 
 
 def _with_names(
@@ -154,7 +161,8 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     """Title, headings and rows of each table, last the pairs by length; figures are {"value",
     "interval", "n"}.
     """
-    models, rates = results["models"], results["win_rates"]
+    models = results["models"]
+    rates = results["win_rates"]
     known = {
         name: {
             **model["preference"]["all"],

@@ -58,6 +58,7 @@ class Facts:
         round_no_pair: the share of the prompts of the last round that gave no pair.
         round_spread: standard deviation of a prompt's marks, the last round's over the first's.
         round_kl: KL of the last round. `round_kl_before`: of the round before.
+        round_reference: what KL is measured from there: `rounds.reference`.
         unread: the share of a judge's questions whose answer is no verdict. `unread_by`: its name.
         flips: the share of comparisons whose verdict changes with the order of the two answers.
         flips_by: the name of the judge that does so.
@@ -93,6 +94,7 @@ class Facts:
     round_spread: float | None = None
     round_kl: float | None = None
     round_kl_before: float | None = None
+    round_reference: str | None = None
     unread: float | None = None
     unread_by: str | None = None
     flips: float | None = None
@@ -148,6 +150,11 @@ class Facts:
         return f", or {self.stage}.learning_rate = {wanted}"
 
     @property
+    def or_the_first_reference(self) -> str:
+        """The reference that holds the policy better; "" where it is that already."""
+        return ', or rounds.reference = "first"' if self.round_reference == "previous" else ""
+
+    @property
     def counted_steps(self) -> str:
         return counted(self.steps or 0, "step")
 
@@ -193,7 +200,8 @@ def after_training(metrics: Sequence[Mapping[str, Any]], facts: Facts) -> Facts:
 def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
     """The facts of a complete evaluation, from its results.json."""
     policy, reference = (results["models"][name] for name in ("policy", "reference"))
-    own, before = policy["preference"]["all"], reference["preference"]["all"]
+    own = policy["preference"]["all"]
+    before = reference["preference"]["all"]
     known: dict[str, Any] = {
         "lora": lora, "kl": own["kl"]["value"], "held_out": results["num_pairs"],
     }  # fmt: skip

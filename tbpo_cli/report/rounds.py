@@ -15,7 +15,7 @@ COLUMNS = {  # of an entry: the heading, and how a value is written
     "win_rate": ("wins against the first", "{:.1%}"),
     "length": ("tokens", "{:.1f}"),
     "cut": ("cut", "{:.1%}"),
-    "kl": ("KL", "{:.3f}"),
+    "kl": ("KL from {reference}", "{:.3f}"),
     "pairs": ("pairs", "{:,}"),
     "no_pair": ("prompts without a pair", "{:.1%}"),
     "pair_margin": ("margin of pairs", "{:.3f}"),
@@ -24,15 +24,24 @@ CHARTS = {  # of an entry: title and unit
     "mark": ("mark of the answers", "judge's unit"),
     "win_rate": ("wins against the first policy", "share of answers"),
     "length": ("length of the answers", "tokens"),
-    "kl": ("KL from the round's reference", "nats a token"),
+    "kl": ("KL from {reference}", "nats a token"),
     "pair_margin": ("margin of the pairs", "judge's unit"),
     "no_pair": ("prompts without a pair", "share"),
 }
 
 
+REFERENCES = {"first": "the first", "previous": "the round before"}  # by `rounds.reference`
+
+
+def reference_of(entries: list[Json]) -> str:
+    """Which policy KL is measured from, in words."""
+    return REFERENCES.get(entries[-1].get("reference", ""), "the round's reference")
+
+
 def table_of(entries: list[Json]) -> tuple[list[str], list[list[Any]]]:
     """Headings and rows, for a page: figures are {"value", "interval", "n"}."""
-    headings = ["policy", *(heading for heading, _ in COLUMNS.values())]
+    reference = reference_of(entries)
+    headings = ["policy", *(each.format(reference=reference) for each, _ in COLUMNS.values())]
     return headings, [
         [_name(each), *(_cell(each.get(key), form) for key, (_, form) in COLUMNS.items())]
         for each in entries
@@ -50,10 +59,12 @@ def texts_of(entries: list[Json]) -> tuple[list[str], list[list[str]]]:
 def panels_of(entries: list[Json]) -> list[Panel]:
     """A chart a figure, over the rounds."""
     panels = []
+    reference = reference_of(entries)
     for key, (title, unit) in CHARTS.items():
         points = [_point(each["round"], each[key]) for each in entries if each.get(key) is not None]
         if points:
-            panels.append(Panel(title, unit, "round", [Series(points, line=1.5, dots=3)]))
+            series = [Series(points, line=1.5, dots=3)]
+            panels.append(Panel(title.format(reference=reference), unit, "round", series))
     return panels
 
 
@@ -67,8 +78,10 @@ def warnings_of(entries: list[Json]) -> list[str]:
         "round_top": last["top"],
         "round_no_pair": last["no_pair"],
         "round_kl": last["kl"],
+        "round_reference": last.get("reference"),
     }
-    spread, now = entries[1]["spread"], last["spread"]
+    spread = entries[1]["spread"]
+    now = last["spread"]
     if len(entries) > 2 and spread and now is not None:
         known["round_spread"] = now / spread
     if len(entries) > 2:
@@ -77,7 +90,7 @@ def warnings_of(entries: list[Json]) -> list[str]:
 
 
 def _name(entry: Json) -> str:
-    return f"round {entry['round']}" if entry["round"] else "the first"
+    return f"round {entry['round']}" if entry["round"] else "first"
 
 
 def _cell(value: Any, form: str) -> Json | str:

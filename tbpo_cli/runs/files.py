@@ -120,7 +120,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 @contextmanager
-def told_as_unwritable(folder: Path) -> Iterator[None]:
+def explaining_disk_errors(folder: Path) -> Iterator[None]:
     """Turns the errors of a disk that is full, read-only or gone into messages."""
     try:
         yield

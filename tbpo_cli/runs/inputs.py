@@ -15,6 +15,8 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import sha256
 from tbpo_cli.runs.stage import Stage
 
+NO_FILES = "(a Hub repository or nothing)"  # in words, where a key names no local files
+
 Files = dict[str, dict[str, Any]]  # by path: size, times and hash
 
 # Keys that decide how a result is reached or shown: changing them invalidates nothing. Those that
@@ -197,7 +199,7 @@ def _hashes(files: Files) -> list[str]:
 
 
 def _names(files: Files) -> str:
-    return ", ".join(files) or "(a Hub repository or nothing)"
+    return ", ".join(files) or NO_FILES
 
 
 def _shown(value: Any) -> str:

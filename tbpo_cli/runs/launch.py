@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from tbpo_cli import console
-from tbpo_cli.errors import Interrupted, TbpoError, ToldError
+from tbpo_cli.errors import Interrupted, ReportedError, TbpoError
 from tbpo_cli.runs import interrupts, machines
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.files import HALVED, halved_tokens
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # In a stage's folder, while its workers run: the first machine has launched it; a worker has said
 # why it failed.
-LAUNCHED, TOLD = ".launched", ".told"
+LAUNCHED, REPORTED = ".launched", ".reported"
 # torch's settings of its allocator; the second is its old name.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ABSENT = 600.0  # seconds without the first machine that another one waits for it
@@ -89,7 +89,8 @@ def processes_of(
     """
     job = os.environ
     if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
-        nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
+        nodes = int(job["SLURM_NNODES"])
+        node_rank = int(job["SLURM_NODEID"])
         if not main_address:  # the first host of the job, and a port that the job's number decides
             command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
             with suppress(OSError, subprocess.CalledProcessError):  # as in a container
@@ -98,7 +99,8 @@ def processes_of(
                 ).stdout.split()
                 main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
     is_half_said = nodes is None and (node_rank is not None or main_address is not None)
-    nodes, address = nodes or 1, main_address or ""
+    nodes = nodes or 1
+    address = main_address or ""
     is_lost = nodes > 1 and (node_rank is None or ":" not in address)
     if is_half_said or is_lost or (node_rank or 0) >= nodes:
         where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
@@ -154,14 +156,10 @@ def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
     while not (run_dir.stage(name) / LAUNCHED).exists():
         until = time.monotonic() + ABSENT if run_dir.owner() else until
         if time.monotonic() > until:
-            what, where = (
-                f"the first machine does not begin {name}",
-                f"--main-address {processes.main_address}",
-            )
-            expected, fix = (
-                f"the same command there, with {run_dir.path}",
-                "look at what it says, and start all again",
-            )
+            what = f"the first machine does not begin {name}"
+            where = f"--main-address {processes.main_address}"
+            expected = f"the same command there, with {run_dir.path}"
+            fix = "look at what it says, and start all again"
             raise TbpoError(what, where, expected, fix)
         time.sleep(0.5)
     _run_workers(run_dir.stage(name), processes)
@@ -173,7 +171,7 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     Raises:
         TbpoError: if there are fewer GPUs than processes, or a worker was killed.
         Interrupted: after SIGINT, SIGTERM or SIGHUP.
-        ToldError: if a worker has said why it ended.
+        ReportedError: if a worker has said why it ended.
     """
     check_gpus(processes)
     if processes.machine_rank == 0:
@@ -191,13 +189,13 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)
-    is_told = (folder / TOLD).exists()
+    is_reported = (folder / REPORTED).exists()
     if received:
-        if is_told and code:
-            raise ToldError(128 + received)
+        if is_reported and code:
+            raise ReportedError(128 + received)
         raise Interrupted(received, "nothing is lost", "the same command goes on from there")
-    if code > 0 and is_told:
-        raise ToldError(code)
+    if code > 0 and is_reported:
+        raise ReportedError(code)
     if code:
         number = -code if code < 0 else code - 128
         what = f"a worker process {f'was killed by signal {number}' if number > 0 else 'failed'}"
@@ -225,7 +223,7 @@ def _launch(folder: Path, processes: Processes) -> tuple[int, int]:
             "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.per_machine))
         )
     if processes.machine_rank == 0:
-        (folder / TOLD).unlink(missing_ok=True)
+        (folder / REPORTED).unlink(missing_ok=True)
     received: list[int] = []
     launcher: list[psutil.Popen] = []
 

@@ -14,12 +14,24 @@ from pathlib import Path
 from tbpo_cli.config.recipe import Data, Recipe, Sample, Source
 from tbpo_cli.config.rounds import Rounds
 from tbpo_cli.runs.files import sync
+from tbpo_cli.runs.inputs import NO_FILES
 from tbpo_cli.runs.run_dir import RunDir
 
 FOLDER = "rounds"
 PROMPTS = "prompts"  # the stage that deals them out, and its folder
 HELD_OUT = "held_out"  # the prompts that no round trains on
 MARKED = "mark/answers.jsonl"  # the answers of a round with their marks
+# Keys of the recipe that a round's stages are run with, by what a user knows them as.
+NAMES = {
+    "align.start": "the policy of the round before",
+    "sample.adapter": "the policy that answers",
+    "sample.endpoint_model": "rounds.endpoint_model",
+    "sample.max_new_tokens": "rounds.max_new_tokens",
+    "sample.num_samples": "rounds.answers",
+    "sample.prompts": "the prompts",
+    "sample.temperature": "rounds.temperature",
+    "sample.top_p": "rounds.top_p",
+}
 LINKED = ("prepare", "align")  # the stages whose last results stand where they always stand
 
 
@@ -48,29 +60,42 @@ def all_rounds(run_dir: RunDir) -> RunDir:
 
 
 def place_of_round(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
-    """What the stages of a round are run with: sample, mark, prepare and align.
+    """What `sample`, `mark` and `prepare` of a round are run with.
+
+    The answers are those of the policy of the round before, whatever that is compared with next:
+    nothing here depends on `rounds.reference`, so that another one keeps answers, marks and pairs.
 
     Args:
         recipe: with [rounds].
         number: from 1.
     """
-    before = policy_after(recipe, run_dir, number - 1)
-    model, align = recipe.model, recipe.align
-    if before is not None and _settings(recipe).reference == "first":
-        align = replace(align, start=str(before))
-    elif before is not None and model.lora is not None:
-        model = replace(model, adapter=str(before))
-    elif before is not None:
-        model = replace(model, base=str(before), revision=None)
     changed = replace(
         recipe,
-        model=model,
-        align=align,
         data=_data_of(recipe, run_dir, number),
         sample=_sample_of(recipe, run_dir, str(number), number - 1),
         rounds=None,
     )
     return Place(changed, RunDir(_folder(run_dir, number), run_dir.path))
+
+
+def place_of_training(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
+    """What `align` of a round is run with: its reference, and the policy that it starts from.
+
+    The first round starts from the first reference, as a run without rounds does.
+    """
+    place = place_of_round(recipe, run_dir, number)
+    if number == 1:
+        return place
+    before = str(policy_after(recipe, run_dir, number - 1))
+    model = recipe.model
+    align = recipe.align
+    if _settings(recipe).reference == "first":
+        align = replace(align, start=before)
+    elif model.lora is not None:
+        model = replace(model, adapter=before)
+    else:
+        model = replace(model, base=before, revision=None)
+    return replace(place, recipe=replace(place.recipe, model=model, align=align))
 
 
 def place_of_policy(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
@@ -85,6 +110,22 @@ def with_pairs(recipe: Recipe, run_dir: RunDir) -> Recipe:
     if recipe.rounds is None:
         return recipe
     return replace(recipe, data=_data_of(recipe, run_dir, recipe.rounds.number))
+
+
+def in_words(changes: list[str]) -> list[str]:
+    """What differs in the inputs of a round's stage, by the keys that the run's recipe has.
+
+    Args:
+        changes: lines of `differences`, "KEY: BEFORE → NOW" each.
+    """
+    start = next((line for line in changes if line.startswith("align.start: ")), "")
+    if NO_FILES in start:
+        now = "previous" if start.endswith(NO_FILES) else "first"
+        keys = ("align.start: ", "model.adapter: ", "model.base: ")
+        others = [line for line in changes if not line.startswith(keys)]
+        changes = [f'rounds.reference: now "{now}"', *others]
+    parts = (line.partition(": ") for line in changes)
+    return [f"{NAMES.get(key, key)}{colon}{rest}" for key, colon, rest in parts]
 
 
 def policy_after(recipe: Recipe, run_dir: RunDir, number: int) -> Path | None:
@@ -183,7 +224,8 @@ def _data_of(recipe: Recipe, run_dir: RunDir, number: int) -> Data:
     The held-out pairs are those of `data.eval`, or made of the first policy's answers, where that
     names prompts alone or nothing.
     """
-    data, settings = recipe.data, _settings(recipe)
+    data = recipe.data
+    settings = _settings(recipe)
 
     def marked(of_round: int, weight: float = 1.0) -> Source:
         return Source(str(_folder(run_dir, of_round) / MARKED), weight=weight)

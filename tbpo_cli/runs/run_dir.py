@@ -18,11 +18,11 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import (
     damage,
+    explaining_disk_errors,
     read_sealed,
     sha256,
     sync,
     sync_tree,
-    told_as_unwritable,
     write_sealed,
     write_whole,
 )
@@ -79,7 +79,7 @@ class RunDir:
         Raises:
             TbpoError: if another process is, or the folder cannot be written.
         """
-        with told_as_unwritable(self.path):
+        with explaining_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             with hold(self.path / "lock"):
                 yield

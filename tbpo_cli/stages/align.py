@@ -46,6 +46,7 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
         stage="align",
         lora=recipe.model.lora is not None,
         rate=recipe.align.learning_rate,
+        weights=manifest.get("num_weights", Facts.weights),  # an earlier version leaves none
         batch=recipe.align.batch_size,
         pairs=_kept(run_dir, "train"),
         held_out=_kept(run_dir, "eval"),

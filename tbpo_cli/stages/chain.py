@@ -11,9 +11,17 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.data.selection import require_comparisons
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs import interrupts
-from tbpo_cli.runs.files import told_as_unwritable
+from tbpo_cli.runs.files import explaining_disk_errors
 from tbpo_cli.runs.launch import ALONE, Processes, join_workers
-from tbpo_cli.runs.rounds import all_rounds, is_linked, link_last, place_of_policy, place_of_round
+from tbpo_cli.runs.rounds import (
+    all_rounds,
+    in_words,
+    is_linked,
+    link_last,
+    place_of_policy,
+    place_of_round,
+    place_of_training,
+)
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 from tbpo_cli.stages import align, evaluate, mark, prepare, prompts, rounds, sample, sft
@@ -106,11 +114,13 @@ def _steps_of_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> Iterator[S
     for number in range(last + 1):
         if number:
             place = place_of_round(recipe, run_dir, number)
-            for name in ("sample", "mark", "prepare", "align"):
-                is_target = name == target and number == (1 if name == "prepare" else last)
+            for name in ("sample", "mark", "prepare"):
+                is_target = name == target == "prepare"
                 yield step(name, place.recipe, place.run_dir, is_target)
-                if is_target and target == "prepare":
-                    return
+            if target == "prepare":
+                return
+            place = place_of_training(recipe, run_dir, number)
+            yield step("align", place.recipe, place.run_dir, target == "align" and number == last)
         place = place_of_policy(recipe, run_dir, number)
         for name in ("sample", "mark"):
             yield step(name, place.recipe, place.run_dir)
@@ -137,6 +147,7 @@ def _state(step: Step) -> tuple[State, list[str]]:
         if run_dir.root is None:
             raise
         changes = ["what a stage before makes is not there"]
+    changes = changes if run_dir.root is None else in_words(changes)
     is_complete = bool(run_dir.manifest(stage.name))
     if changes and stage.renews(run_dir):
         return "renewed", changes
@@ -193,7 +204,7 @@ def run_through(
             if step.stage.work is not None and is_left:
                 join_workers(step.stage, step.run_dir, processes)
         return
-    with run_dir.lock(), told_as_unwritable(run_dir.path):
+    with run_dir.lock(), explaining_disk_errors(run_dir.path):
         for place in range(len(steps)):
             # A stage before may have another result now, or say which rows there are.
             left = steps_of(target, recipe, run_dir)[place:]
@@ -202,8 +213,9 @@ def run_through(
                 _refuse_changed(left, states, run_dir)
             if left[0].stage.name == "sft" and not left[0].is_target:  # for what comes after it
                 require_comparisons(recipe, run_dir.manifest("prepare")["counts"])
-            _check_before(left, states[left[0].label][0])
-            _run(left[0], states[left[0].label][0], restart, processes)
+            state, changes = states[left[0].label]
+            _check_before(left, state)
+            _run(left[0], state, changes, restart, processes)
             link_last(recipe, run_dir)
     _report_rounds(target, recipe, run_dir)
 
@@ -229,8 +241,12 @@ def _link(recipe: Recipe, run_dir: RunDir) -> None:
             link_last(recipe, run_dir)
 
 
-def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
-    """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside."""
+def _run(step: Step, state: State, changes: list[str], restart: bool, processes: Processes) -> None:
+    """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside.
+
+    Args:
+        changes: of its inputs, as `plan` gives them.
+    """
     interrupts.raise_if_received()
     run_dir, name = step.run_dir, step.stage.name
     is_anew = state in ("stale", "changed", "damaged")
@@ -241,7 +257,6 @@ def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
     if (is_anew or (restart and step.is_target)) and (old := run_dir.restart(name)):
         console.say(f"the old {step.label} is kept as {old}")
     elif state == "renewed":
-        changes = run_dir.changes(step.stage, step.recipe)
         what = f"{step.label}: what depends on these changes is made anew, the rest is kept:"
         console.say("\n    ".join([what, *changes]))
         run_dir.renew(step.stage, step.recipe)
@@ -301,6 +316,8 @@ def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     lines = dict.fromkeys(line for changes in changed.values() for line in changes)
     names = list(states)
     invalidated = names[names.index(next(iter(changed))) :]
+    if any(step.run_dir.root is not None for step in steps):  # in rounds not all that follows
+        invalidated = [*changed, "what depends on it"]
     fix = (
         f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
         "or --run-dir DIR starts another run"

@@ -25,6 +25,17 @@ Json = dict[str, Any]
 ANSWERS = "answers.jsonl"
 SHOWN_REASONS = 5  # why answers have no mark, from the most frequent on
 EMPTY = "the answer is empty"
+# Not the address of a language model, its price, nor the template by which it compares two.
+KEYS = (
+    "judge.scorer",
+    "judge.reward_model",
+    "judge.model",
+    "judge.mark_template",
+    "judge.scale",
+    "judge.body",
+    "judge.repeats",
+    "eval.thinking",
+)
 
 
 def check_before_sampling(recipe: Recipe, run_dir: RunDir) -> None:
@@ -55,13 +66,11 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     for part in parts:
         part.unlink()
     missing = Counter(line["reason"] for line in marks.values() if line["mark"] is None)
-    costs = [line["cost"] for line in marks.values() if line["cost"] is not None]
     facts = {
         "num_answers": len(samples),
         "num_without_mark": missing.total(),
         "without_mark": dict(missing.most_common(SHOWN_REASONS)),
         "judge_tokens": [sum(line["tokens"][side] for line in marks.values()) for side in (0, 1)],
-        "cost": sum(costs) if costs else None,
         "seconds": round(time.monotonic() - started, 1),
     }
     run_dir.finish("mark", [folder / ANSWERS], facts)
@@ -119,7 +128,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _line(mark: Mark) -> Json:
-    return {"mark": mark.value, "reason": mark.reason, "tokens": mark.tokens, "cost": mark.cost}
+    return {"mark": mark.value, "reason": mark.reason, "tokens": mark.tokens}
 
 
 def _samples(run_dir: RunDir) -> list[Json]:
@@ -142,7 +151,7 @@ def _row(marked: list[tuple[Json, Json]]) -> Json:
 STAGE = Stage(
     name="mark",
     needs=lambda recipe: ("sample",),
-    keys=("judge.", "eval.thinking"),
+    keys=KEYS,
     run=run,
     report=report,
     work=work,

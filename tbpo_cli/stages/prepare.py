@@ -20,7 +20,6 @@ from tbpo_cli.data.held_out import drop_overlapping, held_out_prompts, split_off
 from tbpo_cli.data.selection import READING, Counts, PairFilter, read_otherwise
 from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
 from tbpo_cli.data.store import PairStore, pair_writer
-from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokenizer import fingerprint, load_tokenizer
 from tbpo_cli.errors import TbpoError, gather
 from tbpo_cli.report.preparation import write_report
@@ -50,7 +49,6 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     folder = run_dir.begin(STAGE, recipe)
     # Before the workers load it, whose exceptions would break the pool.
     tokenizer = load_tokenizer(recipe.model)
-    Chat(tokenizer, recipe.data.template_date).check_that_it_ends()
     if not run_dir.is_restarted("prepare") and _copied(recipe, run_dir, fingerprint(tokenizer)):
         return
     data = recipe.data

@@ -23,11 +23,11 @@ from tbpo_cli.hub.publish import check_repository as check_repository
 from tbpo_cli.hub.publish import check_token as check_token
 from tbpo_cli.hub.secrets import check_no_secret, without_folders
 from tbpo_cli.runs.files import (
+    explaining_disk_errors,
     is_sealed,
     read_sealed,
     seal_folder,
     sync_tree,
-    told_as_unwritable,
     write_sealed,
 )
 from tbpo_cli.runs.run_dir import RunDir
@@ -57,7 +57,7 @@ def run(
         raise TbpoError(
             "push.repo is missing", "[push] repo", '"user/name"', "--set push.repo=user/name"
         )
-    with run_dir.lock(), told_as_unwritable(run_dir.path):
+    with run_dir.lock(), explaining_disk_errors(run_dir.path):
         base = published_base(recipe, manifests["align"], online=not dry_run)
         if not (base.licence or dry_run):
             raise TbpoError(
@@ -81,8 +81,8 @@ def run(
         path.parent.mkdir(exist_ok=True)
         write_sealed(path, receipt)
     is_unchanged = receipt["commit"] == head
-    told = "unchanged, the Hub has all of it" if is_unchanged else "published, and read back"
-    console.say(f"{told}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
+    outcome = "unchanged, the Hub has all of it" if is_unchanged else "published, and read back"
+    console.say(f"{outcome}: {len(files)} files, commit {receipt['commit']}; receipt: {path}")
     console.show(receipt["url"])
 
 
@@ -99,7 +99,7 @@ def export(recipe: Recipe, run_dir: RunDir, folder: Path) -> None:
     manifests = require_complete("align", recipe, run_dir)
     results = _results(run_dir, allow_unevaluated=True)
     part = folder.with_name(f".{folder.name}.partial")
-    with run_dir.lock(), told_as_unwritable(folder.parent):
+    with run_dir.lock(), explaining_disk_errors(folder.parent):
         base = local_base(recipe, manifests["align"])
         card = _card(recipe, run_dir, base, results, manifests)
         texts = _texts(recipe, run_dir, base, card, results)

@@ -13,7 +13,8 @@ import torch
 
 from tbpo_cli import console
 from tbpo_cli.batch.layouts import PairBatch
-from tbpo_cli.errors import TbpoError, ToldError
+from tbpo_cli.errors import ReportedError, TbpoError
+from tbpo_cli.model.out_of_memory import is_out_of_memory
 from tbpo_cli.runs.files import HALVED, halved_tokens, write_whole
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import MIN_TOKENS
@@ -56,7 +57,7 @@ class TokenBudget:
 
         Raises:
             TbpoError: if the number is the recipe's, or cannot be halved any more.
-            ToldError: if the weights are sharded.
+            ReportedError: if the weights are sharded.
         """
         while True:
             result = None
@@ -89,30 +90,10 @@ class TokenBudget:
         self.tokens //= 2
         if self._sharded_in:
             write_whole(self._sharded_in / HALVED, str(self.tokens))
-            raise ToldError(1)
+            raise ReportedError(1)
         console.say(
             f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device or the host has no memory left.
-
-    The CUDA runtime and its libraries raise other classes than torch's allocator does.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
-
-
-OUT_OF_MEMORY = (
-    "can't allocate memory",  # the allocator of the CPU
-    "CUDA error: out of memory",  # an AcceleratorError, from the driver
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-)
 
 
 def keep_freed_memory() -> None:

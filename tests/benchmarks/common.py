@@ -21,8 +21,23 @@ RESULTS = Path(__file__).parent / "results"
 
 def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
     """results/NAME.json with the raw rows and results/NAME.md with the table, both dated."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({**_about(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
+    write_table(name, title, table)
+
+
+def write_table(name: str, title: str, table: str) -> None:
+    """results/NAME.md with the table, dated."""
+    said = "; ".join(f"{key}: {value}" for key, value in _about().items())
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{said}\n\n{table}\n", encoding="utf-8")
+
+
+def _about() -> dict:
+    """When, how and with what something was measured."""
     libraries = {library: version(library) for library in ("torch", "transformers", "peft")}
-    about = {
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(
             ["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
@@ -30,12 +45,6 @@ def write_results(name: str, title: str, rows: list[dict], table: str) -> None:
         "versions": {"python": platform.python_version(), **libraries},
         "threads": torch.get_num_threads(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
-    said = "; ".join(f"{key}: {value}" for key, value in about.items())
-    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{said}\n\n{table}\n", encoding="utf-8")
 
 
 # UltraFeedback-like token counts: mean, σ of the log

@@ -1,98 +1,104 @@
-"""Every loss on the quickstart's world, through the real commands: which one, and at what cost?
+"""Which loss, at what cost, and how easily found? A search for each on the quickstart's world.
 
     export OMP_NUM_THREADS=1
     python tests/benchmarks/methods.py --part 0/2 &
     python tests/benchmarks/methods.py --part 1/2 & wait
     python tests/benchmarks/methods.py --report    # results/methods.*; also while parts still run
 
-Each method's learning rate, then its β, are those of RATES and MULTIPLES with the highest true
-score on validation prompts (seed 0); then it is run with 5 other seeds and measured on test
-prompts, which the world makes anew. A run that has been measured stands in the folder, or in
-results/methods.json, and is not made again: a part may be stopped at any time, and another machine
-goes on from what is committed. About an hour on two quiet cores. `--methods`, `--seeds` and
-`--no-tuning` make less of it.
+Each loss's learning rate, β and, where it matches ratios, `min_ratio` are searched by search.py on
+validation prompts: successive halving over seeds, with a wider grid where the best stands at an
+edge. The best setting is then run with TEST_SEEDS and measured on new prompts. Last, the settings
+that decide the score at KL_TARGETS get the seeds that they lack.
+
+The order is such that a part of the runs is a part of the answer: the losses of METHODS side by
+side, level by level, then the variants of variants.py, which ask what makes TDPO 2 win. A run is a
+line of runs.jsonl, in the folder or, committed, of results/methods.jsonl, and is not made again: a
+part may be stopped at any time, and another machine goes on from what is committed (`--report`
+copies the folder's lines there). Parts wait for each other's runs where a next level needs them.
+About 8 hours of one quiet core in all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
 import time
-from collections import Counter
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
+from statistics import fmean
 
-import matplotlib.pyplot as plt
-import numpy as np
-from common import RESULTS, write_results
+import search
+import variants
+from common import RESULTS
+from quickstart_run import ROOT, measured, share_reference, tbpo, true_scores, write_prompts
+from search import Axis, Grid, Point
 
-from tbpo_cli import console
-from tbpo_cli.cli.main import app
-from tbpo_cli.errors import DivergenceError
+COMMITTED = RESULTS / "methods.jsonl"
+KEY = ("method", "min_ratio", "rate", "multiple", "seed", "split")
+BASE = "the base"
+TEST_SEEDS = tuple(range(1, 9))
+KL_TARGETS = (0.1, 0.2, 0.4)
+RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+FLOORS = (0.0, 0.6, 0.8, 0.9)
+WAIT_SECONDS = 5
+Key = tuple[str, float, float, float, int, str]
 
-ROOT = Path(__file__).parent.parent.parent
-QUICKSTART = ROOT / "recipes/quickstart"
-sys.path.insert(0, str(QUICKSTART))
-import world  # noqa: E402
 
-LAMBDAS = {"sba λ −0.5": -0.5, "sba λ 0": 0.0, "sba λ 0.5": 0.5, "sba λ 1": 1.0}
-GENERATORS = {
-    "logistic": "{name = 'logistic'}",
-    **{f"{name}": f"{{name = 'sba', lam = {lam}, scale = 4.0}}" for name, lam in LAMBDAS.items()},
+@dataclass(frozen=True)
+class Method:
+    """A loss with the settings that are not searched.
+
+    Args:
+        fields: those of [align.loss] as an inline table's inside, without β and min_ratio.
+        beta: the default β, of which multiples are searched.
+        lowest: the smallest multiple of the first grid.
+        has_floor: whether `min_ratio` is searched: the loss matches ratios and does not saturate.
+        is_variant: whether it is of variants.py's question, which is asked second.
+    """
+
+    fields: str
+    beta: float = 0.1
+    lowest: float = 1.0
+    has_floor: bool = False
+    is_variant: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """5 learning rates × 4 β, first without and then, where it is searched, with a floor."""
+        place = MULTIPLES.index(self.lowest)
+        floors = Axis("min_ratio", FLOORS, 0, 1 if self.has_floor else 0, open_below=False)
+        return (floors, Axis("rate", RATES, 2, 6), Axis("β", MULTIPLES, place, place + 3))
+
+
+def variant(fields: str, has_floor: bool = True) -> Method:
+    return Method(f"name = '{variants.NAME}', {fields}", has_floor=has_floor, is_variant=True)
+
+
+LOGISTIC = "generator = {name = 'logistic'}"
+METHODS = {
+    "tbpo_a": Method("name = 'tbpo_a'", has_floor=True),
+    "tbpo_q": Method("name = 'tbpo_q'", has_floor=True),
+    "dpo": Method("name = 'dpo'"),
+    "tdpo 2": Method("name = 'tdpo', version = 2"),
+    "ipo": Method("name = 'ipo'"),
+    "simpo": Method("name = 'simpo'", beta=2.0, lowest=0.3),
+    "dpo_norm": Method("name = 'dpo_norm'", beta=5.0, lowest=0.3),
+    "apo_zero": Method("name = 'apo_zero'"),
+    "A, stop-gradient": variant("stop_chosen = true"),
+    "A, α 0.5": variant("alpha = 0.5"),
+    "A, whole responses": variant("whole = true"),
+    "A, logistic": variant(LOGISTIC, has_floor=False),
+    "A, stop-gradient, α 0.5": variant("stop_chosen = true, alpha = 0.5"),
+    "A, stop-gradient, α 0.5, logistic": variant(
+        f"stop_chosen = true, alpha = 0.5, {LOGISTIC}", has_floor=False
+    ),
+    "tdpo 2, no stop-gradient": variant(f"whole = true, alpha = 0.5, {LOGISTIC}", has_floor=False),
+    "tdpo 2, α 1": Method("name = 'tdpo', version = 2, alpha = 1.0", is_variant=True),
 }
-METHODS = {  # the fields of [align.loss], beside beta
-    "dpo": {"name": "'dpo'"},
-    "ipo": {"name": "'ipo'"},
-    "hinge": {"name": "'hinge'"},
-    "simpo": {"name": "'simpo'"},
-    "orpo": {"name": "'orpo'"},
-    "tdpo 1": {"name": "'tdpo'", "version": "1"},
-    "tdpo 2": {"name": "'tdpo'", "version": "2"},
-    "tis_dpo": {"name": "'tis_dpo'"},
-    **{
-        f"{loss}, {name}": {"name": f"'{loss}'", "generator": text}
-        for loss in ("bpo", "tbpo_q", "tbpo_a")
-        for name, text in GENERATORS.items()
-    },
-    "tbpo_q, log w = 0": {"name": "'tbpo_q'", "baseline_clip": "1e-9"},
-}
-STRENGTH = {
-    "simpo": ("beta", 2.0),
-    "orpo": ("lam", 0.1),
-}  # what β is for the others: (field, default)
-RATES, MULTIPLES = (
-    (2e-4, 4.5e-4, 1e-3, 2e-3),
-    (1.0, 5.0),
-)  # learning rates; multiples of the default β
-DEFAULT = (4.5e-4, 1.0)
-SETTINGS = ("align.max_steps=61", "eval.diversity_prompts=50")  # beside the recipe's: half an epoch
-TUNING_SEED, VALIDATION_PROMPTS, TEST_PROMPTS = 0, 200, 400
-EVALUATED = ("kl", "entropy", "predictive_entropy", "self_bleu", "distinct_1", "length")
-COLUMNS = {  # of the table: figure of a row, what a person reads, how it is written
-    "true_score": ("true score", "{:.3f}"),
-    "win_rate": ("win rate", "{:.3f}"),
-    "right": ("right", "{:.3f}"),
-    "rude": ("rude", "{:.3f}"),
-    "kl": ("KL", "{:.3f}"),
-    "entropy": ("entropy", "{:.3f}"),
-    "self_bleu": ("self-BLEU", "{:.1f}"),
-    "distinct_1": ("distinct-1", "{:.3f}"),
-    "length": ("length", "{:.1f}"),
-    "largest_grad_norm": ("largest gradient", "{:.2g}"),
-    "clipped": ("clipped", "{:.0f}"),
-}
-LARGEST = ("largest_grad_norm", "clipped")  # of all seeds, not their mean
-SPEED_STEPS = 16  # of which the first two are left out
-FAMILIES = {
-    "bpo": "tab:orange",
-    "tbpo_q": "tab:green",
-    "tbpo_a": "tab:blue",
-    "": "tab:gray",
-}  # of the plot
-Choice = tuple[float, float]
 
 
 def main() -> None:
@@ -103,343 +109,137 @@ def main() -> None:
         "--folder", type=Path, default=ROOT / ".benchmarks/methods", help="where the runs are kept"
     )
     parser.add_argument(
-        "--part", default="0/1", metavar="K/N", help="every N-th method, from the K-th, from 0"
-    )
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--no-tuning", action="store_true", help=f"learning rate and multiple of β: {DEFAULT}"
-    )
-    parser.add_argument(
-        "--speed", action="store_true", help="pairs/s of each method, and the base's own answers"
+        "--part", default="0/1", metavar="K/N", help="the K-th of N processes, from 0"
     )
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    take_over(arguments.folder)
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.report:
-        report(arguments.folder)
+        from methods_report import report
+
+        report(commit_runs(folder))
         return
-    write_prompts(arguments.folder)
-    if arguments.speed:
-        measure_speed(arguments.folder)
-        return
+    write_prompts(folder)
+    share_reference()
     part, parts = map(int, arguments.part.split("/"))
-    for method in arguments.methods[part::parts]:
-        choice = DEFAULT if arguments.no_tuning else tune(arguments.folder, method)
-        for seed in range(1, arguments.seeds + 1):
-            run(arguments.folder, method, choice, seed, "test")
-
-
-def tune(folder: Path, method: str) -> Choice:
-    """The best learning rate at the default β, then the best β at that rate."""
-
-    def best(choices: list[Choice]) -> Choice:
-        return max(
-            choices,
-            key=lambda choice: run(folder, method, choice, TUNING_SEED, "validation")["true_score"],
-        )
-
-    rate, _ = best([(rate, MULTIPLES[0]) for rate in RATES])
-    return best([(rate, multiple) for multiple in MULTIPLES])
-
-
-def write_prompts(folder: Path) -> None:
-    """Fresh prompts of the world that are in none of the quickstart's files."""
-    known = {
-        json.loads(line)["prompt"]
-        for name in ("train", "eval")
-        for line in (QUICKSTART / f"{name}.jsonl").open()
-    }
-    rng = Random(20260101)
-    for name, count in (("validation", VALIDATION_PROMPTS), ("test", TEST_PROMPTS)):
-        prompts = []
-        while len(prompts) < count:
-            prompt = world.make_prompt(rng).text
-            if prompt not in known:
-                known.add(prompt)
-                prompts.append(prompt)
-        lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-
-
-def take_over(folder: Path) -> None:
-    """What is committed counts as measured."""
-    committed = RESULTS / "methods.json"
-    for row in json.loads(committed.read_text())["rows"] if committed.exists() else ():
-        choice = (row["rate"], row["multiple"])
-        path = folder / f"{label_of(row['method'], choice, row['seed'], row['split'])}.json"
-        if not path.exists():
-            path.write_text(json.dumps(row), encoding="utf-8")
-
-
-def label_of(method: str, choice: Choice, seed: int, split: str) -> str:
-    return f"{method}-{choice[0]:g}-{choice[1]:g}-{seed}-{split}".replace(" ", "").replace("=", "")
-
-
-def run(folder: Path, method: str, choice: Choice, seed: int, split: str) -> dict:
-    """One training and its measurement; read from the folder if it is there."""
-    rate, multiple = choice
-    label = label_of(method, choice, seed, split)
-    found = folder / f"{label}.json"
-    if found.exists():
-        return json.loads(found.read_text())
-    directory, started = folder / label, time.monotonic()
-    sets = [f"align.loss={loss_of(folder, method, choice, seed)}", f"align.learning_rate={rate}"]
-    sets += [f"sample.prompts={folder / split}.jsonl", "eval.opponents=['reference']"]
-    row = {
-        "method": method,
-        "rate": rate,
-        "multiple": multiple,
-        "seed": seed,
-        "split": split,
-        "diverged": False,
-    }
-    try:
-        train(folder, directory, seed, sets)
-    except DivergenceError:
-        row |= {"diverged": True, "true_score": 0.0}
-    else:
-        row |= stability(directory / "align/metrics.jsonl")
-        if split == "validation":
-            tbpo("sample", directory, seed, *sets, "sample.models=['policy']")
+    while due := due_runs(read_runs(folder)):
+        mine = [key for key in due if zlib.crc32(repr(key).encode()) % parts == part]
+        if mine:
+            make_run(folder, mine[0])
         else:
-            tbpo("eval", directory, seed, *sets)
-            row |= evaluation(directory / "eval/results.json")
-        row |= true_scores(directory / "sample/samples.jsonl", "policy")
-    found.write_text(json.dumps(row), encoding="utf-8")
+            time.sleep(WAIT_SECONDS)
+
+
+def read_runs(folder: Path) -> dict[Key, dict]:
+    """All measured runs, committed or in the folder; a line that was cut short is left out."""
+    runs = {}
+    for path in (COMMITTED, folder / "runs.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            runs[tuple(row[name] for name in KEY)] = row
+    return runs
+
+
+def commit_runs(folder: Path) -> dict[Key, dict]:
+    """Copies what the folder has to results/methods.jsonl, in an order that does not change."""
+    runs = read_runs(folder)
+    lines = [json.dumps(runs[key], ensure_ascii=False) + "\n" for key in sorted(runs)]
+    COMMITTED.write_text("".join(lines), encoding="utf-8")
+    return runs
+
+
+def scores_of(runs: dict[Key, dict], method: str) -> dict[tuple[Point, int], float]:
+    """The validation scores of a loss, by point and seed."""
+    return {
+        (key[1:4], key[4]): row["true_score"]
+        for key, row in runs.items()
+        if key[0] == method and key[5] == "validation"
+    }
+
+
+def places_of(runs: dict[Key, dict], method: str) -> dict[Point, tuple[float, float]]:
+    """(KL, true score) of the points at which no run diverged: means over their seeds."""
+    rows: dict[Point, list[dict]] = {}
+    for key, row in runs.items():
+        if key[0] == method and key[5] == "validation":
+            rows.setdefault(key[1:4], []).append(row)
+    return {
+        point: (fmean(row["kl"] for row in found), fmean(row["true_score"] for row in found))
+        for point, found in rows.items()
+        if not any(row["diverged"] for row in found)
+    }
+
+
+def base_score(runs: dict[Key, dict], split: str) -> float:
+    return runs[(BASE, 0.0, 0.0, 0.0, 0, split)]["true_score"]
+
+
+def due_runs(runs: dict[Key, dict]) -> list[Key]:
+    """The runs that can be made now, the most useful first: see the top of this file."""
+    base = [(BASE, 0.0, 0.0, 0.0, 0, split) for split in ("validation", "new")]
+    if missing := [key for key in base if key not in runs]:
+        return missing
+    due = [
+        ((method.is_variant, level, place), key)
+        for name, method in METHODS.items()
+        for level, place, key in _due_of(name, method, runs)
+    ]
+    return [key for _, key in sorted(due, key=lambda item: item[0])]
+
+
+def _due_of(name: str, method: Method, runs: dict[Key, dict]) -> Iterator[tuple[int, int, Key]]:
+    """(level, runs made before it, run) of one loss; test runs after all levels."""
+    scores = scores_of(runs, name)
+    step = search.next_step(method.grid, scores)
+    for place, (point, seed) in enumerate(step.due, len(scores)):
+        yield step.level, place, (name, *point, seed, "validation")
+    if step.due:
+        return
+    tests = [(name, *step.best, seed, "new") for seed in TEST_SEEDS]
+    for place, key in enumerate(tests):
+        if key not in runs:
+            yield len(search.LEVELS), place, key
+    if method.is_variant:
+        return
+    lacking = search.due_of_envelope(
+        places_of(runs, name), base_score(runs, "validation"), KL_TARGETS, scores
+    )
+    for place, (point, seed) in enumerate(lacking):
+        yield len(search.LEVELS) + 1, place, (name, *point, seed, "validation")
+
+
+def make_run(folder: Path, key: Key) -> None:
+    """One training and its measurement: a line of the folder's runs.jsonl."""
+    method, min_ratio, rate, multiple, seed, split = key
+    started = time.monotonic()
+    directory = folder / f"run-{zlib.crc32(repr(key).encode()):08x}"
+    shutil.rmtree(directory, ignore_errors=True)  # of a part that was stopped
+    sets = [f"data.eval={folder}/held-out.jsonl", f"sample.prompts={folder / split}.jsonl"]
+    sets += ["eval.opponents=['reference']"]
+    row = dict(zip(KEY, key, strict=True)) | {"diverged": False}
+    if method == BASE:
+        tbpo("sample", directory, seed, *sets, "sample.models=['reference']")
+        row |= {"kl": 0.0} | true_scores(directory / "sample/samples.jsonl", "reference")
+    else:
+        sets += [f"align.loss={loss_of(method, multiple, min_ratio)}"]
+        sets += [f"align.learning_rate={rate}"]
+        row |= measured(folder, directory, seed, sets, split)
     shutil.rmtree(directory)
-    print(
-        f"{label}: true score {row['true_score']:.3f}, {time.monotonic() - started:.0f} s",
-        flush=True,
-    )
-    return row
+    row["seconds"] = round(time.monotonic() - started, 1)
+    with (folder / "runs.jsonl").open("a", encoding="utf-8") as runs:
+        runs.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(*key, f"true score {row['true_score']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
-def loss_of(folder: Path, method: str, choice: Choice, seed: int) -> str:
+def loss_of(method: str, multiple: float, min_ratio: float) -> str:
     """[align.loss] as an inline table."""
-    fields, (strength, default) = METHODS[method], STRENGTH.get(method, ("beta", 0.1))
-    fields = fields | {strength: str(default * choice[1])}
-    if method == "tis_dpo":
-        fields |= {name: f"'{helper(folder, name, seed)}'" for name in ("positive", "negative")}
-    return f"{{{', '.join(f'{key} = {value}' for key, value in fields.items())}}}"
-
-
-def train(folder: Path, directory: Path, seed: int, sets: list[str]) -> None:
-    """`tbpo align`, with the pairs that `tbpo prepare` makes for the seed once."""
-    prepared = folder / f"prepared-{seed}-{os.getpid()}"
-    tbpo("prepare", prepared, seed)
-    shutil.copytree(prepared, directory, dirs_exist_ok=True)
-    tbpo("align", directory, seed, *sets)
-
-
-def measure_speed(folder: Path) -> None:
-    """Pairs a second of each method's steps, one method after the other on a machine that does
-    nothing else.
-    """
-    for method in METHODS:
-        directory, loss = folder / "speed", loss_of(folder, method, DEFAULT, TUNING_SEED)
-        sets = [f"align.loss={loss}", f"align.max_steps={SPEED_STEPS}"]
-        train(folder, directory, TUNING_SEED, sets)
-        steps = [
-            json.loads(line) for line in (directory / "align/metrics.jsonl").open(encoding="utf-8")
-        ]
-        speeds = [line["pairs_per_s"] for line in steps if line["split"] == "train"][2:]
-        row = {"method": method, "rate": 0, "multiple": 0, "seed": 0, "split": "speed"}
-        row |= {"pairs_per_s": float(np.median(speeds))}
-        if method == next(iter(METHODS)):
-            sets += [
-                f"sample.prompts={folder}/test.jsonl",
-                "sample.models=['reference']",
-                "sample.num_samples=3",
-                "eval.opponents=['reference']",
-            ]
-            tbpo("sample", directory, TUNING_SEED, *sets)
-            row |= {"base": true_scores(directory / "sample/samples.jsonl", "reference")}
-        (folder / f"{label_of(method, (0, 0), 0, 'speed')}.json").write_text(
-            json.dumps(row), encoding="utf-8"
-        )
-        shutil.rmtree(directory)
-        print(f"{method}: {row['pairs_per_s']:.1f} pairs/s", flush=True)
-
-
-def helper(folder: Path, name: str, seed: int) -> Path:
-    """TIS-DPO's helper of a seed: DPO at its defaults, on the pairs or on the reversed ones."""
-    directory = folder / f"helper-{name}-{seed}"
-    train(
-        folder,
-        directory,
-        seed,
-        ["align.loss={name = 'dpo'}", f"align.reverse={str(name == 'negative').lower()}"],
-    )
-    return directory
-
-
-def tbpo(stage: str, directory: Path, seed: int, *sets: str) -> None:
-    """The command, called in this process: its libraries are imported once."""
-    console.err.quiet = console.out.quiet = True
-    flags = [part for one in (*SETTINGS, f"run.seed={seed}", *sets) for part in ("--set", one)]
-    recipe = ROOT / "recipes/quickstart.toml"
-    app([stage, str(recipe), "--quiet", "--run-dir", str(directory), *flags], standalone_mode=False)
-
-
-def true_scores(path: Path, model: str) -> dict[str, float]:
-    """Mean true score, and the shares of right and of rude answers, as the world sees them."""
-    samples = [
-        each for each in map(json.loads, path.open(encoding="utf-8")) if each["model"] == model
-    ]
-    prompts = [each["messages"][-1]["content"] for each in samples]
-    answers = [each["completion"] for each in samples]
-    readings = [world.parse_response(*each) for each in zip(prompts, answers, strict=True)]
-    return {
-        "true_score": float(
-            np.mean([world.score(*each) for each in zip(prompts, answers, strict=True)])
-        ),
-        "right": float(np.mean([reading.correct for reading in readings])),
-        "rude": float(np.mean([reading.rude > 0 for reading in readings])),
-    }
-
-
-def evaluation(path: Path) -> dict[str, float]:
-    """What `tbpo eval` says of the policy; and of the base, whose names begin with "base_"."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    found = {"win_rate": results["win_rates"][0]["raw"]["value"]}
-    for prefix, model in (("", "policy"), ("base_", "reference")):
-        figures = (
-            results["models"][model]["preference"]["all"] | results["models"][model]["diversity"]
-        )
-        found |= {
-            f"{prefix}{name}": figures[name]["value"] for name in EVALUATED if name in figures
-        }
-    return found
-
-
-def stability(path: Path) -> dict[str, float]:
-    steps = [
-        line for line in map(json.loads, path.open(encoding="utf-8")) if line["split"] == "train"
-    ]
-    curve = [line for line in steps if "kl" in line and "accuracy" in line]
-    return {
-        "largest_grad_norm": max(line["grad_norm"] for line in steps),
-        "clipped": sum(line.get("num_clipped", 0) for line in steps),
-        "curve": [[line["step"], line["kl"], line["accuracy"]] for line in curve],
-    }
-
-
-def report(folder: Path) -> None:
-    rows = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*-*-*-*-*.json"))
-    ]
-    of_split = {
-        split: [row for row in rows if row["split"] == split] for split in ("test", "speed")
-    }
-    finished = [row for row in of_split["test"] if not row.get("diverged")]
-    tested = {method: [row for row in finished if row["method"] == method] for method in METHODS}
-    tested = {method: found for method, found in tested.items() if found}
-    speeds = {row["method"]: row["pairs_per_s"] for row in of_split["speed"]}
-    base = next((row["base"] for row in of_split["speed"] if "base" in row), {})
-    failed = Counter(row["method"] for row in of_split["test"] if row.get("diverged"))
-    table = markdown(tested, speeds, base, failed)
-    print(table)
-    write_results("methods", "Every loss on the quickstart's world", rows, table)
-    plot(tested)
-
-
-def markdown(
-    tested: dict[str, list[dict]],
-    speeds: dict[str, float],
-    base: dict[str, float],
-    failed: Counter[str],
-) -> str:
-    """Means and 95 % intervals over the seeds that did not diverge, the best true score first."""
-    lines = [
-        f"| method | rate, × β | {' | '.join(name for name, _ in COLUMNS.values())} | pairs/s |"
-    ]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    base = base | {
-        key.removeprefix("base_"): value
-        for key, value in next(iter(tested.values()))[0].items()
-        if key.startswith("base_")
-    }
-    cells = [form.format(base[name]) if name in base else "" for name, (_, form) in COLUMNS.items()]
-    lines.append(f"| the base | | {' | '.join(cells)} | |")
-    for method, rows in sorted(
-        tested.items(), key=lambda item: -np.mean([row["true_score"] for row in item[1]])
-    ):
-        cells = [
-            form.format(max(row[name] for row in rows))
-            if name in LARGEST
-            else interval([row[name] for row in rows], form)
-            for name, (_, form) in COLUMNS.items()
-        ]
-        speed = f"{speeds[method]:.0f}" if method in speeds else ""
-        name = f"{method} ({failed[method]} diverged)" if failed[method] else method
-        lines.append(
-            f"| {name} | {rows[0]['rate']:g}, {rows[0]['multiple']:g} "
-            f"| {' | '.join(cells)} | {speed} |"
-        )
-    return "\n".join(lines)
-
-
-def interval(values: list[float], form: str) -> str:
-    """The mean and the half width of its 95 % interval by Student's t, over the seeds."""
-    if len(values) < 2:
-        return form.format(values[0])
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
-    half = t * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{form.format(np.mean(values))} ± {form.format(half)}"
-
-
-def plot(tested: dict[str, list[dict]]) -> None:
-    """The frontier with its spread, and the KL of the training pairs over the training; names where
-    they fit.
-    """
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "tbpo"})
-    figure, (frontier, curves) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2))
-    points, ends = {}, {}
-    for method, rows in tested.items():
-        colour = next(colour for family, colour in FAMILIES.items() if method.startswith(family))
-        kl, score = ([row[name] for row in rows] for name in ("kl", "true_score"))
-        spread = np.std(score, ddof=1) if len(score) > 1 else 0.0
-        points[method] = (np.mean(kl), np.mean(score))
-        frontier.errorbar(
-            *points[method], yerr=spread, fmt="o", markersize=4, linewidth=0.8, color=colour
-        )
-        steps, kls = zip(*((step, kl) for step, kl, _ in rows[0]["curve"]), strict=True)
-        ends[method] = (steps[-1], kls[-1])
-        curves.plot(steps, kls, linewidth=0.9, color=colour)
-    frontier.set(
-        xlabel="KL from the reference (nats a token)",
-        ylabel="true score (± standard deviation of the seeds)",
-    )
-    curves.set(
-        xlabel="step",
-        ylabel="KL from the reference (nats a token)",
-        title="over training (first seed)",
-    )
-    for panel, places in ((frontier, points), (curves, ends)):
-        panel.spines[["top", "right"]].set_visible(False)
-        name_apart(panel, places)
-    for family, colour in FAMILIES.items():
-        frontier.plot(
-            [], [], "o", color=colour, label=f"{family}, by generator" if family else "others"
-        )
-    frontier.legend(frameon=False, fontsize=7, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
-
-
-def name_apart(panel, places: dict[str, tuple[float, float]]) -> None:
-    """Names the places from the outside in, but none that would cover the name of another."""
-    shown = {name: panel.transLimits.transform(place) for name, place in places.items()}
-    middle, named = np.median(list(shown.values()), axis=0), []
-    for name, place in sorted(shown.items(), key=lambda item: -np.abs(item[1] - middle).sum()):
-        if all(
-            abs(place[1] - other[1]) > 0.03 or abs(place[0] - other[0]) > 0.25 for other in named
-        ):
-            named.append(place)
-            panel.annotate(name, places[name], (4, 2), textcoords="offset points", fontsize=7)
+    about = METHODS[method]
+    floor = f", min_ratio = {min_ratio}" if about.has_floor else ""
+    return f"{{{about.fields}, beta = {about.beta * multiple:.6g}{floor}}}"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python tests/benchmarks/reasons.py --part 1/2 & wait
     python tests/benchmarks/reasons.py --report    # results/reasons.*; 15 minutes on two cores
 
-Three questions, each over SEEDS, by the true score of answers to the test prompts of methods.py;
-steps, rates and β are those of results/methods.json if nothing else is said.
+Three questions, each over SEEDS, by the true score of answers to the test prompts of
+quickstart_run.py; the rate 1e-3 and β 0.5 are the best of results/methods_small_grid.md.
 
 - Positions. "Okay! " is put before answers: in `straight` pairs before both or neither, so that
   position t of one still means position t of the other; in `shifted` pairs before one of the two, a
@@ -25,20 +25,22 @@ from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
 
-import methods
 import numpy as np
-from common import RESULTS, write_results
+from common import write_results
+from quickstart_run import QUICKSTART, ROOT, tbpo, true_scores, world, write_prompts
 
 from tbpo_cli.data.store import PairStore
 
 EXTRA, SEEDS = "Okay! ", (1, 2, 3)
-OPENINGS = tuple(text for texts in methods.world.OPENINGS.values() for text in texts)
+OPENINGS = tuple(text for texts in world.OPENINGS.values() for text in texts)
 PAIRS = {"straight": (0, 2), "shifted": (1,)}  # of the two answers, how many get it
-POSITIONS = [
-    (loss, kind)
-    for loss in ("tbpo_a, sba λ 0", "tbpo_q, sba λ 0", "tdpo 1", "dpo")
-    for kind in PAIRS
-]
+LOSSES = {
+    "tbpo_a, sba λ 0": "name = 'tbpo_a'",
+    "tbpo_q, sba λ 0": "name = 'tbpo_q'",
+    "tdpo 1": "name = 'tdpo', version = 1",
+    "dpo": "name = 'dpo'",
+}
+POSITIONS = [(loss, kind) for loss in LOSSES for kind in PAIRS]
 FLOORS = [(rate, floor) for rate in (1e-3, 2e-3) for floor in (0.0, 0.6)]
 
 
@@ -47,7 +49,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, default=methods.ROOT / ".benchmarks/reasons", help="of the runs"
+        "--folder", type=Path, default=ROOT / ".benchmarks/reasons", help="of the runs"
     )
     parser.add_argument(
         "--part", default="0/1", metavar="K/N", help="every N-th run, from the K-th, from 0"
@@ -56,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    methods.write_prompts(folder)
+    write_prompts(folder)
     if arguments.report:
         report(folder)
         return
@@ -81,23 +83,19 @@ def scored(folder: Path, first: str | float, second: str | float, seed: int) -> 
             "sample.models=['policy']",
             "eval.opponents=['reference']",
         ]
-        methods.tbpo("sample", folder / label, seed, *sets)
+        tbpo("sample", folder / label, seed, *sets)
         samples = folder / label / "sample/samples.jsonl"
         lines = [json.loads(line) for line in samples.open(encoding="utf-8")]
         for line in lines:
             bare = line["completion"].removeprefix(EXTRA)
             line["completion"] = bare if bare.startswith(OPENINGS) else line["completion"]
         samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        found.write_text(
-            json.dumps(methods.true_scores(samples, "policy")["true_score"]), encoding="utf-8"
-        )
+        found.write_text(json.dumps(true_scores(samples, "policy")["true_score"]), encoding="utf-8")
     return json.loads(found.read_text())
 
 
 def positions(folder: Path, method: str, kind: str, seed: int) -> list[str]:
-    rows = [
-        json.loads(line) for line in (methods.QUICKSTART / "train.jsonl").open(encoding="utf-8")
-    ]
+    rows = [json.loads(line) for line in (QUICKSTART / "train.jsonl").open(encoding="utf-8")]
     rng = Random(seed)
     for row in rows:
         row |= {
@@ -106,10 +104,11 @@ def positions(folder: Path, method: str, kind: str, seed: int) -> list[str]:
         }
     data = folder / f"{kind}-{seed}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    known = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))["rows"]
-    best = next(row for row in known if (row["method"], row["split"]) == (method, "test"))
-    loss = methods.loss_of(folder, method, (best["rate"], best["multiple"]), seed)
-    return [f"align.loss={loss}", f"data.train={data}", f"align.learning_rate={best['rate']}"]
+    return [
+        f"align.loss={{{LOSSES[method]}, beta = 0.5}}",
+        f"data.train={data}",
+        "align.learning_rate=1e-3",
+    ]
 
 
 def floor(rate: float, min_ratio: float) -> list[str]:
@@ -156,7 +155,7 @@ def report(folder: Path) -> None:
 
 def in_common(folder: Path) -> str:
     """The share of the aligned length before the first position at which the responses differ."""
-    methods.tbpo("prepare", folder / "as-they-are", 0)
+    tbpo("prepare", folder / "as-they-are", 0)
     store, shares, same_length = PairStore(folder / "as-they-are/prepare/train"), [], []
     for pair in map(store.__getitem__, range(len(store))):
         length = pair.aligned_length

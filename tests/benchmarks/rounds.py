@@ -6,8 +6,8 @@
     python tests/benchmarks/rounds.py --report        # results/rounds.*
 
 recipes/rounds.toml through the real commands, with TBPO-A and DPO. All settings train on as many
-pairs, in as many steps, at the same learning rate and β: those that tests/benchmarks/methods.py
-found for both losses. The judge is the noisy one of the recipe; what is measured is the true score
+pairs, in as many steps, at the same learning rate and β: those of results/methods_small_grid.md
+for both losses. The judge is the noisy one of the recipe; what is measured is the true score
 of five answers to each of 100 held-out prompts. A run that has been measured stands in the folder,
 and is not made again.
 """

@@ -110,6 +110,7 @@ MORE_COLUMNS = (
     "input",
     "label",
     "truncated",
+    "num_tokens",
 )
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(

@@ -55,6 +55,7 @@ def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
     UltraFeedback's rows have `completions` with `overall_score`, Nectar's `answers` with `rank`. An
     answer whose score is null or not finite has none. `truncated` says which answers were cut:
     these are never chosen, and a rejected one ends without an end token, which no model gave it.
+    `num_tokens`, a list of numbers, says how long the answers are; else their tokens are counted.
 
     Raises:
         RejectedRow: wrong_type; a reason of `choose`, if no pair can be made of the answers.
@@ -62,12 +63,9 @@ def from_ranked(row: Columns, chooser: Chooser) -> MadePairs:
     asked = _prompt(row)
     answers, marks = _scored(row)
     texts = [json.dumps(answer, sort_keys=True) for answer in answers]
-    lengths = [0] * len(answers)
-    if chooser.settings.max_length_difference is not None and chooser.count_tokens is not None:
-        lengths = chooser.count_tokens([answer["content"] for answer in answers])
-    marked = [
-        MarkedAnswer(*one) for one in zip(texts, marks, lengths, _truncated(row), strict=True)
-    ]
+    cut = _truncated(row)
+    lengths = _lengths(row, answers, cut, chooser)
+    marked = [MarkedAnswer(*one) for one in zip(texts, marks, lengths, cut, strict=True)]
     choice = choose(marked, chooser.settings, chooser.seed, json.dumps(asked))
     if choice.reason:
         raise RejectedRow(choice.reason, choice.detail, choice.noted)
@@ -161,6 +159,21 @@ def _truncated(row: Columns) -> list[bool]:
     if row.get("truncated") is None:
         return [isinstance(answer, dict) and bool(answer.get("truncated")) for answer in answers]
     return [bool(one) for one in _list(row, "truncated", len(answers), "true or false")]
+
+
+def _lengths(row: Columns, answers: list[Message], cut: list[bool], chooser: Chooser) -> list[int]:
+    """The tokens of each answer, with the end of its turn unless it was cut.
+
+    As the policy wrote them, where the row says so: `num_tokens` of the rounds' answers.jsonl. Else
+    they are counted, if the choice depends on them.
+    """
+    given = row.get("num_tokens")
+    if isinstance(given, list) and [type(number) for number in given] == [int] * len(answers):
+        return given
+    if chooser.settings.max_length_difference is None or chooser.count_tokens is None:
+        return [0] * len(answers)
+    counted = chooser.count_tokens([answer["content"] for answer in answers])
+    return [number + (not is_cut) for number, is_cut in zip(counted, cut, strict=True)]
 
 
 def _answer(given: Any, name: str) -> Message:
