@@ -143,6 +143,17 @@ def test_other_prompts_are_answered_and_the_others_are_kept(evaluated, copied, t
     assert made_anew(copied) == NOTHING and results(copied) == before
 
 
+def test_prompts_of_a_renamed_file_are_answered_by_all_models(evaluated, copied, tmp_path):
+    """The ids of the prompts are made of the file's name."""
+    for name in ("one", "two"):
+        prompts = write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "red"}, {"prompt": "dog"}])
+        other = (f"sample.prompts={prompts}", 'eval.opponents=["reference"]')
+        run_stage("eval", evaluated / "tiny.toml", copied, *sets_of(evaluated, *other))
+        verdicts = (copied / "eval/verdicts.jsonl").read_text().splitlines()
+        ids = {json.loads(line)["prompt_id"] for line in verdicts}
+        assert ids == {f"{name}.jsonl:1", f"{name}.jsonl:2"}
+
+
 def test_a_server_in_place_of_the_policy_leaves_the_answers_of_the_others(evaluated, copied):
     mark_all(copied, "sample", "eval")
     with chat_server(lambda body: chat_completion("red dog")) as server:
