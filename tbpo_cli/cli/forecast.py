@@ -99,7 +99,8 @@ class Counts:
 
 def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Forecast:
     """What is known of a training of `processes` processes, one a device."""
-    settings, device = training.settings, Group.of_environment().device
+    settings = training.settings
+    device = Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
     if [*plan("prepare", recipe, run_dir).values()][-1][0] == "done":
         counts = count_pairs(training, run_dir)
@@ -164,10 +165,12 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 
 def count_pairs(training: Training, run_dir: RunDir) -> Counts:
     """Counts the prepared pairs of a training."""
-    settings, loss = training.settings, training.loss
+    settings = training.settings
+    loss = training.loss
     stores = open_stores(settings, run_dir)
     train, held_out = (_lengths(store, loss.span) for store in stores)
-    batch, num_pairs = settings.batch_size, len(train)
+    batch = settings.batch_size
+    num_pairs = len(train)
     steps = num_steps(num_pairs, batch, settings.epochs, settings.max_steps)
     visits = steps * batch / num_pairs
     prompt, chosen, rejected = train.mean(axis=0)
@@ -227,7 +230,8 @@ def choices(
 
 def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
-    needed, there = sum(memory.values()) / 1e9, device_memory(device) / 1e9
+    needed = sum(memory.values()) / 1e9
+    there = device_memory(device) / 1e9
     begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 
