@@ -169,7 +169,8 @@ def progress(
         narrow terminal the rate is left out first, then the last figures; step, total and the time
         left stay.
     """
-    started, first = time.monotonic(), done
+    started = time.monotonic()
+    first = done
     label = plain(label)
 
     def rate(done: int) -> float:

@@ -156,6 +156,10 @@ def test_policy_and_reference_start_with_the_same_numbers_in_bf16(recipe_file):
     for one in (recipe, replace(recipe, model=replace(recipe.model, lora=None))):
         policy = load_policy(one, CPU, None, with_reference=True)
         policy.model.eval()
+        for frozen in policy.frozen.values():  # its layers are not kept in fp32
+            narrow = {p.dtype for name, p in frozen.named_parameters() if "proj" in name}
+            assert narrow == {torch.bfloat16}
+            assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
         scores = Scorer.of(policy).score(collate(pairs, "padded"), frozenset({"log_ratio"}))
         assert scores.chosen.log_ratio.abs().max() == 0 == scores.rejected.log_ratio.abs().max()
 

@@ -1,40 +1,251 @@
-"""Rows of a source: all of them, in their order, however many and however long."""
+"""Of sharded weights each process reads its own rows from the files, and computes the same."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from test_loading import change_weights, make
+from torch.distributed.device_mesh import init_device_mesh
 
-from tbpo_cli.config.recipe import Data, Source
-from tbpo_cli.data.formats import recognise, to_pairs
-from tbpo_cli.data.pairs import RejectedRow
-from tbpo_cli.data.sources import ROWS_AT_A_TIME, Row, read_rows
+from tbpo_cli.config.recipe import Lora, Model, load_recipe
+from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.base import load_base
+from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.shapes import policy_of_shapes
+from tbpo_cli.model.sharding import Shards, gathered
 
-QUESTION = {"role": "user", "content": "hello"}
-ANSWER = {"role": "assistant", "content": "hi"}
-OTHER = {"role": "assistant", "content": "go away"}
-
-
-@pytest.mark.parametrize("name", ["auto", "prompt"])
-def test_rows_are_looked_at_for_their_format_and_stay_in_their_order(name):
-    content = {"prompt": "hello", "chosen": "hi", "rejected": "go"}
-    rows = [Row("here", number, content) for number in range(1, ROWS_AT_A_TIME + 3)]
-    data = Data(train=(Source("here"),), format=name)
-    found, again = recognise(lambda: iter(rows), data)
-    assert found == "prompt"
-    assert [row.number for row in again] == [row.number for row in rows]
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 25)[None]
+WHOLE = "each process loads all weights before it keeps its part"
 
 
-def test_a_field_of_a_csv_file_may_be_long(tmp_path):
-    """Python's reader stops at 131,072 characters of its own accord."""
-    text = "word " * 30_000
-    path = tmp_path / "rows.csv"
-    path.write_text(f"prompt,chosen,rejected\nhello,{text},go\n", encoding="utf-8")
-    (row,) = read_rows(Source(str(path)), "train", "data.train")
-    assert row.content == {"prompt": "hello", "chosen": text, "rejected": "go"}
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone: it reads all rows, by the same code."""
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("longer", ["chosen", "rejected"])
-def test_a_conversation_that_goes_on_after_the_compared_message_is_refused(longer):
-    row = {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]}
-    row[longer] = [*row[longer], QUESTION]
-    with pytest.raises(RejectedRow) as error:
-        to_pairs(Row("here", 1, row), "messages", Data(train=(Source("here"),)))
-    assert error.value.reason == "extra_messages"
+def load(folder, mesh=None, dtype=torch.float32, **model):
+    shards = None if mesh is None else Shards(mesh)
+    return load_base(Model(base=str(folder), **model), str(folder), CPU, dtype, shards)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def assert_same(sharded, whole):
+    assert torch.equal(logits(sharded), logits(whole))
+    state = whole.state_dict()
+    for name, tensor in sharded.state_dict().items():
+        assert torch.equal(gathered(tensor), state[name]) and tensor.dtype == state[name].dtype
+    for (name, mine), theirs in zip(sharded.named_buffers(), whole.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert sharded.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert sharded.config.to_dict() == whole.config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 4}),
+        ("mistral", {}),
+        ("gemma2", {}),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_rows_from_the_files_and_what_no_file_holds_make_the_same_model(
+    tmp_path, mesh, capsys, kind, settings, dtype
+):
+    """In one file, and in several; tied heads, rotary frequencies and other buffers."""
+    for size in ("1GB", "3KB"):
+        model = make(kind, **settings)
+        model.generation_config.update(eos_token_id=5, do_sample=True, temperature=0.6)
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        found, whole = (load(tmp_path / size, one, dtype) for one in (mesh, None))
+        assert_same(found, whole)
+    assert len([*(tmp_path / "3KB").glob("*.safetensors")]) > 1
+    assert WHOLE not in capsys.readouterr().err
+
+
+def untied_with_two_heads(folder):
+    """A config that ties the head, and files that have another one."""
+    make("llama", tie_word_embeddings=True).save_pretrained(folder)
+    embeddings = "model.embed_tokens.weight"
+    change_weights(folder, lambda t: t.update({"lm_head.weight": t[embeddings].flip(0)}))
+
+
+def of_a_mixture(folder):
+    """transformers puts the experts of a layer together as it loads them."""
+    make("mixtral", num_local_experts=4).save_pretrained(folder)
+
+
+def with_other_names(folder):
+    """transformers gives weights other names as it loads them."""
+    make("gpt_neox").save_pretrained(folder)
+
+
+def of_the_body_alone(folder):
+    """Names without the prefix of the model with a head: those of its body alone."""
+    make("llama", tie_word_embeddings=True).model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (untied_with_two_heads, "or of another shape"),
+        (of_a_mixture, "transformers converts its weights"),
+        (with_other_names, "transformers converts its weights"),
+        (of_the_body_alone, None),
+    ],
+)
+def test_where_transformers_changes_weights_it_loads_them_and_that_is_said(
+    tmp_path, mesh, capsys, write, reason
+):
+    write(tmp_path)
+    found = load(tmp_path, mesh)
+    said = capsys.readouterr().err
+    assert (WHOLE in said) == (reason is not None) and (reason or "") in said
+    assert_same(found, load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "it lacks lm_head.weight"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(62, 16)}), "in another shape lm_head"),
+        (lambda t: t["lm_head.weight"].fill_(torch.nan), "no numbers"),
+    ],
+)
+def test_what_is_refused_unsharded_is_refused_sharded(tmp_path, mesh, change, what):
+    """More rows than the model has would else be cut off without a word."""
+    make("llama").save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(TbpoError, match=what):
+        load(tmp_path, mesh)
+
+
+def test_a_damaged_file_is_a_message(tmp_path, mesh):
+    make("llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TbpoError, match="copy them again"):
+        load(tmp_path, mesh)
+
+
+@pytest.mark.parametrize("copies", [None, ["lm_head"]])
+def test_an_adapter_stands_on_a_sharded_base_as_on_a_whole_one(recipe_file, tmp_path, mesh, copies):
+    """An adapter that brings a copy of the head, which is sharded with the base, as well."""
+    make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=copies, task_type="CAUSAL_LM")
+    adapted = get_peft_model(make("llama"), config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = Model(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), lora=Lora())
+    recipe = replace(load_recipe(recipe_file), model=model)
+    policy, sharded = (
+        load_policy(recipe, CPU, None, with_reference=True, mesh=one) for one in (None, mesh)
+    )
+    assert sharded.is_sharded and not policy.is_sharded
+    assert sharded.trained.keys() == policy.trained.keys()
+    assert torch.equal(logits(sharded.model), logits(policy.model))
+    for view in policy.views:
+        with policy.view(view) as whole, sharded.view(view) as found:
+            assert torch.equal(logits(found), logits(whole))
+
+
+MEMORY = """
+import json
+import sys
+import threading
+import time
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from tbpo_cli.config.recipe import Model
+from tbpo_cli.model.base import load_base
+from tbpo_cli.model.sharding import Shards
+rank, store, folder, how = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+shards = Shards(init_device_mesh("cpu", (2,))) if how == "sharded" else None
+peak, done = 0, False
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+load = lambda name, shards: load_base(
+    Model(base=name), name, torch.device("cpu"), torch.float32, shards)
+load(folder + "/small", shards)  # what the libraries take
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load(folder + "/large", shards)
+done = True
+thread.join()
+tensors = {id(p): getattr(p, "to_local", lambda: p)() for p in model.parameters()}
+own = sum(each.nbytes for each in tensors.values())
+whole = sum(p.nbytes for p in model.parameters())
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(9)[None] + int(rank)).logits.sum().item()
+print(json.dumps({"rise": peak - before, "own": own, "whole": whole, "logits": logits}))
+"""
+
+
+def test_no_process_ever_has_memory_for_the_whole_model(tmp_path):
+    """Of 140 MB each of two processes has a half, and gathers a layer of 9 MB at a time for the
+    check of the loaded model. The files, in bf16, are mapped: their pages are not counted.
+    """
+    freed_at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps it otherwise
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    make("llama").save_pretrained(tmp_path / "small")
+    large = make("llama", **sizes, vocab_size=2000, num_hidden_layers=14).to(torch.bfloat16)
+    large.save_pretrained(tmp_path / "large")
+    found = {}
+    for how in ("sharded", "whole"):
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEMORY, str(rank), tmp_path / how, str(tmp_path), how],
+                env=freed_at_once,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        ends = [process.communicate(timeout=200)[0] for process in both]
+        found[how] = [json.loads(end.splitlines()[-1]) for end in ends]
+    for mine, whole in zip(found["sharded"], found["whole"], strict=True):
+        assert mine["logits"] == whole["logits"]
+        assert mine["own"] <= 0.51 * mine["whole"] and whole["own"] == whole["whole"]
+        assert mine["rise"] < 0.85 * mine["whole"] and whole["rise"] > 0.95 * whole["whole"], found
+    assert found["sharded"][0]["logits"] != found["sharded"][1]["logits"]
+
+
+def test_shapes_of_an_adapter_that_exists_are_known_without_its_numbers(recipe_file, tmp_path):
+    make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path / "adapter")
+    model = Model(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), lora=Lora())
+    recipe = replace(load_recipe(recipe_file), model=model)
+    policy = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
+    assert {weight.device.type for weight in policy.model.parameters()} == {"meta"}
+    assert policy.describe_reference() == "a frozen copy of the SFT adapter"

@@ -23,7 +23,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.policy import POLICY, Policy
 from tbpo_cli.model.scoring import Scorer
-from tbpo_cli.model.sharding import gathered
+from tbpo_cli.model.sharding import Shards, gathered, shard
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.metrics import average, measure
@@ -190,7 +190,7 @@ def test_models_of_many_kinds_can_be_sharded(mesh, name):
     for sharded, compute in ((False, None), (True, None), (True, torch.bfloat16)):
         policy = Policy(copy.deepcopy(model), autocast=compute)
         if sharded:
-            policy.shard(mesh)
+            shard(policy.model, Shards(mesh, compute))
         scorer = Scorer.of(policy)
         assert scorer.heads[POLICY] is not None and policy.is_sharded == sharded
         scorer.score(batch, frozenset({"logps"})).chosen.logps.sum().backward()

@@ -125,7 +125,8 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, layout: str) -> list[np.
         pairs.
     """
     order = np.argsort(lengths.sum(axis=1), kind="stable")
-    cuts, first = [], 0
+    cuts = []
+    first = 0
     for last in range(1, len(order)):
         if LAYOUTS[layout].num_tokens(lengths[order[first : last + 1]]) > max_tokens:
             cuts.append(last)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,9 +18,9 @@ from tbpo_cli.core.losses import Loss, build_loss
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.layout import choose_layout
-from tbpo_cli.model.load import load_policy
-from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
 from tbpo_cli.runs.run_dir import RunDir
@@ -100,7 +99,8 @@ class Counts:
 
 def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Forecast:
     """What is known of a training of `processes` processes, one a device."""
-    settings, device = training.settings, Group.of_environment().device
+    settings = training.settings
+    device = Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
     if [*plan("prepare", recipe, run_dir).values()][-1][0] == "done":
         counts = count_pairs(training, run_dir)
@@ -155,21 +155,8 @@ def policy_on_meta(training: Training, recipe: Recipe, device: torch.device) -> 
     Raises:
         TbpoError: if the base's config cannot be read, or LoRA finds no layers.
     """
-    loss, meta = training.loss, torch.device("meta")
-    model = replace(recipe.model, initial_weights="random", quantization=None)
-    shapes = replace(recipe, model=model)
-    with meta:
-        policy = load_policy(shapes, device, None, not loss.needs <= REFERENCE_FREE, meta)
-        views = [*loss.helpers]
-        if training.settings is recipe.align and recipe.sft is not None and policy.adapters:
-            views.append(REFERENCE)
-        for view in views:
-            if policy.adapters:
-                policy.model.add_adapter(view, policy.adapters[POLICY])
-                policy.model.set_adapter(POLICY)
-            else:
-                policy.frozen[view] = copy.deepcopy(policy.model).requires_grad_(False)
-    return policy
+    after_sft = training.settings is recipe.align and recipe.sft is not None
+    return policy_of_shapes(recipe, training.loss, device, after_sft)
 
 
 def _lengths(store: PairStore, span: str) -> np.ndarray:
@@ -178,10 +165,12 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 
 def count_pairs(training: Training, run_dir: RunDir) -> Counts:
     """Counts the prepared pairs of a training."""
-    settings, loss = training.settings, training.loss
+    settings = training.settings
+    loss = training.loss
     stores = open_stores(settings, run_dir)
     train, held_out = (_lengths(store, loss.span) for store in stores)
-    batch, num_pairs = settings.batch_size, len(train)
+    batch = settings.batch_size
+    num_pairs = len(train)
     steps = num_steps(num_pairs, batch, settings.epochs, settings.max_steps)
     visits = steps * batch / num_pairs
     prompt, chosen, rejected = train.mean(axis=0)
@@ -241,7 +230,8 @@ def choices(
 
 def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
-    needed, there = sum(memory.values()) / 1e9, device_memory(device) / 1e9
+    needed = sum(memory.values()) / 1e9
+    there = device_memory(device) / 1e9
     begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 

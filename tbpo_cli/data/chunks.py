@@ -57,7 +57,8 @@ def prepare_rows(
                 first, results = waiting.popleft()
                 yield first, results.result()
     except BrokenExecutor:
-        where, expected = f"data.workers = {data.workers}", "enough memory for so many processes"
+        where = f"data.workers = {data.workers}"
+        expected = "enough memory for so many processes"
         raise TbpoError(
             "a worker died while it prepared rows", where, expected, "lower data.workers"
         ) from None

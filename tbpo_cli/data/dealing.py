@@ -74,7 +74,8 @@ def question_of(content: Any, data: Data) -> Question:
             content = content | {first_of(content, WINNERS): "a"}
         with_our_names = replace(data, columns={})
         (pair, *_) = to_pairs(Row("", 0, content), name, with_our_names, EVERY_PAIR).pairs
-        messages, tools = pair.prompt, pair.tools
+        messages = pair.prompt
+        tools = pair.tools
     pair = make_pair({"tools": list(tools)}, messages, ANSWER, None)
     return Question(pair.prompt_hash, messages, tools)
 
@@ -155,7 +156,8 @@ def deal(
 
 def shares(num_prompts: int, settings: Rounds) -> list[int]:
     """How many of some prompts each round answers, as `rounds.prompts` says."""
-    number, how = settings.number, settings.prompts
+    number = settings.number
+    how = settings.prompts
     if how == "dealt":
         size, longer = divmod(num_prompts, number)
         return [size + (place < longer) for place in range(number)]

@@ -38,7 +38,9 @@ class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
 
     def __init__(self, reason: str, detail: str = "", noted: Noted | None = None) -> None:
         super().__init__(reason, detail, noted)
-        self.reason, self.detail, self.noted = reason, detail, noted or Noted()
+        self.reason = reason
+        self.detail = detail
+        self.noted = noted or Noted()
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,8 @@ def _marked(change_all: Callable[[Change], Any], row: str) -> tuple[Any, list[tu
             return number
         if not isinstance(value, str) or not value.strip():
             return value
-        body, text = value.rstrip(), f"{name}{len(found)}z"
+        body = value.rstrip()
+        text = f"{name}{len(found)}z"
         found.append((text, Part(value, what)))
         return body + text + value[len(body) :]
 

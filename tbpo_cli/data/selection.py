@@ -82,7 +82,8 @@ class PairFilter:
             split: of a Hub data set, if the source names none.
             pool: of `workers`, which makes pairs of rows.
         """
-        data, is_sft = self.recipe.data, self.key == "sft.train"
+        data = self.recipe.data
+        is_sft = self.key == "sft.train"
         data = replace(data, format="auto") if is_sft else data
         format_name, rows = recognise(partial(read_rows, source, split, self.key), data, is_sft)
         if format_name.startswith("sft_") and not is_sft:

@@ -75,7 +75,8 @@ def _passing_fault(error: Exception, repo: str) -> tuple[str, float]:
     if isinstance(fault, OfflineModeIsEnabled):
         fix = "unset HF_HUB_OFFLINE where the Hub can be reached"
         raise TbpoError("the Hub is not asked", repo, "a Hub that answers", fix) from error
-    expected, fix = "a request that it takes", "mend what it says, and push again"
+    expected = "a request that it takes"
+    fix = "mend what it says, and push again"
     if status in (401, 403):
         expected, fix = TOKEN[1:]
     what = f"the Hub refuses: {' '.join(str(fault).split())}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,15 @@ def local_adapter(source: str, key: str = "the adapter") -> Path:
         fix = "check it, and that the Hub can be reached; a whole model is named as model.base"
         raise TbpoError(what, where, expected, fix) from error
     return folder
+
+
+def copies_layers(folder: Path) -> bool:
+    """Whether an adapter has whole copies of layers of its base, by its config."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return bool(config.get("modules_to_save") or config.get("trainable_token_indices"))
+    except (OSError, ValueError, AttributeError):  # it is refused where it is loaded
+        return False
 
 
 def new_adapter(base: LanguageModel, model: Model) -> LanguageModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
@@ -25,8 +24,11 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.fused import fuse_norms
 from tbpo_cli.model.policy import special_tokens_of
 from tbpo_cli.model.probes import check_causality
-from tbpo_cli.model.sharding import LanguageModel
+from tbpo_cli.model.quantization import quantization
+from tbpo_cli.model.rows import Place, WholeOnlyError, read_rows, shapes_of
+from tbpo_cli.model.sharding import LanguageModel, Shards, shard
 
+CPU = torch.device("cpu")
 SHOWN_KEYS = 6
 # Buffers that old checkpoints hold, and that today's architectures compute.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
@@ -50,7 +52,11 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
 
 
 def load_base(
-    model: Model, source: str, device: torch.device, dtype: torch.dtype | str
+    model: Model,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    shards: Shards | None = None,
 ) -> LanguageModel:
     """A causal language model from safetensors, or with random weights from its config.
 
@@ -60,33 +66,34 @@ def load_base(
        of its generation config.
     4. Put in the fused norms, move it to the device, and check that no token sees a later one.
 
+    Of sharded weights step 2 gives shapes alone, and each process reads its own rows before the
+    check. Where transformers has to change weights as it loads them, each process loads the whole
+    model in the CPU's memory, and keeps its rows after the check.
+
     Args:
         model: the recipe's table; its base is loaded with random weights if it says so.
         source: a folder, or the id of a Hub repository.
         device: where the weights are put; a quantized model is loaded there.
         dtype: of the weights, or "auto": that of the checkpoint.
+        shards: how the weights are sharded; None: this process has all of them.
 
     Raises:
         TbpoError: if it cannot be loaded whole, or is no causal language model.
     """
     torch.backends.cuda.matmul.allow_tf32 = True  # for training and evaluation alike
-    attention = None if model.attention == "auto" else model.attention
     if model.trust_remote_code:
         what = "model.trust_remote_code = true: code from"
         console.say(f"WARNING: {what} {source} runs with your rights")
-    hub = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    places: dict[str, Place] = {}
     with refused_with_a_reason(source, "model.base"):
-        config = AutoConfig.from_pretrained(source, **hub)
+        config = AutoConfig.from_pretrained(source, **_hub(model))
         own_dtype = config.dtype
-        if model.initial_weights == "random" and source == model.base:
-            options["trust_remote_code"] = model.trust_remote_code
-            loaded = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            if model.quantization is not None:
-                options["quantization_config"] = _quantization(dtype, device)
-                options["device_map"] = {"": device}
-            loaded = load_whole(AutoModelForCausalLM, source, "model.base", **options, **hub)
+        loaded = None
+        if shards is not None:
+            loaded, places = _shapes(model, source, config, dtype)
+        if loaded is None:
+            place = device if shards is None else CPU
+            loaded = _whole_model(model, source, config, dtype, place)
     loaded.config.dtype = own_dtype  # what it is saved in
     # peft and lm-eval generate with the model's own config: only its tokens may take part.
     loaded.published_generation_config = loaded.generation_config
@@ -95,10 +102,58 @@ def load_base(
     loaded.published_outputs = turn_outputs_off(loaded.config)
     turn_noise_off(loaded)
     fuse_norms(loaded)
-    if model.quantization is None:
+    if shards is not None and places:
+        shard(loaded, shards)
+        with refused_with_a_reason(source, "model.base"):
+            read_rows(loaded, places, device)
+    elif shards is None and model.quantization is None:
         loaded = loaded.to(device)
     check_causality(loaded, source)
+    if shards is not None and not places:
+        shard(loaded, shards)
     return loaded
+
+
+def _hub(model: Model) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _attention(model: Model) -> str | None:
+    return None if model.attention == "auto" else model.attention
+
+
+def _shapes(
+    model: Model, source: str, config: Any, dtype: torch.dtype | str
+) -> tuple[LanguageModel | None, dict[str, Place]]:
+    """`shapes_of`; None, after a line that says why, if its rows cannot be read alone."""
+    try:
+        if _is_random(model, source):
+            raise WholeOnlyError('model.initial_weights = "random"')
+        _check_index(source, "model.base", model.revision)
+        assert isinstance(dtype, torch.dtype)
+        return shapes_of(config, source, model.revision, dtype, _attention(model))
+    except WholeOnlyError as reason:
+        console.say(f"each process loads all weights before it keeps its part: {reason}")
+        return None, {}
+
+
+def _is_random(model: Model, source: str) -> bool:
+    return model.initial_weights == "random" and source == model.base
+
+
+def _whole_model(
+    model: Model, source: str, config: Any, dtype: torch.dtype | str, device: torch.device
+) -> LanguageModel:
+    """All weights of a model; on a GPU they are put there one by one."""
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(model)}
+    if _is_random(model, source):
+        options["trust_remote_code"] = model.trust_remote_code
+        return AutoModelForCausalLM.from_config(config, **options)
+    if model.quantization is not None:
+        options["quantization_config"] = quantization(dtype, device)
+    if model.quantization is not None or device.type == "cuda":
+        options["device_map"] = {"": device}
+    return load_whole(AutoModelForCausalLM, source, "model.base", **options, **_hub(model))
 
 
 def load_whole(kind: Any, source: str, key: str, **options: Any) -> LanguageModel:
@@ -269,24 +324,3 @@ def _fix(error: BaseException, source: str, key: str) -> str:
     ]
     known = next((fix for holds, fix in fixes if holds), "")
     return known or f"check {key} (and model.revision), and that the Hub can be reached"
-
-
-def _quantization(dtype: torch.dtype | str, device: torch.device) -> BitsAndBytesConfig:
-    key = 'model.quantization = "nf4"'
-    if device.type == "cpu":  # there, bitsandbytes has no gradient after a pass for inference
-        raise TbpoError(
-            "4-bit weights need a GPU", key, "a CUDA device", "leave model.quantization out"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise TbpoError(
-            "4-bit weights need bitsandbytes, which is not installed",
-            key,
-            "the optional extra `quantization`",
-            "pip install 'tbpo[quantization]'",
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )

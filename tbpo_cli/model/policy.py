@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all, shard
+from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all
 
 # The policy's adapter has peft's own name for a first one, so that what is saved loads anywhere.
 POLICY = "default"
@@ -77,16 +76,13 @@ class Policy:
         """Whether a process holds a part of the weights: all then run the same passes at once."""
         return isinstance(next(self.model.parameters()), DTensor)
 
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Leaves this process its part of the weights of all models, on the mesh's device."""
-        for model in self.models:
-            shard(model, mesh, self.autocast)
-
-    def move_to(self, device: torch.device) -> None:
-        """Moves the models to a device. Quantized ones are loaded there, and stay."""
-        for model in self.models:
-            if next(model.parameters()).device.type != device.type:
-                model.to(device)
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts the weights are divided; 1: this process has all of them."""
+        weight = next(self.model.parameters())
+        if not isinstance(weight, DTensor):
+            return 1
+        return weight.device_mesh.size(weight.device_mesh.ndim - 1)
 
     def train(self) -> None:
         """Turns the adapters' dropout and the activation checkpointing on, and nothing else.

@@ -6,6 +6,7 @@ Each process keeps a part of every tensor, and gathers a layer while it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +45,21 @@ def text_decoder(model: LanguageModel) -> LanguageModel:
     return backbone(causal) if decoder is causal.get_output_embeddings() else decoder
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+@dataclass(frozen=True)
+class Shards:
+    """How weights are sharded.
+
+    Args:
+        mesh: the processes. Of two dimensions, the second one shards, and the first has replicas.
+        compute: the dtype that gathered weights are cast to; None: their own. (Autocast would keep
+            the casts of all layers until the backward pass.)
+    """
+
+    mesh: DeviceMesh
+    compute: torch.dtype | None = None
+
+
+def shard(model: LanguageModel, shards: Shards) -> None:
     """Leaves each process of a mesh its part of every weight, on the mesh's device.
 
     All processes call it. Gradients become sums over the processes; a pass, forward or backward, is
@@ -54,22 +69,18 @@ def shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -
     2. Shard the input and the output embeddings; where they are tied, they stay in step 3.
     3. Shard what is left of the model.
     4. Let the backbone be called by itself, through the model, which gathers what is in step 3.
-
-    Args:
-        compute: the dtype that gathered weights are cast to; None: their own. (Autocast would keep
-            the casts of all layers until the backward pass.)
     """
     causal = causal_model(model)
     precision = MixedPrecisionPolicy()
-    if compute is not None:
-        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    if shards.compute is not None:
+        precision = MixedPrecisionPolicy(param_dtype=shards.compute, reduce_dtype=torch.float32)
     layers = set(causal._no_split_modules or ())
     units = [each for each in reversed(list(causal.modules())) if type(each).__name__ in layers]
     embeddings = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     ends = [end for end in embeddings if end is not None]
     is_tied = len({id(end.weight) for end in ends}) < len(ends)
     for unit in [*units, *([] if is_tied else ends), causal]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        fully_shard(unit, mesh=shards.mesh, reshard_after_forward=True, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
         # Without this, a factor other than that of the mean asks for NCCL.
         unit.set_force_sum_reduction_for_comms(True)
@@ -82,9 +93,9 @@ def gathered(tensor: MaybeTensor) -> MaybeTensor:
 
     All processes call it. Gradients are summed over them on the way back.
     """
-    return (
-        tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
-    )
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
 def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

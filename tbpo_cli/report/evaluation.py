@@ -161,7 +161,8 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
     """Title, headings and rows of each table, last the pairs by length; figures are {"value",
     "interval", "n"}.
     """
-    models, rates = results["models"], results["win_rates"]
+    models = results["models"]
+    rates = results["win_rates"]
     known = {
         name: {
             **model["preference"]["all"],

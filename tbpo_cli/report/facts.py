@@ -200,7 +200,8 @@ def after_training(metrics: Sequence[Mapping[str, Any]], facts: Facts) -> Facts:
 def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
     """The facts of a complete evaluation, from its results.json."""
     policy, reference = (results["models"][name] for name in ("policy", "reference"))
-    own, before = policy["preference"]["all"], reference["preference"]["all"]
+    own = policy["preference"]["all"]
+    before = reference["preference"]["all"]
     known: dict[str, Any] = {
         "lora": lora, "kl": own["kl"]["value"], "held_out": results["num_pairs"],
     }  # fmt: skip

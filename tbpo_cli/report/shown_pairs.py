@@ -22,7 +22,8 @@ def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) 
     """Prints the first training pairs of the complete stage to stdout as the model sees them, token
     by token.
     """
-    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
+    store = PairStore(run_dir.stage("prepare") / "train")
+    tokenizer = load_tokenizer(recipe.model)
     console.out.print(
         "│ ends a token, ‖ the aligned part.",
         *(f"[{style}]{text}[/]" for style, text in KEY.values()),

@@ -87,7 +87,8 @@ def place_of_training(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
     if number == 1:
         return place
     before = str(policy_after(recipe, run_dir, number - 1))
-    model, align = recipe.model, recipe.align
+    model = recipe.model
+    align = recipe.align
     if _settings(recipe).reference == "first":
         align = replace(align, start=before)
     elif model.lora is not None:
@@ -223,7 +224,8 @@ def _data_of(recipe: Recipe, run_dir: RunDir, number: int) -> Data:
     The held-out pairs are those of `data.eval`, or made of the first policy's answers, where that
     names prompts alone or nothing.
     """
-    data, settings = recipe.data, _settings(recipe)
+    data = recipe.data
+    settings = _settings(recipe)
 
     def marked(of_round: int, weight: float = 1.0) -> Source:
         return Source(str(_folder(run_dir, of_round) / MARKED), weight=weight)

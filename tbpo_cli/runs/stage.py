@@ -26,8 +26,8 @@ class Stage:
         report: shows the result of the complete stage.
         work: the part of `run` that each of several processes does; None if there is only one.
         base_files: patterns of the files in the base's folder that its result depends on.
-        renews: where its inputs changed, `run` makes what is new, and keeps what depends on none of
-            the changes.
+        renews: whether `run`, where its inputs changed, makes what is new in the folder as it is,
+            and keeps what depends on none of the changes.
         checks_before: by the name of a stage that it needs: raises TbpoError if that is not worth
             running, since this stage could not use the result.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
@@ -43,5 +43,5 @@ class Stage:
     base_files: tuple[str, ...] = BASE_FILES
     check: Callable[[Recipe, RunDir], None] | None = None
     outdated: Callable[[dict[str, Any]], list[str]] = lambda manifest: []
-    renews: bool = False
+    renews: Callable[[RunDir], bool] = lambda run_dir: False
     checks_before: Mapping[str, Callable[[Recipe, RunDir], None]] = field(default_factory=dict)

@@ -93,21 +93,20 @@ def train(run: TrainingRun) -> MetricsLog:
 def build_stepper(run: TrainingRun) -> Stepper:
     """The parts of a training in their state before the first step.
 
-    The layout is tried before the weights are sharded: some models fail in the trial, and must
-    not do so in the middle of a pass that many processes make together.
+    Where weights are sharded, the layout is chosen on shapes without numbers: some models fail in
+    that trial, and must not do so in the middle of a pass that many processes make together.
     """
     settings, policy, device = run.settings, run.policy, run.group.device
     if device.type == "cpu":
         keep_freed_memory()
     stores = (run.train, run.evaluation)
     longest = longest_sequence(stores)
-    layout, reason = choose_layout(policy.models, settings.layout, longest)
+    shapes = run.shapes or policy
+    layout, reason = choose_layout(shapes.models, settings.layout, longest)
     apply_layout(policy.models, layout)
     longest_pair = max(int(each.lengths.sum(axis=1).max(initial=0)) for each in stores)
     checkpointing = use_checkpointing(run, longest_pair)
-    kept, _ = kept_bytes(policy.model, checkpointing, policy.autocast)
-    if run.mesh is not None:
-        policy.shard(run.mesh)
+    kept, _ = kept_bytes(shapes.model, checkpointing, policy.autocast)
     states = {
         "policy": TrainState(policy.trained, build_optimizer(settings, policy.trained.values()))
     }
@@ -188,12 +187,11 @@ def _responses(pair: TokenizedPair) -> tuple[Sequence[int], Sequence[int]]:
 def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
     """Whether activations are computed again; the same in all processes, and said if "auto"."""
     wanted = run.settings.activation_checkpointing
-    policy = run.policy
+    policy = run.shapes or run.policy
     weights = [weight for model in policy.models for weight in model.parameters()]
     used = sum(weight.numel() * weight.element_size() for weight in weights)
     used += bytes_of_learning(policy, run.settings)
-    if run.mesh is not None:
-        used /= run.group.size
+    used /= run.policy.num_parts
     device, autocast = run.group.device, policy.autocast
     own = needs_checkpointing(policy.model, wanted, longest_pair, device, used, autocast)
     uses = any(run.group.gather(own))

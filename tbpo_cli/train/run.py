@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from tbpo_cli.batch.batches import epoch_order, num_steps
 from tbpo_cli.config.recipe import Align, Sft
 from tbpo_cli.core.losses import Loss
@@ -41,7 +39,8 @@ class TrainingRun:
         group: the processes that train together, all with the same arguments.
         track: is given every line of metrics.jsonl.
         ways: how rows, attention and head are computed, for the manifest; `train` fills it in.
-        mesh: the processes over which the weights are sharded; None: each has all weights.
+        shapes: the policy as it is without sharding, on "meta", where its weights are sharded;
+            None: each process has all weights.
     """
 
     policy: Policy
@@ -54,7 +53,7 @@ class TrainingRun:
     reference: Path | None = None
     group: Group = ONE
     track: TrackMetrics = track_nothing
-    mesh: DeviceMesh | None = None
+    shapes: Policy | None = None
     ways: dict[str, str] = field(default_factory=dict)
 
     @property

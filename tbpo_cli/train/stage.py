@@ -25,6 +25,7 @@ from tbpo_cli.model.base import compute_dtype
 from tbpo_cli.model.load import add_helper, load_policy
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import check_positions
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.targets import without_adapter
 from tbpo_cli.runs.files import free_bytes, require_space
 from tbpo_cli.runs.run_dir import RunDir
@@ -55,13 +56,14 @@ def train_stage(
     folder = run_dir.begin(stage, recipe) if group.is_main else run_dir.stage(stage.name)
     group.gather(None)
     console.say(f"{stage.name}: loading {recipe.model.base}")
-    policy = _load(stage.name, recipe, run_dir, loss, group)
+    shapes = _shapes_if_sharded(stage.name, settings, recipe, loss, group)
+    mesh = None if shapes is None else init_device_mesh(group.device.type, (group.size,))
+    policy = _load(stage.name, recipe, run_dir, loss, group, mesh)
     _check_fit(policy, stores, recipe.model)
     _check_space(policy, settings, folder, group)
     device = _device_name(group.device)
     num_weights = policy.model.num_parameters()
     _say_what_is_trained(stage.name, policy, stores, device, group)
-    mesh = None if group.size == 1 else _place(policy, settings.sharding, recipe.model, group)
     key = _reference_key(stage.name, settings.reverse, recipe, run_dir, loss, group.device)
     with open_trackers(recipe, folder / "logs", group) as track:
         run = TrainingRun(
@@ -75,7 +77,7 @@ def train_stage(
             reference=run_dir.path / "reference" / f"{key}.f32",
             group=group,
             track=track,
-            mesh=mesh,
+            shapes=shapes,
         )
         train(run)
     outputs = _save(policy, chat, run_dir.weights(stage.name), group)
@@ -147,21 +149,17 @@ def open_stores(settings: Sft | Align, run_dir: RunDir) -> Stores:
     return train_pairs, PairStore(folder / "eval", settings.reverse)
 
 
-def _load(name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group) -> Policy:
-    """The policy in its starting state, with the frozen models that the loss compares it with.
-
-    Several processes may shard the weights, and none of their devices needs the memory for all of
-    them: there the weights are loaded on the CPU.
-    """
+def _load(
+    name: str, recipe: Recipe, run_dir: RunDir, loss: Loss, group: Group, mesh: DeviceMesh | None
+) -> Policy:
+    """The policy in its starting state, with the frozen models that the loss compares it with."""
     sft_output = run_dir.weights("sft") if name == "align" and recipe.sft is not None else None
-    is_on_device = group.size == 1 or recipe.model.quantization is not None
-    load_device = group.device if is_on_device else torch.device("cpu")
     needs_reference = not loss.needs <= REFERENCE_FREE
     start = recipe.align.start if name == "align" else None
-    policy = load_policy(recipe, group.device, sft_output, needs_reference, load_device, start)
+    policy = load_policy(recipe, group.device, sft_output, needs_reference, start=start, mesh=mesh)
     for view in loss.helpers:
         source, key = getattr(loss, view), f"align.loss.{view}"
-        add_helper(policy, view, source, recipe.model, group.device, load_device, key)
+        add_helper(policy, view, source, recipe.model, group.device, key=key, mesh=mesh)
     return policy
 
 
@@ -192,15 +190,21 @@ def _check_space(policy: Policy, settings: Sft | Align, folder: Path, group: Gro
     require_space(folder, needed, min(group.gather(free_bytes(folder))))
 
 
-def _place(policy: Policy, wanted: str, model: Model, group: Group) -> DeviceMesh | None:
-    """The mesh over which the weights will be sharded; None: each device has got all of them."""
-    is_sharded, reason = choose_sharding(policy, wanted, model, group.device)
+def _shapes_if_sharded(
+    name: str, settings: Sft | Align, recipe: Recipe, loss: Loss, group: Group
+) -> Policy | None:
+    """The policy as shapes without numbers if several processes shard its weights; else None.
+
+    This is decided, and said, before any weights are read.
+    """
+    if group.size == 1:
+        return None
+    after_sft = name == "align" and recipe.sft is not None
+    shapes = policy_of_shapes(recipe, loss, group.device, after_sft)
+    is_sharded, reason = choose_sharding(shapes, settings.sharding, recipe.model, group.device)
     how = "the weights are sharded over the processes (fsdp)"
     console.say(f"{how if is_sharded else 'each process has all weights (ddp)'}: {reason}")
-    if is_sharded:
-        return init_device_mesh(group.device.type, (group.size,))
-    policy.move_to(group.device)
-    return None
+    return shapes if is_sharded else None
 
 
 def choose_sharding(

@@ -71,7 +71,8 @@ def unknown_rows(row: Row, columns: dict[str, str]) -> TbpoError:
         what = "the row holds whole columns, not one comparison"
         fix = "write a row for each comparison"
     elif inner:
-        what, fix = f"{what}: they are within {inner}", f"write what is in {inner} as the row"
+        what = f"{what}: they are within {inner}"
+        fix = f"write what is in {inner} as the row"
     elif of_texts:
         what = f"the column {of_texts[0]} holds a list of texts, not one text"
         fix = "write one text there, or a list of messages, each with its role and content"

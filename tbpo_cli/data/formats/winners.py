@@ -149,7 +149,8 @@ def _numbered(content: Any) -> tuple[str, Sides, bool | float] | None:
     """The column, the names of the answers, and the number of the better one; None without one."""
     if not isinstance(content, dict):
         return None
-    column, sides = first_of(content, WINNERS), sides_of(content)
+    column = first_of(content, WINNERS)
+    sides = sides_of(content)
     if not column or sides is None or str(content[column]).strip().lower() in sides:
         return None
     number = number_of(content[column])
