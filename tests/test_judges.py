@@ -545,6 +545,35 @@ def test_a_damaged_reply_in_the_cache_is_asked_for_again(language_judge, tmp_pat
     assert len(server.requests) == 3
 
 
+def test_a_verdict_that_changed_on_the_disk_is_not_believed_but_asked_for_again(
+    language_judge, tmp_path, capfd
+):
+    comparisons = compare(("2", "3"))
+    cache = tmp_path / "answers.jsonl"
+    with chat_server(prefers_two) as server:
+        first = language_judge(server).compare(comparisons)
+        cache.write_text(cache.read_text().replace("[[A]]", "[[B]]"))
+        assert language_judge(server).compare(comparisons) == first
+        assert "1 line of what the judge has said" in capfd.readouterr().err
+        assert language_judge(server).compare(comparisons) == first
+        assert "what the judge has said" not in capfd.readouterr().err
+    assert len(server.requests) == 3
+
+
+def test_a_score_that_changed_on_the_disk_is_not_believed_but_made_anew(judges, tmp_path, capfd):
+    (tmp_path / "scorer.py").write_text("def score(prompt, completion): return len(completion)")
+    cache = tmp_path / "scores.jsonl"
+    comparisons = compare(("four", "fives"), ("one", "three"))
+    scorer = f"judge.scorer=python:{tmp_path / 'scorer.py'}:score"
+    first = judges(scorer, cache=cache)[0].compare(comparisons)
+    whole = cache.read_text()
+    cache.write_text(whole.replace('"score": 4.0', '"score": 6.0'))
+    assert cache.read_text() != whole
+    assert judges(scorer, cache=cache)[0].compare(comparisons) == first
+    assert "1 line of what the judge has said" in capfd.readouterr().err
+    assert cache.read_text() == whole
+
+
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [

@@ -153,7 +153,7 @@ def _parsed(text: str, file: str, number: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = number or error.lineno
-        what = f"line {line} is not JSON: {error.msg} at column {error.colno}"
+        what = f"line {line} is not JSON: {error.msg}, column {error.colno}"
         raise _unusable(what, file, line) from None
     except RecursionError:
         raise _unusable("the JSON is nested without end", file, number) from None

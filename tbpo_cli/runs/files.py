@@ -189,5 +189,22 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def sealed_line(content: dict[str, Any]) -> bytes:
+    """A JSON line, to be added to a file, that carries the hash of itself.
+
+    A line break first: the line before it may have been cut short.
+    """
+    return b"\n" + json.dumps(content | {"seal": _seal(content)}).encode()
+
+
+def sealed_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what `sealed_line` wrote, what is in other lines); without lines that a crash cut short."""
+    read = [line for line in json_lines(path, may_be_cut=True) if isinstance(line, dict)]
+    whole, others = [], []
+    for line in read:
+        (whole if line.pop("seal", None) == _seal(line) else others).append(line)
+    return whole, others
+
+
 def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

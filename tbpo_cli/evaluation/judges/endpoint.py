@@ -26,7 +26,8 @@ import httpx
 from tbpo_cli import console
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges.reply import Reply, read_reply
-from tbpo_cli.runs.files import json_lines
+from tbpo_cli.evaluation.judges.said import lines_of
+from tbpo_cli.runs.files import sealed_line
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key
 ATTEMPTS = 8  # at a server that is busy, fails or is cut off
@@ -163,8 +164,7 @@ class Endpoint:
         if self.cache is None or reply.refused or reply.was_cut:
             return
         with self.cache.open("ab") as file:
-            # A line break first: the last line may have been cut short.
-            file.write(b"\n" + json.dumps({"key": key, "reply": asdict(reply)}).encode())
+            file.write(sealed_line({"key": key, "reply": asdict(reply)}))
         self._known[key] = reply
 
     async def _attempt(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Reply | Failure:
@@ -247,7 +247,7 @@ def _replies_of(cache: Path | None) -> dict[str, Reply]:
     """The replies in a cache by the keys of their requests; a line that holds none is left out."""
     known = {}
     if cache is not None and cache.exists():
-        for line in json_lines(cache, may_be_cut=True):
+        for line in lines_of(cache):
             with suppress(TypeError, ValueError, LookupError):
                 known[str(line["key"])] = Reply(**line["reply"])
     return known

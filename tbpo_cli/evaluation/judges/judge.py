@@ -12,7 +12,8 @@ from pathlib import Path
 from tbpo_cli import console
 from tbpo_cli.data.pairs import Message, Messages, Tools
 from tbpo_cli.errors import TbpoError
-from tbpo_cli.runs.files import json_lines, write_whole
+from tbpo_cli.evaluation.judges.said import lines_of
+from tbpo_cli.runs.files import sealed_line, write_whole
 
 Answer = tuple[Messages, str]  # a prompt and its completion
 
@@ -193,15 +194,15 @@ def _key(answer: Answer) -> str:
 
 
 def _line(key: str, score: float) -> bytes:
-    """A line of a cache. A line break first: the last line may have been cut short."""
-    return b"\n" + json.dumps({"key": key, "score": score}).encode()
+    """A line of a cache."""
+    return sealed_line({"key": key, "score": score})
 
 
 def _scores_of(cache: Path | None) -> dict[str, float]:
     """The scores in a cache by the keys of their answers; a line that holds none is left out."""
     known = {}
     if cache is not None and cache.exists():
-        for line in json_lines(cache, may_be_cut=True):
+        for line in lines_of(cache):
             with suppress(TypeError, ValueError, LookupError):
                 if abs(line["score"]) <= MAX_SCORE:
                     known[line["key"]] = float(line["score"])
