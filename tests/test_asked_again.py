@@ -13,8 +13,12 @@ from conftest import run_stage, write_jsonl, write_recipe
 from judge_server import chat_completion, chat_server
 from safetensors.torch import load_file, save_file
 
+from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.measurements import inputs_under
 from tbpo_cli.runs.files import read_sealed, sha256, write_sealed
+from tbpo_cli.runs.inputs import inputs_of
+from tbpo_cli.stages.evaluate import STAGE
 
 SCORER = """
 from pathlib import Path
@@ -204,6 +208,31 @@ def test_a_changed_key_of_eval_measures_what_is_new_alone(
         assert (len(calls(evaluated)) > asked) == bool(sets and is_scored)
     assert (copied / "sample/samples.jsonl").stat().st_mtime_ns == samples
     assert results(copied) == before
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "common.yaml", "code.py", "helper.py"])
+def test_a_task_of_our_own_depends_on_every_file_that_it_names(recipe_file, tmp_path, name):
+    """Rows, a YAML file that it includes, a function, and what that one imports."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"question": "one"}])
+    (tmp_path / "letters.yaml").write_text(
+        f"task: letters\ninclude: common.yaml\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+    )
+    (tmp_path / "common.yaml").write_text("process_results: !function code.score\n")
+    (tmp_path / "code.py").write_text("import helper\ndef score(doc, results): return {}\n")
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "unused.py").write_text("")
+    recipe = load_recipe(recipe_file, (f"eval.suites=['{tmp_path / 'letters.yaml'}']",))
+    before = inputs_of(STAGE, recipe, {}, {})
+    assert inputs_under(before, "eval.suites") == inputs_under(
+        inputs_of(STAGE, recipe, {}, {}), "eval.suites"
+    )
+    (tmp_path / "unused.py").write_text("another = 1\n")
+    assert inputs_of(STAGE, recipe, {}, {}) == before
+    path = tmp_path / name
+    path.write_text(path.read_text() + "\n")
+    assert inputs_under(inputs_of(STAGE, recipe, {}, {}), "eval.suites") != inputs_under(
+        before, "eval.suites"
+    )
 
 
 def test_restart_measures_everything_anew(evaluated, copied):

@@ -964,6 +964,12 @@ def test_the_real_harness_runs_a_local_task_on_the_adapter(copied, tmp_path):
     assert unknown["low"] is None and unknown["high"] is None, "the harness knows no error of it"
     assert decide("words > 0", read(run))["passed"]
     assert not decide("words.low > 0", read(run))["passed"]
+    write_jsonl(
+        tmp_path / "letters.jsonl", [row | {"label": 1 - row["label"]} for row in questions]
+    )
+    run_stage("eval", recipe, run, *SAME, f"eval.suites=['{task}', '{other}']")
+    changed = read(run)["models"]["policy"]["suites"][str(task)]["letters"]
+    assert changed["value"] == pytest.approx(1 - right / 6), "rows of a task are inputs, too"
 
 
 CHAT = """

@@ -16,6 +16,7 @@ from tbpo_cli.evaluation.diversity import PROTOCOL
 from tbpo_cli.evaluation.kept import Kept, without_numbers
 from tbpo_cli.evaluation.measures import is_chat, tasks_of
 from tbpo_cli.model.policy import POLICY, REFERENCE
+from tbpo_cli.runs.inputs import files_of
 from tbpo_cli.runs.run_dir import RunDir
 
 Json = dict[str, Any]
@@ -69,7 +70,7 @@ def measurements_of(
             asked: Json = {
                 "suite": suite,
                 "tasks": tasks_of(suite),
-                "files": _task_file(inputs, suite),
+                "files": _task_files(inputs, suite),
             }
             if any(is_chat(task) for task, _ in tasks_of(suite)):
                 asked["chat"] = True
@@ -153,6 +154,9 @@ def _weights_of_reference(recipe: Recipe, run_dir: RunDir) -> str:
     return run_dir.outputs_hash("sft") if recipe.sft is not None else ""
 
 
-def _task_file(inputs: Json, suite: str) -> str | None:
-    file = inputs["files"].get("eval.suites", {}).get(suite)
-    return file["sha256"] if file else None
+def _task_files(inputs: Json, suite: str) -> list[str] | None:
+    """The hashes of the files that a suite is made of; None for a task of the harness."""
+    known = inputs["files"].get("eval.suites", {})
+    if suite not in known:
+        return None
+    return [known[str(path)]["sha256"] for path in files_of("eval.suites", suite, ())]

@@ -200,7 +200,8 @@ def sealed_line(content: dict[str, Any]) -> bytes:
 def sealed_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(what `sealed_line` wrote, what is in other lines); without lines that a crash cut short."""
     read = [line for line in json_lines(path, may_be_cut=True) if isinstance(line, dict)]
-    whole, others = [], []
+    whole: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for line in read:
         (whole if line.pop("seal", None) == _seal(line) else others).append(line)
     return whole, others

@@ -14,6 +14,7 @@ from tbpo_cli.config.toml import PATHS, is_local
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.files import sha256
 from tbpo_cli.runs.stage import Stage
+from tbpo_cli.runs.task_files import files_of_task
 
 NO_FILES = "(a Hub repository or nothing)"  # in words, where a key names no local files
 
@@ -105,6 +106,8 @@ def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
     if path.is_absolute() and path.is_dir():
         found = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
         return sorted(found)
+    if path.is_absolute() and path.is_file() and key == "eval.suites":
+        return files_of_task(path, _imported)
     if path.is_absolute() and path.is_file():
         return [path, *sorted(_imported(path))] if is_code else [path]
     if is_local(source):
