@@ -188,6 +188,8 @@ class RunDir:
 
     def renew(self, stage: Stage, recipe: Recipe) -> None:
         """Reopens a stage, and notes the inputs of now in place of those that it was begun with."""
+        if not self.is_restarted(stage.name):
+            (self.stage(stage.name) / RESTARTED).unlink(missing_ok=True)
         self.reopen(stage.name)
         write_sealed(self.stage(stage.name) / INPUTS, self.inputs(stage, recipe))
 
