@@ -103,7 +103,8 @@ class _Check:
 def _trackers(recipe: Recipe) -> None:
     for name in recipe.run.trackers:
         if importlib.util.find_spec(name) is None:
-            what, fix = f"{name} is not installed", f"pip install {name}"
+            what = f"{name} is not installed"
+            fix = f"pip install {name}"
             raise TbpoError(what, "run.trackers", "its package", fix)
 
 
@@ -122,7 +123,8 @@ def _quantization(recipe: Recipe) -> None:
 def _helpers(recipe: Recipe) -> None:
     """The policies beside the reference: run directories, adapters or repositories."""
     for key in recipe.align.loss.helpers:
-        source, where = getattr(recipe.align.loss, key), f"align.loss.{key}"
+        source = getattr(recipe.align.loss, key)
+        where = f"align.loss.{key}"
         if not source:
             fix = f"--set {where}=RUN, of tbpo align RECIPE --set align.loss.name=dpo"
             what = f"the {key} helper is not named"
