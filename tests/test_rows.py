@@ -248,4 +248,4 @@ def test_shapes_of_an_adapter_that_exists_are_known_without_its_numbers(recipe_f
     recipe = replace(load_recipe(recipe_file), model=model)
     policy = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
     assert {weight.device.type for weight in policy.model.parameters()} == {"meta"}
-    assert policy.describe_reference() == "a frozen copy of the SFT adapter"
+    assert policy.describe_reference() == "a frozen adapter beside the policy's, on the same base"
