@@ -22,7 +22,7 @@ from tbpo_cli.core.types import sum_over_response
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.candidates import check_source
-from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, summarise
+from tbpo_cli.evaluation.diversity import distinct, repetition, self_bleu, spaced, summarise
 from tbpo_cli.evaluation.measures import decide, gate_faults, tasks_of
 from tbpo_cli.evaluation.preference import calibration_error, reliability
 from tbpo_cli.evaluation.stats import (
@@ -201,6 +201,48 @@ def test_self_bleu_and_distinct_and_repetition_of_texts_by_hand():
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2) and repetition([1, 1]) == 0
 
 
+CHINESE = ["今天天气很好，我们去公园。", "今天天气不错，我们去公园玩。", "我不知道答案是什么。"]
+JAPANESE = ["今日はとてもいい天気です。", "今日はいい天気ですね。", "答えはわかりません。"]
+
+
+@pytest.mark.parametrize(("texts", "tokenize"), [(CHINESE, "zh"), (JAPANESE, "char")])
+def test_in_scripts_without_spaces_each_character_is_a_word(texts, tokenize):
+    """The self-BLEU is that of sacrebleu's own tokenizer for the script."""
+    from sacrebleu import sentence_bleu
+
+    both = [
+        sentence_bleu(one, [other], tokenize=tokenize).score
+        for one in texts
+        for other in texts
+        if one != other
+    ]
+    assert self_bleu(texts) == pytest.approx(np.mean(both))
+    assert self_bleu(texts[:2]) > 5 * self_bleu(texts[1:]) > 0, "the first two are alike"
+    assert self_bleu([f"red dog, {texts[0]}", f"red dog, {texts[0]}"]) == 100
+
+
+def test_texts_in_scripts_with_spaces_keep_their_words():
+    texts = [
+        "The red dog runs — “fast”, 3.5 times.",
+        "Ein süßer Hund läuft; он быстрый! 개가 뛴다 ①",
+    ]
+    assert [spaced(text) for text in texts] == texts
+    apart = "ใช่是のｎ𠀀"
+    assert spaced(apart).split() == [*apart]
+
+
+def test_distinct_counts_characters_where_there_are_no_spaces():
+    """Three of six characters are different; of 天天, 天气, 气。 and 天气, three of four."""
+    samples = [
+        {"prompt_id": name, "sample": 0, "completion": text, "token_ids": [1], "entropy": 0.0}
+        | {"finish_reason": "stop"}
+        for name, text in (("a", "天天气。"), ("b", "天气"))
+    ]
+    samples += [one | {"sample": 1} for one in samples]
+    found = summarise(samples)
+    assert values(found)["distinct_1"] == 0.5 and values(found)["distinct_2"] == 0.75
+
+
 def test_the_interval_of_distinct_is_that_of_the_shares_without_each_text():
     """Ten texts with one word of their own and one to ten times "a": 11 of 65."""
     texts = [[str(number), *["a"] * number] for number in range(1, 11)]
@@ -371,7 +413,7 @@ def test_scores_and_win_rates_are_those_of_the_samples(whole):
 
 def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copied, monkeypatch):
     """It likes whatever stands first: all verdicts are inconsistent ties. The gate's win rate is
-    the scorer's.
+    the least of both judges' against both opponents.
     """
     recipe, run = copied
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
@@ -395,7 +437,7 @@ def test_a_language_model_judges_beside_a_scorer_and_is_asked_nothing_twice(copi
         and judge["prompt_tokens"] > 0
     )
     assert (
-        results["gate"]["value"] == scorer["raw"]["value"]
+        results["gate"]["value"] == min(rate["raw"]["value"] for rate in results["win_rates"])
         and "scorer.py:score" in results["verdict"]
     )
     lines = [json.loads(line) for line in (run / "eval/verdicts.jsonl").read_text().splitlines()]
@@ -490,7 +532,7 @@ def test_only_what_is_new_is_measured(copied, tmp_path, capsys):
         assert again["models"][name]["diversity"] == before["models"][name]["diversity"]
     run_stage("eval", recipe, run, *SAME, "eval.diversity_prompts=3")
     lines = capsys.readouterr().err
-    assert "diversity, policy" in lines and "pairs, " not in lines
+    assert "diversity, policy" not in lines and "pairs, " not in lines, "three are among the four"
     assert read(run)["models"]["policy"]["diversity"]["length"]["n"] == 3
     (recipe.parent / "scorer.py").write_text(SCORER.replace("'red'", "'blue'"))
     try:
@@ -707,7 +749,6 @@ def test_a_gate_reads_the_figure_that_it_names(whole):
     against_reference, against_chosen = results["win_rates"]
     policy, reference = (results["models"][name] for name in ("policy", "reference"))
     for name, value in {
-        "win_rate": against_reference["raw"]["value"],
         "win_rate.chosen": against_chosen["raw"]["value"],
         "length_controlled_win_rate.chosen.high": against_chosen["length_controlled"]["high"],
         "policy.kl": policy["preference"]["all"]["kl"]["value"],
@@ -717,9 +758,10 @@ def test_a_gate_reads_the_figure_that_it_names(whole):
     }.items():
         decided = {"expression": f"{name} >= {value!r}", "value": value, "passed": True}
         if "win_rate" in name:
-            against = "chosen" if "chosen" in name else "reference"
-            decided |= {"against": against, "judge": against_reference["judge"]}
+            decided |= {"against": "chosen", "judge": against_chosen["judge"], "comparisons": 1}
         assert decide(f"{name} >= {value!r}", results) == decided
+    least = min(rate["raw"]["value"] for rate in (against_reference, against_chosen))
+    assert decide("win_rate > 0", results)["value"] == least
     other = decide("win_rate.other > 0", results)
     assert (other["value"], other["passed"], other["against"]) == (None, False, "other")
 
@@ -734,6 +776,51 @@ def test_a_failed_gate_is_raised_after_everything_is_written(copied):
         and (run / "eval/manifest.json").exists()
         and read(run)["gate"]["passed"] is False
     )
+
+
+def entry(against, judge, value, model="policy"):
+    rate = None if value is None else {"value": value}
+    return {"model": model, "against": against, "judge": judge, "raw": rate}
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed", "of_whom", "value"),
+    [
+        ("win_rate > 0.5", False, ("chosen", "b"), 0.4),
+        ("win_rate > 0.39", True, ("chosen", "b"), 0.4),
+        ("win_rate < 0.65", False, ("reference", "b"), 0.7),
+        ("win_rate == 0.6", False, ("chosen", "b"), 0.4),
+        ("win_rate != 0.55", False, ("chosen", "a"), 0.55),
+        ("win_rate.reference > 0.5", True, ("reference", "a"), 0.6),
+        ("win_rate.chosen >= 0.5", False, ("chosen", "b"), 0.4),
+        ("win_rate.mute > 0", False, ("mute", "a"), None),
+    ],
+)
+def test_a_gate_that_names_no_opponent_holds_against_each_and_by_each_judge(
+    gate, passed, of_whom, value
+):
+    rates = [
+        entry("reference", "a", 0.6), entry("chosen", "a", 0.55),
+        entry("reference", "b", 0.7), entry("chosen", "b", 0.4),
+        entry("reference", "a", 0.0, "dpo"),
+    ]  # fmt: skip
+    results = {
+        "models": {},
+        "win_rates": [*rates, *([entry("mute", "a", None)] * ("mute" in gate))],
+    }
+    decided = decide(gate, results)
+    assert (decided["passed"], decided["value"]) == (passed, value)
+    assert (decided["against"], decided["judge"]) == of_whom
+    assert decided["comparisons"] == (1 if "mute" in gate else 2 if "." in gate.split()[0] else 4)
+
+
+def test_a_gate_does_not_hold_where_one_opponent_has_no_verdict():
+    results = {
+        "models": {},
+        "win_rates": [entry("reference", "a", 0.9), entry("chosen", "a", None)],
+    }
+    decided = decide("win_rate > 0", results)
+    assert (decided["passed"], decided["value"], decided["against"]) == (False, None, "chosen")
 
 
 # What cannot be

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import write_jsonl
 from judge_server import chat_completion, chat_server
 from safetensors.torch import load_file, save_file
 
@@ -891,6 +892,42 @@ def test_what_is_no_reward_model_is_a_message(judges, tokenizer, tmp_path, made,
         judges(f"judge.reward_model={tmp_path / 'rm'}")[0].compare(compare(("x", "y")))
     assert made is None or "one output" in error.value.expected
     assert "judge.reward_model" in error.value.where
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "code", "said"),
+    [
+        (["system", "system"], 2, "refuses a chat: no system"),
+        (["user", "system"], 0, "gives no mark to answers to 1 of 2 prompts"),
+        (["user", "user"], 0, ""),
+    ],
+)
+def test_prompts_that_the_template_of_the_reward_model_refuses_are_said_before_any_is_answered(
+    trained, finished, tbpo, tokenizer, tmp_path, prompts, code, said
+):
+    reward_model(tokenizer, tmp_path / "rm")
+    template = tmp_path / "rm/chat_template.jinja"
+    template.write_text(NO_SYSTEM + template.read_text())
+    user = {"role": "user", "content": "red dog"}
+    rows = [{"messages": [{"role": "system", "content": "Hm."}, user]}, {"messages": [user]}]
+    rows = [rows[role == "user"] for role in prompts]
+    sets = {
+        "sample.prompts": write_jsonl(tmp_path / "prompts.jsonl", rows),
+        "sample.max_new_tokens": 4,
+        "eval.diversity_prompts": 0,
+        "judge.reward_model": tmp_path / "rm",
+    }
+    flags = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    done = tbpo("eval", trained / "tiny.toml", "--run-dir", finished, *flags)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and (finished / "sample").exists() == (code == 0)
+    if code:
+        assert "judge.reward_model = " in done.stderr and "refuses all 2 of them" in done.stderr
+    elif said:
+        assert done.stderr.index(said) < done.stderr.index("all of them: "), "before sampling"
 
 
 def test_a_language_model_is_no_reward_model(judges, base):

@@ -74,8 +74,6 @@ MODELS = {  # model type, further settings, and whether one row can hold several
     ),
 }
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module")
 def pairs():
@@ -317,58 +315,6 @@ def test_the_attention_that_is_taken_is_named_and_what_the_fast_way_wants():
     assert cpu == ("a call of torch's fused attention for each sequence", "")
     how, why = attention.describe_attention([model], torch.float32, torch.device("cuda"))
     assert how == cpu[0] and "takes half precision alone" in why
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", SEQUENCES)
-def test_the_one_kernel_of_a_gpu_gives_the_numbers_of_a_call_a_sequence(kind):
-    """Outputs and gradients in bf16, against fp32 on the CPU: rounded to 2⁻⁸ of about 1, a few
-    times over.
-    """
-    found = []
-    for states in (
-        random_states(SEQUENCES[kind]),
-        random_states(SEQUENCES[kind], "cuda", torch.bfloat16),
-    ):
-        if states[0].is_cuda:
-            result = in_one_kernel(*states, segments_of(SEQUENCES[kind]).to("cuda"), None)
-        else:
-            result, _ = attend_by_sequence(llama_attention(), *states, None, SEQUENCES[kind])
-        gradients = torch.autograd.grad(result.float().square().sum(), states)
-        found.append([each.detach().cpu().float() for each in (result, *gradients)])
-    for got, want in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
-
-
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_gpu_has_the_losses_and_gradients_of_the_cpu(pairs, name, dtype):
-    """In bf16 within 5 % of the largest gradient: the numbers of a small model, each rounded to
-    2⁻⁸.
-    """
-    loss, found = build_loss(name), {}
-    cut = [cut_to_span(pair, loss.span) for pair in pairs]
-    for device in ("cpu", "cuda"):
-        scorer = make_scorer()
-        models = [scorer.policy.model, *scorer.policy.frozen.values()]
-        for model in models:
-            model.to(device, dtype if device == "cuda" else torch.float32)
-        scorer = Scorer.of(scorer.policy, scorer.baseline.to(device))
-        apply_layout(models, choose_layout(models, "auto", longest=20)[0])
-        batches = [collate(cut, "shared_prompt").to(torch.device(device))]
-        losses, gradients = losses_and_gradients(scorer, loss, batches)
-        found[device] = (
-            losses,
-            {each: gradient.cpu().float() for each, gradient in gradients.items()},
-        )
-    if dtype == torch.float32:
-        return assert_same(found["cuda"], found["cpu"])
-    largest = max(float(gradient.abs().max()) for gradient in found["cpu"][1].values())
-    for each, gradient in found["cpu"][1].items():
-        torch.testing.assert_close(found["cuda"][1][each], gradient, rtol=0, atol=0.05 * largest)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -166,12 +166,20 @@ def test_a_judge_that_looks_at_the_position_alone_is_a_warning_and_in_the_headli
     assert "(whose verdict changes with the order on 100.0%)" in results["verdict"]
 
 
-def test_a_gate_on_a_win_rate_says_against_whom_it_is(evaluated):
-    """Of two opponents the first, which its line names."""
-    evaluated.server.answer = lambda body: "[[C]]"
-    more = ("--set", "eval.opponents=['reference']", "--set", "eval.gate=win_rate > 0.9")
-    stderr = evaluated(*ONCE, *more, code=4)
-    assert "measured 0.5 against reference, by judge-1" in stderr
+def test_a_gate_on_a_win_rate_holds_against_each_opponent_and_says_which_is_the_least(evaluated):
+    """The file's answers always win, the reference ties: the gate fails, unless it names that."""
+
+    def answer(body):
+        _, _, answers = body["messages"][0]["content"].partition("[Answer of A]\n")
+        is_file_first, start = answers.startswith(THEIRS[:10]), f"\n{THEIRS[:10]}"
+        return "[[A]]" if is_file_first else "[[B]]" if start in answers else "[[C]]"
+
+    evaluated.server.answer = answer
+    more = ("--set", "eval.opponents=['reference']", "--set")
+    stderr = evaluated(*ONCE, *more, "eval.gate=win_rate > 0.4", code=4)
+    assert "measured 0 against theirs, by judge-1, the least of 2 comparisons" in stderr
+    _, page, *_ = evaluated(*ONCE, *more, "eval.gate=win_rate.reference > 0.4")
+    assert "Gate win_rate.reference > 0.4: 0.5 against reference, by judge-1, passed." in page
 
 
 def test_opponents_that_the_judge_is_mute_about_take_no_part_in_tests(evaluated):

@@ -237,6 +237,35 @@ def test_prompts_alone_without_a_judge_are_a_message(tmp_path, tbpo):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"judge": {"scorer": "python:gone.py:score"}}, "the scorer's file is not there"),
+        ({"judge": {"scorer": "python:scorer.py:gone"}}, "no function gone"),
+        (
+            {"judge": {"scorer": None, "endpoint": "http://127.0.0.1:9/v1", "model": "judge"}},
+            "no chat completion",
+        ),
+        (
+            {"rounds": {"endpoint": "http://127.0.0.1:9/v1", "endpoint_model": "base"}},
+            "no chat completion",
+        ),
+    ],
+)
+def test_a_judge_or_server_that_is_not_there_is_said_before_anything_is_sampled(
+    tmp_path, tbpo, change, message
+):
+    """Also where another judge evaluates."""
+    write(tmp_path, **merged(change, {"eval": {"judge": {"scorer": "python:scorer.py:short"}}}))
+    done = tbpo("align", "own.toml", "--run-dir", "run")
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "run/rounds").exists()
+    shown = tbpo("show", "own.toml", "--run-dir", "run")
+    assert (
+        shown.returncode == 2 and "✗" in shown.stdout and message in " ".join(shown.stdout.split())
+    )
+
+
+@pytest.mark.parametrize(
     ("scorer", "message"), [("never", "it returned nan"), ("equal", "no_preference")]
 )
 def test_a_judge_that_leaves_no_pair_is_a_message_and_loses_no_answer(tmp_path, scorer, message):

@@ -187,6 +187,8 @@ def test_another_reference_keeps_the_first_round_and_the_answers_marks_and_pairs
     with pytest.raises(TbpoError, match="rounds/2/align") as error:
         run_stage("align", path, run)
     assert f'rounds.reference: now "{other}"' in error.value.expected
+    what = "--restart redoes rounds/2/align and rounds/3/align and what depends on it"
+    assert what in error.value.fix
     before = files(run / "rounds")
     run_stage("align", path, run, restart=True)
     after = files(run / "rounds")

@@ -13,6 +13,7 @@ from test_rounds import QUICKSTART, write
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.evaluation.rounds import rounds_of
+from tbpo_cli.report.rounds import panels_of, texts_of, warnings_of
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.launch import Processes
 from tbpo_cli.runs.rounds import place_of_round
@@ -157,7 +158,8 @@ def test_the_plan_counts_answers_marks_and_requests_as_they_come(tmp_path, tbpo)
     known = expected.replace("at most ", "").replace("cost 1", "cost at most 1")
     assert again.startswith(known.replace("judge, 132", "judge, at most 132"))
     texts = {(str(row["messages"]), row["completion"]) for row in samples + held_out}
-    assert num_asked == 2 * len({each for each in texts if each[1].strip()}) <= 132
+    num_checks = 1  # that the server answers, before anything is sampled
+    assert num_asked - num_checks == 2 * len({each for each in texts if each[1].strip()}) <= 132
 
 
 def test_two_processes_write_the_answers_and_marks_of_one(made, tmp_path):
@@ -200,3 +202,23 @@ def test_the_margin_of_a_rounds_pairs_is_that_of_its_own(made):
         own += [best - min(row["scores"])] if best > min(row["scores"]) else []
     assert last["pairs"] == len(own)
     assert last["pair_margin"] == pytest.approx(sum(own) / len(own))
+
+
+def test_report_and_show_name_the_policy_that_kl_is_measured_from(made, tbpo):
+    folder, reference = made
+    entries = rounds_of(load_recipe(folder / "own.toml"), RunDir(folder / "run"))
+    (heading,) = [each for each in texts_of(entries)[0] if each.startswith("KL")]
+    assert (
+        heading == {"first": "KL from the first", "previous": "KL from the round before"}[reference]
+    )
+    assert heading in [panel.title for panel in panels_of(entries)]
+    far = [*entries[:2], entries[2] | {"kl": 0.1}, entries[3] | {"kl": 0.9}]
+    (said,) = [each for each in warnings_of(far) if each.startswith("KL went")]
+    assert ("rounds.reference" in said) == (reference == "previous")
+    path = folder / "own.toml"
+    shown = " ".join(tbpo("show", str(path), "--run-dir", str(folder / "run")).stdout.split())
+    words = {
+        "first": 'with the adapter off, in every round (rounds.reference = "first")',
+        "previous": "in round 1; in each later one the policy of the round before, frozen",
+    }
+    assert words[reference] in shown

@@ -59,7 +59,9 @@ class ReferenceCache:
 
     def write(self, indices: tuple[int, ...], values: Tensor) -> None:
         """Stores values, in the order of `read`, of pairs that have none yet."""
-        slots, owners, given = self._slots(indices), self._owners(indices), values.cpu().numpy()
+        slots = self._slots(indices)
+        owners = self._owners(indices)
+        given = values.cpu().numpy()
         for index in dict.fromkeys(indices):
             if not self._is_known(index):
                 of_pair = owners == index

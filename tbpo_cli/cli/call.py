@@ -1,4 +1,4 @@
-"""What a command on a recipe was given: every option that there is, in the order of --help."""
+"""The arguments of a command on a recipe: every option that any has, in the order of --help."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ class Call:
         """
         flags = self.flags or []
         if flags and not flags[0].startswith("-"):
-            what, expected = f"{flags[0]} is not understood", "a recipe, and options"
+            what = f"{flags[0]} is not understood"
+            expected = "a recipe, and options"
             fix = "leave it out; --help lists what there is"
             if "=" in flags[0]:
                 fix = f"--set {flags[0]}"
@@ -161,7 +162,8 @@ class Call:
             self.gpus, self.cpu, self.nodes, self.node_rank, self.main_address, flags
         )
         if flags and processes.total == 1:
-            what, where = "one process takes no flags for accelerate", f"-- {' '.join(flags)}"
+            what = "one process takes no flags for accelerate"
+            where = f"-- {' '.join(flags)}"
             expected = "flags for accelerate beside --gpus N"
             raise TbpoError(what, where, expected, "leave them out, or add --gpus N")
         return processes

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
@@ -56,9 +57,8 @@ def run_check(name: str, function: Callable[[], None]) -> Check:
 
 def all_checks(recipe: Recipe) -> list[Check]:
     """Everything that the recipe's stages need, in the order in which they run."""
-    return [
-        check for stage in ("align", "sample", "eval", "push") for check in checks_of(stage, recipe)
-    ]
+    stages = ("mark", "align", "sample", "eval", "push")
+    return [check for stage in stages for check in checks_of(stage, recipe)]
 
 
 def checks_of(stage: str, recipe: Recipe, asks: bool = True) -> Iterator[Check]:
@@ -103,7 +103,8 @@ class _Check:
 def _trackers(recipe: Recipe) -> None:
     for name in recipe.run.trackers:
         if importlib.util.find_spec(name) is None:
-            what, fix = f"{name} is not installed", f"pip install {name}"
+            what = f"{name} is not installed"
+            fix = f"pip install {name}"
             raise TbpoError(what, "run.trackers", "its package", fix)
 
 
@@ -122,7 +123,8 @@ def _quantization(recipe: Recipe) -> None:
 def _helpers(recipe: Recipe) -> None:
     """The policies beside the reference: run directories, adapters or repositories."""
     for key in recipe.align.loss.helpers:
-        source, where = getattr(recipe.align.loss, key), f"align.loss.{key}"
+        source = getattr(recipe.align.loss, key)
+        where = f"align.loss.{key}"
         if not source:
             fix = f"--set {where}=RUN, of tbpo align RECIPE --set align.loss.name=dpo"
             what = f"the {key} helper is not named"
@@ -140,18 +142,46 @@ def _has_judge_server(recipe: Recipe) -> bool:
 
 
 def _judge_server(recipe: Recipe) -> None:
-    """One request to the server of the judge, with a single token to answer."""
-    from tbpo_cli.evaluation.judges.endpoint import Endpoint
-
+    """The server of the judge that evaluates answers."""
     judge = recipe.judge_of_eval
     assert judge is not None and judge.endpoint is not None
-    message = {"role": "user", "content": "Say yes."}
-    body = {**judge.body, "model": judge.model, "messages": [message]}
-    for _, reply in Endpoint(judge.endpoint, 1, min(judge.timeout, 20.0)).ask([body]):
+    body = {**judge.body, "model": judge.model}
+    _ask(judge.endpoint, body, min(judge.timeout, 20.0), recipe.table_of_judge)
+
+
+def _ask(address: str, body: dict[str, Any], timeout: float, table: str) -> None:
+    """One request to a server. Raises TbpoError, if it refuses that or does not answer."""
+    from tbpo_cli.evaluation.judges.endpoint import Endpoint
+
+    asked = body | {"messages": [{"role": "user", "content": "Say yes."}]}
+    for _, reply in Endpoint(address, 1, timeout).ask([asked]):
         if reply.refused:
-            raise TbpoError(
-                reply.refused, judge.endpoint, "an answer", f"change [{recipe.table_of_judge}]"
-            )
+            raise TbpoError(reply.refused, address, "an answer", f"change [{table}]")
+
+
+def _has_marking_server(recipe: Recipe) -> bool:
+    return recipe.rounds is not None and recipe.judge is not None and bool(recipe.judge.endpoint)
+
+
+def _marker(recipe: Recipe) -> None:
+    """The function, the templates or the reward model that rounds choose pairs by."""
+    from tbpo_cli.evaluation.judges import marker_of
+
+    marker_of(recipe)
+
+
+def _marking_server(recipe: Recipe) -> None:
+    """The server of the judge that rounds choose pairs by."""
+    judge = recipe.judge
+    assert judge is not None and judge.endpoint is not None
+    _ask(judge.endpoint, {**judge.body, "model": judge.model}, min(judge.timeout, 20.0), "judge")
+
+
+def _answering_server(recipe: Recipe) -> None:
+    """The server that answers for the policy in rounds."""
+    rounds = recipe.rounds
+    assert rounds is not None and rounds.endpoint is not None
+    _ask(rounds.endpoint, {"model": rounds.endpoint_model, "max_tokens": 1}, 20.0, "rounds")
 
 
 def require_gate(recipe: Recipe) -> None:
@@ -205,6 +235,17 @@ def _names_something(recipe: Recipe) -> bool:
 
 
 CHECKS: dict[str, dict[str, _Check]] = {
+    "mark": {  # of each round, before anything is sampled
+        "the judge that marks the answers of rounds": _Check(
+            lambda recipe: recipe.rounds is not None, _marker
+        ),
+        "the server of that judge answers": _Check(_has_marking_server, _marking_server, asks=True),
+        "the server of rounds.endpoint answers": _Check(
+            lambda recipe: recipe.rounds is not None and recipe.rounds.endpoint,
+            _answering_server,
+            asks=True,
+        ),
+    },
     "align": {
         "trackers {recipe.run.trackers}": _Check(lambda recipe: recipe.run.trackers, _trackers),
         "bitsandbytes and a GPU for 4-bit weights": _Check(

@@ -81,7 +81,8 @@ def write(source: Path, target: Path) -> None:
     ours = is_our_recipe(found)
     converted = Converted(found) if ours else convert(found)
     if not ours and not set(found) & set(THEIRS):
-        what, expected = "no key of the config is known", "a config of TRL, axolotl, LLaMA-Factory"
+        what = "no key of the config is known"
+        expected = "a config of TRL, axolotl, LLaMA-Factory"
         raise TbpoError(what, str(source), expected, "tbpo init lists recipes to begin with")
     target.write_text(tomli_w.dumps(without_nothing(converted.tables)), encoding="utf-8")
     console.out.print(f"wrote {target}", markup=False)
@@ -136,7 +137,8 @@ def convert(theirs: dict[str, Any]) -> Converted:
     converted = Converted()
     for name in ("stage", *LOSS_KEYS):
         if (method := str(theirs.get(name)).lower()) in REFUSED:
-            what, expected = f"{method} is not offered", "a training of pairs or demonstrations"
+            what = f"{method} is not offered"
+            expected = "a training of pairs or demonstrations"
             raise TbpoError(what, f"{name}: {method}", expected, NOT_OFFERED[method])
     tool = tool_of(theirs)
     is_dpo = "pref_loss" in theirs or (tool == TRL and not SFT_KEYS & set(theirs))
@@ -146,7 +148,8 @@ def convert(theirs: dict[str, Any]) -> Converted:
     loss = "" if is_sft else _convert_loss(full, stage, converted)
     for name, value in full.items():
         if name not in BATCHES and name not in LOSS_KEYS:
-            before, listed = len(converted.moved), len(converted.left)
+            before = len(converted.moved)
+            listed = len(converted.left)
             _convert_key(name, value, is_sft, loss, converted)
             if name not in theirs:  # a default that the loss does not read is not listed
                 del converted.left[listed:]
@@ -211,7 +214,8 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
     name = next((each for each in LOSS_KEYS if full.get(each) not in (None, "rlhf")), "")
     given = full.get(name, "sigmoid")
     if stage not in STAGES:
-        name, given = "stage", stage
+        name = "stage"
+        given = stage
     parts = list(given) if isinstance(given, list | tuple) else [given]
     losses = [each for each in parts if each != "sft"]
     ours = LOSS_NAMES.get(str(losses[0]).lower()) if len(losses) == 1 else None

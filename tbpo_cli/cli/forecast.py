@@ -39,7 +39,8 @@ from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.run import num_evaluated
 from tbpo_cli.train.stage import choose_sharding, open_stores
 
-# Of bare matrix products, what a step reaches: tests/benchmarks/results/train_step*.md.
+# The share of the speed of bare matrix products that a step reaches, measured for the CPU: see
+# tests/benchmarks/results/train_step*.md.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}
 
 Line = tuple[str, str]  # what it is about, and words for a person
@@ -99,7 +100,8 @@ class Counts:
 
 def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Forecast:
     """What is known of a training of `processes` processes, one a device."""
-    settings, device = training.settings, Group.of_environment().device
+    settings = training.settings
+    device = Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
     if [*plan("prepare", recipe, run_dir).values()][-1][0] == "done":
         counts = count_pairs(training, run_dir)
@@ -164,10 +166,12 @@ def _lengths(store: PairStore, span: str) -> np.ndarray:
 
 def count_pairs(training: Training, run_dir: RunDir) -> Counts:
     """Counts the prepared pairs of a training."""
-    settings, loss = training.settings, training.loss
+    settings = training.settings
+    loss = training.loss
     stores = open_stores(settings, run_dir)
     train, held_out = (_lengths(store, loss.span) for store in stores)
-    batch, num_pairs = settings.batch_size, len(train)
+    batch = settings.batch_size
+    num_pairs = len(train)
     steps = num_steps(num_pairs, batch, settings.epochs, settings.max_steps)
     visits = steps * batch / num_pairs
     prompt, chosen, rejected = train.mean(axis=0)
@@ -203,7 +207,7 @@ def _share_over_length(run_dir: RunDir) -> float:
 def choices(
     policy: Policy, training: Training, longest: int, rounds: Rounds | None = None
 ) -> list[Line]:
-    """What the training will say when it has chosen reference, head and layout."""
+    """Reference, head and layout, in the words with which the training will name them."""
     reference = policy.describe_reference() if policy.has_reference else "none"
     if policy.has_reference and rounds is not None and rounds.number > 1:
         later = ", in every round"
@@ -215,7 +219,8 @@ def choices(
     try:
         layout, why = choose_layout(policy.models, training.settings.layout, longest)
         other = "the training is refused" if layout == "padded" else "rows are padded or refused"
-        chosen = f"{layout}: {why}; if real pairs differ in it from each sequence alone, {other}"
+        scores = "the scores of real pairs differ from those of each sequence alone"
+        chosen = f"{layout}: {why}; if {scores}, {other}"
     except TbpoError as error:
         chosen = f"the training would stop: {error.what} ({error.where}); {error.fix}"
     return [
@@ -227,8 +232,9 @@ def choices(
 
 def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
-    needed, there = sum(memory.values()) / 1e9, device_memory(device) / 1e9
-    begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
+    needed = sum(memory.values()) / 1e9
+    available = device_memory(device) / 1e9
+    begin = f"about {needed:.1f} of {available:.0f} GB on each {device.type}"
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 
 

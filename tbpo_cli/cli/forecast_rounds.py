@@ -49,7 +49,8 @@ def _prompts_at_most(recipe: Recipe) -> list[int] | None:
     Raises:
         TbpoError: if a file of rows cannot be read.
     """
-    settings, data = recipe.rounds, recipe.data
+    settings = recipe.rounds
+    data = recipe.data
     assert settings is not None
     if not all(Path(source.path).is_absolute() for source in data.train):
         how = settings.prompts
@@ -70,7 +71,8 @@ def _requests(recipe: Recipe, total: int) -> str:
 def _measured(recipe: Recipe, run_dir: RunDir, total: int) -> list[Line]:
     """What the first policy's answers to the held-out prompts say of all of them."""
     first = place_of_policy(recipe, run_dir, 0).run_dir
-    sampled, marked = first.manifest("sample"), first.manifest("mark")
+    sampled = first.manifest("sample")
+    marked = first.manifest("mark")
     if not sampled or not marked:
         what = "known once the first policy has answered, as `tbpo prepare RECIPE` lets it"
         return [("time", f"of answers and marks: {what}")]

@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)  # of --version
+@app.callback(invoke_without_command=True)  # for --version
 def say_version(
     asked: Annotated[bool, Option("--version", help="Say which version.")] = False,
 ) -> None:
@@ -62,7 +62,8 @@ def command(name: str, *options: str) -> Callable[[Callable[[Call], None]], Call
                 function(call)
                 interrupts.raise_if_received()
             except KeyboardInterrupt as error:
-                what, fix = "nothing is lost", "the same command goes on from there"
+                what = "nothing is lost"
+                fix = "the same command goes on from there"
                 raise Interrupted(interrupts.number_of(error), what, fix) from None
 
         parameters = inspect.signature(Call, eval_str=True).parameters
@@ -80,7 +81,8 @@ def prepare(call: Call) -> None:
     Example: tbpo prepare quickstart.toml --set data.train=my-pairs.jsonl --show 3
     """
     if call.ids and not call.show:
-        what, expected = "--ids needs --show: it is about the pairs printed", "--show N beside it"
+        what = "--ids needs --show, whose pairs it prints with their ids"
+        expected = "--show N beside it"
         raise TbpoError(what, "--ids", expected, "--show 3 --ids")
     run_stage("prepare", call)
     if call.show and not call.dry_run:
@@ -218,9 +220,9 @@ def show(call: Call) -> None:
     from tbpo_cli.config.recipe import sources
 
     recipe, run_dir = call.load()
-    from tbpo_cli.cli import show as what  # it imports torch: after the recipe is checked
+    from tbpo_cli.cli import show as showing  # it imports torch: after the recipe is checked
 
-    what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
+    showing.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
 def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
@@ -244,13 +246,14 @@ def run_stage(name: str, call: Call, of_policy: bool = False) -> None:
     if call.gpus:  # before anything is prepared; a GPU that is not there is not the CPU
         check_gpus(processes)
     states = plan(name, recipe, run_dir)
-    for stage, (state, _) in states.items():
-        if state not in ("done", "begun"):  # what was begun has been checked then
-            require(stage.rpartition("/")[2], recipe)
+    left = [label for label, (state, _) in states.items() if state not in ("done", "begun")]
+    for stage in dict.fromkeys(label.rpartition("/")[2] for label in left):
+        require(stage, recipe)  # what was begun has been checked then
     if [*states.values()][-1][0] != "done":
         warn_of_later_stages(name, recipe)
     if of_policy and not has_policy(recipe, run_dir):
-        what, expected = "the run has no aligned policy", "a complete align stage"
+        what = "the run has no aligned policy"
+        expected = "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, f"first: {call.again('align')}")
     run_through(name, recipe, run_dir, call.restart, processes)
     console.say(f"next: {call.again(NEXT[name])}")

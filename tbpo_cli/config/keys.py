@@ -34,7 +34,8 @@ def all_keys(table: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a table and of the tables in it, as ("align.batch_pairs", its type)."""
     hints = typing.get_type_hints(table)
     for each in dataclasses.fields(table):
-        key, kind = prefix + each.name, hints[each.name]
+        key = prefix + each.name
+        kind = hints[each.name]
         yield key, kind
         for part in _members(kind):
             if dataclasses.is_dataclass(part) and isinstance(part, type):

@@ -102,7 +102,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         what = f"the recipe cannot be read: {error.strerror}"
         raise TbpoError(what, str(path), expected, "give one that can be read") from None
     except UnicodeDecodeError as error:
-        what, where = "the recipe is not UTF-8 text", f"{path}, byte {error.start}"
+        what = "the recipe is not UTF-8 text"
+        where = f"{path}, byte {error.start}"
         raise TbpoError(what, where, expected, "save it as UTF-8") from None
     try:
         return tomllib.loads(text)
@@ -110,10 +111,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         what, expected, fix = explain(text, str(error), path)
         raise TbpoError(what, f"{path}: {error}", expected, fix) from None
     except RecursionError:
-        what, fix = "the recipe is nested too deeply", "write tables of at most a few levels"
+        what = "the recipe is nested too deeply"
+        fix = "write tables of at most a few levels"
         raise TbpoError(what, str(path), expected, fix) from None
     except ValueError as error:  # of Python itself, about a number of thousands of digits
-        what, fix = f"the recipe has a value that cannot be read: {error}", "write a shorter one"
+        what = f"the recipe has a value that cannot be read: {error}"
+        fix = "write a shorter one"
         raise TbpoError(what, str(path), expected, fix) from None
 
 
@@ -235,14 +238,16 @@ def _absolute(value: str, folder: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         shown = value if len(value) < 100 else f"{value[:100]}…"
-        what, expected = f"a path cannot be used: {reason}", "a path that this system can have"
+        what = f"a path cannot be used: {reason}"
+        expected = "a path that this system can have"
         raise TbpoError(what, shown, expected, "change that path in the recipe") from None
 
 
 def not_finite(table: Any, key: str = "") -> list[TbpoError]:
     """The faults of numbers that are infinite or not a number."""
     if isinstance(table, float) and not math.isfinite(table):
-        what, fix = f"{key} is {table}", f"--set {key}=… or change it in the recipe"
+        what = f"{key} is {table}"
+        fix = f"--set {key}=… or change it in the recipe"
         return [TbpoError(what, key, "a finite number", fix)]
     items: list[tuple[Any, Any]] = []
     if isinstance(table, dict | list):

@@ -146,7 +146,8 @@ def _in_words(
     Args:
         others: of the other types that the key may have.
     """
-    kind, given = entry["type"], entry["input"]
+    kind = entry["type"]
+    given = entry["input"]
     if kind == "unexpected_keyword_argument":
         names = [each.name for each in fields(_owner(cls, entry["loc"]))]
         return unknown_key(keys, names, path, given, hint)
@@ -193,7 +194,9 @@ def _refused_together(entry: Any, keys: Keys, path: str) -> TbpoError:
 
 def _impossible(entry: Any, keys: Keys, path: str, others: Sequence[Any]) -> TbpoError:
     """A value of the wrong type or out of its range."""
-    kind, given, name = entry["type"], entry["input"], ".".join(keys)
+    kind = entry["type"]
+    given = entry["input"]
+    name = ".".join(keys)
     wanted = [_expected(each, name) for each in (entry, *others)]
     options: list[str] = []
     for each, text in zip((entry, *others), wanted, strict=True):
@@ -209,7 +212,8 @@ def _impossible(entry: Any, keys: Keys, path: str, others: Sequence[Any]) -> Tbp
 
 def _expected(entry: Any, name: str) -> str:
     """What pydantic expected, in our words."""
-    kind, context = entry["type"], entry.get("ctx", {})
+    kind = entry["type"]
+    context = entry.get("ctx", {})
     if kind in {"dataclass_type", "dataclass_exact_type"}:
         return f"a table: [{name}]"
     if kind == "string_pattern_mismatch":

@@ -62,7 +62,8 @@ def drop_overlapping(evaluation: Path, training: Path, threshold: float) -> np.n
     Returns:
         (n,) bool, the pairs that were left out.
     """
-    store, train = PairStore(evaluation), PairStore(training)
+    store = PairStore(evaluation)
+    train = PairStore(training)
     prompts = [np.asarray(store[index].prompt_ids) for index in range(len(store))]
     start, end = _shared(prompts)
     grams = [_ngrams(ids[start : len(ids) - end]) for ids in prompts]

@@ -28,7 +28,7 @@ ROLES_BEFORE = {
 }
 
 
-Noted = Counter[str]  # numbers of answers of a row that are left out, or never chosen, by why
+Noted = Counter[str]  # by reason: how many answers of a row are left out, or never chosen
 
 
 class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
@@ -38,7 +38,9 @@ class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
 
     def __init__(self, reason: str, detail: str = "", noted: Noted | None = None) -> None:
         super().__init__(reason, detail, noted)
-        self.reason, self.detail, self.noted = reason, detail, noted or Noted()
+        self.reason = reason
+        self.detail = detail
+        self.noted = noted or Noted()
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class MadePairs:
-    """The pairs of a row, and how many of its answers are left out or never chosen, by why."""
+    """The pairs of a row, and how many of its answers are left out or never chosen, by reason."""
 
     pairs: list[PreferencePair]
     noted: Noted = field(default_factory=Noted)

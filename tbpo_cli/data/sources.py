@@ -73,7 +73,8 @@ def read_rows(source: Source, split: str, key: str) -> Iterator[Row]:
 
 def _read_text(path: Path) -> Numbered:
     """Each row with the number of the last line that it took; in a JSON file, with its place."""
-    (parse, expected), number = TEXT[path.suffix], 0
+    parse, expected = TEXT[path.suffix]
+    number = 0
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -86,10 +87,12 @@ def _read_text(path: Path) -> Numbered:
         for place, content in enumerate(parse(lines()), 1):
             yield (place if path.suffix == ".json" else number), content
     except (ValueError, RecursionError, csv.Error) as error:
-        what, where = f"the line cannot be read: {error}", f"{path}, line {number}"
+        what = f"the line cannot be read: {error}"
+        where = f"{path}, line {number}"
         raise TbpoError(what, where, f"{expected}, in UTF-8", "mend or remove that line") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        what, where = f"the compressed file is damaged: {error}", f"{path}, after line {number}"
+        what = f"the compressed file is damaged: {error}"
+        where = f"{path}, after line {number}"
         raise TbpoError(what, where, "a whole .gz file", "copy or download it again") from None
 
 

@@ -32,6 +32,12 @@ PROTOCOL: dict[str, Any] = {
     "max_new_tokens": 128,
 }  # of [sample]
 WORD = re.compile(r"\w+|[^\w\s]")
+# Characters of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer; Chinese
+# and Japanese with their punctuation; full-width forms.
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef"
+    "\U00020000-\U0003ffff]"
+)
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -40,7 +46,8 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
     predictive_entropy (nats) of the full distributions that tokens were drawn from, a mean over
     tokens, then samples, then prompts; self_bleu (0 to 100), the sentence BLEU of ordered pairs of
     a prompt's samples; distinct_n, the share of different n-grams among those of the first samples
-    of all prompts, of words and punctuation in lower case; repetition, seq-rep-4 of Welleck et al.,
+    of all prompts, of words and punctuation in lower case; both take each character of a script
+    without spaces, as Chinese, for a word; repetition, seq-rep-4 of Welleck et al.,
     "Neural Text Generation with Unlikelihood Training" (2020): 1 − the share of different 4-grams
     among the 4-grams of a sample's tokens, 0 for fewer than 4 tokens; truncated, the share of
     samples that did not end by themselves; length, tokens, and its percentiles.
@@ -55,7 +62,7 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Figure]:
         prompts = [sample["prompt_id"] for sample in samples]
         return mean_of_groups(prompts, [value(sample) for sample in samples], made)
 
-    first = [WORD.findall(group[0]["completion"].lower()) for group in by_prompt]
+    first = [WORD.findall(spaced(group[0]["completion"]).lower()) for group in by_prompt]
     lengths = [[len(sample["token_ids"]) for sample in group] for group in by_prompt]
     return {
         "predictive_entropy": mean_of(lambda sample: sample["entropy"]),
@@ -78,13 +85,19 @@ def self_bleu(texts: Sequence[str]) -> float:
     differ.
 
     Source: Zhu et al., "Texygen" (2018); BLEU as sacrebleu computes it, with its exponential
-    smoothing.
+    smoothing, of the words of its tokenizer "13a". In scripts without spaces each character is a
+    word, as in its tokenizers "zh" and, for Japanese, "char".
     """
     from sacrebleu import sentence_bleu
 
-    pairs = itertools.permutations(texts, 2)
+    pairs = itertools.permutations(map(spaced, texts), 2)
     # Two texts without a word are the same, and BLEU, which has nothing to count, gives 0.
     return float(np.mean([100.0 if a == b else sentence_bleu(a, [b]).score for a, b in pairs]))
+
+
+def spaced(text: str) -> str:
+    """The text, with spaces around each character of a script that has none between words."""
+    return UNSPACED.sub(r" \g<0> ", text)
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:

@@ -6,8 +6,6 @@ opponent, suite, judge or gate adds measurements, and changes none that is there
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,46 +13,31 @@ from typing import Any
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
+from tbpo_cli.evaluation.kept import Kept, without_numbers
 from tbpo_cli.evaluation.measures import is_chat, tasks_of
 from tbpo_cli.model.policy import POLICY, REFERENCE
-from tbpo_cli.runs.files import read_sealed, write_sealed
 from tbpo_cli.runs.run_dir import RunDir
 
 Json = dict[str, Any]
 Rows = list[Json]
 
-# Keys of [sample] that say which models answer, and how fast; not what one of them says.
+# Keys of [sample] that say which models answer, and how fast; not what one of them says. The two of
+# OF_THE_POLICY say what answers in its place.
 NOT_OF_AN_ANSWER = ("models", "adapter", "endpoint", "endpoint_model", "batch_size")
+OF_THE_POLICY = ("adapter", "endpoint_model")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Kept):
     """One thing that is measured of one model.
 
     Args:
         candidate: the model.
-        what: the method of `Measurer` that measures it.
         suite: the suite, where that is what is measured.
-        depends_on: all that could change the rows.
     """
 
     candidate: Candidate
-    what: str
-    suite: str
-    depends_on: Json
-
-    def path(self, folder: Path) -> Path:
-        """Its file in a folder of measurements."""
-        return folder / f"{self.what}-{digest(self.depends_on)}.json"
-
-    def read(self, folder: Path) -> Rows:
-        """The rows; none if it was not made. Raises TbpoError if the file is damaged."""
-        rows: Rows = read_sealed(self.path(folder)).get("rows", [])
-        return rows
-
-    def write(self, folder: Path, rows: Rows) -> None:
-        """Keeps the rows."""
-        write_sealed(self.path(folder), {"depends_on": self.depends_on, "rows": rows})
+    suite: str = ""
 
 
 def measurements_of(
@@ -67,22 +50,21 @@ def measurements_of(
     """
     settings = recipe.eval
     base = inputs_under(inputs, "model")
-    pairs = run_dir.manifest("prepare")["outputs"]
-    pairs = {name: sha for name, sha in pairs.items() if name.startswith("eval/")}
+    pairs = _held_out(run_dir)
     drawn = {"pairs": pairs, "seed": recipe.run.seed, "date": recipe.data.template_date}
-    sampling = _sampling(run_dir)
     weights = {each.view: _weights(each, recipe, run_dir, inputs) for each in candidates}
     found = []
     for each in candidates:
         own: Json = {"base": base, "weights": weights[each.view]}
         reference = None if each.view == REFERENCE else weights[REFERENCE]
         compared = own | {"reference": reference, "pairs": pairs, "reverse": recipe.align.reverse}
-        found.append(Measurement(each, "preference", "", compared))
+        found.append(Measurement("preference", compared, each))
         if settings.diversity_prompts:
             protocol = {"protocol": PROTOCOL, "prompts": settings.diversity_prompts}
-            found.append(Measurement(each, "diversity", "", own | drawn | protocol))
+            found.append(Measurement("diversity", own | drawn | protocol, each))
         if recipe.judge_of_eval is not None and each.name not in recipe.sample.models:
-            found.append(Measurement(each, "answers", "", own | drawn | {"sample": sampling}))
+            asked_for = _asked_for(recipe, run_dir, each.view == POLICY)
+            found.append(Measurement("answers", own | asked_for, each))
         for suite in settings.suites:
             asked: Json = {
                 "suite": suite,
@@ -91,8 +73,30 @@ def measurements_of(
             }
             if any(is_chat(task) for task, _ in tasks_of(suite)):
                 asked["chat"] = True
-            found.append(Measurement(each, "suite", suite, own | asked))
+            found.append(Measurement("suite", own | asked, each, suite))
     return found
+
+
+def answers_of_stage(recipe: Recipe, run_dir: RunDir) -> dict[str, Kept]:
+    """What the sample stage keeps of its answers, by the name of the model, once it is begun.
+
+    An answer of the reference is the same that `measurements_of` asks for.
+    """
+    base = inputs_under(run_dir.started_from("sample"), "model")
+    weights = {
+        "policy": "" if recipe.sample.adapter else run_dir.outputs_hash("align"),
+        "reference": _weights_of_reference(recipe, run_dir),
+    }
+    return {
+        name: Kept(
+            "answers",
+            without_numbers(
+                {"base": base, "weights": weights[name]}
+                | _asked_for(recipe, run_dir, name == "policy")
+            ),
+        )
+        for name in recipe.sample.models
+    }
 
 
 def inputs_under(inputs: Json, key: str) -> Json:
@@ -110,19 +114,25 @@ def inputs_under(inputs: Json, key: str) -> Json:
     return {"settings": settings, "files": files}
 
 
-def digest(depends_on: Json) -> str:
-    """16 hex digits that name what something depends on."""
-    text = json.dumps(depends_on, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _held_out(run_dir: RunDir) -> Json:
+    """The hashes of the held-out pairs, as far as the run has prepared any."""
+    outputs = run_dir.manifest("prepare").get("outputs", {})
+    return {name: sha for name, sha in outputs.items() if name.startswith("eval/")}
 
 
-def _sampling(run_dir: RunDir) -> Json:
-    """What an answer to a prompt of the sample stage depends on, beside the model."""
+def _asked_for(recipe: Recipe, run_dir: RunDir, is_policy: bool) -> Json:
+    """What an answer to a prompt of the sample stage depends on, beside the weights."""
     inputs = inputs_under(run_dir.started_from("sample"), "sample")
     for key in NOT_OF_AN_ANSWER:
-        inputs["settings"].pop(f"sample.{key}", None)
-        inputs["files"].pop(f"sample.{key}", None)
-    return inputs
+        if not (is_policy and key in OF_THE_POLICY):
+            inputs["settings"].pop(f"sample.{key}", None)
+            inputs["files"].pop(f"sample.{key}", None)
+    return {
+        "pairs": _held_out(run_dir) if recipe.sample.prompts == "eval" else {},
+        "seed": recipe.run.seed,
+        "date": recipe.data.template_date,
+        "sample": inputs,
+    }
 
 
 def _weights(candidate: Candidate, recipe: Recipe, run_dir: RunDir, inputs: Json) -> Any:
@@ -130,13 +140,17 @@ def _weights(candidate: Candidate, recipe: Recipe, run_dir: RunDir, inputs: Json
     if candidate.view == POLICY:
         return run_dir.outputs_hash("align")
     if candidate.view == REFERENCE:
-        return run_dir.outputs_hash("sft") if recipe.sft is not None else ""
+        return _weights_of_reference(recipe, run_dir)
     folder = Path(candidate.source)
     if RunDir(folder).manifest("align"):
         return RunDir(folder).outputs_hash("align")
     files = inputs["files"].get("eval.against", {})
     hashes = [file["sha256"] for path, file in files.items() if Path(path).is_relative_to(folder)]
     return sorted(hashes) or candidate.source
+
+
+def _weights_of_reference(recipe: Recipe, run_dir: RunDir) -> str:
+    return run_dir.outputs_hash("sft") if recipe.sft is not None else ""
 
 
 def _task_file(inputs: Json, suite: str) -> str | None:

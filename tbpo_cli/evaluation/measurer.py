@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.evaluation.diversity import PROTOCOL
+from tbpo_cli.evaluation.kept import Key
 from tbpo_cli.evaluation.measurements import Measurement
 from tbpo_cli.evaluation.measures import tasks_of
 from tbpo_cli.evaluation.preference import pair_rows
@@ -27,6 +27,7 @@ from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
 
 Rows = list[dict[str, Any]]
+Known = Mapping[Key, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Measurer:
         share: gives this process's part of some work.
         attempt: calls a function with a number of tokens at a time; with fewer where memory runs
             out.
+        known: gives the completions of a measurement that are there already.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Measurer:
     policy: Policy
     share: Callable[[Sequence[Any]], Sequence[Any]]
     attempt: Callable[[Callable[[int], Rows]], Rows]
+    known: Callable[[Measurement], Known]
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
@@ -71,26 +74,28 @@ class Measurer:
 
         return self.attempt(measure)
 
-    def diversity(self, candidate: Candidate) -> Rows:
+    def diversity(self, candidate: Candidate, known: Known) -> Rows:
         """Several completions a prompt, by the protocol of the paper."""
         prompts = prompts_of_pairs(
             PairStore(self.pairs), self.recipe.data, self.recipe.eval.diversity_prompts
         )
-        return self._complete(
-            candidate, "diversity", prompts, replace(self.recipe.sample, **PROTOCOL)
-        )
+        settings = replace(self.recipe.sample, **PROTOCOL)
+        return self._complete(candidate, "diversity", prompts, settings, known)
 
-    def answers(self, candidate: Candidate) -> Rows:
+    def answers(self, candidate: Candidate, known: Known) -> Rows:
         """Completions as [sample] asks for them, which the judges read."""
         prompts = prompts_of(self.recipe, self.pairs, self.chat)
-        return self._complete(candidate, "answers", prompts, self.recipe.sample)
+        return self._complete(candidate, "answers", prompts, self.recipe.sample, known)
 
     def measure(self, measurement: Measurement) -> Rows:
         """This process's part of the rows of a measurement."""
+        candidate = measurement.candidate
         if measurement.what == "suite":
-            return self.suite(measurement.candidate, measurement.suite)
-        measure: Callable[[Candidate], Rows] = getattr(self, measurement.what)
-        return measure(measurement.candidate)
+            return self.suite(candidate, measurement.suite)
+        if measurement.what == "preference":
+            return self.preference(candidate)
+        measure: Callable[[Candidate, Known], Rows] = getattr(self, measurement.what)
+        return measure(candidate, self.known(measurement))
 
     def suite(self, candidate: Candidate, suite: str) -> Rows:
         """A suite in the first process: the harness cannot divide the work on a loaded model."""
@@ -108,15 +113,28 @@ class Measurer:
         return [{"suite": suite, "figures": figures}]
 
     def _complete(
-        self, candidate: Candidate, what: str, prompts: Sequence[Prompt], settings: Sample
+        self,
+        candidate: Candidate,
+        what: str,
+        prompts: Sequence[Prompt],
+        settings: Sample,
+        known: Known,
     ) -> Rows:
+        """This process's part of some completions, of which only those not `known` are made."""
         keys = [
             (prompt, number)
             for prompt in self.share(prompts)
             for number in range(settings.num_samples)
         ]
+        ids = [(prompt.prompt_id, number) for prompt, number in keys]
+        rows = [known[each] for each in ids if each in known]
+        if len(rows) == len(keys):
+            return rows
+        places = {place for place, each in enumerate(ids) if each in known}
         batches = samples_of(
-            self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed
+            self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed, places
         )
-        samples = itertools.chain.from_iterable(batches)
-        return [*console.track(samples, f"{what}, {candidate.name}", len(keys), every=len(keys))]
+        made = (row for batch in batches for row in batch)
+        new = (row for row in made if (row["prompt_id"], row["sample"]) not in known)
+        left = len(keys) - len(rows)
+        return [*rows, *console.track(new, f"{what}, {candidate.name}", left, every=left)]

@@ -5,9 +5,10 @@ code.
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ CHAT_TASKS = frozenset(
     }
 )
 
-COMPARISONS = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
-    "<": operator.lt,
+# sign: (whether it holds of a value and a bound, by how much)
+COMPARISONS: dict[str, tuple[Callable[[float, float], bool], Callable[[float, float], float]]] = {
+    ">=": (operator.ge, lambda value, bound: value - bound),
+    "<=": (operator.le, lambda value, bound: bound - value),
+    "==": (operator.eq, lambda value, bound: -abs(value - bound)),
+    "!=": (operator.ne, lambda value, bound: abs(value - bound)),
+    ">": (operator.gt, lambda value, bound: value - bound),
+    "<": (operator.lt, lambda value, bound: bound - value),
 }
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 GATE = re.compile(rf"\s*(\S+?)(?:\.(low|high|n))?\s*({'|'.join(COMPARISONS)})\s*({NUMBER})\s*")
@@ -152,12 +154,38 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """{"expression", "value", "passed"} of a checked gate, None for an empty one.
 
     It names a figure (`kl`, `reference.entropy`, `win_rate.chosen`, …), or its .low, .high or .n.
-    What the results do not have has the value None, and does not pass. For a win rate, "against"
-    and "judge" say whose it is: of several opponents and judges the first, if none is named.
+    What the results do not have has the value None, and does not pass. A win rate must meet it
+    against every opponent, if none is named, by every judge: the value is the one that is furthest
+    from that, "against" and "judge" say whose it is, and "comparisons" among how many.
     """
     if (match := GATE.fullmatch(gate)) is None:
         return None
     name, part, comparison, bound = match.groups()
+    holds, margin = COMPARISONS[comparison]
+    rate, _, against = name.partition(".")
+    decided: dict[str, Any] = {"expression": gate.strip()}
+    if rate in WIN_RATES:
+        found = [
+            ((entry[WIN_RATES[rate]] or {}).get(part or "value"), entry)
+            for entry in results["win_rates"]
+            if entry["model"] == "policy" and against in ("", entry["against"])
+        ]
+        missing = {"against": against or "any opponent", "judge": ""}
+        value, entry = min(
+            found,
+            key=lambda each: -math.inf if each[0] is None else margin(each[0], float(bound)),
+            default=(None, missing),
+        )
+        of_whom = {"against": entry["against"], "judge": entry["judge"], "comparisons": len(found)}
+    else:
+        value = (_figures(results).get(name) or {}).get(part or "value")
+        of_whom = {}
+    passed = value is not None and holds(value, float(bound))
+    return decided | {"value": value, "passed": passed} | of_whom
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    """The figures of models by all their names."""
     figures = {}
     for model, entry in results["models"].items():
         tasks = {
@@ -169,28 +197,14 @@ def decide(gate: str, results: dict[str, Any]) -> dict[str, Any] | None:
             "score": entry["score"],
             **tasks,
         }
-    rates: dict[str, dict[str, Any]] = {}
-    judge = ""
-    for entry in results["win_rates"]:
-        if entry["model"] == "policy":  # by the first judge
-            judge = judge or entry["judge"]
-            rates.setdefault(
-                entry["against"], {name: entry[key] for name, key in WIN_RATES.items()}
-            )
-    value = (_named(figures, rates).get(name) or {}).get(part or "value")
-    passed = value is not None and COMPARISONS[comparison](value, float(bound))
-    decided = {"expression": gate.strip(), "value": value, "passed": passed}
-    rate, _, against = name.partition(".")
-    if rate in WIN_RATES and rates:
-        decided |= {"against": against or next(iter(rates)), "judge": judge}
-    return decided
+    return _named(figures, {})
 
 
 def _named(
     models: dict[str, dict[str, Any]], win_rates: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Figures by all their names: MODEL.NAME, or NAME of the policy; RATE.OPPONENT, or RATE against
-    the first one.
+    all of them.
     """
     named = {
         f"{model}.{name}": figure

@@ -149,10 +149,11 @@ def serve(descriptor: int, parent: int, file: str, name: str) -> None:
         say(0.0, Failure(f"it has no function {name}", names=names))
         return
     say(0.0, None)
-    for line in asked:
-        arguments = json.loads(line)
-        result = _attempt(partial(_called, function, arguments), file)
-        say(*((0.0, result) if isinstance(result, Failure) else (result, None)))
+    with suppress(BrokenPipeError):  # who asked was interrupted
+        for line in asked:
+            arguments = json.loads(line)
+            result = _attempt(partial(_called, function, arguments), file)
+            say(*((0.0, result) if isinstance(result, Failure) else (result, None)))
 
 
 def _end_group_with_this_process(descriptor: int) -> None:

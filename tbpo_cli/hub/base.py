@@ -73,7 +73,8 @@ def local_base(recipe: Recipe, trained: dict[str, Any]) -> Base:
 
 def _repository(recipe: Recipe, trained: dict[str, Any]) -> tuple[str, str]:
     """Name and revision of the base's repository."""
-    base, wanted = recipe.model.base, recipe.push.base_model
+    base = recipe.model.base
+    wanted = recipe.push.base_model
     if not Path(base).is_absolute():
         return base, trained.get("base_commit") or recipe.model.revision or "main"
     if wanted is None:

@@ -41,9 +41,11 @@ def check_repository(repo: str, recipe: Recipe) -> None:
         raise TbpoError("the token may only read", *TOKEN)
     if api.repo_exists(repo):
         api.auth_check(repo, write=True)
-        other, kind = "config.json", "a whole model"
+        other = "config.json"
+        kind = "a whole model"
         if is_whole(recipe):
-            other, kind = "adapter_config.json", "an adapter"
+            other = "adapter_config.json"
+            kind = "an adapter"
         faults = {
             f"holds {kind}": other in look_up(repo)[1],
             "is public": private and not api.model_info(repo).private,

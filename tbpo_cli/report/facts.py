@@ -38,7 +38,7 @@ class Facts:
         rate: the highest learning rate.
         weights: of the model.
         beta_share: the loss's beta over its default.
-        memory: bytes that a device needs; `device_memory`: and has.
+        memory: bytes that a device needs. `device_memory`: bytes that it has.
         steps: of the optimizer. `batch`: pairs of a step. `pairs`: in the training data.
         visits: how often each pair is read.
         held_out: pairs that are measured on.
@@ -200,7 +200,8 @@ def after_training(metrics: Sequence[Mapping[str, Any]], facts: Facts) -> Facts:
 def after_evaluation(results: Mapping[str, Any], lora: bool) -> Facts:
     """The facts of a complete evaluation, from its results.json."""
     policy, reference = (results["models"][name] for name in ("policy", "reference"))
-    own, before = policy["preference"]["all"], reference["preference"]["all"]
+    own = policy["preference"]["all"]
+    before = reference["preference"]["all"]
     known: dict[str, Any] = {
         "lora": lora, "kl": own["kl"]["value"], "held_out": results["num_pairs"],
     }  # fmt: skip

@@ -96,8 +96,11 @@ def write_report(recipe: Recipe, folder: Path, counts: list[dict[str, Any]]) -> 
 
 def _describe(name: str, store: PairStore) -> dict[str, Any]:
     """Figures and histograms of a split."""
-    prompt, chosen, rejected = store.prompt_lengths, store.chosen_lengths, store.rejected_lengths
-    figures, responses = [], {"chosen": chosen}
+    prompt = store.prompt_lengths
+    chosen = store.chosen_lengths
+    rejected = store.rejected_lengths
+    figures = []
+    responses = {"chosen": chosen}
     shown = [("length of the prompts", "tokens", {"prompt": prompt})]
     if store.has_rejected:
         shared = np.minimum(chosen, rejected)

@@ -80,7 +80,8 @@ def warnings_of(entries: list[Json]) -> list[str]:
         "round_kl": last["kl"],
         "round_reference": last.get("reference"),
     }
-    spread, now = entries[1]["spread"], last["spread"]
+    spread = entries[1]["spread"]
+    now = last["spread"]
     if len(entries) > 2 and spread and now is not None:
         known["round_spread"] = now / spread
     if len(entries) > 2:
@@ -89,7 +90,7 @@ def warnings_of(entries: list[Json]) -> list[str]:
 
 
 def _name(entry: Json) -> str:
-    return f"round {entry['round']}" if entry["round"] else "the first"
+    return f"round {entry['round']}" if entry["round"] else "first"
 
 
 def _cell(value: Any, form: str) -> Json | str:

@@ -13,8 +13,8 @@ from tbpo_cli.runs.run_dir import RunDir
 
 KEY = {  # of the parts of a pair: style, meaning
     "prompt": ("dim", "The prompt is never in the loss;"),
-    "aligned": ("green", "aligned tokens are read by every loss;"),
-    "tail": ("yellow", "a tail by those of whole responses."),
+    "aligned": ("green", "every loss reads the aligned tokens;"),
+    "tail": ("yellow", "only losses of whole responses read the tail."),
 }
 
 
@@ -22,7 +22,8 @@ def show_pairs(recipe: Recipe, run_dir: RunDir, num_pairs: int, with_ids: bool) 
     """Prints the first training pairs of the complete stage to stdout as the model sees them, token
     by token.
     """
-    store, tokenizer = PairStore(run_dir.stage("prepare") / "train"), load_tokenizer(recipe.model)
+    store = PairStore(run_dir.stage("prepare") / "train")
+    tokenizer = load_tokenizer(recipe.model)
     console.out.print(
         "│ ends a token, ‖ the aligned part.",
         *(f"[{style}]{text}[/]" for style, text in KEY.values()),

@@ -19,6 +19,8 @@ NO_FILES = "(a Hub repository or nothing)"  # in words, where a key names no loc
 
 Files = dict[str, dict[str, Any]]  # by path: size, times and hash
 
+# The name of the file of the prompts, of which the ids of its prompts are made.
+NAME_OF_PROMPTS = "sample.prompts.name"
 # Keys that decide how a result is reached or shown: changing them invalidates nothing. Those that
 # change the order of sums (max_tokens_per_device, layout, activation_checkpointing, sharding,
 # log_every, batch_size), and the number of processes, change the result by rounding alone.
@@ -63,6 +65,8 @@ def inputs_of(
             files.setdefault(key, {})[str(path)] = _fingerprint(path, before)
         if all(local):  # their content counts, not where they are
             settings.pop(setting, None)
+        if key == "sample.prompts" and all(local):
+            settings[NAME_OF_PROMPTS] = Path(sources[0]).name
         if sources[0].startswith("python:"):
             settings[f"{setting}.name"] = sources[0].rpartition(":")[2]
     return {"settings": settings, "files": files, "outputs": outputs}
@@ -74,7 +78,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], run: Path) -> list[
     keys = sorted(before["files"].keys() | now["files"].keys())
     for key in sorted((before["settings"].keys() | now["settings"].keys()).difference(keys)):
         old, new = before["settings"].get(key), now["settings"].get(key)
-        if old != new:
+        if old != new and not (key == NAME_OF_PROMPTS and old is None):  # not noted in old runs
             lines.append(f"{key}: {_shown(old)} → {_shown(new)}")
     for key in keys:
         old, new = before["files"].get(key, {}), now["files"].get(key, {})
@@ -116,8 +120,8 @@ def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
 def _imported(path: Path) -> set[Path]:
     """The local modules that a file of code imports, directly or through others; not run.
 
-    They are looked for beside the file, and in the folders that a text of the code names from
-    there, as `sys.path.insert(0, os.path.join(HERE, "helper"))` does.
+    They are looked for beside the file, and in the folders that a string of the code names, seen
+    from there, as `sys.path.insert(0, os.path.join(HERE, "helper"))` does.
     """
     found: set[Path] = set()
     folders = [path.parent]
@@ -127,7 +131,7 @@ def _imported(path: Path) -> set[Path]:
         here = left.pop()
         try:
             tree = ast.parse(here.read_bytes())
-        except (SyntaxError, ValueError, RecursionError):  # told when it is loaded
+        except (SyntaxError, ValueError, RecursionError):  # reported when the file is loaded
             continue
         trees.append((here, tree))
         folders += _named_folders(tree, here.parent, folders)

@@ -89,7 +89,8 @@ def processes_of(
     """
     job = os.environ
     if nodes is None and int(job.get("SLURM_NNODES", 1)) > 1 and "SLURM_NODEID" in job:
-        nodes, node_rank = int(job["SLURM_NNODES"]), int(job["SLURM_NODEID"])
+        nodes = int(job["SLURM_NNODES"])
+        node_rank = int(job["SLURM_NODEID"])
         if not main_address:  # the first host of the job, and a port that the job's number decides
             command = ["scontrol", "show", "hostnames", job.get("SLURM_JOB_NODELIST", "")]
             with suppress(OSError, subprocess.CalledProcessError):  # as in a container
@@ -98,7 +99,8 @@ def processes_of(
                 ).stdout.split()
                 main_address = f"{hosts[0]}:{29500 + int(job.get('SLURM_JOB_ID', 0)) % 1000}"
     is_half_said = nodes is None and (node_rank is not None or main_address is not None)
-    nodes, address = nodes or 1, main_address or ""
+    nodes = nodes or 1
+    address = main_address or ""
     is_lost = nodes > 1 and (node_rank is None or ":" not in address)
     if is_half_said or is_lost or (node_rank or 0) >= nodes:
         where = f"--nodes {nodes} --node-rank {node_rank} --main-address {main_address}"
@@ -141,7 +143,7 @@ def run_or_launch(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Proc
 
 
 def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
-    """On a machine that is not the first: waits until that has launched the stage, adds workers.
+    """Waits, on a machine other than the first, until that has launched the stage; adds workers.
 
     Raises:
         TbpoError: if nobody holds the run for ABSENT seconds. (The first machine may be between two
@@ -154,14 +156,10 @@ def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
     while not (run_dir.stage(name) / LAUNCHED).exists():
         until = time.monotonic() + ABSENT if run_dir.owner() else until
         if time.monotonic() > until:
-            what, where = (
-                f"the first machine does not begin {name}",
-                f"--main-address {processes.main_address}",
-            )
-            expected, fix = (
-                f"the same command there, with {run_dir.path}",
-                "look at what it says, and start all again",
-            )
+            what = f"the first machine does not begin {name}"
+            where = f"--main-address {processes.main_address}"
+            expected = f"the same command there, with {run_dir.path}"
+            fix = "look at what it says, and start all again"
             raise TbpoError(what, where, expected, fix)
         time.sleep(0.5)
     _run_workers(run_dir.stage(name), processes)

@@ -50,7 +50,8 @@ class Signs:
             if content == "ended":
                 self.changed.pop(rank, None)
             elif content != self.seen.setdefault(rank, content):
-                self.seen[rank], self.changed[rank] = content, now
+                self.seen[rank] = content
+                self.changed[rank] = now
         lost = (rank for rank, since in self.changed.items() if now - since > LOST)
         return next(lost, None)
 

@@ -21,7 +21,7 @@ FOLDER = "rounds"
 PROMPTS = "prompts"  # the stage that deals them out, and its folder
 HELD_OUT = "held_out"  # the prompts that no round trains on
 MARKED = "mark/answers.jsonl"  # the answers of a round with their marks
-# Keys of the recipe that a round's stages are run with, by what a user knows them as.
+# Keys in the recipe of a round's stages: what a message calls them.
 NAMES = {
     "align.start": "the policy of the round before",
     "sample.adapter": "the policy that answers",
@@ -32,7 +32,7 @@ NAMES = {
     "sample.temperature": "rounds.temperature",
     "sample.top_p": "rounds.top_p",
 }
-LINKED = ("prepare", "align")  # the stages whose last results stand where they always stand
+LINKED = ("prepare", "align")  # of the last round; they are where a run without rounds has them
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def place_of_training(recipe: Recipe, run_dir: RunDir, number: int) -> Place:
     if number == 1:
         return place
     before = str(policy_after(recipe, run_dir, number - 1))
-    model, align = recipe.model, recipe.align
+    model = recipe.model
+    align = recipe.align
     if _settings(recipe).reference == "first":
         align = replace(align, start=before)
     elif model.lora is not None:
@@ -143,7 +144,7 @@ def has_policy(recipe: Recipe, run_dir: RunDir) -> bool:
 
 
 def is_linked(recipe: Recipe, run_dir: RunDir) -> bool:
-    """Whether the results of the last round that they can be of are those of the run."""
+    """Whether RUN/prepare and RUN/align are the links that `link_last` would make."""
     return all(
         run_dir.stage(name).is_symlink() and run_dir.stage(name).readlink() == target
         for name, target in _links(recipe, run_dir).items()
@@ -223,7 +224,8 @@ def _data_of(recipe: Recipe, run_dir: RunDir, number: int) -> Data:
     The held-out pairs are those of `data.eval`, or made of the first policy's answers, where that
     names prompts alone or nothing.
     """
-    data, settings = recipe.data, _settings(recipe)
+    data = recipe.data
+    settings = _settings(recipe)
 
     def marked(of_round: int, weight: float = 1.0) -> Source:
         return Source(str(_folder(run_dir, of_round) / MARKED), weight=weight)

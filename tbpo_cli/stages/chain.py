@@ -149,7 +149,7 @@ def _state(step: Step) -> tuple[State, list[str]]:
         changes = ["what a stage before makes is not there"]
     changes = changes if run_dir.root is None else in_words(changes)
     is_complete = bool(run_dir.manifest(stage.name))
-    if changes and stage.renews:
+    if changes and stage.renews(run_dir):
         return "renewed", changes
     if changes:
         has_results = is_complete or any(run_dir.stage(stage.name).glob("checkpoints/step-*"))
@@ -213,17 +213,20 @@ def run_through(
                 _refuse_changed(left, states, run_dir)
             if left[0].stage.name == "sft" and not left[0].is_target:  # for what comes after it
                 require_comparisons(recipe, run_dir.manifest("prepare")["counts"])
-            _check_before(target, left[0], states[left[0].label][0])
-            _run(left[0], states[left[0].label][0], restart, processes)
+            state, changes = states[left[0].label]
+            _check_before(left, state)
+            _run(left[0], state, changes, restart, processes)
             link_last(recipe, run_dir)
     _report_rounds(target, recipe, run_dir)
 
 
-def _check_before(target: str, step: Step, state: State) -> None:
-    """Raises TbpoError if the target could not use what a stage before it would make."""
-    check = STAGES[target].checks_before.get(step.stage.name)
-    if check is not None and state != "done" and step.label == step.stage.name:
-        check(step.recipe, step.run_dir)
+def _check_before(left: list[Step], state: State) -> None:
+    """Raises TbpoError if a later stage could not use what the first one of these would make."""
+    first, *later = left
+    for step in later if state != "done" else ():
+        check = step.stage.checks_before.get(first.stage.name)
+        if check is not None and step.run_dir == first.run_dir:
+            check(step.recipe, step.run_dir)
 
 
 def _report_rounds(target: str, recipe: Recipe, run_dir: RunDir) -> None:
@@ -238,17 +241,24 @@ def _link(recipe: Recipe, run_dir: RunDir) -> None:
             link_last(recipe, run_dir)
 
 
-def _run(step: Step, state: State, restart: bool, processes: Processes) -> None:
-    """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside."""
+def _run(step: Step, state: State, changes: list[str], restart: bool, processes: Processes) -> None:
+    """Runs a stage unless it is up to date; with `restart`, what is in its way is moved aside.
+
+    Args:
+        changes: of its inputs, as `plan` gives them.
+    """
     interrupts.raise_if_received()
     run_dir, name = step.run_dir, step.stage.name
     is_anew = state in ("stale", "changed", "damaged")
     if restart and step.is_target and not is_anew and run_dir.is_restarted(name):
         folder = run_dir.stage(name)
         console.say(f"going on with the restart (remove {folder} to begin once more)")
-    elif (is_anew or (restart and step.is_target)) and (old := run_dir.restart(name)):
+        restart = False
+    if (is_anew or (restart and step.is_target)) and (old := run_dir.restart(name)):
         console.say(f"the old {step.label} is kept as {old}")
     elif state == "renewed":
+        what = f"{step.label}: what depends on these changes is made anew, the rest is kept:"
+        console.say("\n    ".join([what, *changes]))
         run_dir.renew(step.stage, step.recipe)
     if not run_dir.manifest(name):
         if step.label != name:
@@ -306,6 +316,8 @@ def _refuse_changed(steps: list[Step], states: Plan, run_dir: RunDir) -> None:
     lines = dict.fromkeys(line for changes in changed.values() for line in changes)
     names = list(states)
     invalidated = names[names.index(next(iter(changed))) :]
+    if any(step.run_dir.root is not None for step in steps):  # in rounds not all that follows
+        invalidated = [*changed, "what depends on it"]
     fix = (
         f"--restart redoes {' and '.join(invalidated)} (the old folders are kept, renamed), "
         "or --run-dir DIR starts another run"

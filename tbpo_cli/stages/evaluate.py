@@ -13,6 +13,7 @@ from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import GateError, TbpoError
 from tbpo_cli.evaluation.answer_files import answers_to, read_answers
 from tbpo_cli.evaluation.candidates import Candidate, candidates_of, check_source
+from tbpo_cli.evaluation.kept import KEPT, digest
 from tbpo_cli.evaluation.measures import decide
 from tbpo_cli.report.diagnoses import AFTER, diagnose
 from tbpo_cli.report.facts import after_evaluation
@@ -23,11 +24,12 @@ from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.runs.stage import Stage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tbpo_cli.data.pairs import Messages
     from tbpo_cli.evaluation.measurements import Measurement
 
 Rows = list[dict[str, Any]]
-
-KEPT = "kept"  # the folder of the measurements
 
 
 def check(recipe: Recipe) -> None:
@@ -59,19 +61,29 @@ def check(recipe: Recipe) -> None:
     judges_of(recipe.judge_of_eval, recipe.table_of_judge)
 
 
-def check_answers(recipe: Recipe, run_dir: RunDir) -> None:
-    """Says how many of the prompts each file of answers has, before the policy answers them.
+def check_before_sampling(recipe: Recipe, run_dir: RunDir) -> None:
+    """Says which of the prompts the files of answers have, and which a judge cannot read.
 
     Raises:
-        TbpoError: if a file cannot be read, or answers none of them.
+        TbpoError: if a file cannot be read, or answers none of them; if a judge can read none.
     """
-    from tbpo_cli.data.prompts import conversations_of, prompt_rows
-    from tbpo_cli.evaluation.comparisons import questions_of
+    from tbpo_cli.data.prompts import conversations_of
+    from tbpo_cli.evaluation.judges import check_prompts
 
-    if not recipe.eval.answers or recipe.judge_of_eval is None:
+    judge = recipe.judge_of_eval
+    if judge is None or not (recipe.eval.answers or judge.reward_model):
         return
     prompts = conversations_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval")
-    questions = questions_of(prompts, prompt_rows(recipe))
+    check_prompts(judge, recipe.table_of_judge, [*prompts.values()])
+    _check_answers(recipe, prompts)
+
+
+def _check_answers(recipe: Recipe, prompts: Mapping[str, Messages]) -> None:
+    """Says how many of the prompts each file of answers has. Raises TbpoError if it has none."""
+    from tbpo_cli.data.prompts import prompt_rows
+    from tbpo_cli.evaluation.comparisons import questions_of
+
+    questions = questions_of(prompts, prompt_rows(recipe)) if recipe.eval.answers else {}
     for file in recipe.eval.answers:
         found, how = answers_to(read_answers(file), questions)
         of_all = f"{len(found):,} of {console.counted(len(questions), 'prompt')}"
@@ -95,7 +107,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 
     started = time.monotonic()
     check(recipe)
-    check_answers(recipe, run_dir)
+    check_before_sampling(recipe, run_dir)
     if not len(PairStore(run_dir.stage("prepare") / "eval")):
         raise TbpoError(
             "there are no held-out pairs", "[data]", "data.eval, or data.eval_fraction above 0"
@@ -172,6 +184,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         policy,
         group.share,
         budget.attempt,
+        lambda one: one.known(kept, run_dir.stage("sample") / KEPT),
     )
     for one in wanted:
         rows = [row for share in group.gather(measurer.measure(one)) for row in share]
@@ -193,7 +206,7 @@ def _cache_of(recipe: Recipe, run_dir: RunDir, key: str) -> Path:
     The answers of a server have cost something: they outlive --restart. Those of the other judges
     hold as long as the judge is the same.
     """
-    from tbpo_cli.evaluation.measurements import digest, inputs_under
+    from tbpo_cli.evaluation.measurements import inputs_under
 
     if key == "endpoint":
         return run_dir.path / "judge-cache.jsonl"
@@ -307,7 +320,12 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
 
 def _whose(gate: dict[str, Any]) -> str:
     """Against whom and by which judge a gate's win rate is; "" for other figures."""
-    return f" against {gate['against']}, by {gate['judge']}" if "against" in gate else ""
+    if "against" not in gate:
+        return ""
+    of_several = gate["comparisons"] > 1
+    least = f", the least of {gate['comparisons']} comparisons" if of_several else ""
+    by = f", by {gate['judge']}" if gate["judge"] else ""
+    return f" against {gate['against']}{by}{least}"
 
 
 STAGE = Stage(
@@ -317,6 +335,6 @@ STAGE = Stage(
     run=run,
     report=report,
     work=work,
-    renews=True,
-    checks_before={"sample": check_answers},
+    renews=lambda run_dir: True,
+    checks_before={"sample": check_before_sampling},
 )

@@ -11,7 +11,8 @@ from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.evaluation.judges import marker_of
+from tbpo_cli.data.prompts import conversations_of
+from tbpo_cli.evaluation.judges import check_prompts, marker_of
 from tbpo_cli.evaluation.judges.judge import Mark
 from tbpo_cli.runs.files import json_lines, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
@@ -35,6 +36,12 @@ KEYS = (
     "judge.repeats",
     "eval.thinking",
 )
+
+
+def check_before_sampling(recipe: Recipe, run_dir: RunDir) -> None:
+    """Raises TbpoError if the judge could mark no answer to the prompts."""
+    prompts = conversations_of(recipe, run_dir.stage("prepare") / "eval")
+    check_prompts(recipe.judge, "judge", [*prompts.values()])
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -142,5 +149,11 @@ def _row(marked: list[tuple[Json, Json]]) -> Json:
 
 
 STAGE = Stage(
-    name="mark", needs=lambda recipe: ("sample",), keys=KEYS, run=run, report=report, work=work
+    name="mark",
+    needs=lambda recipe: ("sample",),
+    keys=KEYS,
+    run=run,
+    report=report,
+    work=work,
+    checks_before={"sample": check_before_sampling},
 )

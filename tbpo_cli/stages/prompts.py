@@ -132,5 +132,5 @@ STAGE = Stage(
     run=run,
     report=report,
     base_files=ENCODING_FILES,
-    renews=True,
+    renews=lambda run_dir: True,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -16,7 +17,8 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answers import write_answers
-from tbpo_cli.runs.files import json_lines, write_whole
+from tbpo_cli.evaluation.kept import KEPT, Kept, digest
+from tbpo_cli.runs.files import json_lines, read_sealed, write_sealed, write_whole
 from tbpo_cli.runs.launch import ALONE, Processes, run_or_launch
 from tbpo_cli.runs.rounds import root_of, with_pairs
 from tbpo_cli.runs.run_dir import RunDir
@@ -34,6 +36,9 @@ SHOWN_PROMPTS = 3
 ANSWERS = "answers"  # the folder of what is written for benchmarks
 ORDER = itemgetter("row", "sample", "model")
 SETTINGS = ("temperature", "top_p", "max_new_tokens")
+# Of a line of samples.jsonl: what is not the answer, but said of it.
+ABOUT = {"row", "prompt", "messages", "tools", "model", "num_tokens", "settings"}
+STARTED = "started.json"  # in KEPT: what the answers in the parts depend on
 
 
 def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
@@ -53,9 +58,9 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     )
     names = {"policy": run_dir.path.name, "reference": f"{run_dir.path.name}-reference"}
     named = [one | {"model": names[one["model"]]} for one in samples]
+    shutil.rmtree(folder / ANSWERS, ignore_errors=True)  # of other prompts
     write_answers(folder / ANSWERS, prompt_rows(recipe), named)
-    for part in folder.glob("part-*.jsonl"):
-        part.unlink()
+    _keep_parts(folder)
     facts = {"num_samples": len(samples), "seconds": round(time.monotonic() - started, 1)}
     run_dir.finish("sample", [folder / "samples.jsonl"], facts)
     report(recipe, run_dir)
@@ -111,25 +116,86 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     group, chat = Group.of_environment(), _chat(recipe)
     folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
     prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
-    done = {(one["model"], one["row"], one["sample"]) for one in _written(folder)}
+    keys = _keys(recipe, prompts)
+    if group.is_main and run_dir.root is None:
+        _take_known(recipe, run_dir, chat, prompts, keys)
+    group.gather(None)  # nobody reads the parts before they are those of this sampling
+    done = {_key_of(one) for one in _written(folder)}
     group.gather(None)  # nobody writes before all have read what is there
-    keys = group.share(_keys(recipe, prompts))
-    num_left = sum(key not in done for key in keys)
-    samples = _sample(recipe, run_dir, chat, prompts, keys, done)
+    own = group.share(keys)
+    num_left = sum(key not in done for key in own)
+    samples = _sample(recipe, run_dir, chat, prompts, own, done)
     with ExitStack() as stack:
-        if group.is_main:
+        if group.is_main and any(model == "policy" for model, *_ in {*keys} - done):
             is_base = root_of(run_dir) != run_dir.path and recipe.sample.adapter is None
             stack.enter_context(on_server(recipe, chat, prompts, group.device, is_base))
         group.gather(None)  # nobody asks before the server has the policy
-        part = stack.enter_context(
-            (folder / f"part-{group.rank}.jsonl").open("a", encoding="utf-8")
-        )
+        _write_part(folder / f"part-{group.rank}.jsonl", samples, num_left)
+        group.gather(None)
+
+
+def _write_part(path: Path, samples: Iterator[Json], num_left: int) -> None:
+    """Adds samples to a part as they come."""
+    with path.open("a", encoding="utf-8") as part:
         if part.tell():  # its last line may have been cut short
             part.write("\n")
         for sample in console.track(samples, "sampling", num_left, every=num_left // 10 + 1):
             part.write(json.dumps(sample, ensure_ascii=False) + "\n")
             part.flush()
-        group.gather(None)
+
+
+def _take_known(
+    recipe: Recipe, run_dir: RunDir, chat: Chat, prompts: Sequence[Prompt], keys: Sequence[Key]
+) -> None:
+    """Makes the parts those of this sampling, with the answers that are known already.
+
+    1. What the parts have from a sampling with other settings, which was interrupted, is kept.
+    2. What depends on the same and was kept, here or by the evaluation, stands in a part again.
+    3. What was not asked for, as a second sample where one is wanted now, leaves the parts.
+    """
+    from tbpo_cli.evaluation.measurements import answers_of_stage
+
+    folder = run_dir.stage("sample")
+    (folder / KEPT).mkdir(exist_ok=True)
+    kept = answers_of_stage(recipe, run_dir)
+    started = {name: one.depends_on for name, one in kept.items()}
+    before = read_sealed(folder / KEPT / STARTED)
+    if before and digest(before) != digest(started):
+        _keep_parts(folder)
+    write_sealed(folder / KEPT / STARTED, started)
+    places = [folder / KEPT]
+    if not run_dir.is_restarted("sample"):
+        places.append(run_dir.stage("eval") / KEPT)
+    there = {_key_of(one): one for one in _written(folder)}
+    rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
+    for model, one in kept.items():
+        for (prompt_id, number), answer in one.known(*places).items():
+            if prompt_id in rows and (key := (model, rows[prompt_id], number)) not in there:
+                there[key] = _line(recipe, chat, prompts, key, answer)
+    lines = [there[key] for key in keys if key in there]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(folder / "part-0.jsonl", text)
+    for part in {*folder.glob("part-*.jsonl")} - {folder / "part-0.jsonl"}:
+        part.unlink()
+
+
+def _keep_parts(folder: Path) -> None:
+    """Keeps the answers in the parts under what they depend on, and removes the parts.
+
+    In rounds nothing is kept: what was made from other inputs is set aside there.
+    """
+    lines = _written(folder)
+    for model, depends_on in read_sealed(folder / KEPT / STARTED).items():
+        one = Kept("answers", depends_on)
+        new = [
+            {name: value for name, value in line.items() if name not in ABOUT}
+            for line in lines
+            if line["model"] == model
+        ]
+        rows = {(row["prompt_id"], row["sample"]): row for row in (*one.read(folder / KEPT), *new)}
+        one.write(folder / KEPT, rows.values())
+    for part in folder.glob("part-*.jsonl"):
+        part.unlink()
 
 
 def _content(text: str) -> Any:
@@ -171,7 +237,6 @@ def _sample(
     from tbpo_cli.model.policy import POLICY, REFERENCE
 
     settings, policy = recipe.sample, None
-    shown = {name: getattr(settings, name) for name in SETTINGS}
     rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
     for model, group in itertools.groupby(keys, key=itemgetter(0)):
         of_model = list(group)
@@ -188,12 +253,24 @@ def _sample(
             batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed, known)
             samples = itertools.chain.from_iterable(batches)
         for sample in samples:
-            if (model, row := rows[sample["prompt_id"]], sample["sample"]) in done:
-                continue
-            text = chat.tokenizer.decode([*prompts[row].token_ids])
-            about = {"row": row, "prompt": text, "messages": prompts[row].messages, "model": model}
-            about |= {"tools": prompts[row].tools} if prompts[row].tools else {}
-            yield {**about, **sample, "num_tokens": len(sample["token_ids"]), "settings": shown}
+            key = (model, rows[sample["prompt_id"]], sample["sample"])
+            if key not in done:
+                yield _line(recipe, chat, prompts, key, sample)
+
+
+def _line(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], key: Key, answer: Json) -> Json:
+    """A line of samples.jsonl: an answer, and what is said of it."""
+    model, row, _ = key
+    prompt = prompts[row]
+    text = chat.tokenizer.decode([*prompt.token_ids])
+    about = {"row": row, "prompt": text, "messages": prompt.messages, "model": model}
+    about |= {"tools": prompt.tools} if prompt.tools else {}
+    settings = {name: getattr(recipe.sample, name) for name in SETTINGS}
+    return {**about, **answer, "num_tokens": len(answer["token_ids"]), "settings": settings}
+
+
+def _key_of(line: Json) -> Key:
+    return line["model"], line["row"], line["sample"]
 
 
 def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
@@ -246,4 +323,5 @@ STAGE = Stage(
     run=run,
     report=report,
     work=work,
+    renews=lambda run_dir: (run_dir.stage("sample") / KEPT).is_dir(),
 )

@@ -16,7 +16,8 @@ Q_ref is the expected return if the reference goes on.
 A loss is minimised by Adam; the step is kept at which it is lowest on a fifth of the pairs that is
 held out. "Labels a token" draws, instead, each aligned position's label from the token-level model,
 σ(A(s, y) − A(s', y')), which is what TBPO assumes and no one observes. Writes
-results/markov.{json,md,svg}.
+results/markov.{json,md,svg}; with `--variants`, which asks the same of TBPO-A with parts of TDPO 2
+(variants.py), results/markov_variants.{json,md}.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import variants
 from common import RESULTS, write_results
 from torch import Tensor
 
@@ -61,6 +63,22 @@ METHODS = {  # name: the loss, at the β of the truth where it has one
     "tbpo_q, log w = 0": build_loss("tbpo_q", beta=BETA, generator=sba()),
 }
 OF_TOKENS = ("tbpo_a", "tbpo_a, logistic")  # also fitted to a label for every token
+
+
+def variant(**parts):
+    return build_loss(variants.NAME, beta=BETA, **parts)
+
+
+LOGISTIC = build_generator("logistic")
+VARIANTS = {  # TBPO-A with parts of TDPO 2; those of tokens are also fitted to labels a token
+    "tbpo_a": METHODS["tbpo_a"],
+    "A, stop-gradient": variant(stop_chosen=True),
+    "A, α 0.5": variant(alpha=0.5),
+    "A, stop-gradient, α 0.5": variant(stop_chosen=True, alpha=0.5),
+    "A, stop-gradient, α 0.5, logistic": variant(stop_chosen=True, alpha=0.5, generator=LOGISTIC),
+    "A, whole responses": variant(whole=True),
+    "tdpo 2": METHODS["tdpo 2"],
+}
 
 
 @dataclass(frozen=True)
@@ -251,11 +269,11 @@ def draw_labels(
     return Pairs(torch.where(wins, one, other), torch.where(wins, other, one), position)
 
 
-def measure(world: World, name: str, count: int, of_tokens: bool, seed: int) -> dict:
+def measure(world: World, name: str, loss: Loss, count: int, of_tokens: bool, seed: int) -> dict:
     random = np.random.default_rng((seed, count))
     pairs = draw_labels(world, *sample_pairs(world, count, random), of_tokens, random)
     weights = {}
-    if "weights" in METHODS[name].needs:
+    if "weights" in loss.needs:
         positive, negative = (
             fit(world, METHODS["dpo"], helper, {}, False)
             for helper in (pairs, Pairs(pairs.rejected, pairs.chosen))
@@ -265,7 +283,7 @@ def measure(world: World, name: str, count: int, of_tokens: bool, seed: int) -> 
             "chosen": importance_weights(scores, mask),
             "rejected": importance_weights(-scores, mask),
         }
-    policy = fit(world, METHODS[name], pairs, weights, learn_baseline=name == "tbpo_q")
+    policy = fit(world, loss, pairs, weights, learn_baseline=name == "tbpo_q")
     labels = "a token" if of_tokens else "an answer"
     return {
         "method": name,
@@ -291,9 +309,13 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, nargs="*", default=PAIRS)
+    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
-    rows = []
+    rows, losses, of_tokens = [], METHODS, OF_TOKENS
+    if arguments.variants:
+        losses = VARIANTS
+        of_tokens = [name for name, loss in VARIANTS.items() if loss.compares == "tokens"]
     for seed in range(arguments.seeds):
         world = World(seed)
         optima = {
@@ -304,12 +326,16 @@ def main() -> None:
                 {"method": name, "labels": "", "pairs": 0, "seed": seed, **distances(world, policy)}
             )
         for count in arguments.pairs:
-            rows += [measure(world, name, count, False, seed) for name in METHODS]
-            rows += [measure(world, name, count, True, seed) for name in OF_TOKENS]
+            rows += [
+                measure(world, name, loss, count, False, seed) for name, loss in losses.items()
+            ]
+            rows += [measure(world, name, losses[name], count, True, seed) for name in of_tokens]
         print(f"seed {seed}", flush=True)
     table = markdown(rows)
     print(table)
-    if not arguments.no_write:
+    if arguments.variants and not arguments.no_write:
+        write_results("markov_variants", "Do variants of TBPO-A keep its optimum?", rows, table)
+    elif not arguments.no_write:
         write_results("markov", "Which optimum does a loss reach?", rows, table)
         plot(rows)
 

@@ -45,5 +45,6 @@ def from_alpaca(row: Columns) -> PreferencePair:
         for turn in turns
         for role, part in zip(("user", "assistant"), turn, strict=True)
     ]
-    system, last = asked[:-1], asked[-1]
+    system = asked[:-1]
+    last = asked[-1]
     return make_pair(row, (*system, *before, last), answer(row, "output"), None)

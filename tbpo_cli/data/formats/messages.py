@@ -1,4 +1,4 @@
-"""One message of a conversation, whoever's format it is in."""
+"""One message of a conversation, in the format of any of the known tools."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def read_message(given: dict[str, Any], column: str) -> Message:
     content = given.get("content", given.get("value"))
     calls = given.get("tool_calls") or given.get("function_call")
     if said == "function_call" and isinstance(content, str):
-        calls, content = _json_or_text(content), None
+        calls = _json_or_text(content)
+        content = None
     message = {"role": role, "content": _text_of(content, bool(calls), column)}
     message |= {key: given[key] for key in MESSAGE_KEYS if given.get(key)}
     if calls:

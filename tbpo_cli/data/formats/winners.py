@@ -1,4 +1,7 @@
-"""What the column with the better of two answers says: a word by itself, numbers all together."""
+"""Reads the column that says which of two answers is better.
+
+A word has its meaning in each row; a number has its meaning from all rows of the source together.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ WORD = re.compile(
     r"(?:(?:model|response|answer|completion|output|conversation|assistant)[ _-]?)?([ab]|\d+)"
 )
 NO_NUMBER = -1  # a usual way to write that there is none
-MOST_VALUES = 20  # of a column, that are looked at to tell what they mean
+MOST_VALUES = 20  # different numbers of a column that are kept, to find out what they mean
 
 Sides = tuple[str, str]  # the names of the two answers
 Bases = dict[tuple[str, Sides], int]  # by the column with the better one, and the two names
@@ -149,7 +152,8 @@ def _numbered(content: Any) -> tuple[str, Sides, bool | float] | None:
     """The column, the names of the answers, and the number of the better one; None without one."""
     if not isinstance(content, dict):
         return None
-    column, sides = first_of(content, WINNERS), sides_of(content)
+    column = first_of(content, WINNERS)
+    sides = sides_of(content)
     if not column or sides is None or str(content[column]).strip().lower() in sides:
         return None
     number = number_of(content[column])

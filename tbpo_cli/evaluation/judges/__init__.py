@@ -5,11 +5,12 @@ A new judge is a file here, a line in the table, and a key of `Judge` in config/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tbpo_cli.config.judging import Judge as Settings
 from tbpo_cli.config.recipe import Recipe
+from tbpo_cli.data.pairs import Messages
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.judges import language_judge, reward_model, scorer
 from tbpo_cli.evaluation.judges.judge import Judge
@@ -43,6 +44,16 @@ def judges_of(
         for key in named
         if settings is not None
     ]
+
+
+def check_prompts(settings: Settings | None, table: str, prompts: Sequence[Messages]) -> None:
+    """Finds out which prompts a judge cannot read, before anybody answers them.
+
+    Raises:
+        TbpoError: if it can read none.
+    """
+    if settings is not None and settings.reward_model is not None:
+        reward_model.check_prompts(settings, table, prompts)
 
 
 def marker_of(recipe: Recipe, cache_of: Callable[[str], Path] | None = None) -> Judge:
