@@ -137,13 +137,13 @@ def test_workers_end_when_the_process_that_started_them_is_gone(recipe_file, tmp
     assert len(gone) == 2 and not alive
 
 
-def two_machines(recipe_file, run, *flags):
+def two_machines(recipe_file, run, *flags, sets=EXACT):
     """The second one and the first, each a process of one training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = ("--cpu", "--nodes", "2", "--main-address", address, *flags)
-    return [start(recipe_file, run, "--node-rank", rank, *where) for rank in ("1", "0")]
+    return [start(recipe_file, run, "--node-rank", rank, *where, sets=sets) for rank in ("1", "0")]
 
 
 def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):
