@@ -180,6 +180,10 @@ class Training:
     """How pairs are put into rows. It changes the speed, and the result by rounding alone."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Whether each process holds all weights ("ddp") or a part of them ("fsdp")."""
+    shard_over: Literal["auto", "machine", "all"] = "auto"
+    """Of several machines with sharded weights: whether the processes of each machine hold a copy
+    of them, or all processes together hold one. "auto": each machine, if that leaves half of a
+    device's memory free."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """How often the training reads all pairs. Default: 1, unless max_steps is given."""
     max_steps: Count | None = None

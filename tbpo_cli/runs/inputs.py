@@ -31,7 +31,7 @@ FREE_KEYS = {
     "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "eval_pairs",
-        "log_every", "activation_checkpointing", "sharding")),
+        "log_every", "activation_checkpointing", "sharding", "shard_over")),
 }  # fmt: skip
 
 

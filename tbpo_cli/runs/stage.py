@@ -26,8 +26,8 @@ class Stage:
         report: shows the result of the complete stage.
         work: the part of `run` that each of several processes does; None if there is only one.
         base_files: patterns of the files in the base's folder that its result depends on.
-        renews: whether `run`, after a change of the inputs, works on in the same folder: it makes again
-            only the results that depend on the change, and keeps the others.
+        renews: whether `run`, after a change of the inputs, goes on in the same folder: it makes
+            again only the results that depend on the change, and keeps the others.
         checks_before: by the name of a stage that it needs: raises TbpoError if that is not worth
             running, since this stage could not use the result.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
