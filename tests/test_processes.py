@@ -119,7 +119,9 @@ def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(recipe_file, t
     assert any((tmp_path / "run/align/checkpoints").glob("step-*"))
 
 
-def test_what_goes_wrong_in_all_processes_is_told_once_with_its_exit_code(recipe_file, tmp_path):
+def test_what_goes_wrong_in_all_processes_is_reported_once_with_its_exit_code(
+    recipe_file, tmp_path
+):
     sets = (*EXACT, "align.learning_rate=1e30", "align.warmup=0.0")
     code, _, err = finish(start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets))
     assert code == 3 and err.count("error: training diverged") == 1 and "Traceback" not in err

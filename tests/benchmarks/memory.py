@@ -57,7 +57,7 @@ CASES_ON_GPU = [
     ("4096", "dpo", True, 4096, True),
 ]
 HEADINGS = (
-    "| H, layers | loss | trained | tokens | checkpointing | foretold, GB | measured, GB | ratio |"
+    "| H, layers | loss | trained | tokens | checkpointing | forecast, GB | measured, GB | ratio |"
 )
 
 
@@ -77,7 +77,7 @@ def main() -> None:
         rows.append(row)
         lines.append("| " + " | ".join(str(value) for value in list(row.values())[:8]) + " |")
         print(lines[-1], row["parts"], flush=True)
-        write_results(arguments.name, "Memory, foretold and measured", rows, "\n".join(lines))
+        write_results(arguments.name, "Memory, forecast and measured", rows, "\n".join(lines))
 
 
 def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool) -> dict:
@@ -106,16 +106,16 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
                 for line in read_metrics(folder / "run/align/metrics.jsonl")
             )
             memory.pop("CUDA", None)
-    foretold = sum(memory.values()) / 1e9
+    expected = sum(memory.values()) / 1e9
     return {
         "shape": f"{hidden}, {layers}",
         "loss": loss,
         "trained": "LoRA r 16" if lora else "all weights",
         "tokens": tokens,
         "checkpointing": "yes" if checkpointing else "no",
-        "foretold_gb": round(foretold, 2),
+        "forecast_gb": round(expected, 2),
         "measured_gb": round(peak, 2),
-        "ratio": round(foretold / peak, 2),
+        "ratio": round(expected / peak, 2),
         "parts": {part: round(size / 1e9, 3) for part, size in memory.items()},
     }
 
