@@ -260,7 +260,11 @@ class _ChunkedStatistics(torch.autograd.Function):
                 grad.addcmul_(reference_probs, grad_mean[part, None])  # + g_b π_ref
             grad = head.linear_part(grad, logits)
             grad_hidden[part] = head.to_hidden(grad).to(hidden.dtype)
-            grad_weight += grad.to(head.weight.dtype).T @ hidden[part].to(head.weight.dtype)
+            factors = grad.to(head.weight.dtype).T, hidden[part].to(head.weight.dtype)
+            if grad_weight.dtype == head.weight.dtype:  # without a (V, H) product beside it
+                grad_weight.addmm_(*factors)
+            else:
+                grad_weight += factors[0] @ factors[1]
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
         return grad_hidden, grad_weight, grad_bias, *(None,) * 5
