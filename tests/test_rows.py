@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import load_base
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import add_helper, load_policy
 from tbpo_cli.model.policy import REFERENCE, Policy
 from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.sharding import Shards, gathered, save_gathered
@@ -169,6 +169,32 @@ def test_an_adapter_stands_on_a_sharded_base_as_on_a_whole_one(recipe_file, tmp_
     for view in policy.views:
         with policy.view(view) as whole, sharded.view(view) as found:
             assert torch.equal(logits(found), logits(whole))
+    saved = [
+        {path.name: path.read_bytes() for path in each.save(tmp_path / name)}
+        for name, each in (("whole", policy), ("sharded", sharded))
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    weights = "adapter_model.safetensors"
+    assert saved[0][weights] == saved[1][weights]
+
+
+@pytest.mark.parametrize("copies", [None, ["lm_head"]])
+def test_a_helper_stands_on_a_sharded_base_unless_it_copies_its_layers(
+    recipe_file, tmp_path, mesh, copies
+):
+    make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=copies, task_type="CAUSAL_LM")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path / "helper")
+    model = Model(base=str(tmp_path / "base"), lora=Lora())
+    recipe = replace(load_recipe(recipe_file), model=model)
+    policy = load_policy(recipe, CPU, None, with_reference=True, mesh=mesh)
+    if copies:
+        with pytest.raises(TbpoError, match='sharding = "ddp"'):
+            add_helper(policy, "positive", str(tmp_path / "helper"), model, CPU, mesh=mesh)
+    else:
+        add_helper(policy, "positive", str(tmp_path / "helper"), model, CPU, mesh=mesh)
+        with policy.view("positive") as helper:
+            assert torch.equal(logits(helper), logits(load(tmp_path / "base")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -237,6 +237,18 @@ def test_memory_follows_from_processes_and_quantization(recipe_file):
     assert (
         shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
     )
+    loaded = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+    assert whole["weights"] == sum(w.numel() * w.element_size() for w in loaded.model.parameters())
+    optimizer = torch.optim.AdamW(loaded.trained.values())
+    for weight in loaded.trained.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    states = [*optimizer.state.values()]
+    moments = sum(one[name].nbytes for one in states for name in ("exp_avg", "exp_avg_sq"))
+    gradients = sum(weight.grad.nbytes for weight in loaded.trained.values())
+    assert whole["gradients and moments"] == moments + gradients
+    bytes_a_token, of_a_layer = kept_bytes(loaded.model, False)
+    assert 99 * bytes_a_token <= whole["activations"] <= 99 * (bytes_a_token + 6 * of_a_layer)
     nf4 = estimate_memory(
         policy,
         replace(recipe.model, quantization="nf4"),

@@ -168,7 +168,8 @@ class Policy:
         Returns:
             The files.
         """
-        if self.is_sharded and getattr(self.model, "_weight_conversions", None) == []:
+        converts = getattr(self.model, "_weight_conversions", None) != []
+        if self.is_sharded and not self.adapters and not converts:
             self._save_sharded(folder, writes)
         else:
             self._save_at_once(folder, writes)
