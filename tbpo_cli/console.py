@@ -1,4 +1,4 @@
-"""What a person sees. Results that one would pipe go to stdout, everything else to stderr."""
+"""Output for a person. Results that may be piped go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 
-# Each: metric, what a person reads, how it is written, whether it has a meaning at the start.
+# Each: metric, its label, its format, whether it has a meaning before the first step.
 Summary = tuple[tuple[str, str, str, bool], ...]
 
 # C0 but newline and tab, DEL, C1, the marks of direction (U+061C, U+200E to U+202E, U+2066 to
-# U+2069), line separators, and surrogates, of which a text that is whole has none.
+# U+2069), line separators, and surrogates, which no valid text has.
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -57,10 +57,10 @@ def short(path: Path) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without what a terminal, or a reader's eye, would obey.
+    """A text without characters that control a terminal or the direction of writing.
 
-    Control characters but newline and tab, marks that turn the direction of writing, and halves of
-    surrogate pairs are written as their codes, such as \\x1b.
+    Control characters but newline and tab, marks of direction, and halves of surrogate pairs are
+    written as their codes, such as \\x1b.
     """
     return CONTROLS.sub(_code, text.replace("\r\n", "\n"))
 
@@ -213,7 +213,7 @@ def _rate(value: float) -> str:
 def one_line(
     label: str, done: int, total: int | None, left: str, note: str, rate: str, width: int
 ) -> str:
-    """What stands beside a bar: as much of it as `width` columns have space for.
+    """The text beside a progress bar: as many of its parts as fit into `width` columns.
 
     Args:
         left: the time that is left, in words.

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class TbpoError(Exception):
-    """Anything that a user can cause. `cli.py` prints it, without a traceback, and exits with
+    """Anything that a user can cause. `cli/main.py` prints it, without a traceback, and exits with
     `exit_code`.
 
     Args:
@@ -43,13 +43,13 @@ class TbpoError(Exception):
 
 
 class DivergenceError(TbpoError):
-    """Training left the finite numbers; nothing was written over."""
+    """The loss or its gradient is not finite; no weight was changed."""
 
     exit_code = 3
 
 
 class GateError(TbpoError):
-    """What `eval.gate` asks for does not hold; all results are there."""
+    """The condition in `eval.gate` does not hold; all results are written."""
 
     exit_code = 4
 

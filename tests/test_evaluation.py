@@ -826,7 +826,7 @@ def test_a_gate_does_not_hold_where_one_opponent_has_no_verdict():
 # What cannot be
 
 
-def test_something_that_is_no_model_is_told_before_anything_is_run(recipe_file, tmp_path, tbpo):
+def test_something_that_is_no_model_is_reported_before_anything_is_run(recipe_file, tmp_path, tbpo):
     done = tbpo("eval", recipe_file, "--against", tmp_path, "runs/dpo")
     assert done.returncode == 2 and "there is nothing to compare with" in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()

@@ -30,15 +30,15 @@ OUT_OF_MEMORY = {
 }
 
 
-def train(recipe_file, run, *overrides, room=None, error=None):
-    """`tbpo align` where micro-batches of more than `room` tokens fail; returns the weights."""
+def train(recipe_file, run, *overrides, max_tokens=None, error=None):
+    """`tbpo align` where micro-batches of more than `max_tokens` fail; returns the weights."""
     recipe = load_recipe(recipe_file, ("model.lora.dropout=0.0", "align.layout=padded", *overrides))
     run_stage("prepare", recipe_file, run)
     stores = [PairStore(run / "prepare" / split) for split in ("train", "eval")]
     policy = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
 
     def allocate(_module, inputs):
-        if room is not None and inputs[0].numel() > room:
+        if max_tokens is not None and inputs[0].numel() > max_tokens:
             raise error
 
     policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
@@ -55,7 +55,7 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_step_with_the_same_resu
     first evaluation. The weights are those of a device that holds all."""
     whole = train(recipe_file, tmp_path / "whole")
     assert "out of memory" not in capsys.readouterr().err
-    cut = train(recipe_file, tmp_path / "cut", room=200, error=OUT_OF_MEMORY[kind])
+    cut = train(recipe_file, tmp_path / "cut", max_tokens=200, error=OUT_OF_MEMORY[kind])
     said = capsys.readouterr().err
     assert (
         "the same step again with max_tokens_per_device = 256" in said
@@ -76,11 +76,11 @@ def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_nam
     recipe_file, tmp_path, settings, fix
 ):
     with pytest.raises(TbpoError, match="out of memory") as error:
-        train(recipe_file, tmp_path / "run", *settings, room=10, error=OUT_OF_MEMORY["gpu"])
+        train(recipe_file, tmp_path / "run", *settings, max_tokens=10, error=OUT_OF_MEMORY["gpu"])
     assert fix in error.value.fix and error.value.exit_code == 2
 
 
-def test_too_little_memory_for_the_moments_is_told_before_the_first_step(
+def test_too_little_memory_for_the_moments_is_reported_before_the_first_step(
     recipe_file, tmp_path, monkeypatch
 ):
     def allocate(_optimizer):
@@ -117,7 +117,7 @@ def test_activations_are_computed_again_where_the_longest_pair_does_not_fit_othe
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe_file, tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
-        train(recipe_file, tmp_path / "run", room=10, error=RuntimeError("a bug"))
+        train(recipe_file, tmp_path / "run", max_tokens=10, error=RuntimeError("a bug"))
 
 
 def test_a_step_is_divided_by_the_lengths_of_its_pairs(recipe_file, tmp_path):

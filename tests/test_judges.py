@@ -2,6 +2,7 @@
 truths.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -640,6 +641,14 @@ def test_a_server_that_is_busy_or_fails_is_asked_again(status):
     with chat_server(lambda body: "ok", *[(status, "", {"Retry_After": 0})] * 2) as server:
         ((_, reply),) = ask_one(server.url)
     assert (reply.text, reply.refused, len(server.requests)) == ("ok", "", 3)
+
+
+def test_a_busy_server_is_asked_again_after_the_seconds_that_it_names(monkeypatch):
+    waits, sleep = [], asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: waits.append(seconds) or sleep(0))
+    with chat_server(lambda body: "ok", (429, "", {"Retry_After": 80})) as server:
+        ask_one(server.url)
+    assert 80 <= max(waits) <= 100, "up to a quarter more, so that not all come at once"
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

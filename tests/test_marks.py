@@ -27,7 +27,7 @@ def score(prompt, completion):
 
 @pytest.fixture
 def marker(recipe_file, tmp_path):
-    """The judge that gives marks, by a server; what it is told is kept in a file."""
+    """The judge that gives marks, by a server; what it is asked is kept in a file."""
 
     def make(server, *sets):
         url = server if isinstance(server, str) else server.url

@@ -192,10 +192,10 @@ def test_a_batch_that_is_moved_has_every_tensor_in_its_place(make_run, layout):
     assert not torch.equal(batch.input_ids, batch.position_ids)
 
 
-def test_the_bytes_that_are_foretold_for_a_token_are_those_that_a_pass_saves(make_run):
+def test_the_bytes_that_are_forecast_for_a_token_are_those_that_a_pass_saves(make_run):
     """By kept_bytes from shapes, and by the tensors that a real pass over 64 tokens keeps."""
-    model = make_run("foretold", LORA).policy.model
-    foretold, _ = kept_bytes(model, False)
+    model = make_run("forecast", LORA).policy.model
+    forecast, _ = kept_bytes(model, False)
     bytes_of = {}
 
     def pack(tensor):
@@ -207,20 +207,20 @@ def test_the_bytes_that_are_foretold_for_a_token_are_those_that_a_pass_saves(mak
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         backbone(input_ids=torch.arange(64)[None], use_cache=False)
     kept = sum(size for place, size in bytes_of.items() if place not in own)
-    assert kept / 64 == pytest.approx(foretold, rel=0.25)
+    assert kept / 64 == pytest.approx(forecast, rel=0.25)
 
 
-def test_dropouts_masks_are_foretold_also_for_a_model_that_does_not_train_yet(make_run):
+def test_dropouts_masks_are_forecast_also_for_a_model_that_does_not_train_yet(make_run):
     """And the model is left as it was."""
     model = make_run("masks", {"lora": {"r": 4, "dropout": 0.1}}).policy.model
     without, _ = kept_bytes(make_run("without", LORA).policy.model, False)
-    foretold = [kept_bytes(model.train(training), False) for training in (True, False)]
-    assert foretold[0] == foretold[1] and foretold[0][0] > 1.1 * without
+    forecast = [kept_bytes(model.train(training), False) for training in (True, False)]
+    assert forecast[0] == forecast[1] and forecast[0][0] > 1.1 * without
     assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_the_bytes_that_are_foretold_for_learning_are_those_of_gradients_and_moments(
+def test_the_bytes_that_are_forecast_for_learning_are_those_of_gradients_and_moments(
     make_run, optimizer
 ):
     run = make_run("learning", LORA, optimizer=optimizer)

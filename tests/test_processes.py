@@ -119,7 +119,9 @@ def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(recipe_file, t
     assert any((tmp_path / "run/align/checkpoints").glob("step-*"))
 
 
-def test_what_goes_wrong_in_all_processes_is_told_once_with_its_exit_code(recipe_file, tmp_path):
+def test_what_goes_wrong_in_all_processes_is_reported_once_with_its_exit_code(
+    recipe_file, tmp_path
+):
     sets = (*EXACT, "align.learning_rate=1e30", "align.warmup=0.0")
     code, _, err = finish(start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets))
     assert code == 3 and err.count("error: training diverged") == 1 and "Traceback" not in err
@@ -135,13 +137,13 @@ def test_workers_end_when_the_process_that_started_them_is_gone(recipe_file, tmp
     assert len(gone) == 2 and not alive
 
 
-def two_machines(recipe_file, run, *flags):
+def two_machines(recipe_file, run, *flags, sets=EXACT):
     """The second one and the first, each a process of one training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = ("--cpu", "--nodes", "2", "--main-address", address, *flags)
-    return [start(recipe_file, run, "--node-rank", rank, *where) for rank in ("1", "0")]
+    return [start(recipe_file, run, "--node-rank", rank, *where, sets=sets) for rank in ("1", "0")]
 
 
 def test_two_machines_train_as_one_process_does(recipe_file, tmp_path, alone):

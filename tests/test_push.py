@@ -386,15 +386,15 @@ def test_show_asks_the_hub_whether_the_token_may_write_to_the_repository(
     made, run, server, executable
 ):
     settings = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    told = []
+    shown = []
     for repo in ("me/tuned", "you/tuned", "org/base"):
         sets = ("--set", f"push.repo={repo}", "--run-dir", run)
         done = executable("show", made[0], *sets, **settings)
-        told.append(" ".join(done.stdout.split()))
-    assert "✓ a token for the Hub ✓ it may write to me/tuned" in told[0]
-    assert "✗ it may write to you/tuned: no repository can be made there" in told[1]
-    assert "--set push.repo=me/tuned" in told[1]
-    assert "✗ it may write to org/base: the repository holds a whole model" in told[2]
+        shown.append(" ".join(done.stdout.split()))
+    assert "✓ a token for the Hub ✓ it may write to me/tuned" in shown[0]
+    assert "✗ it may write to you/tuned: no repository can be made there" in shown[1]
+    assert "--set push.repo=me/tuned" in shown[1]
+    assert "✗ it may write to org/base: the repository holds a whole model" in shown[2]
     assert not server.heads, "nothing is made"
 
 

@@ -53,7 +53,7 @@ SHAPES = {
     "alignment-handbook/zephyr-7b-sft-full": (4096, 14336, 32, 32, 8, 32_000, False),
     "RLHFlow/LLaMA3-SFT-v2": (4096, 14336, 32, 32, 8, 128_256, False),
 }
-ROOM = {
+DEVICES = {
     "full-8gpu": (8, 80e9),
     "ultrafeedback-mistral": (1, 80e9),
     "ultrafeedback-llama3": (1, 80e9),
@@ -101,7 +101,7 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
     assert text.count("WARNING") == text.count("needs more memory than"), (
         text
     )  # this machine is not what it names
-    processes, room = ROOM.get(name, (1, 24e9))
+    processes, device_memory = DEVICES.get(name, (1, 24e9))
     gpu = torch.device("cuda")
     for training in trainings_of(recipe):
         policy = policy_on_meta(training, recipe, gpu)
@@ -109,7 +109,7 @@ def test_every_shipped_recipe_is_shown_and_fits_the_gpu_that_it_names(name, tmp_
             training.settings, max_tokens_per_device=4096, activation_checkpointing=True
         )
         parts, _ = estimate_memory(policy, recipe.model, settings, gpu, processes, (0, 10**6))
-        assert sum(parts.values()) < room, (training.name, parts)
+        assert sum(parts.values()) < device_memory, (training.name, parts)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.base import load_base
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import add_helper, load_policy
+from tbpo_cli.model.policy import REFERENCE, Policy
 from tbpo_cli.model.shapes import policy_of_shapes
-from tbpo_cli.model.sharding import Shards, gathered
+from tbpo_cli.model.sharding import Shards, gathered, save_gathered
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]
@@ -168,6 +169,72 @@ def test_an_adapter_stands_on_a_sharded_base_as_on_a_whole_one(recipe_file, tmp_
     for view in policy.views:
         with policy.view(view) as whole, sharded.view(view) as found:
             assert torch.equal(logits(found), logits(whole))
+    saved = [
+        {path.name: path.read_bytes() for path in each.save(tmp_path / name)}
+        for name, each in (("whole", policy), ("sharded", sharded))
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    weights = "adapter_model.safetensors"
+    assert saved[0][weights] == saved[1][weights]
+
+
+@pytest.mark.parametrize("copies", [None, ["lm_head"]])
+def test_a_helper_stands_on_a_sharded_base_unless_it_copies_its_layers(
+    recipe_file, tmp_path, mesh, copies
+):
+    make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=copies, task_type="CAUSAL_LM")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path / "helper")
+    model = Model(base=str(tmp_path / "base"), lora=Lora())
+    recipe = replace(load_recipe(recipe_file), model=model)
+    policy = load_policy(recipe, CPU, None, with_reference=True, mesh=mesh)
+    if copies:
+        with pytest.raises(TbpoError, match='sharding = "ddp"'):
+            add_helper(policy, "positive", str(tmp_path / "helper"), model, CPU, mesh=mesh)
+    else:
+        add_helper(policy, "positive", str(tmp_path / "helper"), model, CPU, mesh=mesh)
+        with policy.view("positive") as helper:
+            assert torch.equal(logits(helper), logits(load(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {}),
+        ("mixtral", {"num_local_experts": 4}),
+    ],
+)
+def test_a_sharded_model_is_saved_with_the_bytes_of_a_whole_one(
+    tmp_path, mesh, kind, settings, dtype
+):
+    """In the dtype of the base, with its habits; of experts, with the names of the checkpoint."""
+    base = make(kind, **settings).to(dtype)
+    base.generation_config.update(eos_token_id=5, do_sample=True, temperature=0.6)
+    base.save_pretrained(tmp_path / "base")
+    contents = []
+    for one in (mesh, None):
+        policy = Policy(load(tmp_path / "base", one))
+        folder = tmp_path / f"saved-{policy.is_sharded}"
+        files = policy.save(folder, end_ids=(7, 5))
+        contents.append({path.name: path.read_bytes() for path in files})
+    assert contents[0].keys() == contents[1].keys()
+    weights = [each.pop("model.safetensors") for each in contents]
+    assert contents[0] == contents[1], "config and generation config"
+    assert weights[0] == weights[1]
+
+
+def test_a_sharded_model_is_saved_a_file_at_a_time(tmp_path, mesh):
+    base = make("llama", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    base.config.save_pretrained(tmp_path)
+    save_gathered(load(tmp_path / "base", mesh), tmp_path, torch.float32, True, "5KB")
+    sizes = [path.stat().st_size for path in tmp_path.glob("model-*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 8000
+    found, whole = load(tmp_path), load(tmp_path / "base")
+    assert torch.equal(logits(found), logits(whole))
+    assert found.state_dict().keys() == whole.state_dict().keys()
 
 
 MEMORY = """
@@ -248,4 +315,4 @@ def test_shapes_of_an_adapter_that_exists_are_known_without_its_numbers(recipe_f
     recipe = replace(load_recipe(recipe_file), model=model)
     policy = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
     assert {weight.device.type for weight in policy.model.parameters()} == {"meta"}
-    assert policy.describe_reference() == "a frozen copy of the SFT adapter"
+    assert REFERENCE in policy.adapters

@@ -11,8 +11,9 @@ import torch.distributed as dist
 import transformers
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
-from test_processes import finish, metrics, start, wait_for_step
+from test_processes import finish, metrics, start, two_machines, wait_for_step
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbpo_cli.batch.layouts import blank_batch, collate
 from tbpo_cli.config.recipe import load_recipe
@@ -23,10 +24,12 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.policy import POLICY, Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.sharding import Shards, gathered, shard
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.metrics import average, measure
+from tbpo_cli.train.stage import mesh_of
 
 CPU = torch.device("cpu")
 SHARDED = ("--cpu", "--set", "align.sharding=fsdp", "--gpus")
@@ -117,8 +120,48 @@ def test_a_sharded_run_goes_on_in_another_number_of_processes_and_without_shardi
     )
     run_stage("align", full_recipe, tmp_path / "alone", *sets)
     stop(full_recipe, tmp_path / "run", "3", 4, sets)
+    (parts,) = (tmp_path / "run/align/checkpoints").glob("step-*/policy")
+    sizes = [path.stat().st_size for path in parts.iterdir()]
+    assert len(sizes) == 3 and max(sizes) < 0.4 * sum(sizes), "each process has written its part"
     stop(full_recipe, tmp_path / "run", "2", 7, sets)
     run_stage("align", full_recipe, tmp_path / "run", *sets)
+    assert_same_training(tmp_path / "alone", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("on_machine", "over", "shape"),
+    [
+        (2, "auto", (2, 2)),
+        (2, "machine", (2, 2)),
+        (2, "all", (4,)),
+        (4, "auto", (4,)),
+        (1, "auto", (4,)),
+        (3, "auto", (4,)),
+    ],
+)
+def test_each_of_several_machines_has_a_copy_of_the_weights_unless_the_recipe_says_otherwise(
+    full_recipe, monkeypatch, on_machine, over, shape
+):
+    """Of four processes; not where a machine has one of them, or another number than the others."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_machine))
+    recipe = load_recipe(full_recipe, (f"align.shard_over={over}",))
+    shapes = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        assert tuple(mesh_of(shapes, recipe.align, Group(0, 4)).shape) == shape
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_machines_of_two_processes_each_train_as_one_process(full_recipe, tmp_path):
+    """Each machine has a copy of the weights, in two parts."""
+    sets = ("align.max_steps=3", "align.max_grad_norm=0.01", "align.loss.name=tbpo_q")
+    run_stage("align", full_recipe, tmp_path / "alone", *sets)
+    machines = two_machines(full_recipe, tmp_path / "run", "--gpus", "2", sets=sets)
+    ends = [finish(machine) for machine in machines]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    copies = "each of the 2 machines has a copy of the weights, in 2 parts"
+    assert ends[1][2].count(copies) == 1
     assert_same_training(tmp_path / "alone", tmp_path / "run")
 
 

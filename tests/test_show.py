@@ -81,13 +81,13 @@ def test_before_prepare_it_says_so_and_afterwards_it_knows_pairs_tokens_and_step
 
 
 def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, capsys):
-    foretold = flat(shown(recipe_file, tmp_path / "run", capsys))
+    before = flat(shown(recipe_file, tmp_path / "run", capsys))
     run_stage("align", recipe_file, tmp_path / "run")
     said = capsys.readouterr().err
     assert "the reference is the base, with the adapter off" in said
-    assert "reference the base, with the adapter off" in foretold
+    assert "reference the base, with the adapter off" in before
     assert "rows are shared_prompt: every prompt is read once" in said
-    assert "layout shared_prompt: every prompt is read once" in foretold
+    assert "layout shared_prompt: every prompt is read once" in before
     weights = load_file(tmp_path / "run/align/adapter/adapter_model.safetensors").values()
     num_weights = sum(weight.numel() for weight in weights)
     assert f"align: training {num_weights:,} weights on cpu; 40 pairs, 8 held out" in said
@@ -202,9 +202,9 @@ def test_under_autocast_the_bytes_of_a_token_and_the_copies_of_weights_are_those
         return sum(sizes.values())
 
     of_a_token = (kept(200) - kept(100)) / 100
-    foretold, _ = kept_bytes(policy.model, False, torch.bfloat16)
-    assert foretold == pytest.approx(of_a_token, rel=0.02)
-    assert kept_bytes(policy.model, False)[0] > 1.3 * foretold
+    bytes_a_token, _ = kept_bytes(policy.model, False, torch.bfloat16)
+    assert bytes_a_token == pytest.approx(of_a_token, rel=0.02)
+    assert kept_bytes(policy.model, False)[0] > 1.3 * bytes_a_token
     cpu = torch.device("cpu")
     parts, _ = estimate_memory(policy, recipe.model, recipe.align, cpu, 1, (0, 99))
     head = policy.model.get_output_embeddings().weight.numel()
@@ -237,6 +237,18 @@ def test_memory_follows_from_processes_and_quantization(recipe_file):
     assert (
         shared["weights"] == whole["weights"] / 4 and shared["activations"] == whole["activations"]
     )
+    loaded = load_policy(recipe, torch.device("cpu"), None, with_reference=True)
+    assert whole["weights"] == sum(w.numel() * w.element_size() for w in loaded.model.parameters())
+    optimizer = torch.optim.AdamW(loaded.trained.values())
+    for weight in loaded.trained.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    states = [*optimizer.state.values()]
+    moments = sum(one[name].nbytes for one in states for name in ("exp_avg", "exp_avg_sq"))
+    gradients = sum(weight.grad.nbytes for weight in loaded.trained.values())
+    assert whole["gradients and moments"] == moments + gradients
+    bytes_a_token, of_a_layer = kept_bytes(loaded.model, False)
+    assert 99 * bytes_a_token <= whole["activations"] <= 99 * (bytes_a_token + 6 * of_a_layer)
     nf4 = estimate_memory(
         policy,
         replace(recipe.model, quantization="nf4"),
@@ -248,13 +260,13 @@ def test_memory_follows_from_processes_and_quantization(recipe_file):
     assert nf4["weights"] < 0.8 * whole["weights"]
 
 
-def test_the_memory_that_was_foretold_is_within_20_percent_of_what_was_measured():
+def test_the_memory_that_was_forecast_is_within_20_percent_of_what_was_measured():
     measured = json.loads((Path(__file__).parent / "benchmarks/results/memory.json").read_text())[
         "rows"
     ]
     assert len({row["shape"] for row in measured}) >= 3
     for row in measured:
-        assert abs(row["foretold_gb"] / row["measured_gb"] - 1) <= 0.2, row
+        assert abs(row["forecast_gb"] / row["measured_gb"] - 1) <= 0.2, row
 
 
 def test_a_base_that_cannot_be_reached_leaves_the_rest_to_be_shown(recipe_file, tmp_path, capsys):

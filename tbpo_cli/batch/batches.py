@@ -42,26 +42,25 @@ def span_lengths(store: PairStore, indices: Sequence[int], span: str) -> np.ndar
     return lengths
 
 
-def deal(lengths: np.ndarray, num_hands: int) -> list[list[int]]:
+def deal(lengths: np.ndarray, num_processes: int) -> list[list[int]]:
     """Divides pairs among processes so that these have about equally many tokens.
 
-    The longest pair is dealt first, and each goes to the process with the fewest tokens so far.
+    From the longest pair on, each goes to the process with the fewest tokens so far.
     Source: Graham, "Bounds on multiprocessing timing anomalies" (1969): at most 4/3 of the optimum.
 
     Args:
         lengths: (n,) tokens of the pairs.
-        num_hands: the number of processes.
 
     Returns:
         For each process the places of its pairs in `lengths`, ascending.
     """
-    hands: list[list[int]] = [[] for _ in range(num_hands)]
-    totals = [(0, number) for number in range(num_hands)]
+    parts: list[list[int]] = [[] for _ in range(num_processes)]
+    totals = [(0, number) for number in range(num_processes)]
     for place in np.argsort(-lengths, kind="stable"):
         total, number = heapq.heappop(totals)
-        hands[number].append(int(place))
+        parts[number].append(int(place))
         heapq.heappush(totals, (total + int(lengths[place]), number))
-    return [sorted(hand) for hand in hands]
+    return [sorted(part) for part in parts]
 
 
 def longest_sequence(stores: Iterable[PairStore]) -> int:

@@ -53,7 +53,7 @@ class PairBatch:
         pair_weights: (B,) fp32, how much each pair counts for in the loss.
         num_tokens: of the pairs, each prompt once, without padding.
         indices: the B indices of the pairs in their store; empty if they come from none.
-        token_keys: (lines, L) int64, which token of which pair each is; None where nobody asks.
+        token_keys: (lines, L) int64, which token of which pair stands there; None without dropout.
     """
 
     pair_ids: tuple[str, ...]
@@ -267,9 +267,9 @@ def collate(
 
 
 def _token_keys(pairs: Sequence[TokenizedPair], layout: str, indices: tuple[int, ...]) -> Tensor:
-    """(lines, L): the index of the pair, the part of it (prompt, chosen, rejected), the position.
+    """(lines, L): a number for each token, made of pair, part (prompt or side) and position.
 
-    The layout arranges them as it arranges token ids.
+    They are arranged by the layout as if they were token ids.
     """
     keyed = []
     for pair, index in zip(pairs, indices, strict=True):
@@ -291,8 +291,8 @@ def _side(lengths: np.ndarray) -> SideBatch:
 
 
 def blank_batch() -> PairBatch:
-    """No pair, and one token for the model: a forward and backward pass that adds nothing to a
-    sum.
+    """A batch without pairs, with one token for the model: its forward and backward pass adds
+    nothing to the sums.
     """
     no_tokens = torch.zeros(0, dtype=torch.int64)
     one_token = torch.zeros(1, 1, dtype=torch.int64)

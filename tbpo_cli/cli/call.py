@@ -1,4 +1,4 @@
-"""What a command on a recipe was given: every option that there is, in the order of --help."""
+"""The arguments of a command on a recipe: every option that any has, in the order of --help."""
 
 from __future__ import annotations
 

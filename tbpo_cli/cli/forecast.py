@@ -39,7 +39,8 @@ from tbpo_cli.train.metrics import read_metrics
 from tbpo_cli.train.run import num_evaluated
 from tbpo_cli.train.stage import choose_sharding, open_stores
 
-# Of bare matrix products, what a step reaches: tests/benchmarks/results/train_step*.md.
+# The share of the speed of bare matrix products that a step reaches, measured for the CPU: see
+# tests/benchmarks/results/train_step*.md.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.35}
 
 Line = tuple[str, str]  # what it is about, and words for a person
@@ -206,7 +207,7 @@ def _share_over_length(run_dir: RunDir) -> float:
 def choices(
     policy: Policy, training: Training, longest: int, rounds: Rounds | None = None
 ) -> list[Line]:
-    """What the training will say when it has chosen reference, head and layout."""
+    """Reference, head and layout, in the words with which the training will name them."""
     reference = policy.describe_reference() if policy.has_reference else "none"
     if policy.has_reference and rounds is not None and rounds.number > 1:
         later = ", in every round"
@@ -218,7 +219,8 @@ def choices(
     try:
         layout, why = choose_layout(policy.models, training.settings.layout, longest)
         other = "the training is refused" if layout == "padded" else "rows are padded or refused"
-        chosen = f"{layout}: {why}; if real pairs differ in it from each sequence alone, {other}"
+        scores = "the scores of real pairs differ from those of each sequence alone"
+        chosen = f"{layout}: {why}; if {scores}, {other}"
     except TbpoError as error:
         chosen = f"the training would stop: {error.what} ({error.where}); {error.fix}"
     return [
@@ -231,8 +233,8 @@ def choices(
 def _memory_line(memory: dict[str, float], tokens: int, device: torch.device) -> str:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items() if size)
     needed = sum(memory.values()) / 1e9
-    there = device_memory(device) / 1e9
-    begin = f"about {needed:.1f} of {there:.0f} GB on each {device.type}"
+    available = device_memory(device) / 1e9
+    begin = f"about {needed:.1f} of {available:.0f} GB on each {device.type}"
     return f"{begin}, with {tokens:,} tokens at a time: {parts}"
 
 

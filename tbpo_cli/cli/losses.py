@@ -51,7 +51,7 @@ HELPERS = {1: "a helper policy", 2: "two helper policies"}
 
 @dataclass(frozen=True)
 class Description:
-    """What a person who chooses a loss reads of it.
+    """What is shown of a loss to a person who chooses one.
 
     Args:
         name: in `[align.loss]`.

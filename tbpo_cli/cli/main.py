@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-@app.callback(invoke_without_command=True)  # of --version
+@app.callback(invoke_without_command=True)  # for --version
 def say_version(
     asked: Annotated[bool, Option("--version", help="Say which version.")] = False,
 ) -> None:
@@ -81,7 +81,7 @@ def prepare(call: Call) -> None:
     Example: tbpo prepare quickstart.toml --set data.train=my-pairs.jsonl --show 3
     """
     if call.ids and not call.show:
-        what = "--ids needs --show: it is about the pairs printed"
+        what = "--ids needs --show, whose pairs it prints with their ids"
         expected = "--show N beside it"
         raise TbpoError(what, "--ids", expected, "--show 3 --ids")
     run_stage("prepare", call)
@@ -220,9 +220,9 @@ def show(call: Call) -> None:
     from tbpo_cli.config.recipe import sources
 
     recipe, run_dir = call.load()
-    from tbpo_cli.cli import show as what  # it imports torch: after the recipe is checked
+    from tbpo_cli.cli import show as showing  # it imports torch: after the recipe is checked
 
-    what.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
+    showing.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
 
 
 def run_stage(name: str, call: Call, of_policy: bool = False) -> None:

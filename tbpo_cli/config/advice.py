@@ -1,4 +1,4 @@
-"""What to write in place of values and tables that are often mistaken."""
+"""What to write in place of wrong values and tables that are often met."""
 
 from __future__ import annotations
 

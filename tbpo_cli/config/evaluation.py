@@ -19,7 +19,7 @@ class Sample:
     """[sample] Completions. temperature and top_p are those of the paper's win rates."""
 
     prompts: str = "eval"
-    """A file of prompts, AlpacaEval's or Arena-Hard's for one, or "eval": the held-out prompts."""
+    """A file of prompts, such as AlpacaEval's or Arena-Hard's, or "eval": the held-out prompts."""
     max_prompts: Count | None = None
     """How many prompts are answered, from the first one on. Default: all."""
     num_samples: Count = 1
@@ -63,11 +63,11 @@ class Eval:
     opponents: tuple[Literal["reference", "chosen"], ...] = ("reference",)
     """Whom the win rate is measured against, beside the models of `against`."""
     answers: tuple[str, ...] = ()
-    """Files of answers to the same prompts, AlpacaEval's for one, as further opponents."""
+    """Files of answers to the same prompts, such as AlpacaEval's, as further opponents."""
     diversity_prompts: Annotated[int, Field(ge=0)] = 100
     """Prompts of the diversity metrics, 5 samples each; 0 leaves them out."""
     judge: Judge | None = None
-    """A table as [judge], in its place: who judges for `tbpo eval` alone."""
+    """A table with the keys of [judge], in its place for `tbpo eval` alone."""
     thinking: tuple[str, str] = ("<think>", "</think>")
     """The marks around thinking, which no judge is shown; ["", ""] shows everything."""
     suites: tuple[str, ...] = ()

@@ -40,7 +40,7 @@ class Judge:
     mark_template: str | None = None
     """A text file with {prompt}, {answer}, {low} and {high} that asks for a mark as [[MARK]]."""
     scale: tuple[float, float] = (1.0, 10.0)
-    """The lowest and the highest mark of the language model; another one is no mark."""
+    """The lowest and the highest mark of the language model; a number outside is not a mark."""
     body: dict[str, Any] = field(default_factory=default_body)
     """Further keys of each request."""
     concurrency: Count = 8

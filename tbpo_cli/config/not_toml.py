@@ -60,7 +60,7 @@ FIRST_KEYS = {"model": "base", "data": "train", "align.loss": "name"}
 
 
 def explain(text: str, error: str, path: Path) -> tuple[str, str, str]:
-    """What a faulty recipe is, what is expected, and how it is mended.
+    """What is wrong with a faulty recipe, what is expected, and what to write.
 
     Args:
         text: of the file.

@@ -18,10 +18,11 @@ class Rounds:
     """[rounds] Pairs from the policy's own answers: it answers, [judge] marks, [choose] pairs."""
 
     number: Count = 1
-    """How often: each round begins with the policy of the round before."""
+    """The number of rounds. Each begins with the policy of the round before."""
     prompts: Literal["dealt", "same"] | Count = "dealt"
-    """The prompts of a round: "dealt", its part of all of them, as the seed decides; "same", all;
-    or a number, that many in turn, so that a further round leaves the earlier ones as they are."""
+    """The prompts of a round. "dealt": all prompts, divided among the rounds as the seed decides;
+    "same": all, in each round; a number: so many in each, taken in turn, so that a further round
+    leaves the earlier ones as they are."""
     held_out_prompts: Count = 100
     """Held-out prompts that the first policy and that of each round answer, for the report."""
     answers: Annotated[int, Field(ge=2)] = 5

@@ -24,7 +24,7 @@ else:
 
 @table
 class Run:
-    """[run] Where a run lives, and what it starts from."""
+    """[run] The run's name, folder and seed."""
 
     name: Name
     """The run's name. Default: the name of the recipe's file."""
@@ -33,7 +33,7 @@ class Run:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of everything that is random: the order of the pairs, dropout, samples."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Programs that get the metrics of a training while it runs."""
+    """Programs that show the metrics of a training while it runs."""
 
 
 @table
@@ -43,12 +43,12 @@ class Lora:
     r: Count = 32
     """The rank of the adapter's matrices."""
     alpha: Positive = 64.0
-    """The adapter's product counts alpha / r times."""
+    """The adapter's output is multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of the adapter's inputs that a training step sets to zero."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """The layers that get an adapter: their names, or "all-linear" for those of the language part
-    but its output head, routers, and experts of a mixture that are one tensor."""
+    """The layers that get an adapter: their names, or "all-linear": all linear layers of the
+    language part but its output head, routers, and experts that are kept in one tensor."""
 
 
 @table
@@ -145,13 +145,13 @@ class Data:
     Default: 0.05, unless `eval` is given."""
     max_eval_overlap: Fraction | None = None
     """Held-out prompts are left out if this share of their 8-grams is in training pairs. Default:
-    none is."""
+    none is left out."""
     dedup: bool = True
     """Whether a comparison that came before is left out."""
     max_reject_fraction: Fraction = 0.1
     """The share of unusable rows above which `tbpo prepare` stops."""
     template_date: str = "2026-01-01"
-    """The day that chat templates print which print today's date: YYYY-MM-DD."""
+    """The date, YYYY-MM-DD, for chat templates that print today's date."""
     workers: Count = 1
     """Processes that tokenize. With 1, the tokenizer's own threads use the other cores."""
 
@@ -180,6 +180,10 @@ class Training:
     """How pairs are put into rows. It changes the speed, and the result by rounding alone."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Whether each process holds all weights ("ddp") or a part of them ("fsdp")."""
+    shard_over: Literal["auto", "machine", "all"] = "auto"
+    """Of several machines with sharded weights: whether the processes of each machine hold a copy
+    of them, or all processes together hold one. "auto": each machine, if that leaves half of a
+    device's memory free."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """How often the training reads all pairs. Default: 1, unless max_steps is given."""
     max_steps: Count | None = None
@@ -193,7 +197,8 @@ class Training:
     warmup: Fraction = 0.05
     """The share of the steps in which the rate rises from 0."""
     weight_decay: NotNegative = 0.0
-    """The decay of the weights a step, times the rate."""
+    """The share of each weight that a step takes away, times the rate (adamw); with rmsprop, this
+    times the weight is added to its gradient."""
     max_grad_norm: Positive = 10.0
     """A gradient with a larger norm is scaled down to it."""
     checkpoint_every: Count = 100

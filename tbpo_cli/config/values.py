@@ -10,7 +10,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-# The words after "must be", where a text does not match a pattern, are in validate.PATTERNS.
+# What a message expects in place of a text that does not match a pattern: validate.PATTERNS.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Repository = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
 HubId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@.+)?$")]

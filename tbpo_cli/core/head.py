@@ -32,7 +32,7 @@ from tbpo_cli.core.logits import Head as Head
 from tbpo_cli.core.logits import at_least_fp32
 from tbpo_cli.core.types import SideScores
 
-# What is reported of every loss where its policy logits are computed anyway, or now and then.
+# What a step that reports all metrics, and every evaluation, computes whatever the loss needs.
 DIAGNOSTICS = frozenset({"logps", "log_ratio", "kl", "advantage", "reverse_kl", "entropy"})
 STATISTICS = DIAGNOSTICS | {"collision_entropy"}
 REFERENCE_FREE = frozenset({"logps", "entropy", "collision_entropy"})
@@ -119,7 +119,7 @@ def _logps(tokens: Tensor, hidden: Tensor, head: Head) -> Tensor:
     logps, direction = _of_softmax(tokens, hidden, head, with_direction=hidden.requires_grad)
     if not hidden.requires_grad:
         return logps
-    zero = at_least_fp32(hidden) - at_least_fp32(hidden.detach())  # that has a gradient
+    zero = at_least_fp32(hidden) - at_least_fp32(hidden.detach())  # 0, whose gradient in h is 1
     return logps + head.scale * (direction * zero).sum(dim=-1)
 
 
@@ -129,15 +129,21 @@ def _of_softmax(
 ) -> tuple[Tensor, Tensor]:
     """log π(y), (N,), and W_y − E[W_v] under the head's softmax, (N, H) or empty.
 
-    An online softmax over tiles of the vocabulary, chunk by chunk. Source: arXiv 1805.02867.
+    An online softmax (arXiv 1805.02867), for each chunk of tokens:
+
+    1. Go through the tiles of the vocabulary, and keep the largest logit so far, the sum of
+       exp(logit − largest), and the same sum with the rows of W.
+    2. When the largest logit grows, scale both sums down to the new one.
+    3. After the last tile: log π(y) = z(y) − largest − log sum, and E[W_v] is the second sum over
+       the first.
     """
     num_vocabulary = head.weight.shape[0]
     size = TILE_ON_CPU if hidden.is_cpu else num_vocabulary
     logps = hidden.new_empty(tokens.shape[0], dtype=_accumulator(head))
     direction = logps.new_empty((tokens.shape[0], head.weight.shape[1]) if with_direction else 0)
     for part in _chunks(tokens):
-        highest = logps.new_full((len(tokens[part]), 1), -torch.inf)  # logit so far
-        target = highest  # the logit of y, once its tile was there
+        highest = logps.new_full((len(tokens[part]), 1), -torch.inf)  # largest logit so far
+        target = highest  # becomes the logit of y in the tile that has y
         total = torch.zeros_like(highest)  # Σ_v exp(z(v) − highest)
         rows = torch.zeros_like(highest)  # Σ_v exp(z(v) − highest) W_v
         for start in range(0, num_vocabulary, size):
@@ -254,7 +260,11 @@ class _ChunkedStatistics(torch.autograd.Function):
                 grad.addcmul_(reference_probs, grad_mean[part, None])  # + g_b π_ref
             grad = head.linear_part(grad, logits)
             grad_hidden[part] = head.to_hidden(grad).to(hidden.dtype)
-            grad_weight += grad.to(head.weight.dtype).T @ hidden[part].to(head.weight.dtype)
+            factors = grad.to(head.weight.dtype).T, hidden[part].to(head.weight.dtype)
+            if grad_weight.dtype == head.weight.dtype:  # without a (V, H) product beside it
+                grad_weight.addmm_(*factors)
+            else:
+                grad_weight += factors[0] @ factors[1]
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
         return grad_hidden, grad_weight, grad_bias, *(None,) * 5

@@ -98,7 +98,7 @@ class LossOutput:
     """What a loss returns.
 
     Args:
-        per_pair: (B,) loss of each pair, differentiable. The loop, and nobody else, reduces it.
+        per_pair: (B,) loss of each pair, differentiable. Only the training step reduces it.
         log_ratio_aligned: (B, T) log R_t, detached and not clipped; 0 outside
             `PairScores.aligned_mask`. None for losses that compare whole responses.
         num_clipped: number of values of log R outside the generator's clip (±30); None without a

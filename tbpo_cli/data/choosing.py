@@ -1,4 +1,4 @@
-"""Several answers to a prompt and their marks → the pairs that are made of them, or why none is."""
+"""Several answers to a prompt and their marks → their pairs, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Chooser:
     Args:
         settings: [choose] of the recipe.
         seed: `run.seed`.
-        count_tokens: the lengths of some texts, where a row has none for `max_length_difference`.
+        count_tokens: counts the tokens of texts, for rows without `num_tokens`; only
+            `max_length_difference` needs it.
     """
 
     settings: Choose = field(default_factory=Choose)

@@ -33,8 +33,8 @@ from tbpo_cli.data.tokens import Rendered, Result, encode_pairs, render_pairs
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.runs.children import die_with_parent
 
-_worker = SimpleNamespace()  # what `_begin_worker` has loaded in this process
-# Of a row: its pairs, or why it makes none; before them what is noted of its answers.
+_worker = SimpleNamespace()  # of this process: `_begin_worker` fills it
+# For one row: counts of its answers that are left out, if any; then its pairs, or why it has none.
 OfRow = list[Result | Noted]
 Chunk = tuple[list[Row], list[OfRow]]
 RenderedChunk = tuple[list[Rendered], list[OfRow], list[int]]
@@ -65,8 +65,8 @@ def prepare_rows(
 
 
 def _submit(chunk: list[Row], format_name: str, data: Data, pool: Executor) -> Future[list[OfRow]]:
-    """Begins with a chunk. Templates are rendered in the main thread of a process, where an endless
-    one can be stopped.
+    """Starts the work on a chunk. Templates are rendered in the main thread of a process, where one
+    that does not end can be stopped.
     """
     if data.workers == 1:
         return pool.submit(_encode, _render(chunk, format_name))
@@ -80,11 +80,11 @@ def workers(
     """`data.workers` processes. One worker is this process and a thread: the tokenizer, which has
     threads of its own, encodes in it what is rendered here.
 
-    If what is done with the workers fails, or is interrupted, they are killed.
+    They are killed if the block that uses them fails or is interrupted.
 
     Args:
-        choose: how lists of answers become pairs; None: as the defaults say.
-        seed: of what [choose] draws.
+        choose: how lists of answers become pairs; None: the defaults of [choose].
+        seed: of the random choices in [choose].
     """
     begin = (model, data, choose or Choose(), seed)
     if data.workers == 1:
@@ -107,7 +107,10 @@ def workers(
 
 def _begin_process(parent: int, model: Model, data: Data, choose: Choose, seed: int) -> None:
     die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGHUP):  # those of a terminal are the main process's
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # a terminal sends them to all; the main process answers
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _begin_worker(model, data, choose, seed)
@@ -128,8 +131,8 @@ def _prepare(rows: list[Row], format_name: str) -> list[OfRow]:
 
 
 def _render(rows: list[Row], format_name: str) -> RenderedChunk:
-    """The rows' pairs as text; of each row, what is noted of it or why it has no pair, and how many
-    pairs it has.
+    """The pairs of all rows as text; and for each row its counts, or why it has no pair, and its
+    number of pairs.
     """
     pairs: list[PreferencePair] = []
     results: list[OfRow] = []

@@ -1,4 +1,4 @@
-"""The prompts of rows, whatever else the rows hold, and which of them a round answers."""
+"""The prompts of rows of any format, and which of them each round answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tbpo_cli.data.templates import Chat
 from tbpo_cli.data.tokens import tokenize_prompt
 from tbpo_cli.errors import TbpoError
 
-ANSWER = {"role": "assistant", "content": "an answer"}  # in the place of one, for the checks
+ANSWER = {"role": "assistant", "content": "an answer"}  # so that a prompt is checked as a pair
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Question:
     """A prompt of a row.
 
     Args:
-        prompt_hash: that of its pairs.
-        messages: the turns before the answer, with
+        prompt_hash: the same as that of its pairs.
+        messages: the turns before the answer.
         tools: the JSON schemas of the functions that the answer may call.
     """
 
@@ -46,11 +46,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Dealt:
-    """Which prompts are answered when.
+    """Which prompts each round answers.
 
     Args:
-        rounds: of each round.
-        held_out: those that no round trains on.
+        rounds: the prompts of each round.
+        held_out: the prompts that no round trains on.
     """
 
     rounds: list[list[Question]]
@@ -142,9 +142,9 @@ def deal(
 
     1. Order all by a number that the seed and the prompt decide.
     2. Leave out of the training prompts those that are held out.
-    3. Deal them out as `rounds.prompts` says: in as many parts as there are rounds, the first ones
-       one longer where that does not go up; all to each; or a number of them in turn, from the
-       first one again after the last.
+    3. Deal them out as `rounds.prompts` says: in as many parts as there are rounds (the first ones
+       one prompt longer, if the parts cannot be equal); all to each round; or so many to each in
+       turn, from the first prompt again after the last.
     """
     measured = _in_order(held_out, seed)
     names = {each.prompt_hash for each in measured}
@@ -165,7 +165,7 @@ def shares(num_prompts: int, settings: Rounds) -> list[int]:
 
 
 def _in_order(questions: Iterable[Question], seed: int) -> list[Question]:
-    """Dealt like cards: the order is that of the seed, whatever the order of the rows."""
+    """In an order that the seed decides, whatever the order of the rows."""
     return sorted(
         questions, key=lambda each: (draw(seed, f"deal {each.prompt_hash}"), each.prompt_hash)
     )

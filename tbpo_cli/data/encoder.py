@@ -28,7 +28,7 @@ MASKED = re.compile(f"{OPEN}([0-9a-f]+){CLOSE}")
 # Characters that Unicode reserves for programs, around the number of a control token: its new name.
 NAME = "\ufdd0{}\ufdd1"
 NAMED = re.compile("\ufdd0[0-9]+\ufdd1")
-# The words in the names of marks that a model writes around its reasoning and its calls of tools.
+# Words in the names of control tokens that a model itself writes, around reasoning and tool calls.
 OF_REASONING = frozenset({"think", "thinking", "thought", "reasoning"})
 OF_CALLS = frozenset({"call", "calls"})
 BESIDE_THEM = frozenset({"begin", "start", "end", "of", "tool", "function"})
@@ -78,7 +78,7 @@ class Encoder:
             controls: matches those to mask; None: all.
 
         Raises:
-            RejectedRow: invalid_text, if a text has what is a name of a control token here.
+            RejectedRow: invalid_text, if a text has the characters that are used for masking.
         """
         if isinstance(content, str):
             if NAMED.search(content):

@@ -26,15 +26,15 @@ _began: float | None = None
 
 
 class TooMuch(BaseException):  # an Exception would be taken for a fault of a row
-    """What a program took more of, as "10 s"."""
+    """The limit that a program exceeded, as "10 s"."""
 
 
 @contextmanager
 def at_most(seconds: float, num_bytes: int) -> Iterator[None]:
-    """Within it, more seconds of computing, or more bytes on top of what there are, raise TooMuch.
+    """Raises TooMuch in its block after so many seconds of computing, or bytes of further memory.
 
-    The seconds begin anew with each function of `limited` that is called within. Only the main
-    thread can be stopped so: it is the one that gets signals. In another one it does nothing.
+    The seconds are counted anew for each function of `limited` that is called in the block. Only
+    the main thread gets signals and can be stopped; in another thread there is no limit.
     """
     global _began
     if _began is not None or threading.get_ident() != threading.main_thread().ident:
@@ -69,11 +69,11 @@ def limited(
     """The function that renders, within MAX_SECONDS and MAX_BYTES.
 
     Args:
-        whose: template it is, and
-        where: that is named, for the message.
+        whose: the template, as the message calls it.
+        where: the place that the message names.
 
     Returns:
-        A function that raises TbpoError where more is taken. Call it from the main thread, and for
+        A function that raises TbpoError where it takes more. Call it from the main thread, and for
         many small renderings within one `at_most`, which saves most of the cost.
     """
 

@@ -28,7 +28,7 @@ ROLES_BEFORE = {
 }
 
 
-Noted = Counter[str]  # numbers of answers of a row that are left out, or never chosen, by why
+Noted = Counter[str]  # by reason: how many answers of a row are left out, or never chosen
 
 
 class RejectedRow(Exception):  # noqa: N818 - a result, not a failure
@@ -73,7 +73,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class MadePairs:
-    """The pairs of a row, and how many of its answers are left out or never chosen, by why."""
+    """The pairs of a row, and how many of its answers are left out or never chosen, by reason."""
 
     pairs: list[PreferencePair]
     noted: Noted = field(default_factory=Noted)

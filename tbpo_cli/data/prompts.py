@@ -26,9 +26,9 @@ class Prompt:
     """A prompt as the model reads it.
 
     Args:
-        prompt_id: tells it from the others: the pair's id, or where it stands in its file.
-        token_ids: with the generation prompt.
-        messages: what they render, with
+        prompt_id: the pair's id, or the prompt's place in its file.
+        token_ids: of the rendered messages, with the generation prompt.
+        messages: the turns before the answer.
         tools: the JSON schemas of the functions that the answer may call.
     """
 
@@ -101,7 +101,7 @@ def held_out_texts(data: Data, pair_ids: set[str]) -> dict[str, PreferencePair]:
 
 
 def prompt_of(row: Row, chat: Chat) -> Prompt:
-    """One prompt: text, or a row with `prompt` or `messages`. Raises TbpoError if it is none."""
+    """One prompt: text, or a row with `prompt` or `messages`. Raises TbpoError if it is neither."""
     content = {"prompt": row.content} if isinstance(row.content, str) else row.content
     try:
         messages, tools = read_prompt(content)

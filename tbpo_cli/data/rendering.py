@@ -1,4 +1,4 @@
-"""Whether all that a row says is in what the chat template makes of it.
+"""Checks that a chat template renders all that a row says.
 
 Its texts are looked for in the rendering. A text that may also stand there for another reason (it
 is short, or a part of another text of the row, or of the template) is tried: each text is given a
@@ -27,9 +27,10 @@ FIRST_NUMBER = 481_516_234_200_000  # marks of numbers are counted from here
 
 
 def changed_answer(answer: Message, change: Change) -> Message:
-    """An answer with all that its rendering must have in another form.
+    """An answer, in which `change` has replaced each part that its rendering must have.
 
-    The tags around reasoning in the content may be others, or in the generation prompt.
+    The tags around reasoning are not such parts: a template may write others, or have them in the
+    generation prompt.
     """
     made = dict(answer)
     for key in REASONING_KEYS:
@@ -47,9 +48,10 @@ def changed_answer(answer: Message, change: Change) -> Message:
 
 
 def changed_prompt(prompt: Messages, tools: Tools, change: Change) -> tuple[Messages, Tools]:
-    """A prompt with all that its rendering must have in another form.
+    """A prompt, in which `change` has replaced each part that its rendering must have.
 
-    Text and reasoning of earlier answers may be shortened: inference shortens them as well.
+    Text and reasoning of earlier answers are not such parts: a template may shorten them, at
+    inference as well.
     """
     messages = []
     for message in prompt:
@@ -75,7 +77,7 @@ def _with_changed_calls(message: Message, change: Change) -> Message:
 
 
 def _with_changed_name(tool: dict[str, Any], what: str, change: Change) -> dict[str, Any]:
-    """A copy of a tool, or of a call of one, with its name in another form."""
+    """A copy of a tool, or of a call of one, with its name replaced."""
     function = dict(_function(tool))
     if "name" in function:
         function["name"] = change(str(function["name"]), what)
@@ -89,7 +91,7 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed_json(content: Any, what: str, change: Change) -> Any:
-    """Nested JSON with all keys and values in another form."""
+    """Nested JSON with all keys and values replaced."""
     if isinstance(content, dict):
         return {
             change(key, what): _changed_json(value, what, change) for key, value in content.items()
@@ -126,8 +128,8 @@ def check_rendering(
     Args:
         row: all that is rendered.
         template: the template's own text.
-        change_all: gives what is rendered with its parts in another form.
-        render: renders that.
+        change_all: takes a `Change`; gives the same content with its parts replaced.
+        render: renders such content.
 
     Raises:
         RejectedRow: not_rendered, if a part is not there.
@@ -145,7 +147,7 @@ def check_rendering(
 
 
 def _parts(change_all: Callable[[Change], Any]) -> list[Part]:
-    """All that a function of this room would change."""
+    """The parts that a function changes, in order."""
     found: list[Part] = []
 
     def note(value: Any, what: str) -> Any:
@@ -180,9 +182,9 @@ def _are_clear(of: Iterable[Part], row: str, template: str) -> bool:
 
 
 def _marked(change_all: Callable[[Change], Any], row: str) -> tuple[Any, list[tuple[str, Part]]]:
-    """What a function of this room makes where each part has a mark, and the marks.
+    """The same content with a mark in each part, and the marks.
 
-    Values of JSON that can bear none (truth values, fractions, null) are left as they are.
+    Values of JSON in which no mark can be put (truth values, fractions, null) stay as they are.
     """
     name = next(name for n in itertools.count() if (name := f"mark{n}x") not in row)
     found: list[tuple[str, Part]] = []

@@ -23,8 +23,8 @@ from tbpo_cli.data.tokens import Result, TokenizedPair
 from tbpo_cli.errors import TbpoError
 
 EXCERPT_CHARACTERS = 200
-# How rows become pairs; to be raised where the same rows come to mean something else. 1: numbers
-# that say which answer is better are read from the whole column (1 and 2 were taken for 0 and 1).
+# The version of how rows are read: it is raised when the same rows are read as other pairs. 1: what
+# a number says of the better answer follows from the whole column (1 and 2 were taken for 0 and 1).
 READING = 1
 
 
@@ -171,7 +171,7 @@ def _demonstrations(key: str, where: str, format_name: str) -> TbpoError:
 
 
 def read_otherwise(manifest: dict[str, Any]) -> list[str]:
-    """What a version of another READING made otherwise of the rows of a complete stage.
+    """What another version, with another READING, has read differently in a complete stage.
 
     Args:
         manifest: of the stage; it may be empty.
@@ -179,5 +179,5 @@ def read_otherwise(manifest: dict[str, Any]) -> list[str]:
     formats = {count["format"] for count in manifest.get("counts", ())}
     if manifest.get("reading", 0) == READING or "winner" not in formats:
         return []
-    what = "which of two answers a number names is read otherwise than by the version"
-    return [f"rows of the format winner: {what} that prepared them, which may have exchanged pairs"]
+    what = "an earlier version prepared them, and may have taken the worse answer for the better"
+    return [f"rows of the format winner with numbers: {what}"]

@@ -163,8 +163,8 @@ class Chat:
 
         Raises:
             RejectedRow: as `render`; not_rendered, if the template leaves out a part of the answer;
-                template_error, if it cannot be cut behind this prompt, but behind others.
-            TbpoError: as `render`; if the template does not allow the cut at all.
+                template_error, if the answer cannot be cut from its rendering, but a plain one can.
+            TbpoError: as `render`; or if no answer can be cut from its rendering.
         """
         full = self.render((*messages, answer), tools)
         try:
@@ -280,7 +280,7 @@ class Chat:
 
     @cached_property
     def _cuts_a_plain_chat(self) -> bool:
-        """Whether it does so for some plain answer, with reasoning or without."""
+        """Whether some plain answer, with reasoning or without, can be cut from its rendering."""
         for probe, answer in itertools.product(PROBES, (ANSWER, *REASONED)):
             try:
                 self._cut(

@@ -28,9 +28,9 @@ class TokenizedPair:
             truncated).
         rejected_ids: likewise; empty for a demonstration.
         weight: that of the PreferencePair.
-        score_margin, reversed_id, prompt_hash: those of the PreferencePair, and
-        is_cut: whether a response was truncated; all four for the making of a store, which does not
-            give them back.
+        score_margin, reversed_id, prompt_hash: those of the PreferencePair.
+        is_cut: whether a response was truncated. These four are used when a store is made; a pair
+            that is read from the store has their defaults.
     """
 
     pair_id: str

@@ -71,7 +71,7 @@ def render_card(
             f"the card cannot be made: {error}",
             f"{path}, line {getattr(error, 'lineno', '?')}",
             "a Jinja template with the names of templates/card.md",
-            "mend it",
+            "correct the template",
         ) from None
     return f"---\n{_metadata(recipe, base, results).to_yaml()}\n---\n\n{text.strip()}\n"
 

@@ -1,4 +1,4 @@
-"""What the Hub is asked, with patience: a busy or broken connection is tried again."""
+"""Requests to the Hub, which are repeated while it is busy or the connection breaks."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def with_retries(ask: Ask) -> Ask:
     """Repeats a function that asks the Hub about a repository (its first argument) while the Hub
     is busy or the connection breaks.
 
-    The client's own `http_backoff` covers reads and uploads of parts, and not commits, tokens and
-    new repositories; an answer may be lost, so what is asked must do no harm twice.
+    The client's own `http_backoff` covers reads and uploads of parts, but not commits, tokens and
+    new repositories. The answer to a request may be lost, so a request may be made twice.
 
     Raises:
         TbpoError: if the Hub refuses, or does not answer after all attempts.
@@ -56,8 +56,13 @@ def with_retries(ask: Ask) -> Ask:
 
 
 def _passing_fault(error: Exception, repo: str) -> tuple[str, float]:
-    """What passes, and the seconds that the Hub asks for. Raises what does not pass."""
-    # A large file's fault is the cause of a RuntimeError.
+    """The fault, if it is one that passes, and the seconds that the Hub asks to wait.
+
+    Raises:
+        TbpoError: for a refusal of the Hub.
+        Exception: the error itself, if it is none of the Hub's.
+    """
+    # For a large file the client raises a RuntimeError, whose cause is the fault.
     fault = error.__cause__ or error if type(error) is RuntimeError else error
     response = getattr(fault, "response", None)
     status = getattr(response, "status_code", None)
@@ -75,8 +80,8 @@ def _passing_fault(error: Exception, repo: str) -> tuple[str, float]:
     if isinstance(fault, OfflineModeIsEnabled):
         fix = "unset HF_HUB_OFFLINE where the Hub can be reached"
         raise TbpoError("the Hub is not asked", repo, "a Hub that answers", fix) from error
-    expected = "a request that it takes"
-    fix = "mend what it says, and push again"
+    expected = "a request that the Hub accepts"
+    fix = "correct what it names, and push again"
     if status in (401, 403):
         expected, fix = TOKEN[1:]
     what = f"the Hub refuses: {' '.join(str(fault).split())}"

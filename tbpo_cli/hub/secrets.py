@@ -1,4 +1,4 @@
-"""What must not be published: keys, passwords, and where things are on this machine."""
+"""What must not be published: keys, passwords, and paths of this machine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BEGINNING = (
     r"|[A-Za-z]:(?:\\{1,2}|/)(?=[\w. ]{2,}[\\/])"
 )
 QUOTED = re.compile(rf"""(["'`])(python:)?(?:{BEGINNING}|\\\\+|/)(?:(?!\1)[^\n])*\1""")
-# Elsewhere only what can be nothing else: a path whose first folder this machine, or many, have.
+# Without quotes only what is surely a path: its first folder exists here, or on many machines.
 UNQUOTED = re.compile(rf"""(?<![\w.~:/\\;-])(?:{BEGINNING}|/(?=[\w.-]+/))[^\s"'`<>|()\[\],]*""")
 FOLDERS = {"home", "Users", "root", "mnt", "data", "scratch", "workspace", "Volumes", "nfs", "fsx"}
 

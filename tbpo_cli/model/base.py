@@ -95,12 +95,7 @@ def load_base(
             place = device if shards is None else CPU
             loaded = _whole_model(model, source, config, dtype, place)
     loaded.config.dtype = own_dtype  # what it is saved in
-    # peft and lm-eval generate with the model's own config: only its tokens may take part.
-    loaded.published_generation_config = loaded.generation_config
-    if loaded.generation_config is not None:
-        loaded.generation_config = special_tokens_of(loaded.generation_config)
-    loaded.published_outputs = turn_outputs_off(loaded.config)
-    turn_noise_off(loaded)
+    _turn_habits_off(loaded)
     fuse_norms(loaded)
     if shards is not None and places:
         shard(loaded, shards)
@@ -112,6 +107,16 @@ def load_base(
     if shards is not None and not places:
         shard(loaded, shards)
     return loaded
+
+
+def _turn_habits_off(model: LanguageModel) -> None:
+    """Turns off what the base does of its own, and notes how it was published."""
+    # peft and lm-eval generate with the model's own config: only its tokens may take part.
+    model.published_generation_config = model.generation_config
+    if model.generation_config is not None:
+        model.generation_config = special_tokens_of(model.generation_config)
+    model.published_outputs = turn_outputs_off(model.config)
+    turn_noise_off(model)
 
 
 def _hub(model: Model) -> dict[str, Any]:

@@ -213,7 +213,12 @@ def add_helper(
     folder = str(next((run for run in runs if run.is_dir()), source))
     try:
         if policy.adapters and not (Path(folder) / "config.json").exists():
-            add_adapter(policy.model, local_adapter(folder), name, model.base)
+            adapter = local_adapter(folder)
+            if policy.is_sharded and copies_layers(adapter):
+                what = "a sharded base cannot give it the copies of layers that it has"
+                fix = 'sharding = "ddp", or a helper without modules_to_save'
+                raise TbpoError(what, str(adapter), "an adapter of small matrices alone", fix)
+            add_adapter(policy.model, adapter, name, model.base)
         else:
             compute = compute_dtype(model, device)
             shards = None if mesh is None else Shards(mesh, policy.autocast)
@@ -224,5 +229,5 @@ def add_helper(
             f"what {key} names cannot be loaded: {error.what}",
             source,
             "an adapter for the same base, or a model with its vocabulary",
-            f"check {key}",
+            f"check {key}; {error.fix}" if error.fix else f"check {key}",
         ) from error

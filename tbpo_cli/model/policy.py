@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all
+from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all, save_gathered
 
 # The policy's adapter has peft's own name for a first one, so that what is saved loads anywhere.
 POLICY = "default"
@@ -168,12 +168,35 @@ class Policy:
         Returns:
             The files.
         """
+        converts = getattr(self.model, "_weight_conversions", None) != []
+        if self.is_sharded and not self.adapters and not converts:
+            self._save_sharded(folder, writes)
+        else:
+            self._save_at_once(folder, writes)
+        if not writes:
+            return []
+        generation_config(causal_model(self.model), end_ids).save_pretrained(folder)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return sorted(path for path in files if path.name != "README.md")
+
+    def _save_sharded(self, folder: Path, writes: bool) -> None:
+        """Writes weights that stand in the files as they are in the model, and the config."""
+        config = self.model.config
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.architectures = [type(self.model).__name__.removeprefix("FSDP")]
+            with published_config(self.model):
+                config.save_pretrained(folder)
+        save_gathered(self.model, folder, config.dtype or torch.float32, writes)
+
+    def _save_at_once(self, folder: Path, writes: bool) -> None:
+        """Writes an adapter, or a model whose weights transformers converts as it saves them."""
         state = self.model.state_dict(keep_vars=True)
         if self.adapters:  # tied weights by each of their names, for which peft asks
             state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
         state = gather_all(state, writes)
         if not writes:
-            return []
+            return
         if self.adapters:
             self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
         else:
@@ -182,9 +205,6 @@ class Policy:
                 self.model.save_pretrained(folder, state_dict=cast_state(state, dtype))
                 self.model.config.dtype = dtype  # save_pretrained sets the dtype of the weights
                 self.model.config.save_pretrained(folder)
-        generation_config(causal_model(self.model), end_ids).save_pretrained(folder)
-        files = (path for path in folder.rglob("*") if path.is_file())
-        return sorted(path for path in files if path.name != "README.md")
 
 
 def cast_state(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

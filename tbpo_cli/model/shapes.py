@@ -17,7 +17,7 @@ from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
 def policy_of_shapes(recipe: Recipe, loss: Loss, device: torch.device, after_sft: bool) -> Policy:
     """The policy and the models that it is compared with, on "meta".
 
-    They are those that the training would load for a device; an adapter that exists is taken for one
+    They are those that the training would load for a device; an existing adapter is taken for one
     that [model.lora] describes.
 
     Args:

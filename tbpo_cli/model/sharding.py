@@ -5,15 +5,20 @@ Each process keeps a part of every tensor, and gathers a layer while it runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 # A transformers causal language model, or peft's around one: no class says what both can do.
 LanguageModel = Any
@@ -112,6 +117,47 @@ def gather_all(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
             known[id(tensor)] = whole.cpu() if keep else whole.new_empty(0)
         kept[name] = known[id(tensor)]
     return kept if keep else {}
+
+
+def save_gathered(
+    model: LanguageModel, folder: Path, dtype: torch.dtype, writes: bool, file_size: str = "5GB"
+) -> None:
+    """Writes a sharded model's weights as `save_pretrained` does; all processes call it.
+
+    A tensor is gathered at a time, and a process keeps those of one file.
+
+    Args:
+        dtype: of the numbers in the files.
+        writes: whether this process writes.
+        file_size: the most that a file holds, as "5GB".
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    left_out = tied | set(model._keys_to_ignore_on_save or ())
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in left_out
+    }
+    dtypes = {
+        name: dtype if each.is_floating_point() else each.dtype for name, each in state.items()
+    }
+    shapes = {
+        name: torch.empty(each.shape, dtype=dtypes[name], device="meta")
+        for name, each in state.items()
+    }
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=file_size)
+    for file, names in plan.filename_to_tensors.items():
+        kept = {}
+        for name in names:
+            whole = gathered(state[name].detach())
+            if writes:
+                kept[name] = whole.to("cpu", dtypes[name]).contiguous()
+        if writes:
+            save_file(kept, folder / file, {"format": "pt"})
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        path = folder / SAFE_WEIGHTS_INDEX_NAME
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def placed_like(value: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tbpo_cli.report.pages import write_page
 
 MAX_ROWS = 300
 MAX_COLUMNS = 10  # of a table, with its first one, on a page 1,200 pixels wide
-# Of a win rate's entry: who won, and how the judge came to say so.
+# Of a win rate's entry: who won, and how the judge answered.
 WON = ("raw", "length_controlled", "wins", "ties", "losses")
 JUDGED = (
     "unreadable",
@@ -206,7 +206,7 @@ def tables(results: Json) -> list[tuple[str, list[str], list[list[Any]]]]:
 
 
 def _says_more(rates: list[Json]) -> bool:
-    """Whether there is more to say of a verdict than who has won."""
+    """Whether a win rate has a figure of JUDGED beside the number of questions."""
     return any(rate.get(name) for rate in rates for name in JUDGED if name != "asked")
 
 
@@ -307,8 +307,9 @@ def _change(samples: dict[str, Json], own: str) -> float:
 
 
 def _pieces(samples: dict[str, Json], own: str) -> dict[str, list[tuple[bool, str]]]:
-    """Completions in pieces, those marked that differ: the reference's from the policy's, all
-    others from its.
+    """Completions in pieces, each with whether it differs.
+
+    The reference is compared with the policy, and every other model with the reference.
     """
     texts = {name: sample["completion"] for name, sample in samples.items()}
     pieces = {name: [(False, text)] for name, text in texts.items()}
@@ -319,7 +320,7 @@ def _pieces(samples: dict[str, Json], own: str) -> dict[str, list[tuple[bool, st
 
 
 def _compared(before: str, after: str) -> tuple[list[tuple[bool, str]], ...]:
-    """Both texts in pieces of words, those marked that the other does not have there."""
+    """Both texts in pieces of words, each with whether the other text lacks it there."""
     old, new = (re.findall(r"\w+\s*|[^\w\s]\s*|\s+", text) for text in (before, after))
     matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new])
     pieces = [

@@ -38,7 +38,7 @@ class Facts:
         rate: the highest learning rate.
         weights: of the model.
         beta_share: the loss's beta over its default.
-        memory: bytes that a device needs; `device_memory`: and has.
+        memory: bytes that a device needs. `device_memory`: bytes that it has.
         steps: of the optimizer. `batch`: pairs of a step. `pairs`: in the training data.
         visits: how often each pair is read.
         held_out: pairs that are measured on.

@@ -1,5 +1,5 @@
-"""Self-contained pages and charts. What is put into one is escaped, and a page's policy lets it
-fetch nothing.
+"""Self-contained pages and charts. All values are escaped, and the page's security policy lets it
+load nothing.
 """
 
 from __future__ import annotations

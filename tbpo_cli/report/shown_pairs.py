@@ -13,8 +13,8 @@ from tbpo_cli.runs.run_dir import RunDir
 
 KEY = {  # of the parts of a pair: style, meaning
     "prompt": ("dim", "The prompt is never in the loss;"),
-    "aligned": ("green", "aligned tokens are read by every loss;"),
-    "tail": ("yellow", "a tail by those of whole responses."),
+    "aligned": ("green", "every loss reads the aligned tokens;"),
+    "tail": ("yellow", "only losses of whole responses read the tail."),
 }
 
 

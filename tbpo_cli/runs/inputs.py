@@ -32,7 +32,7 @@ FREE_KEYS = {
     "eval.judge.timeout",
     *(f"{table}.{key}" for table in ("sft", "align") for key in (
         "max_tokens_per_device", "layout", "checkpoint_every", "eval_every", "eval_pairs",
-        "log_every", "activation_checkpointing", "sharding")),
+        "log_every", "activation_checkpointing", "sharding", "shard_over")),
 }  # fmt: skip
 
 
@@ -123,8 +123,8 @@ def files_of(key: str, source: str, patterns: tuple[str, ...]) -> list[Path]:
 def _imported(path: Path) -> set[Path]:
     """The local modules that a file of code imports, directly or through others; not run.
 
-    They are looked for beside the file, and in the folders that a text of the code names from
-    there, as `sys.path.insert(0, os.path.join(HERE, "helper"))` does.
+    They are looked for beside the file, and in the folders that a string of the code names, seen
+    from there, as `sys.path.insert(0, os.path.join(HERE, "helper"))` does.
     """
     found: set[Path] = set()
     folders = [path.parent]
@@ -134,7 +134,7 @@ def _imported(path: Path) -> set[Path]:
         here = left.pop()
         try:
             tree = ast.parse(here.read_bytes())
-        except (SyntaxError, ValueError, RecursionError):  # told when it is loaded
+        except (SyntaxError, ValueError, RecursionError):  # reported when the file is loaded
             continue
         trees.append((here, tree))
         folders += _named_folders(tree, here.parent, folders)

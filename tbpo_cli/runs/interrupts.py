@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the command ends with a message, wherever it is, and none is lost.
+"""SIGINT, SIGTERM and SIGHUP: the command ends with a message, and no signal is lost.
 
 A signal that the process was started with as ignored (by nohup, or a shell's trap) stays ignored.
 SIGHUP comes when the terminal is closed, often twice, and nothing can be written to it any more.
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_received: list[int] = []  # also what a library swallowed, as KeyboardInterrupt in a bare except
+_received: list[int] = []  # also those whose KeyboardInterrupt a library has swallowed
 
 
 def heeded() -> list[signal.Signals]:

@@ -143,7 +143,7 @@ def run_or_launch(stage: Stage, recipe: Recipe, run_dir: RunDir, processes: Proc
 
 
 def join_workers(stage: Stage, run_dir: RunDir, processes: Processes) -> None:
-    """On a machine that is not the first: waits until that has launched the stage, adds workers.
+    """Waits, on a machine other than the first, until that has launched the stage; adds workers.
 
     Raises:
         TbpoError: if nobody holds the run for ABSENT seconds. (The first machine may be between two

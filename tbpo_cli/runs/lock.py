@@ -3,7 +3,7 @@
 The kernel's lock (flock) on the file `lock` decides where it can. It belongs to the open file,
 which the workers inherit, so it lasts as long as any process that writes. Where the file system has
 no such locks, or does not share them between machines, a heartbeat decides: the owner touches the
-file every few seconds, and who wants the run watches whether that goes on.
+file every few seconds, and a process that wants the run watches whether it goes on.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FOLDER = "rounds"
 PROMPTS = "prompts"  # the stage that deals them out, and its folder
 HELD_OUT = "held_out"  # the prompts that no round trains on
 MARKED = "mark/answers.jsonl"  # the answers of a round with their marks
-# Keys of the recipe that a round's stages are run with, by what a user knows them as.
+# Keys in the recipe of a round's stages: what a message calls them.
 NAMES = {
     "align.start": "the policy of the round before",
     "sample.adapter": "the policy that answers",
@@ -32,7 +32,7 @@ NAMES = {
     "sample.temperature": "rounds.temperature",
     "sample.top_p": "rounds.top_p",
 }
-LINKED = ("prepare", "align")  # the stages whose last results stand where they always stand
+LINKED = ("prepare", "align")  # of the last round; they are where a run without rounds has them
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def has_policy(recipe: Recipe, run_dir: RunDir) -> bool:
 
 
 def is_linked(recipe: Recipe, run_dir: RunDir) -> bool:
-    """Whether the results of the last round that they can be of are those of the run."""
+    """Whether RUN/prepare and RUN/align are the links that `link_last` would make."""
     return all(
         run_dir.stage(name).is_symlink() and run_dir.stage(name).readlink() == target
         for name, target in _links(recipe, run_dir).items()

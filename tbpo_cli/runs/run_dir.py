@@ -85,7 +85,7 @@ class RunDir:
                 yield
 
     def owner(self) -> str:
-        """Which process has the run, or had it and ended without a word; "" if none."""
+        """Which process has the run, or had it and was killed; "" if none."""
         return read_owner((self.root or self.path) / "lock").name
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class RunDir:
         return read_sealed(self.stage(name) / MANIFEST)
 
     def require(self, name: str, how: str = "its manifest is missing") -> None:
-        """Raises TbpoError if a stage that has ended is not complete; `how` it ended."""
+        """Raises TbpoError if a stage that has ended is not complete; `how` says why."""
         if not self.manifest(name):
             raise TbpoError(
                 f"the stage {name} ended and is not complete: {how}",
@@ -136,7 +136,7 @@ class RunDir:
     def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
         """What differs between the inputs of a started stage and those of now, one line each.
 
-        To them belongs how this version reads them, if an earlier one did otherwise.
+        A line is added for each thing that this version makes otherwise from the same inputs.
         """
         if not (before := self.started_from(stage.name)):
             return []
@@ -161,8 +161,8 @@ class RunDir:
         """Seals a stage: puts its files on the disk, then writes the manifest with their hashes.
 
         Args:
-            outputs: what later stages read, and are made anew for if it changes. The other files of
-                the folder are sealed as well.
+            outputs: the files that later stages read, which are made anew if one of them changes.
+                The other files of the folder are sealed as well.
         """
         folder = self.stage(name)
         sync_tree(folder)

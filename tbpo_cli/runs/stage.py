@@ -26,12 +26,13 @@ class Stage:
         report: shows the result of the complete stage.
         work: the part of `run` that each of several processes does; None if there is only one.
         base_files: patterns of the files in the base's folder that its result depends on.
-        renews: whether `run`, where its inputs changed, makes what is new in the folder as it is,
-            and keeps what depends on none of the changes.
+        renews: whether `run`, after a change of the inputs, goes on in the same folder: it makes
+            again only the results that depend on the change, and keeps the others.
         checks_before: by the name of a stage that it needs: raises TbpoError if that is not worth
             running, since this stage could not use the result.
         check: raises TbpoError if the complete stage does not meet keys that only judge its result.
-        outdated: from its manifest: what an earlier version made otherwise, one line each.
+        outdated: its manifest → a line for each thing that the version which made the stage made
+            otherwise from the same inputs.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,11 @@ class Group:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def size_on_machine(self) -> int:
+        """How many of the processes are on this machine, by the launcher."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part of some work."""
         return items[self.rank :: self.size]
@@ -51,7 +57,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value, group=_side_channel())
+        dist.all_gather_object(values, value, group=side_channel())
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -75,8 +81,12 @@ class Group:
 ONE = Group()
 
 
-@functools.cache
-def _side_channel() -> dist.ProcessGroup:
+def side_channel() -> dist.ProcessGroup:
     """For Python objects, exchanged on the CPU so that no device is waited for."""
+    return _side_channel_of(dist.group.WORLD)
+
+
+@functools.cache
+def _side_channel_of(_world: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -26,10 +26,16 @@ from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
 from tbpo_cli.runs import interrupts
-from tbpo_cli.train.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
+from tbpo_cli.train.checkpoint import (
+    TrainState,
+    kept_checkpoints,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.memory import (
     bytes_of_learning,
+    bytes_of_weights,
     kept_bytes,
     needs_checkpointing,
     tokens_that_fit,
@@ -57,11 +63,12 @@ def train(run: TrainingRun) -> MetricsLog:
     """
     stepper = build_stepper(run)
     checkpoints = run.folder / "checkpoints"
-    step = load_newest_checkpoint(checkpoints, stepper.states)
+    _check_same(run, tuple(kept_checkpoints(checkpoints)), checkpoints)
+    step = load_newest_checkpoint(checkpoints, stepper.states, run.group)
     if step:
         console.say(f"going on from step {step}")
     log = MetricsLog(run.folder / "metrics.jsonl", step, run.group.is_main)
-    _check_same_step(run, step, checkpoints)
+    _check_same(run, step, checkpoints)
     _say_what_is_measured(run)
     every = run.settings.log_every
     progress = console.progress(run.folder.name, run.num_steps, step, every)
@@ -84,7 +91,7 @@ def train(run: TrainingRun) -> MetricsLog:
             if step % run.settings.checkpoint_every == 0 or is_last or stops:
                 if stepper.cache is not None:
                     stepper.cache.sync()
-                save_checkpoint(checkpoints, step, stepper.states, run.group.is_main)
+                save_checkpoint(checkpoints, step, stepper.states, run.group)
             if stops:
                 what = f"a checkpoint of step {step} is kept"
                 raise Interrupted(stops[0], what, "the same command goes on from there")
@@ -188,9 +195,7 @@ def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
     """Whether activations are computed again; the same in all processes, and said if "auto"."""
     wanted = run.settings.activation_checkpointing
     policy = run.shapes or run.policy
-    weights = [weight for model in policy.models for weight in model.parameters()]
-    used = sum(weight.numel() * weight.element_size() for weight in weights)
-    used += bytes_of_learning(policy, run.settings)
+    used = bytes_of_weights(policy) + bytes_of_learning(policy, run.settings)
     used /= run.policy.num_parts
     device, autocast = run.group.device, policy.autocast
     own = needs_checkpointing(policy.model, wanted, longest_pair, device, used, autocast)
@@ -229,9 +234,9 @@ def open_reference_cache(run: TrainingRun) -> ReferenceCache | None:
     return ReferenceCache(run.reference, lengths)
 
 
-def _check_same_step(run: TrainingRun, step: int, checkpoints: Path) -> None:
-    """Raises TbpoError if the processes begin at different steps; all have read the log by then."""
-    if len(set(run.group.gather(step))) > 1:
+def _check_same(run: TrainingRun, seen: Hashable, checkpoints: Path) -> None:
+    """Raises TbpoError if the processes see other checkpoints, or begin at different steps."""
+    if len(set(run.group.gather(seen))) > 1:
         raise TbpoError(
             "the processes do not see the same checkpoints",
             str(checkpoints),

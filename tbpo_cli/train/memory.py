@@ -128,6 +128,12 @@ def silent(log: logging.Logger) -> Iterator[None]:
         log.disabled = before
 
 
+def bytes_of_weights(policy: Policy) -> int:
+    """Bytes of the weights of the policy and of the models that it is compared with."""
+    weights = (weight for model in policy.models for weight in model.parameters())
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
 def bytes_of_learning(policy: Policy, settings: Training) -> float:
     """Bytes of the gradients and the optimizer's moments of all trained weights, in fp32."""
     trained = sum(weight.numel() for weight in policy.trained.values())

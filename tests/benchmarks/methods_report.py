@@ -221,7 +221,7 @@ def plot(searches: dict[str, Search], base: float) -> None:
         panel.scatter(kl, score, s=16, color=COLOURS[name], alpha=0.35, linewidths=0)
     best = {name: one.places[one.best] for name, one in shown.items() if one.best in one.places}
     low, high = panel.get_ylim()
-    step = (high - low) / (len(best) + 1)
+    step = 0.065 * (high - low)
     by_score = sorted(best, key=lambda name: -best[name][1])
     for place, name in enumerate(by_score, 1):
         kl, score = best[name]
@@ -238,16 +238,18 @@ def plot(searches: dict[str, Search], base: float) -> None:
                 "linewidth": 1.0,
                 "relpos": (0, 0.5),
                 "shrinkA": 0,
+                "zorder": 1,
             },
         )
     panel.axhline(base, color="gray", linewidth=0.8, linestyle=":")
     panel.annotate(
         "the base",
-        (0.01, base),
-        (0, 3),
+        (1, base),
+        (-2, 3),
         xycoords=panel.get_yaxis_transform(),
         textcoords="offset points",
-        color="gray",
+        color="dimgray",
+        ha="right",
     )
     panel.set(
         xscale="log",

@@ -1,23 +1,28 @@
 """`tbpo sample`'s batches against transformers' own `generate` on the quickstart: tokens a second.
 
     python tests/benchmarks/sample.py            # about 3 minutes on two CPU cores
+    python tests/benchmarks/sample.py --shape llama-3.2-1b --name sample_gpu     # on a GPU
 
 Both complete the same held-out prompts at temperature 0.7, top_p 0.9, at most 64 tokens. `generate`
 takes them as they come, `tbpo` in the order of their lengths, as its stage does; both stop a batch
-when all of its rows have ended. The two take turns, three times; a row is the median. Writes
-results/sample.{json,md}.
+when all of its rows have ended. The two take turns, three times; a row is the median. With a shape
+of train_step.py, the model has random weights (bf16 on a GPU) and reads random prompts of 20 to 200
+tokens. The results/sample.{json,md} are written anew after each batch size.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import random
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from common import write_results
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from train_step import DEVICE, ON_GPU, SHAPES
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tbpo_cli.config.recipe import Sample
 from tbpo_cli.model.generate import generate
@@ -28,13 +33,17 @@ SETTINGS = Sample(temperature=0.7, top_p=0.9, max_new_tokens=64)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), help="in place of the quickstart")
+    parser.add_argument("--sizes", nargs="*", type=int, default=BATCH_SIZES)
+    parser.add_argument("--name", default="sample", help="of the files under results/")
+    arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype="float32").eval()
-    rows = [json.loads(line) for line in (QUICKSTART / "eval.jsonl").open(encoding="utf-8")]
-    turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    model, prompts = the_model(arguments.shape), the_prompts(arguments.shape, tokenizer)
     found = []
-    for size in BATCH_SIZES:
+    for size in arguments.sizes:
         ways = {"generate": lambda size=size: theirs(model, tokenizer, prompts, size),
                 "tbpo": lambda size=size: ours(model, tokenizer, prompts, size)}  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -47,7 +56,39 @@ def main() -> None:
             {"batch size": size, **{name: median(values) for name, values in rates.items()}}
         )
         print(found[-1], flush=True)
+        title = "Sampling against transformers' generate"
+        write_results(arguments.name, title, found, table_of(found, len(prompts), arguments.shape))
+
+
+def the_model(shape: str | None):
+    if shape is None:
+        return AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype="float32").eval().to(DEVICE)
+    hidden, inner, layers, heads, kv_heads, vocab_size, tied = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab_size,
+        tie_word_embeddings=tied, max_position_embeddings=4096,
+        dtype=torch.bfloat16 if ON_GPU else torch.float32,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def the_prompts(shape: str | None, tokenizer) -> list[list[int]]:
+    if shape is not None:
+        rng = random.Random(0)
+        return [[rng.randrange(10, 30_000)] * rng.randint(20, 200) for _ in range(128)]
+    rows = [json.loads(line) for line in (QUICKSTART / "eval.jsonl").open(encoding="utf-8")]
+    turns = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+
+
+def table_of(found: list[dict], num_prompts: int, shape: str | None) -> str:
     best = max(row["tbpo"] for row in found) / max(row["generate"] for row in found)
+    about = f"{shape or 'The quickstart'}, {num_prompts} prompts, on {DEVICE}."
+    about += f" Best batch size against best batch size: {best:.2f}."
     lines = [
         "| completions at a time | generate, tokens/s | tbpo, tokens/s | ratio |",
         "|---|---|---|---|",
@@ -57,18 +98,16 @@ def main() -> None:
         lines.append(
             f"| {row['batch size']} | {row['generate']:,.0f} | {row['tbpo']:,.0f} | {ratio:.2f} |"
         )
-    about = f"{len(prompts)} prompts. Best batch size against best batch size: {best:.2f}."
-    write_results(
-        "sample", "Sampling against transformers' generate", found, "\n".join([about, "", *lines])
-    )
-    print(about)
+    return "\n".join([about, "", *lines])
 
 
 def theirs(model, tokenizer, prompts: list[list[int]], size: int) -> int:
     tokens = 0
     torch.manual_seed(0)
     for start in range(0, len(prompts), size):
-        batch = tokenizer.pad({"input_ids": prompts[start : start + size]}, return_tensors="pt")
+        batch = tokenizer.pad({"input_ids": prompts[start : start + size]}, return_tensors="pt").to(
+            DEVICE
+        )
         generated = model.generate(
             **batch,
             do_sample=True,

@@ -1,20 +1,23 @@
 """Optimizer steps on UltraFeedback-like pairs: this project, dense research code, TRL's trainer.
 
     pip install trl && python tests/benchmarks/train_step.py    # 40 minutes on two CPU cores
-    python tests/benchmarks/train_step.py --shapes qwen2.5-0.5b llama-3.2-1b mistral-7b  # on a GPU
+    python tests/benchmarks/train_step.py --shapes llama-3.2-1b --trained adapter all  # on a GPU
 
 Every measurement is a process of its own; the ways take turns. All read the same pairs, in the same
-steps, with the same weights and the same LoRA (r 16, all linear layers). Memory is the peak of the
+steps, with the same weights and the same LoRA (r 16, all linear layers), or all weights trained in
+fp32 with products in bf16 (on a GPU). Memory is the peak of the
 process (on a GPU, of the device's allocator). The roofline is the time that the floating-point
 operations of this project's step take as bare matrix products of the same shapes in the same
 process; the matrix rate is that of one large product. The dense way takes as many pairs at once as
-memory allows. Writes results/train_step.{json,md}.
+memory allows. The results/train_step.{json,md} are written anew after each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
+import itertools
 import json
 import logging
 import resource
@@ -44,8 +47,11 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "cpu-128k": (384, 1024, 6, 6, 6, 128_256, True),
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151_936, True),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128_256, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128_256, False),
     "mistral-7b": (4096, 14336, 32, 32, 8, 32_768, False),
+    "tiny": (64, 128, 2, 4, 2, 32_000, True),  # to try this script
 }
+TRAINED = ("adapter", "all")
 LOSSES = ("tbpo_a", "tbpo_q", "dpo")
 WAYS = {  # and the losses that they have
     "tbpo": LOSSES,
@@ -63,7 +69,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--one", nargs=4, metavar=("WAY", "LOSS", "SHAPE", "STEPS"), help="one measurement, as JSON"
+        "--one",
+        nargs=5,
+        metavar=("WAY", "LOSS", "SHAPE", "TRAINED", "STEPS"),
+        help="one measurement, as JSON",
     )
     parser.add_argument(
         "--shapes", nargs="*", default=["cpu-32k", "cpu-128k"], choices=list(SHAPES)
@@ -71,11 +80,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--losses", nargs="*", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--trained", nargs="*", default=["adapter"], choices=TRAINED)
     parser.add_argument("--name", default="train_step", help="of the files under results/")
     arguments = parser.parse_args()
     if arguments.one:
-        way, loss, shape, steps = arguments.one
-        print(json.dumps(measure(way, loss, shape, int(steps))))
+        *what, steps = arguments.one
+        print(json.dumps(measure(*what, int(steps))))
         return
     if importlib.util.find_spec("trl") is None and any(
         way.startswith("trl") for way in arguments.ways
@@ -83,29 +93,21 @@ def main() -> None:
         print("trl is missing: its rows are left out (pip install trl)")
         arguments.ways = [way for way in arguments.ways if not way.startswith("trl")]
     rows = []
-    for shape in arguments.shapes:
-        for loss in arguments.losses:
-            for way in arguments.ways:
-                if loss in WAYS[way]:
-                    rows.append(
-                        {
-                            "shape": shape,
-                            "loss": loss,
-                            "way": way,
-                            **child(way, loss, shape, arguments.steps),
-                        }
-                    )
-                    print(json.dumps(rows[-1]), flush=True)
-    table = markdown(rows)
-    print(table)
+    cases = itertools.product(arguments.shapes, arguments.trained, arguments.losses, arguments.ways)
     title = "A training step: this project, the dense way, and TRL"
-    write_results(
-        arguments.name, title, rows, f"{about_lengths(the_store(arguments.steps))}\n\n{table}"
-    )
+    about = about_lengths(the_store(arguments.steps))
+    for shape, trained, loss, way in cases:
+        if loss not in WAYS[way]:
+            continue
+        case = {"shape": shape, "trained": trained, "loss": loss, "way": way}
+        rows.append({**case, **child(way, loss, shape, trained, arguments.steps)})
+        print(json.dumps(rows[-1]), flush=True)
+        write_results(arguments.name, title, rows, f"{about}\n\n{markdown(rows)}")
+    print(markdown(rows))
 
 
-def child(way: str, loss: str, shape: str, steps: int) -> dict:
-    command = [sys.executable, __file__, "--one", way, loss, shape, str(steps)]
+def child(way: str, loss: str, shape: str, trained: str, steps: int) -> dict:
+    command = [sys.executable, __file__, "--one", way, loss, shape, trained, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:200]}
@@ -122,7 +124,9 @@ def the_store(steps: int) -> PairStore:
     )
 
 
-def the_recipe(shape: str, loss: str, steps: int, folder: Path, pairs: int = PAIRS):
+def the_recipe(
+    shape: str, loss: str, steps: int, folder: Path, pairs: int = PAIRS, trained: str = "adapter"
+):
     hidden, inner, layers, heads, kv_heads, vocab_size, tied = SHAPES[shape]
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden,
@@ -133,9 +137,10 @@ def the_recipe(shape: str, loss: str, steps: int, folder: Path, pairs: int = PAI
     (folder / "base").mkdir()
     (folder / "base/config.json").write_text(json.dumps(config))
     recipe = folder / "recipe.toml"
+    lora = f"[model.lora]\nr = {RANK}\nalpha = {2.0 * RANK}\ndropout = 0.0\n"
     recipe.write_text(
         f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n'
-        f"[model.lora]\nr = {RANK}\nalpha = {2.0 * RANK}\ndropout = 0.0\n"
+        f"{lora if trained == 'adapter' else ''}"
         f'[data]\ntrain = "unused"\n'
         f"[align]\nbatch_pairs = {pairs}\nmax_steps = {steps + WARM_UP}\n"
         "learning_rate = 1e-5\nwarmup = 0.0\n"
@@ -145,11 +150,11 @@ def the_recipe(shape: str, loss: str, steps: int, folder: Path, pairs: int = PAI
     return load_recipe(recipe)
 
 
-def measure(way: str, loss: str, shape: str, steps: int) -> dict:
+def measure(way: str, loss: str, shape: str, trained: str, steps: int) -> dict:
     """Seconds a step, pairs/s, tokens/s, peak GB, and the losses, to compare the ways."""
     store = the_store(steps)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = the_recipe(shape, loss, steps, Path(folder))
+        recipe = the_recipe(shape, loss, steps, Path(folder), trained=trained)
         run = {"tbpo": tbpo, "dense": dense, "trl": trl}[way.partition("-")[0]]
         found = run(way, recipe, store, Path(folder))
     seconds, losses = found["seconds"][WARM_UP:], found["losses"]
@@ -166,7 +171,7 @@ def measure(way: str, loss: str, shape: str, steps: int) -> dict:
         "peak_gb": peak_gb(),
         "losses": losses,
     }
-    if way == "tbpo":
+    if way == "tbpo" and trained == "adapter":
         bare = [
             roofline(SHAPES[shape], RANK, loss, [store[i] for i in index], DEVICE)
             for index in indices
@@ -176,6 +181,12 @@ def measure(way: str, loss: str, shape: str, steps: int) -> dict:
             sum(operations for _, operations in bare) / sum(seconds) / matrix_rate(DEVICE)
         )
     return result
+
+
+def the_policy(recipe):
+    """With random weights, which are drawn on the device: a CPU takes minutes for 8B of them."""
+    with torch.device(DEVICE):
+        return load_policy(recipe, DEVICE, None, with_reference=True)
 
 
 def peak_gb() -> float:
@@ -193,7 +204,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
     from tbpo_cli.train.loop import train
     from tbpo_cli.train.run import TrainingRun
 
-    policy = load_policy(recipe, DEVICE, None, with_reference=True)
+    policy = the_policy(recipe)
     nothing = make_store(folder / "nothing", 0, 1, 3)
     run = folder / "align"
     run.mkdir()
@@ -212,7 +223,7 @@ def tbpo(way: str, recipe, store: PairStore, folder: Path) -> dict:
 def dense(way: str, recipe, store: PairStore, folder: Path) -> dict:
     """Padded rows of chosen and rejected; full fp32 logits of policy and reference, by autograd."""
     loss = build_loss(recipe.align.loss_name)
-    policy = load_policy(recipe, DEVICE, None, with_reference=True)
+    policy = the_policy(recipe)
     baseline = StateBaseline(policy.model.config.hidden_size, 0).to(DEVICE)
     optimizers = [torch.optim.AdamW(policy.trained.values(), lr=1e-5, weight_decay=0.0)]
     if "state_baseline" in loss.needs:
@@ -304,9 +315,11 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
     logging.disable(logging.WARNING)
     config = AutoConfig.from_pretrained(recipe.model.base)
     torch.manual_seed(recipe.run.seed)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16 if ON_GPU else torch.float32
-    )
+    adapted = recipe.model.lora is not None
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if ON_GPU and adapted else torch.float32
+        )
     words = {f"w{i}": i for i in range(3, 32_000)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -367,10 +380,11 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
     )
     trainer = InOrder(
         model,
+        ref_model=None if adapted else copy.deepcopy(model),
         args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=lora if adapted else None,
         callbacks=[Clock()],
     )
     trainer.train()
@@ -383,24 +397,25 @@ def trl(way: str, recipe, store: PairStore, folder: Path) -> dict:
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| shape | loss | way | s a step | pairs/s | tokens/s | peak GB | tbpo is faster by "
+        "| shape | trained | loss | way | s a step | pairs/s | tokens/s | peak GB "
+        "| tbpo is faster by "
         "| and smaller by "
         "| of the roofline | of the matrix rate |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ours = {
-        (row["shape"], row["loss"]): row
+        (row["shape"], row["trained"], row["loss"]): row
         for row in rows
         if row["way"] == "tbpo" and "failed" not in row
     }
     for row in rows:
         if "failed" in row:
             lines.append(
-                f"| {row['shape']} | {row['loss']} | {row['way']} "
+                f"| {row['shape']} | {row['trained']} | {row['loss']} | {row['way']} "
                 f"| failed: {row['failed']} ||||||||"
             )
             continue
-        mine = ours.get((row["shape"], row["loss"]))
+        mine = ours.get((row["shape"], row["trained"], row["loss"]))
         faster = (
             f"{mine['pairs_per_s'] / row['pairs_per_s']:.1f}" if mine and row is not mine else ""
         )
@@ -409,7 +424,8 @@ def markdown(rows: list[dict]) -> str:
             f"{row[name]:.2f}" if name in row else "" for name in ("roofline", "of_matrix_rate")
         )
         lines.append(
-            f"| {row['shape']} | {row['loss']} | {row['way']} | {fmean(row['seconds']):.2f} "
+            f"| {row['shape']} | {row['trained']} | {row['loss']} | {row['way']} "
+            f"| {fmean(row['seconds']):.2f} "
             f"| {row['pairs_per_s']:.3f} | {row['tokens_per_s']:,.0f} | {row['peak_gb']:.2f} "
             f"| {faster} | {smaller} | {fractions} |"
         )

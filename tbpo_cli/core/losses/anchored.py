@@ -1,4 +1,4 @@
-"""Losses that also say where the log-ratio of each response by itself shall go.
+"""Losses that also pull the log-ratio of each single response up or down, not only the margin.
 
 A loss of the margin alone may lower both responses. `sft_weight` is another remedy.
 """

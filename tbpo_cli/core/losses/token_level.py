@@ -27,7 +27,8 @@ class TbpoA(RatioMatching):
     reads = frozenset({"advantage"})
     compares = "tokens"
     when = (
-        "The method of this project: which token was better is in the pair, and shows in the loss."
+        "The default, and the method of this project: responses are compared token by token, and a "
+        "step costs less than dpo's."
     )
 
     def compare(self, scores: PairScores) -> LossOutput:

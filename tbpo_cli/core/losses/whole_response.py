@@ -54,7 +54,7 @@ class Robust(BetaLoss):
     """
 
     label_smoothing: float = 0.1
-    when = "Labels of which about the share label_smoothing is wrong."
+    when = "Noisy labels: about the share label_smoothing of them is wrong."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,7 @@ class Bpo(RatioMatching):
 
     generator: Generator = field(default_factory=lambda: Sba(lam=0.5))
     min_ratio: float = 0.01
-    when = "As dpo, with a generator whose gradient is chosen."
+    when = "As dpo, with another shape of the loss, which the generator gives."
 
     def compare(self, scores: PairScores) -> LossOutput:
         z = self.z(scores)

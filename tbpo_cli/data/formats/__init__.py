@@ -219,7 +219,7 @@ def _made(content: Any, known: Format, chooser: Chooser) -> MadePairs:
 
 
 def _check_that_it_is_text(content: Columns) -> None:
-    """Raises RejectedRow: not_text, for a row with pictures, films or sound beside its text."""
+    """Raises RejectedRow: not_text, for a row with images, videos or audio beside its text."""
     if column := next((name for name in NOT_TEXT if content.get(name)), ""):
         raise RejectedRow("not_text", f"the row has something in {column}; only text is read")
 

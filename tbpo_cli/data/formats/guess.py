@@ -1,4 +1,6 @@
-"""What rows of no known format may hold, and what to do with them: lines to paste, or a change."""
+"""Guesses what rows of no known format hold, and says how to read them: lines to paste, or a change
+of the rows.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,9 @@ A_RANK = "if each number is the rank of the answer at its place, 1 for the best:
 
 
 def advice(content: Columns) -> tuple[str, str]:
-    """What may be in a row of no known format, in a sentence, and what to do about it.
+    """A sentence on what is in a row of no known format, and one on what to do about it.
 
-    No lines are given that would pass over a column which says how good the answers are.
+    A column that says how good the answers are is never ignored by the lines that are given.
 
     1. Find the columns that say which answer is better, and those that hold texts.
     2. Of a list of answers, of two answers and of one, say what decides between answers, if

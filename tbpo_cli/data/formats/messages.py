@@ -1,4 +1,4 @@
-"""One message of a conversation, whoever's format it is in."""
+"""One message of a conversation, in the format of any of the known tools."""
 
 from __future__ import annotations
 

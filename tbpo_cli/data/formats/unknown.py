@@ -1,4 +1,4 @@
-"""What is said of rows of no known format, and of [data.columns] that name what is not there."""
+"""Messages about rows of no known format, and about faulty keys of [data.columns]."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def unknown_rows(row: Row, columns: dict[str, str]) -> TbpoError:
         )
     if content.keys() <= PROMPT_ALONE and isinstance(content.get("prompt"), str | list):
         what = "the rows are prompts without answers"
-        expected = "answers, or a judge of the own ones"
+        expected = "answers in the rows, or a judge for the policy's own answers"
         fix = "add the tables [judge] and [rounds]: the policy then answers them itself"
         return TbpoError(what, place, expected, fix)
     ours = {theirs: name for name, theirs in columns.items()}

@@ -1,4 +1,7 @@
-"""What the column with the better of two answers says: a word by itself, numbers all together."""
+"""Reads the column that says which of two answers is better.
+
+A word has its meaning in each row; a number has its meaning from all rows of the source together.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ WORD = re.compile(
     r"(?:(?:model|response|answer|completion|output|conversation|assistant)[ _-]?)?([ab]|\d+)"
 )
 NO_NUMBER = -1  # a usual way to write that there is none
-MOST_VALUES = 20  # of a column, that are looked at to tell what they mean
+MOST_VALUES = 20  # different numbers of a column that are kept, to find out what they mean
 
 Sides = tuple[str, str]  # the names of the two answers
 Bases = dict[tuple[str, Sides], int]  # by the column with the better one, and the two names

@@ -1,0 +1,109 @@
+"""Checkpoints of sharded weights: read by any number of processes, whole, or not at all."""
+
+import errno
+import resource
+
+import pytest
+import torch
+from test_loading import make
+from test_rows import mesh  # noqa: F401 - a fixture
+
+from tbpo_cli.model.sharding import Shards, gathered, shard
+from tbpo_cli.train.checkpoint import (
+    TrainState,
+    kept_checkpoints,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
+from tbpo_cli.train.group import Group
+from tbpo_cli.train.optim import make_moments
+
+
+def state_of(model, filled_with=None):
+    """A model and its moments, all of them with numbers of their own if a seed is given."""
+    parameters = dict(model.named_parameters())
+    state = TrainState(parameters, torch.optim.AdamW(parameters.values()))
+    make_moments(state.optimizer)
+    if filled_with is not None:
+        torch.manual_seed(filled_with)
+        for tensor in state.tensors.values():
+            with torch.no_grad():
+                tensor.copy_(torch.rand(()) + torch.zeros_like(tensor))
+    return state
+
+
+@pytest.fixture
+def sharded(mesh):  # noqa: F811
+    model = make("llama", tie_word_embeddings=True)
+    shard(model, Shards(mesh))
+    return model
+
+
+def assert_equal(state, other):
+    assert state.tensors.keys() == other.tensors.keys()
+    for name, tensor in state.tensors.items():
+        assert torch.equal(gathered(tensor), gathered(other.tensors[name])), name
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 255
+    path.write_bytes(content)
+
+
+def test_sharded_weights_are_written_in_parts_and_read_sharded_and_whole(tmp_path, sharded):
+    written, plain = state_of(sharded, 1), state_of(torch.nn.Linear(3, 2), 2)
+    save_checkpoint(tmp_path, 4, {"policy": written, "baseline": plain}, Group())
+    (step,) = kept_checkpoints(tmp_path).values()
+    names = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
+    assert names == {
+        "checkpoint.json",
+        "baseline.safetensors",
+        "policy/shard-00001-model-00001-of-00001.safetensors",
+    }
+    for model in (sharded, make("llama", tie_word_embeddings=True)):
+        found, other = state_of(model), state_of(torch.nn.Linear(3, 2))
+        states = {"policy": found, "baseline": other}
+        assert load_newest_checkpoint(tmp_path, states, Group()) == 4
+        assert_equal(found, written)
+        assert_equal(other, plain)
+    assert load_newest_checkpoint(tmp_path, {"policy": written}, Group()) == 0, "incomplete"
+
+
+def test_a_checkpoint_of_whole_weights_is_read_sharded(tmp_path, sharded):
+    written = state_of(make("llama", tie_word_embeddings=True), 1)
+    save_checkpoint(tmp_path, 4, {"policy": written}, Group())
+    found = state_of(sharded)
+    assert load_newest_checkpoint(tmp_path, {"policy": found}, Group()) == 4
+    assert_equal(found, written)
+
+
+@pytest.mark.parametrize("fault", ["damaged", "is missing"])
+def test_a_damaged_part_is_named_and_the_checkpoint_before_is_taken(
+    tmp_path, sharded, capsys, fault
+):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"policy": state_of(sharded, step)}, Group())
+    assert [*kept_checkpoints(tmp_path)] == [2, 3]
+    (part,) = (tmp_path / "step-3/policy").iterdir()
+    flip_a_byte(part) if fault == "damaged" else part.unlink()
+    found = state_of(sharded)
+    assert load_newest_checkpoint(tmp_path, {"policy": found}, Group()) == 2
+    assert "step-3 is skipped" in (said := capsys.readouterr().err) and part.name in said
+    assert_equal(found, state_of(make("llama", tie_word_embeddings=True), 2))
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, sharded):
+    """By a limit on the size of files, as a quota."""
+    state = {"policy": state_of(sharded, 1)}
+    save_checkpoint(tmp_path, 1, state, Group())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="large") as caught:
+            save_checkpoint(tmp_path, 2, state, Group())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1", "store"}
+    assert load_newest_checkpoint(tmp_path, state, Group()) == 1
