@@ -1,6 +1,6 @@
 """How many operations a training step asks a device for, and how many bytes they read and write.
 
-    python tests/benchmarks/counted.py       # about a minute, without any device
+    python tests/benchmarks/counted.py       # some three minutes, without any device
 
 The step is run on tensors of shapes alone ("meta"), forward and backward: no time is measured.
 Counted are torch's operations that make or change tensors, each about one kernel on a GPU (views
