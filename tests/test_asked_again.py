@@ -235,6 +235,18 @@ def test_a_task_of_our_own_depends_on_every_file_that_it_names(recipe_file, tmp_
     )
 
 
+def test_a_score_is_of_all_answers_also_where_a_file_has_few_of_the_prompts(
+    evaluated, copied, tmp_path
+):
+    first = json.loads((copied / "sample/samples.jsonl").read_text().splitlines()[0])
+    row = {"prompt": first["messages"][-1]["content"], "completion": "one"}
+    file = write_jsonl(tmp_path / "few.jsonl", [row])
+    more = ("eval.opponents=[]", f"eval.answers=['{file}']")
+    run_stage("eval", evaluated / "tiny.toml", copied, *sets_of(evaluated, *more))
+    models = json.loads((copied / "eval/results.json").read_text())["models"]
+    assert [models[name]["score"]["n"] for name in ("policy", "twin")] == [NUM_PROMPTS] * 2
+
+
 def test_restart_measures_everything_anew(evaluated, copied):
     mark_all(copied, "eval")
     run_stage("eval", evaluated / "tiny.toml", copied, *sets_of(evaluated), restart=True)

@@ -7,7 +7,7 @@ is too slow for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tbpo_cli.evaluation.stats import Figure, figure_of, mean_of_groups, rate_fi
 from tbpo_cli.runs.run_dir import RunDir
 
 Rows = list[dict[str, Any]]
+Scores = dict[tuple[str, int], float]  # of a model's completions, by prompt and sample
 
 RIDGE = np.array(
     [0.001, 0.01]
@@ -46,7 +47,7 @@ def judge_all(
         cache_of: see `judges_of`.
     """
     win_rates, lines = [], []
-    scores: dict[str, Any] = {}
+    scored: dict[str, Scores] = {}
     mute = set()  # who a judge has said nothing about: what is the same is no verdict there
     judges = judges_of(recipe.judge_of_eval, recipe.table_of_judge, cache_of)
     comparisons = comparisons_of(recipe, run_dir, samples, others) if judges else []
@@ -63,8 +64,7 @@ def judge_all(
                 mute.add((model, against, judge.name))
                 reason = next(one for one in verdicts if one.value is None).reason[:300]
                 console.say(f"{judge.name} gave no verdict on {model} against {against}: {reason}")
-            for name, groups, values in _scores(of_both, verdicts):
-                scores.setdefault(name, mean_of_groups(groups, values))
+        scored = scored or _scores(judged)
         lines += [
             {
                 "prompt_id": one.prompt_id,
@@ -81,6 +81,10 @@ def judge_all(
             }
             for one, said in judged
         ]
+    scores = {
+        name: mean_of_groups([prompt_id for prompt_id, _ in of_one], [*of_one.values()])
+        for name, of_one in scored.items()
+    }
     return win_rates, lines, scores
 
 
@@ -96,21 +100,17 @@ def _check_that_it_says_something(judge: str, table: str, verdicts: Sequence[Ver
     raise TbpoError(what, where, expected, fix)
 
 
-def _scores(
-    comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]
-) -> Iterator[tuple[str, list[str], list[float]]]:
-    """For both models of some comparisons: its name, ids of prompts, and scores, where the judge
-    has scored both completions.
+def _scores(judged: Sequence[tuple[Comparison, Verdict]]) -> dict[str, Scores]:
+    """By model, the scores of all its completions that a judge has scored in any comparison.
+
+    Not those of one comparison: a file of answers may have few of the prompts.
     """
-    scored = [
-        (one, said.scores)
-        for one, said in zip(comparisons, verdicts, strict=True)
-        if said.scores is not None
-    ]
-    if scored:
-        prompts = [one.prompt_id for one, _ in scored]
-        yield scored[0][0].model, prompts, [own for _, (own, _) in scored]
-        yield scored[0][0].against, prompts, [other for _, (_, other) in scored]
+    scored: dict[str, Scores] = {}
+    for one, said in judged:
+        if said.scores is not None:
+            for name, score in zip((one.model, one.against), said.scores, strict=True):
+                scored.setdefault(name, {})[one.prompt_id, one.sample] = score
+    return scored
 
 
 def win_rate(

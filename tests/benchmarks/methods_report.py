@@ -96,14 +96,26 @@ class Search:
         limits = f", {' and '.join(self.step.at_limit)} at the limit" if self.step.at_limit else ""
         return f"done{limits}"
 
-    def forgiving(self) -> str:
-        """The share of the first 5 × 4 grid, without a floor, near the best of all with a seed."""
+    @cached_property
+    def first_points(self) -> list[Point]:
+        """The first 5 × 4 grid, without a floor; nothing while it is not complete."""
         points = [point for point in search.points_of(self.method.grid) if point[0] == 0.0]
-        seed = search.SEEDS[0]
-        if any((point, seed) not in self.scores for point in points):
+        is_complete = all((point, search.SEEDS[0]) in self.scores for point in points)
+        return points if is_complete else []
+
+    def forgiving(self) -> str:
+        """The share of the first grid near the best of all settings with the same seed."""
+        if not self.first_points:
             return ""
-        best = max(score for (_, each), score in self.scores.items() if each == seed)
-        return f"{search.share_within(self.scores, points, best, MARGIN):.0%}"
+        best = max(score for (_, seed), score in self.scores.items() if seed == search.SEEDS[0])
+        return f"{search.share_within(self.scores, self.first_points, best, MARGIN):.0%}"
+
+    def at_kl(self, kl: float) -> str:
+        """The score at a KL."""
+        if not self.first_points:
+            return ""
+        base = methods.base_score(self.runs, "validation")
+        return f"{search.score_at(self.places, base, kl):.3f}"
 
 
 def report(runs: dict[Key, dict]) -> None:
@@ -193,9 +205,7 @@ def _cells(one: Search, other: Search) -> list[str]:
         interval([row[name] for row in finished.values()], form)
         for name, (_, form) in COLUMNS.items()
     ]
-    base = methods.base_score(one.runs, "validation")
-    cells += [f"{search.score_at(one.places, base, kl):.3f}" for kl in KL_TARGETS]
-    return [*cells, one.forgiving()]
+    return [*cells, *(one.at_kl(kl) for kl in KL_TARGETS), one.forgiving()]
 
 
 def interval(values: list[float], form: str) -> str:
