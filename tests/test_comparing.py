@@ -20,6 +20,11 @@ def model(accuracy, kl, entropy, length, bleu):
     }
 
 
+def win_test(against, judge, p):
+    measure = f"win rate, by {judge}"
+    return {"model": "policy", "against": against, "measure": measure, "p_holm": p}
+
+
 def results(*rates, others=(), tests=()):
     models = {"policy": model(0.7, 0.12, 1.5, 80, 20.0), "reference": model(0, 0, 1.75, 60, 12.5)}
     models |= {name: model(0.6, 0.05, 1.6, 70, 15.0) for name in others}
@@ -43,26 +48,39 @@ def test_the_headline_says_of_each_opponent_who_is_better_and_what_it_cost():
         ("reference", "fair", figure(0.7)), ("chosen", "fair", figure(0.3)),
         ("dpo", "fair", figure(0.52)), ("sft", "fair", None), ("reference", "other", figure(0.9)),
     ]  # fmt: skip
-    assert headline(results(*rates, others=("dpo", "sft"))) == (
+    tests = [
+        win_test(against, judge, 0.3 if against == "dpo" else 0.001) for against, judge, _ in rates
+    ]
+    assert headline(results(*rates, others=("dpo", "sft"), tests=tests)) == (
         "mine beats its reference: it wins 70.0% of 40 prompts (95 %: 65.0 to 75.0), by fair. "
         "mine loses to the preferred answers of the data: "
         "it wins 30.0% of 40 prompts (95 %: 25.0 to 35.0), by fair. "
-        "mine and dpo cannot be told apart: "
+        "mine and dpo cannot be told apart (p = 0.3 after Holm's correction for 5 tests): "
         "mine wins 52.0% of 40 prompts (95 %: 47.0 to 57.0), by fair. "
         f"fair gave no verdict on mine against sft. {COST}"
     )
 
 
+def test_an_interval_beyond_a_half_is_no_victory_where_the_corrected_test_sees_none():
+    """One of many opponents is beaten by chance."""
+    rates = [("reference", "fair", figure(0.56)), ("chosen", "fair", figure(0.44))]
+    tests = [win_test(against, "fair", 0.06) for against, _, _ in rates]
+    said = headline(results(*rates, tests=tests))
+    assert "beats" not in said and "loses" not in said
+    assert said.count("cannot be told apart (p = 0.06 after Holm's correction for 2 tests)") == 2
+
+
 def test_without_a_judge_the_held_out_pairs_decide():
     tests = [
-        {"against": name, "measure": "accuracy", "difference": figure(value)}
-        for name, value in (("dpo", 0.1), ("sft", -0.1), ("twin", 0.01))
+        {"against": name, "measure": "accuracy", "difference": figure(value), "p_holm": p}
+        for name, value, p in (("dpo", 0.1, 0.01), ("sft", -0.1, 0.04), ("twin", 0.01, 1.0))
     ]
     assert headline(results(others=("dpo", "sft", "twin"), tests=tests)) == (
         "mine prefers the chosen response of 70.0% of 40 held-out pairs (95 %: 65.0 to 75.0). "
         "it is right more often than dpo: +10.0 points (95 %: 5.0 to 15.0). "
         "it is right less often than sft: -10.0 points (95 %: -15.0 to -5.0). "
-        f"mine and twin cannot be told apart: +1.0 points (95 %: -4.0 to 6.0). {COST}"
+        "mine and twin cannot be told apart (p = 1 after Holm's correction for 3 tests): "
+        f"+1.0 points (95 %: -4.0 to 6.0). {COST}"
     )
     assert headline(results()).startswith("tbpo_a prefers the chosen response of 70.0%")
 

@@ -16,6 +16,7 @@ from tbpo_cli.config.rounds import Rounds
 from tbpo_cli.data.dealing import deal, question_of
 from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.evaluation.serving import check_weights
 from tbpo_cli.report.rounds import warnings_of
 from tbpo_cli.runs.files import json_lines
 from tbpo_cli.runs.run_dir import RunDir
@@ -389,6 +390,31 @@ def test_a_server_that_answers_with_the_base_is_noticed(tmp_path):
         path = write(tmp_path, rounds=served(server), **change)
         with pytest.raises(TbpoError, match="the base, without the adapter"):
             run_stage("align", path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("policy", "base", "what"),
+    [
+        (0.01, 0.005, ""),
+        (0.2, 0.15, ""),
+        (0.03, 0.01, "the base, without the adapter"),
+        (0.2, 0.05, "something else than this policy"),  # as an adapter of an earlier round
+        (0.3, 0.4, "something else than this policy"),
+    ],
+)
+def test_what_a_server_answers_with_is_named_by_what_it_is_close_to(policy, base, what):
+    differences = {"policy": [policy, policy], "base": [base]}
+    if what:
+        with pytest.raises(TbpoError, match=f"answers with {what}"):
+            check_weights(differences, "http://server/v1", "tbpo-1")
+    else:
+        check_weights(differences, "http://server/v1", "tbpo-1")
+
+
+def test_two_judges_of_rounds_are_named(tmp_path):
+    path = write(tmp_path, judge={"reward_model": "org/reward"})
+    with pytest.raises(TbpoError, match=r"\[judge\] names 2: scorer, reward_model"):
+        load_recipe(path)
 
 
 def test_a_server_that_cannot_load_the_adapter_is_a_message(tmp_path):

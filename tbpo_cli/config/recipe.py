@@ -82,8 +82,11 @@ class Recipe:
             raise ValueError(f"{what}: name that as model.adapter, or as model.base")
         if self.rounds is not None and self.rounds.endpoint and self.model.lora is None:
             raise ValueError("rounds.endpoint needs [model.lora]: a server loads adapters only")
-        if self.rounds is not None and len(self.judge.named if self.judge else ()) != 1:
-            raise ValueError("rounds needs one judge, whose marks choose: a table [judge]")
+        judges = self.judge.named if self.judge is not None else ()
+        if self.rounds is not None and len(judges) != 1:
+            found = f"[judge] names {len(judges)}: {', '.join(judges)}"
+            wanted = found if judges else "a table [judge]"
+            raise ValueError(f"rounds needs one judge, whose marks choose: {wanted}")
         for name, stage in (("sft", self.sft), ("align", self.align)):
             if stage is None:
                 continue

@@ -10,6 +10,7 @@ from tbpo_cli.console import counted
 Json = dict[str, Any]
 
 MANY_FLIPS = 0.2  # of the comparisons, whose verdict changes with the order
+LEVEL = 0.05  # of all tests together, after Holm's correction
 
 OPPONENTS = {"reference": "its reference", "chosen": "the preferred answers of the data"}
 
@@ -28,7 +29,11 @@ def names_of(run: str, loss: str, others: Sequence[str]) -> dict[str, str]:
 
 
 def headline(results: Json) -> str:
-    """A sentence for each opponent, with the 95 % interval, and one for what it cost."""
+    """A sentence for each opponent, with the 95 % interval, and one for what it cost.
+
+    The policy beats, or loses to, whom both the interval and the test, corrected for the number of
+    tests, tell apart from it.
+    """
     models = results["models"]
     others = [name for name in models if name not in ("policy", "reference")]
     own = results["names"]["policy"] if others else results["loss"]
@@ -37,26 +42,37 @@ def headline(results: Json) -> str:
     tests = [test for test in results["tests"] if test["measure"] == "accuracy"]
     if judged:  # by the first judge
         rates = [rate for rate in judged if rate["judge"] == judged[0]["judge"]]
-        sentences = [_of_win_rate(own, rate) for rate in rates]
+        sentences = [_of_win_rate(own, rate, results["tests"]) for rate in rates]
     else:
         share = f"{accuracy['value']:.1%} of {counted(accuracy['n'], 'held-out pair')}"
         sentences = [f"{own} prefers the chosen response of {share} ({_interval(accuracy)})"]
-        sentences += [_of_accuracy(own, test) for test in tests]
+        sentences += [_of_accuracy(own, test, len(results["tests"])) for test in tests]
     return ". ".join([*sentences, _cost(models)])
 
 
-def _of_win_rate(own: str, rate: Json) -> str:
+def _of_win_rate(own: str, rate: Json, tests: Sequence[Json]) -> str:
     opponent = OPPONENTS.get(rate["against"], rate["against"])
     raw = rate["raw"]
     if raw is None:
         return f"{rate['judge']} gave no verdict on {own} against {opponent}{_noise(rate)}"
     share = f"{raw['value']:.1%} of {counted(raw['n'], 'prompt')} ({_interval(raw)})"
     share = f"{share}, by {rate['judge']}{_noise(rate)}"
-    if raw["low"] > 0.5:
+    asked = ("policy", rate["against"], f"win rate, by {rate['judge']}")
+    test = next(one for one in tests if (one["model"], one["against"], one["measure"]) == asked)
+    doubt = _doubt(test, len(tests))
+    if raw["low"] > 0.5 and not doubt:
         return f"{own} beats {opponent}: it wins {share}"
-    if raw["high"] < 0.5:
+    if raw["high"] < 0.5 and not doubt:
         return f"{own} loses to {opponent}: it wins {share}"
-    return f"{own} and {opponent} cannot be told apart: {own} wins {share}"
+    return f"{own} and {opponent} cannot be told apart{doubt}: {own} wins {share}"
+
+
+def _doubt(test: Json, num_tests: int) -> str:
+    """The p-value of a test in brackets; "" if it is under LEVEL."""
+    if test["p_holm"] < LEVEL:
+        return ""
+    of_all = "" if num_tests == 1 else f" after Holm's correction for {num_tests} tests"
+    return f" (p = {test['p_holm']:.2g}{of_all})"
 
 
 def _noise(rate: Json) -> str:
@@ -71,14 +87,15 @@ def _noise(rate: Json) -> str:
     return f" ({' and '.join(said)})" if said else ""
 
 
-def _of_accuracy(own: str, test: Json) -> str:
+def _of_accuracy(own: str, test: Json, num_tests: int) -> str:
     difference = test["difference"]
     points = f"{100 * difference['value']:+.1f} points ({_interval(difference)})"
-    if difference["low"] > 0:
+    doubt = _doubt(test, num_tests)
+    if difference["low"] > 0 and not doubt:
         return f"it is right more often than {test['against']}: {points}"
-    if difference["high"] < 0:
+    if difference["high"] < 0 and not doubt:
         return f"it is right less often than {test['against']}: {points}"
-    return f"{own} and {test['against']} cannot be told apart: {points}"
+    return f"{own} and {test['against']} cannot be told apart{doubt}: {points}"
 
 
 def _cost(models: Json) -> str:

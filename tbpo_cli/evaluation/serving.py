@@ -72,9 +72,9 @@ def check_weights(differences: dict[str, list[float]], endpoint: str, name: str)
     """
     policy = sum(differences["policy"]) / len(differences["policy"])
     base = sum(differences["base"]) / len(differences["base"])
-    is_base = policy > CLOSE and base < policy / 2
-    if policy <= FAR and not is_base:
+    if policy <= CLOSE or (policy <= FAR and base >= policy / 2):
         return
+    is_base = base <= CLOSE
     what = "the base, without the adapter" if is_base else "something else than this policy"
     raise TbpoError(
         f"the server answers with {what}: its log-probabilities are {policy:.2f} nats a token from "
