@@ -102,7 +102,8 @@ def _for_alpaca_eval(row: Json, model: str, sample: Json) -> Json:
 
 
 def _for_arena_hard(row: Json, model: str, sample: Json) -> Json:
-    text, answer_id = sample["completion"], f"{model}:{sample['prompt_id']}"
+    text = sample["completion"]
+    answer_id = f"{model}:{sample['prompt_id']}"
     if row.get("uid") is not None:
         said = {"role": "assistant", "content": {"answer": text}}
         messages = [*sample["messages"], said]

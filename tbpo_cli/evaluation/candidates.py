@@ -43,14 +43,13 @@ def candidates_of(recipe: Recipe, run_dir: RunDir) -> list[Candidate]:
     for number, (label, source) in enumerate(
         zip(labels(recipe.eval.against), recipe.eval.against, strict=True), 1
     ):
-        path, loss = Path(source) / "recipe.toml", {}
+        path = Path(source) / "recipe.toml"
+        loss = {}
         if path.exists():
             loss = tomllib.loads(path.read_text(encoding="utf-8"))["align"]["loss"]
             if _base_of(RunDir(Path(source))) not in (None, _base_of(run_dir)):
-                what, expected = (
-                    "it was trained from another base",
-                    "a run with the same model.base",
-                )
+                what = "it was trained from another base"
+                expected = "a run with the same model.base"
                 raise TbpoError(
                     what, f"eval.against: {source}", expected, "evaluate that run by its own recipe"
                 )
@@ -64,7 +63,8 @@ def check_source(source: str) -> None:
     """Raises TbpoError if a source of `eval.against` is nothing that can be loaded."""
     from huggingface_hub import snapshot_download
 
-    folder, (repo, _, revision) = Path(source), source.partition("@")
+    folder = Path(source)
+    repo, _, revision = source.partition("@")
     if not folder.exists() and not is_local(source) and source.count("/") == 1:
         with suppress(OSError, ValueError):
             wanted = ["adapter_config.json", "config.json"]

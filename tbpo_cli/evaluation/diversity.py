@@ -109,7 +109,8 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> Figure:
     """
     counts = [Counter(_grams(text, size)) for text in texts]
     total = Counter(itertools.chain.from_iterable(count.elements() for count in counts))
-    different, grams = len(total), total.total()
+    different = len(total)
+    grams = total.total()
     left_out = [
         (different - sum(total[gram] == times for gram, times in count.items()))
         / max(1, grams - count.total())

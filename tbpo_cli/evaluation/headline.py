@@ -100,7 +100,8 @@ def _of_accuracy(own: str, test: Json, num_tests: int) -> str:
 
 def _cost(models: Json) -> str:
     """How far the policy has moved, and what became of its answers."""
-    policy, reference = models["policy"], models["reference"]
+    policy = models["policy"]
+    reference = models["reference"]
     kl = policy["preference"]["all"]["kl"]["value"]
     entropy = [one["preference"]["all"]["entropy"]["value"] for one in (reference, policy)]
     parts = [

@@ -125,7 +125,8 @@ def gate_faults(recipe: Recipe, path: str) -> list[TbpoError]:
 
 def _gate_fault(recipe: Recipe) -> str:
     """What is expected of a gate in place of the one that is given; "" if it is right."""
-    settings, is_judged = recipe.eval, recipe.judge_of_eval is not None
+    settings = recipe.eval
+    is_judged = recipe.judge_of_eval is not None
     if not (found := GATE.fullmatch(settings.gate)):
         return "gate must be NAME > NUMBER (or >=, <, <=, ==, !=), as in win_rate > 0.5"
     tasks = [Path(task).stem for suite in settings.suites for task, _ in tasks_of(suite)]

@@ -39,7 +39,8 @@ def pair_rows(scorer: Scorer, view: str, batch: PairBatch) -> list[dict[str, Any
     """
     needs = DIAGNOSTICS & REFERENCE_FREE if view == REFERENCE else DIAGNOSTICS
     scores = scorer.measure(batch, needs, view)
-    sides, aligned = (scores.chosen, scores.rejected), scores.aligned_mask
+    sides = (scores.chosen, scores.rejected)
+    aligned = scores.aligned_mask
     chosen, rejected = map(sums_over_response, sides)
     columns = {"chosen_tokens": chosen["tokens"], "rejected_tokens": rejected["tokens"]}
     columns |= {"logps_chosen": chosen["logps"], "logps_rejected": rejected["logps"]}
@@ -109,7 +110,8 @@ def reliability(margins: np.ndarray) -> list[dict[str, float]]:
         of each bin that is not empty: `predicted`, the mean confidence, `observed`, how often the
         preferred side is the chosen one, and `n` pairs.
     """
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), (np.sign(margins) + 1) / 2
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = (np.sign(margins) + 1) / 2
     bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     _, places, counts = np.unique(bins, return_inverse=True, return_counts=True)
     predicted, observed = (np.bincount(places, values) / counts for values in (confidence, right))

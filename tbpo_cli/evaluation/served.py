@@ -115,7 +115,8 @@ def served(
     recipe: Recipe, chat: Chat, keys: list[tuple[Prompt, int]], asks: dict[str, Any]
 ) -> Iterator[Json]:
     """Samples from the server; what it refuses is asked for once more, without `asks`."""
-    settings, refused = recipe.sample, []
+    settings = recipe.sample
+    refused = []
     end = chat.end_ids[0]
     assert settings.endpoint is not None
     same = {
@@ -150,7 +151,8 @@ def served(
         elif asks:
             refused.append(keys[place])
         else:
-            where, fix = f"prompt {prompt.prompt_id}", "leave the prompt out, or change [sample]"
+            where = f"prompt {prompt.prompt_id}"
+            fix = "leave the prompt out, or change [sample]"
             raise TbpoError(reply.refused, where, "a completion", fix)
     if refused:
         yield from served(recipe, chat, refused, {})

@@ -53,7 +53,8 @@ def loaded_adapter(endpoint: str, base: str, folder: Path, seen: str) -> Iterato
     Raises:
         TbpoError: if the server does not load it, or has something else under its name.
     """
-    name, url = name_of_adapter(folder), endpoint.rstrip("/")
+    name = name_of_adapter(folder)
+    url = endpoint.rstrip("/")
     said = _post(f"{url}/load_lora_adapter", {"lora_name": name, "lora_path": seen})
     _check_listed(url, name, base, seen, said)
     try:

@@ -39,7 +39,8 @@ def rate_figure(
         high: the highest one.
     """
     rows = (np.asarray(values, dtype=np.float64) - low) / (high - low)
-    count, mean = len(rows), float(rows.mean())
+    count = len(rows)
+    mean = float(rows.mean())
     effective: float = count
     if count >= LEAST_ROWS and (variance := float(rows.var(ddof=1))) > 0:
         effective = max(effective, count * mean * (1 - mean) / variance)
@@ -88,7 +89,8 @@ def figure_of(statistic: Callable[[np.ndarray], Any], rows: Sequence[Any] | np.n
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
     rows = np.asarray(rows, dtype=np.float64)
-    value, count = float(statistic(rows)), len(rows)
+    value = float(statistic(rows))
+    count = len(rows)
     if count < LEAST_ROWS:
         return without_interval(value, count)
     generator = np.random.default_rng(0)

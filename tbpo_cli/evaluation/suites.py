@@ -45,10 +45,8 @@ def check_suites(suites: Sequence[str]) -> None:
     for task, _ in (pair for suite in suites for pair in tasks_of(suite)):
         if not Path(task).is_file() and task not in (known := _index(True).task_index):
             near = difflib.get_close_matches(task, [*SUITES, *known], n=1)
-            what, fix = (
-                f"there is no such suite or task: {task}",
-                f"did you mean {near[0]}?" if near else "",
-            )
+            what = f"there is no such suite or task: {task}"
+            fix = f"did you mean {near[0]}?" if near else ""
             expected = "a task of lm-eval (`lm-eval ls tasks` lists them), or a task's YAML file"
             raise TbpoError(what, "eval.suites", f"one of {', '.join(SUITES)}, {expected}", fix)
 
@@ -99,10 +97,8 @@ def run_task(
         raise TbpoError(
             f"lm-eval cannot run the task {task}: {reason}", "eval.suites", expected
         ) from error
-    results, counts = (
-        found["results"],
-        {name: count["effective"] for name, count in found["n-samples"].items()},
-    )
+    results = found["results"]
+    counts = {name: count["effective"] for name, count in found["n-samples"].items()}
     names = [task] if task in results else list(found.get("groups") or results)
     every = sum(counts.values())
     return {

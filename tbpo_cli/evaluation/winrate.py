@@ -46,7 +46,8 @@ def judge_all(
         others: the names of the models of `eval.against`.
         cache_of: see `judges_of`.
     """
-    win_rates, lines = [], []
+    win_rates = []
+    lines = []
     scored: dict[str, Scores] = {}
     mute = set()  # who a judge has said nothing about: what is the same is no verdict there
     judges = judges_of(recipe.judge_of_eval, recipe.table_of_judge, cache_of)

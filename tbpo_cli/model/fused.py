@@ -30,7 +30,8 @@ def _is_plain_norm(kind: Callable[..., Any]) -> bool:
     """Whether norms of that class, made with a size and ε, compute x / √(mean x² + ε) · weight."""
     try:
         with torch.device("cpu"):
-            x, norm = torch.linspace(-1, 2, 12).view(2, 6), kind(6, eps=0.1).float()
+            x = torch.linspace(-1, 2, 12).view(2, 6)
+            norm = kind(6, eps=0.1).float()
             norm.weight.copy_(torch.linspace(0.5, 2, 6))
             return bool(torch.allclose(_norm(norm, x), norm(x), rtol=1e-5, atol=1e-6))
     except (AttributeError, RuntimeError, TypeError):
@@ -109,7 +110,8 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         inner = (x if dropped is None else dropped) @ a.to(x.dtype).T
         ctx.save_for_backward(x if dropped is None else dropped, weight, a, b, inner)
-        ctx.scaling, ctx.with_dropout = scaling, dropped is not None
+        ctx.scaling = scaling
+        ctx.with_dropout = dropped is not None
         return F.linear(x, weight, bias).addmm_(inner, b.to(x.dtype).T, alpha=scaling)
 
     @staticmethod
@@ -119,7 +121,8 @@ class _LoraLinear(torch.autograd.Function):
         grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)  # (n, r)
         grad_a = (grad_inner.T @ x).to(a.dtype)
         grad_b = (grad.T @ inner).mul_(ctx.scaling).to(b.dtype)
-        grad_x, grad_dropped = grad @ weight if ctx.needs_input_grad[0] else None, None
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_dropped = None
         if ctx.with_dropout:
             grad_dropped = grad_inner @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
         elif grad_x is not None:

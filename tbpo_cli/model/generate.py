@@ -99,7 +99,8 @@ def generate(
     for row, ends in enumerate(stopped):
         count = int(ends.int().argmax()) + 1 if ends.any() else generated.shape[1]
         reason = "stop" if ends.any() else "length"
-        logp, entropy = float(logps[row, :count].sum()), float(entropies[row, :count].mean())
+        logp = float(logps[row, :count].sum())
+        entropy = float(entropies[row, :count].mean())
         completions.append(
             Completion(tuple(generated[row, :count].tolist()), logp, reason, entropy)
         )
@@ -198,8 +199,8 @@ def completions(
             rest = batch[done:]
 
             def answered(count: int, rest: Sequence[int] = rest) -> list[Completion]:
-                part = rest[:count]
-                asked, drawn = [prompts[place] for place in part], [seeds[place] for place in part]
+                asked = [prompts[place] for place in rest[:count]]
+                drawn = [seeds[place] for place in rest[:count]]
                 return _answers(model, asked, drawn, settings, stop_ids, use_cache)
 
             wanted = min(size, len(rest))

@@ -84,7 +84,8 @@ def _check_shares_nothing(
 
 
 def _is_tied(model: LanguageModel) -> bool:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
     return head is not None and head.weight is embeddings.weight
 
 

@@ -116,7 +116,8 @@ def own_rows(tensor: DTensor) -> range:
     """
     (dimension,) = (i for i, each in enumerate(tensor.placements) if isinstance(each, Shard))
     mesh = tensor.device_mesh
-    parts, part = mesh.size(dimension), mesh.get_local_rank(dimension)
+    parts = mesh.size(dimension)
+    part = mesh.get_local_rank(dimension)
     count, start = Shard.local_shard_size_and_offset(tensor.shape[0], parts, part)
     return range(start, start + count)
 
@@ -155,7 +156,8 @@ def _match(
     mapping = get_model_conversion_mapping(model)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    state, prefix = model.state_dict(keep_vars=True), f"{model.base_model_prefix}."
+    state = model.state_dict(keep_vars=True)
+    prefix = f"{model.base_model_prefix}."
     places: dict[str, Place] = {}
     read: set[int] = set()
     for name, (path, shape) in found.items():

@@ -75,7 +75,8 @@ class Scorer:
 
     def describe(self, needs: frozenset[str]) -> str:
         """How the statistics in `needs` are computed, and why so."""
-        head, statistics = self.heads[POLICY], needs & STATISTICS
+        head = self.heads[POLICY]
+        statistics = needs & STATISTICS
         if head is None:
             return "dense logits: the output head is no linear layer"
         if statistics == {"advantage"} and uses_identity(head, self.heads.get(REFERENCE)):
@@ -190,9 +191,11 @@ class Scorer:
         reference: Tensor | None = None,
     ) -> dict[str, Tensor]:
         tokens = batch.tokens
-        head, reference_head = self.heads[view], self.heads.get(REFERENCE)
+        head = self.heads[view]
+        reference_head = self.heads.get(REFERENCE)
         if head is not None:
-            same, head = head is reference_head, gathered_head(head)
+            same = head is reference_head
+            head = gathered_head(head)
             if same or reference is None:
                 reference_head = head
             else:

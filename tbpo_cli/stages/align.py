@@ -41,7 +41,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     title = f"{recipe.align.loss_name} on the held-out pairs"
     console.show_evaluations(title, metrics, SUMMARY)
-    weights, manifest = run_dir.weights("align"), run_dir.manifest("align")
+    weights = run_dir.weights("align")
+    manifest = run_dir.manifest("align")
     before = Facts(
         stage="align",
         lora=recipe.model.lora is not None,

@@ -140,7 +140,9 @@ def _states(steps: list[Step]) -> Plan:
 
 
 def _state(step: Step) -> tuple[State, list[str]]:
-    stage, recipe, run_dir = step.stage, step.recipe, step.run_dir
+    stage = step.stage
+    recipe = step.recipe
+    run_dir = step.run_dir
     try:
         changes = run_dir.changes(stage, recipe)
     except TbpoError:
@@ -186,7 +188,8 @@ def run_through(
     steps = steps_of(target, recipe, run_dir)
     states = _states(steps)
     for step in steps:
-        check, state = step.stage.check, states[step.label][0]
+        check = step.stage.check
+        state = states[step.label][0]
         if state == "done" and check is not None and not (restart and step.is_target):
             check(step.recipe, step.run_dir)
     if not restart and all(state == "done" for state, _ in states.values()):
@@ -248,7 +251,8 @@ def _run(step: Step, state: State, changes: list[str], restart: bool, processes:
         changes: of its inputs, as `plan` gives them.
     """
     interrupts.raise_if_received()
-    run_dir, name = step.run_dir, step.stage.name
+    run_dir = step.run_dir
+    name = step.stage.name
     is_anew = state in ("stale", "changed", "damaged")
     if restart and step.is_target and not is_anew and run_dir.is_restarted(name):
         folder = run_dir.stage(name)

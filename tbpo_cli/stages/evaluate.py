@@ -40,10 +40,8 @@ def check(recipe: Recipe) -> None:
     from tbpo_cli.evaluation.suites import check_suites
 
     if adapter := recipe.sample.adapter:
-        what, where = (
-            "the samples would be of another model than the figures",
-            f"sample.adapter = {adapter!r}",
-        )
+        what = "the samples would be of another model than the figures"
+        where = f"sample.adapter = {adapter!r}"
         raise TbpoError(
             what, where, "the run's own policy", f"leave it out, and compare: --against {adapter}"
         )
@@ -119,7 +117,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         run_or_launch(STAGE, recipe, run_dir, processes)
     samples = _samples(recipe, run_dir)
     others = [each.name for each in candidates[2:]]
-    own, cache_of = with_pairs(recipe, run_dir), partial(_cache_of, recipe, run_dir)
+    own = with_pairs(recipe, run_dir)
+    cache_of = partial(_cache_of, recipe, run_dir)
     win_rates, verdicts, scores = judge_all(own, run_dir, samples, others, cache_of)
     models = {
         each.name: {**_measured(recipe, run_dir, each), "score": scores.get(each.name)}
@@ -259,7 +258,8 @@ def _measured(recipe: Recipe, run_dir: RunDir, candidate: Candidate) -> dict[str
     samples = _rows(recipe, run_dir, candidate, "diversity")
     pairs = _rows(recipe, run_dir, candidate, "preference")
     suites = _rows(recipe, run_dir, candidate, "suite")
-    source, here = Path(candidate.source), Path.cwd()
+    source = Path(candidate.source)
+    here = Path.cwd()
     return {
         "source": str(source.relative_to(here) if source.is_relative_to(here) else source),
         "loss": candidate.loss,
@@ -290,7 +290,8 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the complete stage's results. Raises GateError if `eval.gate` does not hold."""
     from tbpo_cli.report.evaluation import show
 
-    folder, manifest = run_dir.stage("eval"), run_dir.manifest("eval")
+    folder = run_dir.stage("eval")
+    manifest = run_dir.manifest("eval")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     gate = decide(recipe.eval.gate, results)
     if manifest and gate != results["gate"]:  # the recipe has another one since

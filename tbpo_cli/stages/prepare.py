@@ -115,12 +115,12 @@ def _finish(recipe: Recipe, run_dir: RunDir, facts: dict[str, Any]) -> None:
 
 def _work(recipe: Recipe) -> list[Work]:
     """The recipe keys with rows, in the order in which they are prepared."""
-    data, sft = recipe.data, recipe.sft
+    data = recipe.data
     work = [("data.train", data.train, data.train_split, "train")]
     if data.eval is not None:  # first, so that its prompts are known
         work.insert(0, ("data.eval", data.eval, data.eval_split, "eval"))
-    if sft is not None and sft.train is not None:
-        work.append(("sft.train", sft.train, data.train_split, "sft"))
+    if recipe.sft is not None and recipe.sft.train is not None:
+        work.append(("sft.train", recipe.sft.train, data.train_split, "sft"))
     return work
 
 
@@ -205,7 +205,8 @@ def _drop_overlapping(folder: Path, threshold: float, counts: list[Counts]) -> N
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the counts of the complete stage."""
-    folder, counts = run_dir.stage("prepare"), run_dir.manifest("prepare")["counts"]
+    folder = run_dir.stage("prepare")
+    counts = run_dir.manifest("prepare")["counts"]
     rows = [
         [
             split,
@@ -237,7 +238,8 @@ def check(recipe: Recipe, run_dir: RunDir) -> None:
     for key in dict.fromkeys(count["key"] for count in listed):
         counts = [Counts(**count) for count in listed if count["key"] == key]
         for each in counts:
-            each.kept, each.rejected = Counter(each.kept), Counter(each.rejected)
+            each.kept = Counter(each.kept)
+            each.rejected = Counter(each.rejected)
             each.noted = Counter(each.noted)
         _check(key, counts, recipe.data.max_reject_fraction, run_dir.stage("prepare"))
 

@@ -30,7 +30,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
         TbpoError: if the rows cannot be read, a round has no prompt, or none is held out.
     """
     folder = run_dir.begin(STAGE, recipe)
-    data, settings = recipe.data, recipe.rounds
+    data = recipe.data
+    settings = recipe.rounds
     assert settings is not None
     seed = recipe.run.seed
     chat = load_chat(recipe.model, data.template_date)

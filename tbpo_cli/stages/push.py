@@ -152,7 +152,8 @@ def _results(run_dir: RunDir, allow_unevaluated: bool) -> dict[str, Any] | None:
         run_dir.check("eval")
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return results
-    what, fix = "the run is not evaluated", "tbpo eval RECIPE first"
+    what = "the run is not evaluated"
+    fix = "tbpo eval RECIPE first"
     if manifest:
         what = "the evaluation is older than the weights"
     elif path.exists():

@@ -69,7 +69,8 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
 def report(recipe: Recipe, run_dir: RunDir) -> None:
     """Shows the completions of the first prompts, and how many there are."""
     path = run_dir.stage("sample") / "samples.jsonl"
-    samples, rows = json_lines(path), []
+    samples = json_lines(path)
+    rows = []
     for model in recipe.sample.models:
         tokens = [one["num_tokens"] for one in samples if one["model"] == model]
         stopped = [one["finish_reason"] == "stop" for one in samples if one["model"] == model]
@@ -98,7 +99,8 @@ def answer(recipe: Recipe, run_dir: RunDir, texts: list[str]) -> None:
     from tbpo_cli.train.group import Group
 
     if not recipe.sample.adapter and not run_dir.manifest("align"):
-        what, expected = "the run has no aligned policy", "a complete align stage"
+        what = "the run has no aligned policy"
+        expected = "a complete align stage"
         raise TbpoError(what, str(run_dir.path), expected, "tbpo align RECIPE first")
     chat = _chat(recipe)
     rows = [Row("the command line", number, _content(text)) for number, text in enumerate(texts, 1)]
@@ -113,7 +115,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     from tbpo_cli.evaluation.served import on_server
     from tbpo_cli.train.group import Group
 
-    group, chat = Group.of_environment(), _chat(recipe)
+    group = Group.of_environment()
+    chat = _chat(recipe)
     folder = run_dir.begin(STAGE, recipe) if group.is_main else run_dir.stage("sample")
     prompts = prompts_of(with_pairs(recipe, run_dir), run_dir.stage("prepare") / "eval", chat)
     keys = _keys(recipe, prompts)
@@ -236,7 +239,8 @@ def _sample(
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.policy import POLICY, REFERENCE
 
-    settings, policy = recipe.sample, None
+    settings = recipe.sample
+    policy = None
     rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
     for model, group in itertools.groupby(keys, key=itemgetter(0)):
         of_model = list(group)
@@ -279,7 +283,8 @@ def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
     from tbpo_cli.model.load import load_base_alone, load_trained
     from tbpo_cli.train.group import Group
 
-    device, settings = Group.of_environment().device, recipe.sample
+    device = Group.of_environment().device
+    settings = recipe.sample
     if settings.models == ("reference",) and recipe.sft is None and recipe.model.adapter is None:
         return load_base_alone(recipe, device)
     if settings.adapter and (Path(settings.adapter) / "config.json").exists():

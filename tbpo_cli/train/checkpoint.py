@@ -118,7 +118,8 @@ def save_checkpoint(folder: Path, step: int, states: dict[str, TrainState], grou
     Raises:
         OSError: if there is no space on the disk; the checkpoints that were there stay.
     """
-    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    final = folder / f"step-{step}"
+    partial = folder / f".step-{step}.partial"
     try:
         if group.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -103,7 +103,9 @@ def build_stepper(run: TrainingRun) -> Stepper:
     Where weights are sharded, the layout is chosen on shapes without numbers: some models fail in
     that trial, and must not do so in the middle of a pass that many processes make together.
     """
-    settings, policy, device = run.settings, run.policy, run.group.device
+    settings = run.settings
+    policy = run.policy
+    device = run.group.device
     if device.type == "cpu":
         keep_freed_memory()
     stores = (run.train, run.evaluation)
@@ -152,7 +154,8 @@ def say_ways(run: TrainingRun, scorer: Scorer, layout: str, reason: str) -> None
 
     The varlen kernel is tried here, before any layer runs in a pass that may be checkpointed.
     """
-    policy, device = run.policy, run.group.device
+    policy = run.policy
+    device = run.group.device
     models = [causal_model(model) for model in policy.models]
     attention = attention_of(models[0])
     slow = reason if layout == PADDED and run.settings.layout == "auto" else ""
@@ -197,7 +200,8 @@ def use_checkpointing(run: TrainingRun, longest_pair: int) -> bool:
     policy = run.shapes or run.policy
     used = bytes_of_weights(policy) + bytes_of_learning(policy, run.settings)
     used /= run.policy.num_parts
-    device, autocast = run.group.device, policy.autocast
+    device = run.group.device
+    autocast = policy.autocast
     own = needs_checkpointing(policy.model, wanted, longest_pair, device, used, autocast)
     uses = any(run.group.gather(own))
     if uses and wanted == "auto":

@@ -236,7 +236,8 @@ def estimate_memory(
     fp32 = 4.0
     learning = bytes_of_learning(policy, settings) / processes
     wanted = settings.activation_checkpointing
-    used, autocast = weights + learning, policy.autocast
+    used = weights + learning
+    autocast = policy.autocast
     again = needs_checkpointing(policy.model, wanted, bounds[0], device, used, autocast)
     kept, layer = kept_bytes(policy.model, again, autocast)
     limit = settings.max_tokens_per_device
@@ -262,7 +263,8 @@ def _copies(policy: Policy, processes: int) -> float:
        in chunks, and one layer.
     3. The gradient of a head that is trained is made beside that of the micro-batch before.
     """
-    models, autocast = policy.models, policy.autocast
+    models = policy.models
+    autocast = policy.autocast
     itemsize = autocast.itemsize if autocast else policy.model.dtype.itemsize
     head = policy.model.get_output_embeddings()
     ends = {id(head.weight), id(policy.model.get_input_embeddings().weight)}

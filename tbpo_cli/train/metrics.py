@@ -173,9 +173,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"]), "split": str(line["split"])})
         except (ValueError, TypeError, KeyError, RecursionError):
-            what, expected = (
-                "a line of the metrics is damaged",
-                '{"split": …, "step": …, …}, as tbpo wrote it',
-            )
+            what = "a line of the metrics is damaged"
+            expected = '{"split": …, "step": …, …}, as tbpo wrote it'
             raise TbpoError(what, f"{path}, line {number}", expected, "remove that line") from None
     return lines

@@ -158,7 +158,8 @@ def _load(
     start = recipe.align.start if name == "align" else None
     policy = load_policy(recipe, group.device, sft_output, needs_reference, start=start, mesh=mesh)
     for view in loss.helpers:
-        source, key = getattr(loss, view), f"align.loss.{view}"
+        source = getattr(loss, view)
+        key = f"align.loss.{view}"
         add_helper(policy, view, source, recipe.model, group.device, key=key, mesh=mesh)
     return policy
 

@@ -81,7 +81,8 @@ class Stepper:
             DivergenceError: if loss or gradient is not finite; no weight has changed then.
         """
         started = time.monotonic()
-        run, policy = self.run, self.states["policy"]
+        run = self.run
+        policy = self.states["policy"]
 
         totals = self.budget.attempt(functools.partial(self._accumulate, number))
 

@@ -146,7 +146,8 @@ class _LanguageJudge:
             _mark(self.settings, [_Said(reply, _question(body)) for reply in of_one])
             for body, of_one in zip(bodies, replies, strict=True)
         ]
-        expected, fix = f"a mark as [[{high}]]", f"change {self.table}.mark_template"
+        expected = f"a mark as [[{high}]]"
+        fix = f"change {self.table}.mark_template"
         failed = [
             TbpoError(one.reason, self.endpoint.shown, expected, fix)
             for one in marks
@@ -264,7 +265,8 @@ def _spent(settings: Settings, replies: Sequence[Reply]) -> tuple[tuple[int, int
 
 def _verdict(settings: Settings, forward: _Said, backward: _Said) -> Verdict:
     """Of the answers to (a, b) and to (b, a)."""
-    value, reverse = _value(forward), _value(backward)
+    value = _value(forward)
+    reverse = _value(backward)
     reason = f"{_shown(forward.reply)}\n\nThe other way round: {_shown(backward.reply)}"
     spent = _spent(settings, (forward.reply, backward.reply))
     if value is None or reverse is None:

@@ -27,7 +27,8 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
     of chats.
     """
     assert settings.reward_model is not None
-    source, key = settings.reward_model, f"{table}.reward_model"
+    source = settings.reward_model
+    key = f"{table}.reward_model"
 
     def score(answers: Sequence[Answer]) -> Iterator[float | TbpoError]:
         model = _reward_model(source, key)
@@ -58,12 +59,14 @@ def check_prompts(settings: Settings, table: str, prompts: Sequence[Messages]) -
         TbpoError: if it refuses all of them, or the model is no reward model of chats.
     """
     assert settings.reward_model is not None
-    source, key = settings.reward_model, f"{table}.reward_model"
+    source = settings.reward_model
+    key = f"{table}.reward_model"
     tokenizer = _tokenizer(source, key)
     rendered = [_rendered(tokenizer, (prompt, SOME_ANSWER), source) for prompt in prompts]
     refusals = [each for each in rendered if isinstance(each, TbpoError)]
     if refusals and len(refusals) == len(prompts):
-        what, expected = refusals[0].what, "a template that renders the prompts of [sample]"
+        what = refusals[0].what
+        expected = "a template that renders the prompts of [sample]"
         fix = f"change {key}, or the prompts: the template refuses all {len(prompts):,} of them"
         raise TbpoError(what, f"{key} = {source!r}", expected, fix)
     if refusals:

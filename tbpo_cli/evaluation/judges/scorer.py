@@ -22,7 +22,8 @@ def judge_of(settings: Settings, table: str, cache: Path | None = None) -> Judge
         TbpoError: if there is no such function; later, if it ends its process.
     """
     assert settings.scorer is not None
-    source, key = settings.scorer, f"{table}.scorer"
+    source = settings.scorer
+    key = f"{table}.scorer"
     file, _, name = source.removeprefix("python:").rpartition(":")
     path = Path(file)
     where = f"{key} = {source!r}"
