@@ -95,7 +95,13 @@ def evaluate(device, num_bytes, recipe_file, run):
     if num_bytes is not None:
         limit_memory(device, num_bytes)
     measurer = Measurer(
-        recipe, run / "prepare/eval", None, policy, lambda items: items, budget.attempt
+        recipe,
+        run / "prepare/eval",
+        None,
+        policy,
+        lambda items: items,
+        budget.attempt,
+        lambda measurement: {},
     )
     rows = measurer.preference(Candidate(POLICY, POLICY, "", None, 1.0))
     rows = sorted(rows, key=lambda row: row["pair"])

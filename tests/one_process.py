@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.train import loop
 from tbpo_cli.train.group import Group
@@ -30,13 +31,17 @@ def train_sharded(device, shards, recipe_file, folder, sets):
         port = free.getsockname()[1]
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    mesh = init_device_mesh(device, (1,)) if shards else None
-    policy = load_policy(recipe, torch.device(device), None, True)
-    (run / "align").mkdir()
-    group = Group(device=torch.device(device))
     loss, settings = recipe.align.loss, recipe.align
+    group = Group(device=torch.device(device))
+    mesh = shapes = None
+    if shards:
+        mesh = init_device_mesh(device, (1,))
+        shapes = policy_of_shapes(recipe, loss, group.device, after_sft=False)
+    policy = load_policy(recipe, group.device, None, True, mesh=mesh)
+    assert policy.is_sharded == shards
+    (run / "align").mkdir()
     training = TrainingRun(
-        policy, loss, settings, *stores, run / "align", 0, group=group, mesh=mesh
+        policy, loss, settings, *stores, run / "align", 0, group=group, shapes=shapes
     )
     loop.train(training)
     weights = {name: gathered(p.detach()).cpu().numpy() for name, p in policy.trained.items()}

@@ -334,6 +334,7 @@ def test_alpaca_eval_corrects_for_length_from_init_to_the_gate(tmp_path, tbpo):
         "passed": passed,
         "against": "baseline",
         "judge": rate["judge"],
+        "comparisons": 1,
     }
     assert done.returncode == (0 if passed else 4), done.stderr
     written = json.loads((run / f"sample/answers/{run.name}/model_outputs.json").read_text())

@@ -79,6 +79,7 @@ KEYS = [
     ("align.max_tokens_per_device=64", (), NOTHING),
     ("align.layout=padded", (), NOTHING),
     ("align.sharding=ddp", (), NOTHING),
+    ("align.shard_over=all", (), NOTHING),
     ("align.epochs=2", ("align.max_steps=none",), TRAINED),
     ("align.max_steps=3", (), TRAINED),
     ("align.optimizer=rmsprop", (), TRAINED),
