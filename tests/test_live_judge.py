@@ -112,9 +112,10 @@ def test_repeats_flips_unread_and_cut_answers_are_in_the_figures_and_on_the_page
     by_case = dict(zip(CASES, lines, strict=True))
     assert by_case["flips"]["consistent"] is False and by_case["wins"]["consistent"] is True
     assert "(cut off: length)" in by_case["cut"]["reason"]
-    (test,) = [one for one in results["tests"] if one["against"] == "theirs"]
-    p = f"p = {test['p_holm']:.2g} after Holm's correction for {len(results['tests'])} tests"
-    said = f"cannot be told apart ({p}): tbpo_a wins 46.7% of 5 prompts (95 %: "
+    (test,) = results["tests"]
+    said = (
+        f"cannot be told apart (p = {test['p_holm']:.2g}): tbpo_a wins 46.7% of 5 prompts (95 %: "
+    )
     assert said in results["verdict"]
     for shown in (
         "policy – theirs, by judge-1",
