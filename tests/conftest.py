@@ -26,6 +26,8 @@ os.environ.update(
 import pytest
 import tomli_w
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -92,6 +94,16 @@ def train_tokenizer():
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = CHATML
     return fast
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone: it has all of the shards, by the same code."""
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

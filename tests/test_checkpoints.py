@@ -6,7 +6,6 @@ import resource
 import pytest
 import torch
 from test_loading import make
-from test_rows import mesh  # noqa: F401 - a fixture
 
 from tbpo_cli.model.sharding import Shards, gathered, shard
 from tbpo_cli.train.checkpoint import (
@@ -33,7 +32,7 @@ def state_of(model, filled_with=None):
 
 
 @pytest.fixture
-def sharded(mesh):  # noqa: F811
+def sharded(mesh):
     model = make("llama", tie_word_embeddings=True)
     shard(model, Shards(mesh))
     return model

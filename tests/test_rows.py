@@ -8,10 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from test_loading import change_weights, make
-from torch.distributed.device_mesh import init_device_mesh
 
 from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import TbpoError
@@ -24,16 +22,6 @@ from tbpo_cli.model.sharding import Shards, gathered, save_gathered
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 25)[None]
 WHOLE = "each process loads all weights before it keeps its part"
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """Of this process alone: it reads all rows, by the same code."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def load(folder, mesh=None, dtype=torch.float32, **model):

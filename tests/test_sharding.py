@@ -12,7 +12,6 @@ import transformers
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
 from test_processes import finish, metrics, start, two_machines, wait_for_step
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbpo_cli.batch.layouts import blank_batch, collate
@@ -196,16 +195,6 @@ def test_a_pass_without_a_pair_adds_nothing_to_a_loss_or_a_gradient(full_recipe,
         )
         assert average([measure(scores, output, loss)], Group()).items() <= {("num_clipped", 0.0)}
         policy.model.zero_grad()
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """Of this process alone: it holds all of the shards, by the same code."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}

@@ -103,28 +103,22 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def load_trained(
-    recipe: Recipe,
-    device: torch.device,
-    trained: Path,
-    sft_output: Path | None,
-    mesh: DeviceMesh | None = None,
+    recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None
 ) -> Policy:
     """The policy as training left it, with its reference.
 
     Args:
         trained: `align/adapter` or `align/model`, or the folder of any other adapter for the base.
         sft_output: `sft/adapter` or `sft/model` of this run, if an SFT stage came before.
-        mesh: as of `load_policy`.
     """
     compute = compute_dtype(recipe.model, device)
     if not (trained / "adapter_config.json").exists():
         source = str(sft_output or recipe.model.base)
-        shards = None if mesh is None else Shards(mesh)
-        reference = load_base(recipe.model, source, device, compute, shards)
-        policy = load_base(recipe.model, str(trained), device, compute, shards)
+        reference = load_base(recipe.model, source, device, compute)
+        policy = load_base(recipe.model, str(trained), device, compute)
         return Policy(policy, {REFERENCE: reference})
     reference_adapter = sft_output or _named_adapter(recipe.model)
-    return _load_adapters(recipe, device, compute, trained, reference_adapter, mesh, trains=False)
+    return _load_adapters(recipe, device, compute, trained, reference_adapter, None, trains=False)
 
 
 def _load_adapters(
