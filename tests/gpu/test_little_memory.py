@@ -1,6 +1,7 @@
-"""Memory that runs out, on a GPU for real: the work goes on with less at once and gives the same result.
+"""Memory that runs out: the work goes on with less at once and gives the same result.
 
-What is left to a process lies in the middle between what one sequence and what the work takes.
+What is left to a process, on a GPU by torch's allocator and on the CPU by a count of tensors' bytes,
+is more than one sequence takes and less than all of them do.
 """
 
 import numpy as np
