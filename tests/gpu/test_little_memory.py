@@ -1,6 +1,6 @@
 """Memory that runs out: the work goes on with less at once and gives the same result.
 
-What is left to a process, on a GPU by torch's allocator and on the CPU by a count of tensors' bytes,
+What is left to a process, on a GPU by torch's allocator, on the CPU by a count of tensors' bytes,
 is more than one sequence takes and less than all of them do.
 """
 
