@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
@@ -81,7 +82,9 @@ def _write_once(path: Path, text: str) -> None:
 def train(folder: Path, directory: Path, seed: int, sets: list[str]) -> None:
     """`tbpo align`, with the pairs that `tbpo prepare` makes for the seed once."""
     prepared = folder / f"prepared-{seed}"
-    tbpo("prepare", prepared, seed, *(one for one in sets if one.startswith("data.")))
+    with (folder / "preparing").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other parts wait for what they share
+        tbpo("prepare", prepared, seed, *(one for one in sets if one.startswith("data.")))
     shutil.copytree(prepared, directory, dirs_exist_ok=True)
     tbpo("align", directory, seed, *sets)
 
