@@ -36,8 +36,9 @@ from tbpo_cli.train.memory import (
     operations,
 )
 from tbpo_cli.train.metrics import read_metrics
+from tbpo_cli.train.placement import choose_sharding
 from tbpo_cli.train.run import num_evaluated
-from tbpo_cli.train.stage import choose_sharding, open_stores
+from tbpo_cli.train.stage import open_stores
 
 # The share of the speed of bare matrix products that a step reaches, measured for the CPU: see
 # tests/benchmarks/results/train_step*.md.
