@@ -12,7 +12,7 @@ import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from process import Process
 
-from tbpo_cli.config.recipe import Model
+from tbpo_cli.config.recipe import Lora, Model
 from tbpo_cli.errors import ReportedError
 from tbpo_cli.evaluation.kept import KEPT
 from tbpo_cli.model.out_of_memory import with_less_at_once
@@ -139,7 +139,7 @@ def test_all_processes_begin_again_when_one_is_out_of_memory_in_sampling_or_meas
     recipe_file, tmp_path, monkeypatch
 ):
     """It cannot be asked: the others wait for it in the middle of a pass."""
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", preference_rows(31, seed=2))
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", preference_rows(32, seed=2))
     sets = (f"data.eval={held_out}", "align.max_steps=1", "sample.max_new_tokens=3")
     sets += ("sample.num_samples=2", "eval.diversity_prompts=0", "align.max_tokens_per_device=auto")
     run_stage("align", recipe_file, tmp_path / "run", *sets)
@@ -236,6 +236,6 @@ def test_weights_that_are_not_trained_are_sharded_if_they_fill_more_than_half_of
 ):
     properties = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    model = Model(base="base", quantization=quantization)
+    model = Model(base="base", quantization=quantization, lora=Lora())
     decided = choose_for_answers(size * 10**9, wanted, model, torch.device("cuda"))
     assert decided == found
