@@ -154,7 +154,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """
     from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.measurer import Measurer
-    from tbpo_cli.stages.models import load_measured
+    from tbpo_cli.train.answering import load_measured
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit

@@ -114,7 +114,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Samples in this process, which may be one of several; each writes its own part."""
     from tbpo_cli.data.prompts import prompts_of
     from tbpo_cli.evaluation.served import on_server
-    from tbpo_cli.stages.models import place_sampled
+    from tbpo_cli.train.answering import place_sampled
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.placement import Placement
 
@@ -246,7 +246,7 @@ def _sample(
     from tbpo_cli.evaluation.served import served
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.policy import POLICY, REFERENCE
-    from tbpo_cli.stages.models import load_sampled
+    from tbpo_cli.train.answering import load_sampled
     from tbpo_cli.train.placement import Placement
 
     settings = recipe.sample
