@@ -154,6 +154,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """
     from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.measurer import Measurer
+    from tbpo_cli.model.policy import POLICY, REFERENCE
     from tbpo_cli.train.answering import load_measured
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
@@ -165,8 +166,9 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    candidates = {one.candidate.view: one.candidate for one in wanted}
-    policy, placement = load_measured(recipe, run_dir, candidates.values(), group)
+    sources = {one.candidate.view: one.candidate.source for one in wanted}
+    helpers = {view: each for view, each in sources.items() if view not in (POLICY, REFERENCE)}
+    policy, placement = load_measured(recipe, run_dir, helpers, group)
     fit = tokens_that_fit(kept_bytes(placement.shapes or policy.model, False)[0], group.device)
     tokens = recipe.align.max_tokens_per_device
     budget = TokenBudget(tokens, fit, group, placement.together.folder)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli.config.recipe import Recipe
-from tbpo_cli.evaluation.candidates import Candidate
 from tbpo_cli.model.adapters import local_adapter
 from tbpo_cli.model.load import add_helper, load_base_alone, load_trained, num_models
-from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
+from tbpo_cli.model.policy import Policy
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.placement import Placement, place
 
 
 def load_measured(
-    recipe: Recipe, run_dir: RunDir, candidates: Iterable[Candidate], group: Group
+    recipe: Recipe, run_dir: RunDir, helpers: Mapping[str, str], group: Group
 ) -> tuple[Policy, Placement]:
-    """The models of an evaluation: the policy, its reference, and those in `eval.against`."""
-    helpers = {
-        each.view: each.source for each in candidates if each.view not in (POLICY, REFERENCE)
-    }
+    """The models of an evaluation: the policy, its reference, and those in `eval.against`.
+
+    Args:
+        helpers: the sources of the last ones by their views.
+    """
     trained = run_dir.weights("align")
     count = num_models(trained, helpers.values())
     placement = place(recipe, count, run_dir.stage("eval"), group)
