@@ -21,12 +21,14 @@ from tbpo_cli.runs.files import halved, note_halved, read_sealed
 from tbpo_cli.train.placement import choose_for_answers
 
 SHARDED = ("--cpu", "--gpus", "2", "--set", "align.sharding=fsdp")
-# Of 5 prompts the processes have 3 and 2, of the pairs 3 and 2 batches, of the diversity 1 and 0.
+# The one prompt is for the policy in one process and for the reference in the other. The processes
+# have 3 and 2 pairs, one at a time, and 10 and 5 completions of the diversity, 8 at a time.
 UNEVEN = (
-    "sample.batch_size=2",
+    "sample.max_prompts=1",
+    "sample.batch_size=8",
     "sample.max_new_tokens=8",
     "align.max_tokens_per_device=60",
-    "eval.diversity_prompts=1",
+    "eval.diversity_prompts=3",
 )
 TASK = """
 task: letters
@@ -102,7 +104,7 @@ def assert_same(ours, theirs):
 
 
 def test_answers_and_measurements_of_sharded_weights_are_those_of_one_process(aligned, tmp_path):
-    """Pairs, answers, a suite of the harness, and fewer prompts of the diversity than processes."""
+    """Fewer prompts than processes, pairs and completions that do not divide by them, a suite."""
     pytest.importorskip("lm_eval")
     recipe, alone, two = aligned
     questions = [{"question": f"one {number}", "answer": " cat"} for number in range(3)]
@@ -114,7 +116,7 @@ def test_answers_and_measurements_of_sharded_weights_are_those_of_one_process(al
     assert code == 0, err
     how = "the weights are sharded over the processes (fsdp): as the recipe says"
     assert err.count(how) == 2, "for the samples and for the evaluation"
-    assert len(samples(two)) == 10
+    assert len(samples(two)) == 2
     assert_same(samples(two), samples(alone))
     assert len(measured(two)) == 6, "of two models: pairs, diversity, suite"
     assert_same(measured(two), measured(alone))
