@@ -27,6 +27,7 @@ from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints
+from tbpo_cli.train.checkpoint_writer import CheckpointWriter
 from tbpo_cli.train.feed import Prefetcher, TokenBudget
 from tbpo_cli.train.metrics import Totals, average, measure, pair_weights
 from tbpo_cli.train.optim import learning_rate
@@ -46,6 +47,7 @@ class Stepper:
         cache: of log π_ref; None if it is computed in every step.
         token_keys: what the policy's dropout is drawn from; None without dropout.
         prefetcher: collates the micro-batches of the next step.
+        checkpoints: writes the states while the next steps are computed.
         new_reference_logps: of the current step, by the pairs' places: what the cache did not have.
     """
 
@@ -57,10 +59,13 @@ class Stepper:
     cache: ReferenceCache | None
     token_keys: TokenKeys | None
     prefetcher: Prefetcher = field(init=False)
+    checkpoints: CheckpointWriter = field(init=False)
     new_reference_logps: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        run = self.run
         self.prefetcher = Prefetcher(self.collate)
+        self.checkpoints = CheckpointWriter(run.folder / "checkpoints", self.states, run.group)
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step.
@@ -249,6 +254,7 @@ class Stepper:
     def _divergence(self, number: int) -> DivergenceError:
         """The error; it names the first micro-batch whose own gradient is not finite."""
         run = self.run
+        self.checkpoints.finish()
         every = run.group.gather(self._find_diverged(number))
         known = next((found for found in every if found), None)
         pairs = [run.train[index] for index in (known["indices"] if known else self._pairs(number))]
