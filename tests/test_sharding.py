@@ -3,8 +3,10 @@
 import copy
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -299,12 +301,15 @@ def test_processes_that_are_killed_while_a_checkpoint_is_written_go_on_from_the_
         assert [*kept_checkpoints(run / "align/checkpoints")] == [2]
         assert list((run / "align/checkpoints/.step-4.partial/policy").iterdir())
         waits.unlink()
-        workers = workers_of(process)
-        for worker in workers if kills_all else workers[1:]:
-            worker.kill()
+        killed = workers_of(process)[1:]
         if kills_all:
+            killed = psutil.Process(process.pid).children(recursive=True)
             process.close()
-        else:
+        for each in killed:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(killed, timeout=40)
+        if not kills_all:
             code, _, err = finish(process)
             assert code == 2 and "a worker process was killed by signal 9" in err, err
             assert "Traceback" not in err

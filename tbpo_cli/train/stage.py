@@ -214,19 +214,37 @@ def mesh_of(shapes: Policy, settings: Sft | Align, group: Group) -> DeviceMesh:
     With two, each machine has a copy of the weights: what they exchange in each layer stays within
     it, and the sums of gradients alone go between machines.
     """
-    local = group.size_on_machine
-    is_several = 1 < local < group.size and group.size % local == 0
+    parts = num_sharing(shapes, settings, group.device, group.size, group.size_on_machine)
+    kind = group.device.type
+    if parts == group.size:
+        return init_device_mesh(kind, (group.size,))
+    machines = group.size // parts
+    console.say(copies_on_machines(machines, parts))
+    return init_device_mesh(kind, (machines, parts), mesh_dim_names=("machine", "part"))
+
+
+def num_sharing(
+    shapes: Policy, settings: Sft | Align, device: torch.device, size: int, on_machine: int
+) -> int:
+    """How many processes share one copy of sharded weights: those of each machine, or all.
+
+    Args:
+        shapes: the policy as it is without sharding.
+        size: the processes of all machines.
+        on_machine: those of this one.
+    """
+    is_several = 1 < on_machine < size and size % on_machine == 0
     wanted = settings.shard_over
     if wanted == "auto":
         needed = bytes_of_weights(shapes) + bytes_of_learning(shapes, settings)
-        is_small = group.device.type == "cpu" or needed / local < device_memory(group.device) / 2
+        is_small = device.type == "cpu" or needed / on_machine < device_memory(device) / 2
         wanted = "machine" if is_small else "all"
-    kind = group.device.type
-    if not is_several or wanted == "all":
-        return init_device_mesh(kind, (group.size,))
-    machines = group.size // local
-    console.say(f"each of the {machines} machines has a copy of the weights, in {local} parts")
-    return init_device_mesh(kind, (machines, local), mesh_dim_names=("machine", "part"))
+    return on_machine if is_several and wanted == "machine" else size
+
+
+def copies_on_machines(machines: int, parts: int) -> str:
+    """In words, how weights are sharded if each machine has all of them."""
+    return f"each of the {machines} machines has a copy of the weights, in {parts} parts"
 
 
 def choose_sharding(
