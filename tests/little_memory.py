@@ -1,4 +1,4 @@
-"""Training, sampling and evaluation with little memory: see `devices.limit_memory`.
+"""Training, sampling and evaluation with little memory: see `devices.memory_limit`.
 
 In a module of its own, so that a new process can import it.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from devices import limit_memory
+from devices import memory_limit
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tbpo_cli.config.recipe import Sample, load_recipe
@@ -64,10 +64,9 @@ def train(device, num_bytes, recipe_file, run, folder, *overrides):
     group = Group(device=torch.device(device))
     settings, loss = recipe.align, recipe.align.loss
     training = TrainingRun(policy, loss, settings, *_stores(run), folder, 0, group=group)
-    if num_bytes is not None:
-        limit_memory(device, num_bytes)
     try:
-        loop.train(training)
+        with memory_limit(device, num_bytes):
+            loop.train(training)
     except TbpoError as error:
         return str(error)
     return {name: weight.detach().cpu().numpy() for name, weight in policy.trained.items()}
@@ -77,14 +76,14 @@ def sample(device, num_bytes, recipe_file, prompts, **settings):
     """The tokens of a completion of each prompt, or the words of a TbpoError."""
     policy = load_policy(load_recipe(recipe_file), torch.device(device), None, with_reference=True)
     given = Sample(temperature=1.0, top_p=1.0, max_new_tokens=6, **settings)
-    if num_bytes is not None:
-        limit_memory(device, num_bytes)
+    places = range(len(prompts))
     try:
-        batches = list(completions(policy.model, prompts, range(len(prompts)), given, [2]))
+        with memory_limit(device, num_bytes):
+            batches = list(completions(policy.model, prompts, places, given, [2]))
     except TbpoError as error:
         return str(error)
     found = {place: completion.token_ids for batch in batches for place, completion in batch}
-    return [found[place] for place in range(len(prompts))]
+    return [found[place] for place in places]
 
 
 def evaluate(device, num_bytes, recipe_file, run):
@@ -92,8 +91,6 @@ def evaluate(device, num_bytes, recipe_file, run):
     recipe = load_recipe(recipe_file)
     policy = load_policy(recipe, torch.device(device), None, with_reference=True)
     budget = TokenBudget("auto", 1024, Group(device=torch.device(device)))
-    if num_bytes is not None:
-        limit_memory(device, num_bytes)
     measurer = Measurer(
         recipe,
         run / "prepare/eval",
@@ -103,6 +100,7 @@ def evaluate(device, num_bytes, recipe_file, run):
         budget.attempt,
         lambda measurement: {},
     )
-    rows = measurer.preference(Candidate(POLICY, POLICY, "", None, 1.0))
+    with memory_limit(device, num_bytes):
+        rows = measurer.preference(Candidate(POLICY, POLICY, "", None, 1.0))
     rows = sorted(rows, key=lambda row: row["pair"])
     return np.array([list(row.values()) for row in rows], dtype=np.float64)

@@ -30,8 +30,9 @@ from tbpo_cli.model.sharding import Shards, gathered, shard
 from tbpo_cli.train.checkpoint import kept_checkpoints
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
+from tbpo_cli.train.memory import bytes_of_weights
 from tbpo_cli.train.metrics import average, measure
-from tbpo_cli.train.stage import mesh_of
+from tbpo_cli.train.placement import mesh_of
 
 CPU = torch.device("cpu")
 SHARDED = ("--cpu", "--set", "align.sharding=fsdp", "--gpus")
@@ -150,7 +151,7 @@ def test_each_of_several_machines_has_a_copy_of_the_weights_unless_the_recipe_sa
     shapes = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        assert tuple(mesh_of(shapes, recipe.align, Group(0, 4)).shape) == shape
+        assert tuple(mesh_of(bytes_of_weights(shapes), over, Group(0, 4)).shape) == shape
     finally:
         dist.destroy_process_group()
 

@@ -30,6 +30,8 @@ from tbpo_cli.train.checkpoint import bytes_on_disk
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import (
     MOMENTS,
+    bytes_of_learning,
+    bytes_of_weights,
     device_memory,
     estimate_memory,
     matrix_rate,
@@ -37,8 +39,9 @@ from tbpo_cli.train.memory import (
     operations,
 )
 from tbpo_cli.train.metrics import read_metrics
+from tbpo_cli.train.placement import choose_sharding, copies_on_machines, num_sharing
 from tbpo_cli.train.run import num_evaluated
-from tbpo_cli.train.stage import choose_sharding, copies_on_machines, num_sharing, open_stores
+from tbpo_cli.train.stage import open_stores
 
 # The share of the speed of bare matrix products that a step reaches, measured for the CPU: see
 # tests/benchmarks/results/train_step*.md.
@@ -133,7 +136,9 @@ def forecast(
         size = processes.total
         parts = 1
         if sharded:
-            parts = num_sharing(policy, settings, device, size, processes.per_machine)
+            needed = bytes_of_weights(policy) + bytes_of_learning(policy, settings)
+            local = processes.per_machine
+            parts = num_sharing(needed, settings.shard_over, device, size, local)
         if size > 1:
             how = f"{size}, {'fsdp' if sharded else 'ddp'}: {why}"
             if sharded and parts < size:

@@ -25,6 +25,7 @@ from tbpo_cli.model.dropout import TokenKeys
 from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
+from tbpo_cli.model.together import equally_many
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints
 from tbpo_cli.train.checkpoint_writer import CheckpointWriter
@@ -243,9 +244,7 @@ class Stepper:
         """
         if not self.run.policy.is_sharded:
             return batches
-        batches = list(batches)
-        missing = max(self.run.group.gather(len(batches))) - len(batches)
-        return [*batches, *[blank_batch()] * missing]
+        return equally_many(batches, blank_batch(), self.run.group.gather)
 
     def _drop_gradients(self) -> None:
         for state in self.states.values():

@@ -1,6 +1,7 @@
-"""Memory that runs out, for real: the work goes on with less at once and gives the same result.
+"""Memory that runs out: the work goes on with less at once and gives the same result.
 
-What is left to a process is half of what the work takes, or less.
+What is left to a process, on a GPU by torch's allocator, on the CPU by a count of tensors' bytes,
+is more than one sequence takes and less than all of them do.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ def wide(tmp_path_factory, base):
 def test_a_training_goes_on_with_fewer_tokens_at_a_time_and_learns_the_same(wide, tmp_path, device):
     (whole, said_of_whole), (cut, said) = (
         in_a_process(train, device, num_bytes, *wide, tmp_path / str(num_bytes))
-        for num_bytes in (None, 250_000_000)
+        for num_bytes in (None, 350_000_000)
     )
     assert "out of memory" not in said_of_whole
     assert "out of memory: the same step again with max_tokens_per_device" in said
@@ -42,9 +43,11 @@ def test_a_training_goes_on_with_fewer_tokens_at_a_time_and_learns_the_same(wide
 def test_too_little_memory_for_the_optimizers_moments_is_an_error_that_names_a_way_out(
     wide, tmp_path, device
 ):
-    """All weights are trained: 12.6 million, 50 MB for gradients and 101 MB for moments."""
+    """All weights are trained: 6.3 million, 25 MB for gradients and 50 MB for moments, and as much
+    again for the optimizer's step.
+    """
     full = ("model.lora=none",)
-    said, _ = in_a_process(train, device, 60_000_000, *wide, tmp_path / "align", *full)
+    said, _ = in_a_process(train, device, 100_000_000, *wide, tmp_path / "align", *full)
     assert "the optimizer's moments" in said and "[model.lora]" in said
 
 
@@ -76,5 +79,5 @@ def test_an_evaluation_goes_on_with_fewer_tokens_at_a_time_and_measures_the_same
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_prompt_that_does_not_fit_alone_is_an_error_that_names_a_smaller_number(wide, device):
     recipe, _ = wide
-    said, _ = in_a_process(sample, device, 1_000_000, recipe, [[5] * 400])
+    said, _ = in_a_process(sample, device, 20_000_000, recipe, [[5] * 400])
     assert said.startswith("error: out of memory") and "sample.max_new_tokens" in said
