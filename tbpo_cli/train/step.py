@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,14 +149,18 @@ class Stepper:
         run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
+        is_incomplete = False
+        if self.cache is not None and not reports_all:
+            batch = replace(batch, reference_logps=self.cache.read(batch.indices))
+            is_incomplete = self._is_incomplete(batch)
         batch = batch.to(run.group.device)
         if self.token_keys is not None:
             self.token_keys.set(batch.token_keys, run.seed, number)
         if reports_all:
             scores = self.scorer.score_and_measure(batch, run.loss.needs)
         else:
-            reference = None if self.cache is None else self._reference_logps(self.cache, batch)
-            scores = self.scorer.score(batch, run.loss.needs, reference)
+            logps = self._all_reference_logps(batch) if is_incomplete else batch.reference_logps
+            scores = self.scorer.score(batch, run.loss.needs, logps)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
         losses.sum().div(self._total_weight(number)).backward()
@@ -174,18 +178,20 @@ class Stepper:
             weights = weights * self.run.train.chosen_lengths[pairs]
         return float(weights.sum()) or 1.0
 
-    def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
-        """log π_ref of a batch's tokens, (N,): from the cache, else from the reference."""
-        known = cache.read(batch.indices)
-        is_incomplete = bool(known.isnan().any())
+    def _is_incomplete(self, batch: PairBatch) -> bool:
+        """Whether log π_ref of a batch has to be computed; it is still on the host."""
+        assert batch.reference_logps is not None
+        own = bool(batch.reference_logps.isnan().any())
         if self.run.policy.is_sharded:  # a pass of the reference is made by all processes together
-            is_incomplete = any(self.run.group.gather(is_incomplete))
-        if self.run.group.device.type == "cuda":
-            known = known.pin_memory()  # else the host waits for the transfer
-        logps = known.to(self.run.group.device, non_blocking=True)
-        if is_incomplete:
-            logps = torch.where(logps.isnan(), self.scorer.view_logps(REFERENCE, batch), logps)
-            self.new_reference_logps[batch.indices] = logps
+            return any(self.run.group.gather(own))
+        return own
+
+    def _all_reference_logps(self, batch: PairBatch) -> Tensor:
+        """log π_ref of a batch's tokens, (N,): where it is not known, from the reference."""
+        known = batch.reference_logps
+        assert known is not None
+        logps = torch.where(known.isnan(), self.scorer.view_logps(REFERENCE, batch), known)
+        self.new_reference_logps[batch.indices] = logps
         return logps
 
     @torch.no_grad()
