@@ -179,10 +179,13 @@ def test_the_device_is_read_once_a_step_however_many_micro_batches_it_has(make_r
 @pytest.mark.parametrize("layout", ["shared_prompt", "padded"])
 def test_a_batch_that_is_moved_has_every_tensor_in_its_place(make_run, layout):
     store = make_run(layout).train
-    (batch,) = collate_all(store, range(NUM_PAIRS), 10_000, "response", layout)
+    (batch,) = collate_all(store, range(NUM_PAIRS), 10_000, "response", layout, True)
+    known = torch.randn(len(batch.tokens))
+    batch = replace(batch, reference_logps=known)
     moved = batch.to(torch.device("cpu", 0))
     assert moved is not batch
     tensors = ("input_ids", "position_ids", "tokens", "predictor")
+    tensors += ("pair_weights", "token_keys", "reference_logps")
     pairs = [(getattr(moved, name), getattr(batch, name)) for name in tensors]
     for side in ("chosen", "rejected"):
         for name in ("mask", "slots"):

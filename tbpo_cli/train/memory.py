@@ -253,6 +253,9 @@ def estimate_memory(
         "output head": fp32 * tiles * chunk * vocab_size,
         "CUDA" if device.type == "cuda" else "python and its libraries": libraries,
     }
+    copy = learning  # of weights instead of gradients, and the moments: see CheckpointWriter
+    if device.type == "cpu" and copy <= memory_left(device, sum(parts.values())) / 2:
+        parts["copy for checkpoints"] = copy
     return parts, tokens
 
 
