@@ -90,17 +90,35 @@ def mesh_of(needed: float, wanted: str, group: Group) -> DeviceMesh:
         needed: bytes of weights, gradients and moments, before they are divided.
         wanted: `shard_over` of the recipe.
     """
-    local = group.size_on_machine
-    is_several = 1 < local < group.size and group.size % local == 0
-    if wanted == "auto":
-        is_small = group.device.type == "cpu" or needed / local < device_memory(group.device) / 2
-        wanted = "machine" if is_small else "all"
+    parts = num_sharing(needed, wanted, group.device, group.size, group.size_on_machine)
     kind = group.device.type
-    if not is_several or wanted == "all":
+    if parts == group.size:
         return init_device_mesh(kind, (group.size,))
-    machines = group.size // local
-    console.say(f"each of the {machines} machines has a copy of the weights, in {local} parts")
-    return init_device_mesh(kind, (machines, local), mesh_dim_names=("machine", "part"))
+    machines = group.size // parts
+    console.say(copies_on_machines(machines, parts))
+    return init_device_mesh(kind, (machines, parts), mesh_dim_names=("machine", "part"))
+
+
+def num_sharing(
+    needed: float, wanted: str, device: torch.device, size: int, on_machine: int
+) -> int:
+    """How many processes share one copy of sharded weights: those of each machine, or all.
+
+    Args:
+        needed, wanted: as of `mesh_of`.
+        size: the processes of all machines.
+        on_machine: those of this one.
+    """
+    is_several = 1 < on_machine < size and size % on_machine == 0
+    if wanted == "auto":
+        is_small = device.type == "cpu" or needed / on_machine < device_memory(device) / 2
+        wanted = "machine" if is_small else "all"
+    return on_machine if is_several and wanted == "machine" else size
+
+
+def copies_on_machines(machines: int, parts: int) -> str:
+    """In words, how weights are sharded if each machine has all of them."""
+    return f"each of the {machines} machines has a copy of the weights, in {parts} parts"
 
 
 def choose_sharding(
