@@ -12,9 +12,10 @@ import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from process import Process
 
-from tbpo_cli.config.recipe import Lora, Model
+from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import ReportedError
 from tbpo_cli.evaluation.kept import KEPT
+from tbpo_cli.evaluation.served import on_server
 from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.together import BATCH_SIZE, Together
 from tbpo_cli.runs.files import halved, note_halved, read_sealed
@@ -172,6 +173,19 @@ def test_what_is_halved_is_kept_by_key_and_never_grows(tmp_path):
     note_halved(tmp_path, BATCH_SIZE, 20)
     assert halved(tmp_path) == {"sample.batch_size": 16, "max_tokens_per_device": 512}
     assert together.batch_size(32) == 16 and together.batch_size(8) == 8
+
+
+def test_a_server_is_not_compared_with_weights_that_one_process_cannot_load(recipe_file, capsys):
+    """And no server is asked: there is none."""
+    recipe = change_recipe(
+        recipe_file, sample={"endpoint": "http://127.0.0.1:9/v1", "endpoint_model": "base"}
+    )
+    cpu = torch.device("cpu")
+    with on_server(load_recipe(recipe), None, [], cpu, is_base=True, compares=False):
+        pass
+    assert "the weights are sharded, and not compared with those of the server" in (
+        capsys.readouterr().err
+    )
 
 
 PARTS = """
