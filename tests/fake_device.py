@@ -30,6 +30,7 @@ class _Backend:
     """What torch asks of a device's module."""
 
     is_available = staticmethod(lambda: True)
+    is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
     _is_in_bad_fork = staticmethod(lambda: False)

@@ -1,23 +1,27 @@
 """How many operations a training step asks a device for, and how many bytes they read and write.
 
-    python tests/benchmarks/counted.py       # some three minutes, without any device
+    python tests/benchmarks/counted.py       # some four minutes, without any device
 
 The step is run on tensors of shapes alone ("meta"), forward and backward: no time is measured.
 Counted are torch's operations that make or change tensors, each about one kernel on a GPU (views
-are left out), and the bytes of their tensors, each read or written once. Attention is a call for
-each sequence, as where there is no varlen kernel. The step has four pairs of UltraFeedback-like
-lengths, LoRA (r 16), bf16. The results/counted.{json,md}
-are written anew after each row.
+are left out), and the bytes of their tensors, each read or written once. torch's RMSNorm and fused
+attention are one operation each, forward and backward, as on a GPU; attention is a call for each
+sequence, as where there is no varlen kernel. The step has four pairs of UltraFeedback-like lengths,
+LoRA (r 16), bf16. `fused` are the layers as this project computes them, `plain` those of
+transformers and peft. The results/counted.{json,md} are written anew after each row.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from common import about_lengths, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +36,43 @@ from tbpo_cli.model.scoring import Scorer
 
 META = torch.device("meta")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
+WAYS = {  # what takes the place of a function that fuses layers
+    "plain": {
+        "tbpo_cli.model.base.fuse_norms": lambda model: None,
+        "tbpo_cli.model.base.fuse_rotary": lambda model: None,
+        "tbpo_cli.model.load.fuse_lora": lambda model: None,
+    },
+    "fused": {},
+}
+
+
+@torch.library.custom_op("counted::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("shapes alone")
+
+
+@torch.library.custom_op("counted::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("shapes alone")
+
+
+_rms_norm.register_fake(lambda x, weight: torch.empty_like(x))
+_rms_norm_backward.register_fake(lambda grad, x, weight: torch.empty_like(x))
+_rms_norm.register_autograd(
+    lambda ctx, grad: (_rms_norm_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def one_norm(x, shape, weight, eps=None):
+    """torch's RMSNorm, whose weight is frozen, which is several operations on "meta"."""
+    return _rms_norm(x, weight)
+
+
+def one_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """torch's attention by one kernel, as it is several operations on "meta"."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, dropout_p, is_causal, scale=options.get("scale"))[0]
 
 
 class Counter(TorchDispatchMode):
@@ -62,27 +103,30 @@ def main() -> None:
     parser.add_argument("--name", default="counted", help="of the files under results/")
     arguments = parser.parse_args()
     torch.autocast = lambda *_, **__: nullcontext()  # it does not know that device, and is off
+    F.scaled_dot_product_attention = one_attention
     store = the_store(0)
     rows = []
     lines = [
-        "| shape | loss | operations forward | backward | matrix products | GB read and written |",
-        "|---|---|---|---|---|---|",
+        "| shape | loss | way | operations forward | backward | matrix products "
+        "| GB read and written |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for shape in arguments.shapes:
-        for loss in LOSSES:
-            rows.append(counted(shape, loss, store))
-            row = rows[-1]
-            lines.append(
-                f"| {shape} | {loss} | {row['forward']:,} | {row['backward']:,} "
-                f"| {row['products']:,} | {row['gb']:,.0f} |"
-            )
-            print(lines[-1], flush=True)
-            table = "\n".join([about_lengths(store), "", *lines])
-            write_results(arguments.name, "A step, counted", rows, table)
+    for shape, loss, way in itertools.product(arguments.shapes, LOSSES, WAYS):
+        rows.append(counted(shape, loss, way, store))
+        row = rows[-1]
+        lines.append(
+            f"| {shape} | {loss} | {way} | {row['forward']:,} | {row['backward']:,} "
+            f"| {row['products']:,} | {row['gb']:,.0f} |"
+        )
+        print(lines[-1], flush=True)
+        table = "\n".join([about_lengths(store), "", *lines])
+        write_results(arguments.name, "A step, counted", rows, table)
 
 
-def counted(shape: str, name: str, store) -> dict:
-    with tempfile.TemporaryDirectory() as folder, META:
+def counted(shape: str, name: str, way: str, store) -> dict:
+    with ExitStack() as replaced, tempfile.TemporaryDirectory() as folder, META:
+        for place, other in WAYS[way].items():
+            replaced.enter_context(mock.patch(place, other))
         recipe = the_recipe(shape, name, 1, Path(folder))
         policy = load_policy(recipe, META, None, True, META)
     for each in policy.model.modules():  # as a GPU would have them
@@ -101,13 +145,14 @@ def counted(shape: str, name: str, store) -> dict:
     pairs = [cut_to_span(store[number], loss.span) for number in range(PAIRS)]
     batch = collate(pairs, "shared_prompt").to(META)
     policy.train()
-    with Counter() as forward:
+    with mock.patch.object(F, "rms_norm", one_norm), Counter() as forward:
         total = loss(scorer.score(batch, loss.needs)).per_pair.sum()
     with Counter() as backward:
         total.backward()
     return {
         "shape": shape,
         "loss": name,
+        "way": way,
         "forward": forward.operations,
         "backward": backward.operations,
         "products": forward.products + backward.products,

@@ -19,7 +19,7 @@ from tbpo_cli.model.fused import fuse_lora, fuse_norms
 
 DTYPES = [torch.float32, torch.bfloat16]
 DIFFERENTIABLE = ("logps", "log_ratio", "kl", "advantage")
-N, H, V = 700, 64, 3_000  # more tokens than a chunk has
+N, H, V = 1_100, 64, 3_000  # more tokens than a chunk has
 
 
 def near(found, wanted, tolerance):
