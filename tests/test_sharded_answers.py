@@ -12,21 +12,24 @@ import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from process import Process
 
-from tbpo_cli.config.recipe import Lora, Model
+from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import ReportedError
 from tbpo_cli.evaluation.kept import KEPT
+from tbpo_cli.evaluation.served import on_server
 from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.together import BATCH_SIZE, Together
 from tbpo_cli.runs.files import halved, note_halved, read_sealed
 from tbpo_cli.train.placement import choose_for_answers
 
 SHARDED = ("--cpu", "--gpus", "2", "--set", "align.sharding=fsdp")
-# Of 5 prompts the processes have 3 and 2, of the pairs 3 and 2 batches, of the diversity 1 and 0.
+# The one prompt is for the policy in one process and for the reference in the other. The processes
+# have 3 and 2 pairs, one at a time, and 10 and 5 completions of the diversity, 8 at a time.
 UNEVEN = (
-    "sample.batch_size=2",
+    "sample.max_prompts=1",
+    "sample.batch_size=8",
     "sample.max_new_tokens=8",
     "align.max_tokens_per_device=60",
-    "eval.diversity_prompts=1",
+    "eval.diversity_prompts=3",
 )
 TASK = """
 task: letters
@@ -102,7 +105,7 @@ def assert_same(ours, theirs):
 
 
 def test_answers_and_measurements_of_sharded_weights_are_those_of_one_process(aligned, tmp_path):
-    """Pairs, answers, a suite of the harness, and fewer prompts of the diversity than processes."""
+    """Fewer prompts than processes, pairs and completions that do not divide by them, a suite."""
     pytest.importorskip("lm_eval")
     recipe, alone, two = aligned
     questions = [{"question": f"one {number}", "answer": " cat"} for number in range(3)]
@@ -114,7 +117,7 @@ def test_answers_and_measurements_of_sharded_weights_are_those_of_one_process(al
     assert code == 0, err
     how = "the weights are sharded over the processes (fsdp): as the recipe says"
     assert err.count(how) == 2, "for the samples and for the evaluation"
-    assert len(samples(two)) == 10
+    assert len(samples(two)) == 2
     assert_same(samples(two), samples(alone))
     assert len(measured(two)) == 6, "of two models: pairs, diversity, suite"
     assert_same(measured(two), measured(alone))
@@ -170,6 +173,19 @@ def test_what_is_halved_is_kept_by_key_and_never_grows(tmp_path):
     note_halved(tmp_path, BATCH_SIZE, 20)
     assert halved(tmp_path) == {"sample.batch_size": 16, "max_tokens_per_device": 512}
     assert together.batch_size(32) == 16 and together.batch_size(8) == 8
+
+
+def test_a_server_is_not_compared_with_weights_that_one_process_cannot_load(recipe_file, capsys):
+    """And no server is asked: there is none."""
+    recipe = change_recipe(
+        recipe_file, sample={"endpoint": "http://127.0.0.1:9/v1", "endpoint_model": "base"}
+    )
+    cpu = torch.device("cpu")
+    with on_server(load_recipe(recipe), None, [], cpu, is_base=True, compares=False):
+        pass
+    assert "the weights are sharded, and not compared with those of the server" in (
+        capsys.readouterr().err
+    )
 
 
 PARTS = """

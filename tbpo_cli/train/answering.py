@@ -37,7 +37,12 @@ def load_measured(
 
 def place_sampled(recipe: Recipe, run_dir: RunDir, group: Group) -> Placement:
     """Decides how `load_sampled` loads; all processes call it."""
-    count = 1 if _alone(recipe) else num_models(_trained(recipe, run_dir))
+    if _alone(recipe):
+        count = 1
+    else:
+        trained = _trained(recipe, run_dir)
+        # Before the first round a server answers with the base.
+        count = num_models(trained) if trained.exists() else 1
     return place(recipe, count, run_dir.stage("sample"), group)
 
 

@@ -50,9 +50,9 @@ def place(recipe: Recipe, num_models: int, folder: Path, group: Group) -> Placem
     if group.size == 1:
         _note(folder, group, "one process has all weights")
         return Placement()
-    shapes = base_of_shapes(recipe, group.device)
-    size = num_models * bytes_of_weights(Policy(shapes))
     wanted = recipe.align.sharding
+    shapes = None if wanted == "ddp" else base_of_shapes(recipe, group.device)
+    size = 0 if shapes is None else num_models * bytes_of_weights(Policy(shapes))
     decisions = group.gather(choose_for_answers(size, wanted, recipe.model, group.device))
     is_sharded, reason = next((each for each in decisions if each[0]), decisions[0])
     said = words_of(is_sharded, reason)
