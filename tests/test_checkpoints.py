@@ -167,13 +167,14 @@ def test_a_checkpoint_is_there_after_a_step_in_which_it_was_written(tmp_path, sh
         assert [*kept_checkpoints(tmp_path)] == [1]
 
 
-def test_without_memory_for_a_copy_the_training_waits(tmp_path, sharded, monkeypatch):
+def test_without_memory_for_a_copy_the_training_waits(tmp_path, sharded, monkeypatch, capsys):
     memory = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     written = state_of(sharded, 1)
     with closing(CheckpointWriter(tmp_path, {"policy": written}, Group())) as writer:
         writer.begin(1)
         assert [*kept_checkpoints(tmp_path)] == [1]
+    assert capsys.readouterr().err.count("the training waits while checkpoints are written") == 1
     found = state_of(sharded)
     found.restore(tmp_path / "step-1", "policy")
     assert_equal(found, state_of(make("llama", tie_word_embeddings=True), 1))

@@ -50,7 +50,7 @@ def disturb(model):
 def found(model):
     """Logits and the gradients of all that is trained, by name."""
     model.zero_grad()
-    logits = model(input_ids=IDS).logits
+    logits = model(input_ids=IDS.to(model.device)).logits
     logits.float().square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients}

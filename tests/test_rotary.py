@@ -59,7 +59,7 @@ def fused_layers(model):
 
 def found(model):
     """Logits and the gradients of all weights, by name."""
-    logits = model(input_ids=IDS).logits
+    logits = model(input_ids=IDS.to(model.device)).logits
     names, weights = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(logits.float().square().mean(), weights, allow_unused=True)
     used = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

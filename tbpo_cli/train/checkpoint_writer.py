@@ -8,7 +8,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import psutil
 from safetensors import SafetensorError
@@ -18,15 +18,23 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from tbpo_cli import console
 from tbpo_cli.runs.files import sha256, sync, write_sealed
 from tbpo_cli.train.checkpoint import KEPT, TrainState, kept_checkpoints
 from tbpo_cli.train.group import Group
 
 Tensors = dict[str, Tensor]
-Headers = dict[str, dict[str, str]]
 # Under this key of a file's header torch's HuggingFaceStorageReader looks where the file's tensors
 # begin in the whole ones.
 SHARDING_INFO = "DCP_SHARDING_INFO"
+
+
+class Part(NamedTuple):
+    """What one process writes of a state: its file, the tensors in that and the file's header."""
+
+    file: str
+    tensors: Tensors
+    header: dict[str, str]
 
 
 class CheckpointWriter:
@@ -78,15 +86,15 @@ class CheckpointWriter:
         self.finish()
         self._step = step
         self._is_written = False
-        parts: dict[str, Tensors] = {}
-        headers: Headers = {}
-        for name, state in self._states.items():
-            parts |= self._own_parts(name, state, headers)
+        every = [self._own_part(name, state) for name, state in self._states.items()]
+        parts = [part for part in every if part.tensors]
         if self._copies is None:
             self._copies = self._fits(parts)
         if self._copies:
-            parts = cast(dict[str, Tensors], self._stager.stage(parts))
-        self._work = self._thread.submit(_write, self._partial, parts, headers)
+            copies = self._stager.stage({part.file: part.tensors for part in parts})
+            staged = cast(dict[str, Tensors], copies)
+            parts = [part._replace(tensors=staged[part.file]) for part in parts]
+        self._work = self._thread.submit(_write, self._partial, parts)
         if not self._copies:
             self.finish()
 
@@ -134,38 +142,40 @@ class CheckpointWriter:
         if self._group.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _fits(self, parts: dict[str, Tensors]) -> bool:
+    def _fits(self, parts: list[Part]) -> bool:
         """Whether the copies of all processes of this machine take half of its free memory at most.
 
-        The same in all processes, of which some may be on other machines.
+        The same in all processes, of which some may be on other machines; it is said if not.
         """
-        num_bytes = sum(each.nbytes for tensors in parts.values() for each in tensors.values())
+        num_bytes = sum(each.nbytes for part in parts for each in part.tensors.values())
         needed = num_bytes * self._group.size_on_machine
-        return all(self._group.gather(needed <= psutil.virtual_memory().available / 2))
+        free = psutil.virtual_memory().available
+        fits = all(self._group.gather(needed <= free / 2))
+        if not fits:
+            sizes = f"a copy of {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+            console.say(f"WARNING: the training waits while checkpoints are written: {sizes}")
+        return fits
 
-    def _own_parts(self, name: str, state: TrainState, headers: Headers) -> dict[str, Tensors]:
-        """The tensors that this process writes of a state, by the file; and the files' headers."""
+    def _own_part(self, name: str, state: TrainState) -> Part:
+        """What this process writes of a state; without tensors if that is nothing."""
         if not state.is_sharded:
-            if not self._group.is_main:
-                return {}
-            file = f"{name}.safetensors"
-            headers[file] = {}
-            return {file: {key: each.contiguous() for key, each in state.tensors.items()}}
+            own = state.tensors if self._group.is_main else {}
+            whole = {key: each.contiguous() for key, each in own.items()}
+            return Part(f"{name}.safetensors", whole, {})
         planner = DefaultSavePlanner()
         planner.set_up_planner(state.tensors, is_coordinator=self._group.is_main)
         if name not in self._items:
             plans = self._group.gather(planner.create_local_plan())
             plans, _ = planner.create_global_plan(plans)
             self._items[name] = plans[self._group.rank].items
-        parts: Tensors = {}
+        tensors: Tensors = {}
         begins = {}
         for item in self._items[name]:
             assert item.tensor_data is not None
-            parts[item.index.fqn] = cast(Tensor, planner.resolve_data(item)).contiguous()
+            tensors[item.index.fqn] = cast(Tensor, planner.resolve_data(item)).contiguous()
             begins[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         file = f"{name}/shard-{self._group.rank + 1:05d}.safetensors"
-        headers[file] = {SHARDING_INFO: json.dumps(begins)}
-        return {file: parts} if parts else {}
+        return Part(file, tensors, {SHARDING_INFO: json.dumps(begins)})
 
     def _seal(self, hashes: dict[str, str]) -> dict[str, str] | OSError:
         """Gives the folder its name, in the first process; the result is an error or empty."""
@@ -188,16 +198,16 @@ class CheckpointWriter:
         return {}
 
 
-def _write(folder: Path, parts: dict[str, Tensors], headers: Headers) -> dict[str, str] | OSError:
+def _write(folder: Path, parts: list[Part]) -> dict[str, str] | OSError:
     """The hashes of the files that this process has written; or an error of its disk."""
     hashes = {}
     try:
-        for file, tensors in parts.items():
-            path = folder / file
+        for part in parts:
+            path = folder / part.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            _save(tensors, path, headers[file])
+            _save(part.tensors, path, part.header)
             sync(path)
-            hashes[file] = sha256(path)
+            hashes[part.file] = sha256(path)
     except OSError as error:
         return error
     return hashes

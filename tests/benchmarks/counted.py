@@ -4,11 +4,11 @@
 
 The step is run on tensors of shapes alone ("meta"), forward and backward: no time is measured.
 Counted are torch's operations that make or change tensors, each about one kernel on a GPU (views
-are left out), and the bytes of their tensors, each read or written once. torch's RMSNorm and fused
-attention are one operation each, forward and backward, as on a GPU; attention is a call for each
-sequence, as where there is no varlen kernel. The step has four pairs of UltraFeedback-like lengths,
-LoRA (r 16), bf16. `fused` are the layers as this project computes them, `plain` those of
-transformers and peft. The results/counted.{json,md} are written anew after each row.
+are left out), and the bytes of their tensors, each read or written once. torch's RMSNorm and varlen
+attention are one operation each, forward and backward, as on a GPU. The step has four pairs of
+UltraFeedback-like lengths, LoRA (r 16), bf16. `fused` are the layers as this project computes them,
+`plain` those of transformers and peft. The results/counted.{json,md} are written anew after each
+row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from train_step import LOSSES, PAIRS, SHAPES, the_recipe, the_store
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
+from tbpo_cli.batch.packing import segments_of
 from tbpo_cli.core import StateBaseline
+from tbpo_cli.model.attention import in_one_kernel
 from tbpo_cli.model.layout import apply_layout
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.scoring import Scorer
@@ -69,10 +71,9 @@ def one_norm(x, shape, weight, eps=None):
     return _rms_norm(x, weight)
 
 
-def one_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """torch's attention by one kernel, as it is several operations on "meta"."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, dropout_p, is_causal, scale=options.get("scale"))[0]
+def one_kernel(module, query, key, value, sequences, scaling=None, **options):
+    """The attention that a GPU takes."""
+    return in_one_kernel(query, key, value, segments_of(sequences).to(META), scaling)
 
 
 class Counter(TorchDispatchMode):
@@ -103,7 +104,6 @@ def main() -> None:
     parser.add_argument("--name", default="counted", help="of the files under results/")
     arguments = parser.parse_args()
     torch.autocast = lambda *_, **__: nullcontext()  # it does not know that device, and is off
-    F.scaled_dot_product_attention = one_attention
     store = the_store(0)
     rows = []
     lines = [
@@ -145,7 +145,9 @@ def counted(shape: str, name: str, way: str, store) -> dict:
     pairs = [cut_to_span(store[number], loss.span) for number in range(PAIRS)]
     batch = collate(pairs, "shared_prompt").to(META)
     policy.train()
-    with mock.patch.object(F, "rms_norm", one_norm), Counter() as forward:
+    norm = mock.patch.object(F, "rms_norm", one_norm)
+    kernel = mock.patch("tbpo_cli.model.attention.one_by_one", one_kernel)
+    with norm, kernel, Counter() as forward:
         total = loss(scorer.score(batch, loss.needs)).per_pair.sum()
     with Counter() as backward:
         total.backward()
