@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 from one_step import collated, make_pairs, make_scorer
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tbpo_cli.core import StateBaseline, build_loss
@@ -28,6 +30,7 @@ class _Backend:
     """What torch asks of a device's module."""
 
     is_available = staticmethod(lambda: True)
+    is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
     _is_in_bad_fork = staticmethod(lambda: False)
@@ -75,6 +78,39 @@ def moved_scorer(scorer, device):
         heads[view] = known.setdefault(id(weight), replace(head, weight=weight))
     baseline = scorer.baseline and moved(scorer.baseline, device)
     return Scorer(policy, heads, baseline)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the operations that take a tensor from the CPU to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {each.device.type for each in tree_leaves(of) if isinstance(each, torch.Tensor)}
+            for of in ((args, kwargs), result)
+        )
+        self.count += "cpu" in given and NAME in made
+        return result
+
+
+def transfers(recipe):
+    """(transfers of a batch with log π_ref of its tokens, those of its scores and their loss)."""
+    loss, device = build_loss("dpo"), the_device()
+    scorer = make_scorer(recipe, loss, "adapter", "float32", "cpu")
+    apply_layout(scorer.policy.models, "shared_prompt")
+    on_cpu = collated(make_pairs(300), loss, "shared_prompt", "cpu")
+    on_cpu = replace(on_cpu, reference_logps=torch.zeros(len(on_cpu.tokens)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = moved_scorer(scorer, device)
+        with Transfers() as of_batch:
+            batch = on_cpu.to(device)
+        with Transfers() as of_scores:
+            loss(fake.score(batch, loss.needs, batch.reference_logps)).per_pair.sum().backward()
+    return of_batch.count, of_scores.count
 
 
 def step(recipe, name, trained, dtype, layout, left_behind=""):

@@ -1,19 +1,19 @@
 """Checkpoints of sharded weights: read by any number of processes, whole, or not at all."""
 
 import errno
+import os
 import resource
+import threading
+from contextlib import closing
 
+import psutil
 import pytest
 import torch
 from test_loading import make
 
 from tbpo_cli.model.sharding import Shards, gathered, shard
-from tbpo_cli.train.checkpoint import (
-    TrainState,
-    kept_checkpoints,
-    load_newest_checkpoint,
-    save_checkpoint,
-)
+from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints, load_newest_checkpoint
+from tbpo_cli.train.checkpoint_writer import CheckpointWriter
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.optim import make_moments
 
@@ -38,6 +38,28 @@ def sharded(mesh):
     return model
 
 
+def save_checkpoint(folder, step, states, group):
+    with closing(CheckpointWriter(folder, states, group)) as writer:
+        writer.begin(step)
+        writer.finish()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event: until it is set, no thread but this one can make a folder."""
+    answers = threading.Event()
+    make = os.mkdir
+
+    def wait_and_make(*arguments, **named):
+        if threading.current_thread() is not threading.main_thread():
+            assert answers.wait(60)
+        make(*arguments, **named)
+
+    monkeypatch.setattr(os, "mkdir", wait_and_make)
+    yield answers
+    answers.set()
+
+
 def assert_equal(state, other):
     assert state.tensors.keys() == other.tensors.keys()
     for name, tensor in state.tensors.items():
@@ -55,11 +77,7 @@ def test_sharded_weights_are_written_in_parts_and_read_sharded_and_whole(tmp_pat
     save_checkpoint(tmp_path, 4, {"policy": written, "baseline": plain}, Group())
     (step,) = kept_checkpoints(tmp_path).values()
     names = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()}
-    assert names == {
-        "checkpoint.json",
-        "baseline.safetensors",
-        "policy/shard-00001-model-00001-of-00001.safetensors",
-    }
+    assert names == {"checkpoint.json", "baseline.safetensors", "policy/shard-00001.safetensors"}
     for model in (sharded, make("llama", tie_word_embeddings=True)):
         found, other = state_of(model), state_of(torch.nn.Linear(3, 2))
         states = {"policy": found, "baseline": other}
@@ -106,3 +124,63 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, sharded):
     assert caught.value.errno == errno.EFBIG
     assert {path.name for path in tmp_path.iterdir()} == {"step-1", "store"}
     assert load_newest_checkpoint(tmp_path, state, Group()) == 1
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_the_training_goes_on_while_what_it_had_at_a_checkpoint_is_written(
+    tmp_path, sharded, slow_disk, is_sharded
+):
+    """And the next checkpoint waits for the one before it."""
+    model = sharded if is_sharded else make("llama", tie_word_embeddings=True)
+    state = state_of(model, 1)
+    steps = tmp_path / "steps"
+    with closing(CheckpointWriter(steps, {"policy": state}, Group())) as writer:
+        writer.begin(1)
+        with torch.no_grad():
+            for tensor in state.tensors.values():
+                tensor.add_(1)
+        writer.advance()
+        assert not steps.exists()
+        slow_disk.set()
+        writer.begin(2)
+        assert 1 in kept_checkpoints(steps)
+        writer.finish()
+    assert (
+        [*kept_checkpoints(steps)]
+        == [1, 2]
+        == sorted(int(path.name.removeprefix("step-")) for path in steps.iterdir())
+    )
+    found = state_of(make("llama", tie_word_embeddings=True))
+    found.restore(steps / "step-1", "policy")
+    assert_equal(found, state_of(make("llama", tie_word_embeddings=True), 1))
+
+
+def test_a_checkpoint_is_there_after_a_step_in_which_it_was_written(tmp_path, sharded):
+    """Without a next one, or an end, that waits for it."""
+    with closing(CheckpointWriter(tmp_path, {"policy": state_of(sharded, 1)}, Group())) as writer:
+        writer.begin(1)
+        for _ in range(1000):
+            writer.advance()
+            if kept_checkpoints(tmp_path):
+                break
+            threading.Event().wait(0.01)
+        assert [*kept_checkpoints(tmp_path)] == [1]
+
+
+def test_without_memory_for_a_copy_the_training_waits(tmp_path, sharded, monkeypatch, capsys):
+    memory = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    written = state_of(sharded, 1)
+    with closing(CheckpointWriter(tmp_path, {"policy": written}, Group())) as writer:
+        writer.begin(1)
+        assert [*kept_checkpoints(tmp_path)] == [1]
+    assert capsys.readouterr().err.count("the training waits while checkpoints are written") == 1
+    found = state_of(sharded)
+    found.restore(tmp_path / "step-1", "policy")
+    assert_equal(found, state_of(make("llama", tie_word_embeddings=True), 1))
+
+
+def test_what_a_killed_process_has_left_of_a_checkpoint_is_removed(tmp_path, sharded):
+    (tmp_path / ".step-7.partial/policy").mkdir(parents=True)
+    with closing(CheckpointWriter(tmp_path, {"policy": state_of(sharded)}, Group())):
+        assert not list(tmp_path.glob(".*"))

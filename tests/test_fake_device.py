@@ -4,7 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from conftest import write_recipe
-from fake_device import step
+from fake_device import step, transfers
 from one_step import TRAINED
 from process import FORKS
 
@@ -13,11 +13,17 @@ from tbpo_cli.core import LOSSES
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, base, rows):
+def run(call):
     """Runs a step in a process that has the device; returns the error, in words."""
+    return lambda *case: call(step, *case)
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory, base, rows):
+    """Calls a function with a recipe, and more, in a process that has the device."""
     recipe = write_recipe(tmp_path_factory.mktemp("fake") / "tiny.toml", base, rows)
     with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
-        yield lambda *case: pool.submit(step, recipe, *case).result()
+        yield lambda function, *case: pool.submit(function, recipe, *case).result()
 
 
 @pytest.mark.parametrize("trained", TRAINED)
@@ -38,3 +44,8 @@ def test_nor_of_a_step_in_half_precision(run, name, trained, layout):
 def test_a_tensor_that_is_left_there_is_found(run, left):
     error = run("tbpo_q", "adapter", "float32", "shared_prompt", left)
     assert "pretended" in error and "cpu" in error
+
+
+def test_a_batch_with_the_log_probabilities_of_the_reference_is_one_transfer(call):
+    """And its scores and their loss need no other."""
+    assert call(transfers) == (1, 0)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from test_mechanisms import Operations
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -274,6 +275,19 @@ def test_no_step_waits_for_the_device(pairs, name, layout, monkeypatch):
         assert norm.is_meta and all(total.is_meta for total, _ in totals.values())
     with pytest.raises((RuntimeError, NotImplementedError)):
         norm.item()
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_keys_and_values_are_copied_where_a_prompt_is_repeated_alone(kind):
+    sequences = SEQUENCES[kind]
+    pairs = zip(sequences.continues, range(len(sequences.lengths)), strict=True)
+    repeats = any(number - prefix > 1 for prefix, number in pairs)
+    states = random_states(sequences, "meta", torch.bfloat16)
+    states = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in states]
+    with Operations() as seen:
+        in_one_kernel(*states, segments_of(sequences).to("meta"), None)
+    assert seen.names["index_select"] == 2 * repeats
+    assert seen.names["clone"] == seen.names["index"] == 0, "states are as attentions have them"
 
 
 @pytest.mark.parametrize("kind", SEQUENCES)

@@ -103,16 +103,18 @@ def test_weights_in_fp32_are_multiplied_in_bf16(make_run):
     assert share > 0.7, seen.dtypes
 
 
-def test_plain_norms_and_lora_layers_are_computed_by_the_fused_ones(make_run):
+def test_norms_positions_and_lora_layers_are_computed_by_the_fused_ones(make_run):
     """A Llama of 2 layers has 5 norms; the 7 LoRA layers of each add their product in place.
 
-    One pass of the policy and one of the reference, which has no LoRA.
+    One pass of the policy and one of the reference, which has no LoRA. transformers' own rotary
+    positions negate a half of all queries, and of all keys, in each.
     """
     stepper = loop.build_stepper(make_run("fused", LORA))
     with Operations() as seen, Functions() as called:
         stepper.step(0)
     assert seen.names["addmm_"] >= 2 * 7
     assert called.names["rms_norm"] == 2 * 5
+    assert seen.names["neg"] < 2 * 2 * 2
 
 
 def saved_bytes(run):
@@ -177,10 +179,13 @@ def test_the_device_is_read_once_a_step_however_many_micro_batches_it_has(make_r
 @pytest.mark.parametrize("layout", ["shared_prompt", "padded"])
 def test_a_batch_that_is_moved_has_every_tensor_in_its_place(make_run, layout):
     store = make_run(layout).train
-    (batch,) = collate_all(store, range(NUM_PAIRS), 10_000, "response", layout)
+    (batch,) = collate_all(store, range(NUM_PAIRS), 10_000, "response", layout, True)
+    known = torch.randn(len(batch.tokens))
+    batch = replace(batch, reference_logps=known)
     moved = batch.to(torch.device("cpu", 0))
     assert moved is not batch
     tensors = ("input_ids", "position_ids", "tokens", "predictor")
+    tensors += ("pair_weights", "token_keys", "reference_logps")
     pairs = [(getattr(moved, name), getattr(batch, name)) for name in tensors]
     for side in ("chosen", "rejected"):
         for name in ("mask", "slots"):

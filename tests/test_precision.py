@@ -54,12 +54,10 @@ def test_a_fused_layer_is_pefts_layer(dtype, dropout, bias):
         with model.disable_adapter():
             plain = model(x)
         found.append([y, plain, *gradients])
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.15}
-    )
+    tolerance = 1e-6 if dtype == torch.float32 else 0.01
     for got, want in zip(found[1], found[0], strict=True):
         assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, **tolerance)
+        assert (got - want).norm() <= tolerance * want.norm()
 
 
 def test_a_fused_norm_is_computed_outside_of_autocast(monkeypatch):

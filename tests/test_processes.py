@@ -60,6 +60,11 @@ def wait_for_step(run, step, process):
     process.wait_until(lambda: path.exists() and f'"train", "step": {step}' in path.read_text())
 
 
+def wait_for_checkpoint(run, process):
+    """It is written beside the steps that follow it."""
+    process.wait_until(lambda: any((run / "align/checkpoints").glob("step-*")))
+
+
 def workers_of(process):
     family = psutil.Process(process.pid).children(recursive=True)
     return [
@@ -108,7 +113,7 @@ def test_two_processes_stop_together_and_one_goes_on_alone(recipe_file, tmp_path
 def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(recipe_file, tmp_path):
     sets = (*EXACT, "align.max_steps=2000", "align.eval_every=2000")
     process = start(recipe_file, tmp_path / "run", "--gpus", "2", "--cpu", sets=sets)
-    wait_for_step(tmp_path / "run", 3, process)
+    wait_for_checkpoint(tmp_path / "run", process)
     workers = workers_of(process)
     assert len(workers) == 2
     started = time.monotonic()

@@ -3,15 +3,17 @@
 import copy
 import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
 from safetensors.torch import load_file
-from test_processes import finish, metrics, start, two_machines, wait_for_step
+from test_processes import finish, metrics, start, two_machines, wait_for_step, workers_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbpo_cli.batch.layouts import blank_batch, collate
@@ -25,10 +27,12 @@ from tbpo_cli.model.policy import POLICY, Policy
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.model.sharding import Shards, gathered, shard
+from tbpo_cli.train.checkpoint import kept_checkpoints
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
+from tbpo_cli.train.memory import bytes_of_weights
 from tbpo_cli.train.metrics import average, measure
-from tbpo_cli.train.stage import mesh_of
+from tbpo_cli.train.placement import mesh_of
 
 CPU = torch.device("cpu")
 SHARDED = ("--cpu", "--set", "align.sharding=fsdp", "--gpus")
@@ -147,7 +151,7 @@ def test_each_of_several_machines_has_a_copy_of_the_weights_unless_the_recipe_sa
     shapes = policy_of_shapes(recipe, recipe.align.loss, CPU, after_sft=False)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        assert tuple(mesh_of(shapes, recipe.align, Group(0, 4)).shape) == shape
+        assert tuple(mesh_of(bytes_of_weights(shapes), over, Group(0, 4)).shape) == shape
     finally:
         dist.destroy_process_group()
 
@@ -261,6 +265,72 @@ def test_all_processes_begin_again_with_half_the_tokens_when_one_of_a_sharded_ru
     assert_same_training(
         tmp_path / "run", tmp_path / "whole", within=1e-5
     )  # other sums, through AdamW's first steps
+
+
+# The second process gets no answer, or an error, from the disk for its part of the fourth step's
+# checkpoint.
+DISK_OF_SECOND = """
+import os, time
+from pathlib import Path
+reach = os.open
+def on_its_disk(path, *arguments, **named):
+    if os.environ.get("RANK") == "1" and ".step-4.partial/policy" in str(path):
+        {what}
+    return reach(path, *arguments, **named)
+os.open = on_its_disk
+"""
+
+
+def give_second_a_disk(folder, monkeypatch, what):
+    (folder / "sitecustomize.py").write_text(DISK_OF_SECOND.format(what=what))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def test_processes_that_are_killed_while_a_checkpoint_is_written_go_on_from_the_one_before(
+    full_recipe, tmp_path, monkeypatch
+):
+    """First one of them, then all: the fifth step was made while the thread wrote the fourth."""
+    run_stage("align", full_recipe, tmp_path / "alone")
+    run = tmp_path / "run"
+    waits = tmp_path / "waits"
+    before = os.environ.get("PYTHONPATH", "")
+    give_second_a_disk(tmp_path, monkeypatch, f"Path({str(waits)!r}).touch(); time.sleep(900)")
+    for kills_all in (False, True):
+        process = start(full_recipe, run, *SHARDED, "2", sets=())
+        process.wait_until(waits.exists)
+        wait_for_step(run, 5, process)
+        assert list((run / "align/checkpoints/.step-4.partial/policy").iterdir())
+        waits.unlink()
+        killed = workers_of(process)[1:]
+        if kills_all:
+            killed = psutil.Process(process.pid).children(recursive=True)
+            process.close()
+        for each in killed:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(killed, timeout=40)
+        if not kills_all:
+            code, _, err = finish(process)
+            assert code == 2 and "a worker process was killed by signal 9" in err, err
+            assert "Traceback" not in err
+        assert [*kept_checkpoints(run / "align/checkpoints")] == [2]
+    monkeypatch.setenv("PYTHONPATH", before)
+    run_stage("align", full_recipe, run)
+    assert_same_training(tmp_path / "alone", run)
+    names = {path.name for path in (run / "align/checkpoints").iterdir()}
+    assert names == {"step-4", "step-6"}
+
+
+def test_a_full_disk_of_one_process_ends_all_with_a_message_and_leaves_the_checkpoint_before(
+    full_recipe, tmp_path, monkeypatch
+):
+    give_second_a_disk(tmp_path, monkeypatch, "raise OSError(28, os.strerror(28), str(path))")
+    process = start(full_recipe, tmp_path / "run", *SHARDED, "2", sets=())
+    code, _, err = finish(process)
+    assert code == 2 and "Traceback" not in err, err
+    assert err.count("the run directory cannot be written: No space left on device") == 1
+    names = [path.name for path in (tmp_path / "run/align/checkpoints").iterdir()]
+    assert names == ["step-2"]
 
 
 def test_a_number_of_the_recipe_is_not_halved(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import change_recipe, preference_rows, run_stage, write_jsonl
@@ -23,6 +24,7 @@ from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.report.diagnoses import AFTER, BEFORE, diagnose
 from tbpo_cli.report.facts import RATES, Facts, after_training
+from tbpo_cli.runs.launch import Processes
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.train.checkpoint import bytes_on_disk
 from tbpo_cli.train.memory import estimate_memory, kept_bytes, tokens_that_fit
@@ -260,6 +262,48 @@ def test_memory_follows_from_processes_and_quantization(recipe_file):
     assert nf4["weights"] < 0.8 * whole["weights"]
 
 
+@pytest.mark.parametrize(
+    ("processes", "over", "parts", "said"),
+    [
+        (Processes(4), "auto", 4, "4, fsdp: all of them are trained"),
+        (Processes(2, machines=2), "auto", 2, "4, fsdp: all of them are trained; each of the 2 "),
+        (Processes(2, machines=2), "all", 4, "4, fsdp: all of them are trained"),
+    ],
+)
+def test_sharded_weights_are_divided_by_the_processes_that_share_them(
+    recipe_file, tmp_path, processes, over, parts, said
+):
+    change_recipe(recipe_file, model={"lora": None})
+    recipe = load_recipe(recipe_file, (f"align.shard_over={over}",))
+    whole, shared = (
+        forecast(of_align(recipe), recipe, RunDir(tmp_path / "run"), each)
+        for each in (Processes(), processes)
+    )
+    for part in ("weights", "gradients and moments", "copy for checkpoints"):
+        assert shared.memory[part] == whole.memory[part] / parts, part
+    line = dict(shared.lines)["processes"]
+    assert line.startswith(said) and line.endswith(f"in {parts} parts") == (parts == 2)
+
+
+def test_the_copy_of_a_checkpoint_counts_where_half_of_the_free_memory_holds_it(
+    recipe_file, monkeypatch
+):
+    """Weights and two moments, in fp32; without memory for it the training waits instead."""
+    change_recipe(recipe_file, model={"lora": None})
+    recipe = load_recipe(recipe_file)
+    cpu = torch.device("cpu")
+    policy = policy_on_meta(of_align(recipe), recipe, cpu)
+    before, _ = estimate_memory(policy, recipe.model, recipe.align, cpu, 1, (0, 99))
+    trained = sum(weight.numel() for weight in policy.trained.values())
+    copy = before.pop("copy for checkpoints")
+    assert copy == 12 * trained
+    for times, is_there in ((2.1, True), (1.9, False)):
+        memory = SimpleNamespace(total=sum(before.values()) + times * copy)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        parts, _ = estimate_memory(policy, recipe.model, recipe.align, cpu, 1, (0, 99))
+        assert ("copy for checkpoints" in parts) == is_there
+
+
 def test_the_memory_that_was_forecast_is_within_20_percent_of_what_was_measured():
     measured = json.loads((Path(__file__).parent / "benchmarks/results/memory.json").read_text())[
         "rows"
@@ -283,9 +327,9 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     for path in base.iterdir():
         if path.suffix != ".safetensors":
             (bare / path.name).write_bytes(path.read_bytes())
-    done = tbpo("show", recipe_file, "--set", f"model.base={bare}", "--gpus", "2")
+    done = tbpo("show", recipe_file, "--set", f"model.base={bare}", "--gpus", "2", "--nodes", "2")
     assert done.returncode == 0 and "memory" in done.stdout, done.stderr
-    assert "2, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
+    assert "4, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
 def test_of_a_mixture_of_experts_no_line_of_torch_is_printed(start, recipe_file, tmp_path, base):

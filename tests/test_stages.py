@@ -564,6 +564,7 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
             "align.max_grad_norm=1e30",
             "align.optimizer=rmsprop",
             "align.max_steps=50",
+            "align.checkpoint_every=1",
         )
     assert error.value.exit_code == 3
     named = re.search(
@@ -575,6 +576,8 @@ def test_divergence_stops_before_the_step_with_exit_3(recipe_file, tmp_path):
     )
     facts = json.loads((tmp_path / "run/align/diverged/diverged.json").read_text())
     assert facts["step"] == int(named[1]) and len(facts["losses"]) == len(kept)
+    last = f"align/checkpoints/step-{facts['step'] - 1}"
+    assert error.value.expected.endswith(f"the last good state is {tmp_path / 'run' / last}")
     assert not (tmp_path / "run/align/manifest.json").exists()
 
 

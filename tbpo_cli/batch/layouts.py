@@ -36,6 +36,18 @@ class SideBatch:
     slots: Tensor
 
 
+# The fields of a PairBatch that are tensors; the last two may be None.
+TENSORS = (
+    "input_ids",
+    "position_ids",
+    "tokens",
+    "predictor",
+    "pair_weights",
+    "token_keys",
+    "reference_logps",
+)
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """The model's input for some pairs, and where in it each response token is predicted.
@@ -54,6 +66,8 @@ class PairBatch:
         num_tokens: of the pairs, each prompt once, without padding.
         indices: the B indices of the pairs in their store; empty if they come from none.
         token_keys: (lines, L) int64, which token of which pair stands there; None without dropout.
+        reference_logps: (N,) fp32, log π_ref of `tokens`, in nats, NaN where it is not known; None
+            where nothing reads it.
     """
 
     pair_ids: tuple[str, ...]
@@ -69,6 +83,7 @@ class PairBatch:
     num_tokens: int
     indices: tuple[int, ...] = ()
     token_keys: Tensor | None = None
+    reference_logps: Tensor | None = None
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -83,42 +98,47 @@ class PairBatch:
         return inputs
 
     def to(self, device: torch.device) -> PairBatch:
-        """The batch on a device, by one transfer that the host does not wait for.
-
-        1. Lay all tensors end to end in one int64 tensor.
-        2. Copy it, from pinned memory if the device is a GPU.
-        3. Cut it into views, and cast each back to its own type. The weights of the pairs travel as
-           the integers of their bits.
-        """
+        """The batch on a device, by one transfer that the host does not wait for."""
         if device == self.tokens.device:
             return self
-        sides = (self.chosen, self.rejected)
-        parts = [self.input_ids, self.position_ids, self.tokens, self.predictor]
-        parts += [self.pair_weights.view(torch.int32)]
-        parts += [part for side in sides for part in (side.mask, side.slots)]
-        parts += [] if self.segments is None else self.segments[:3]
-        parts += [] if self.token_keys is None else [self.token_keys]
-        whole = torch.cat([part.flatten().long() for part in parts])
-        if device.type == "cuda":
-            whole = whole.pin_memory()
-        whole = whole.to(device, non_blocking=True)
-        moved = [
-            flat.view(part.shape).to(part.dtype)
-            for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)
-        ]
-        names = ("input_ids", "position_ids", "tokens", "predictor")
-        chosen, rejected = SideBatch(*moved[5:7]), SideBatch(*moved[7:9])
+        own = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        sides = [part for each in (self.chosen, self.rejected) for part in (each.mask, each.slots)]
         segments = self.segments
+        indices = [] if segments is None else list(segments[:3])
+        moved = _moved([*own.values(), *sides, *indices], device)
+        named: dict[str, Any] = dict(zip(own, moved, strict=False))
+        mask, slots, *others = moved[len(own) :]
+        chosen = SideBatch(mask, slots)
+        rejected = SideBatch(*others[:2])
         if segments is not None:
-            key_index, cu_seqlens_q, cu_seqlens_k = moved[9:12]
+            key_index, cu_seqlens_q, cu_seqlens_k = others[2:]
             segments = segments._replace(
                 key_index=key_index, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
             )
-        named = dict(zip(names, moved, strict=False))
-        named["pair_weights"] = moved[4].view(torch.float32)
-        if self.token_keys is not None:
-            named["token_keys"] = moved[-1]
         return replace(self, **named, chosen=chosen, rejected=rejected, segments=segments)
+
+
+def _moved(parts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors on a device, by one transfer that the host does not wait for.
+
+    1. Lay them end to end in one int64 tensor; fp32 numbers as the integers of their bits.
+    2. Copy it, from pinned memory if the device is a GPU.
+    3. Cut it into views, and cast each back to its own type.
+    """
+
+    def is_float(part: Tensor) -> bool:
+        return part.dtype == torch.float32
+
+    bits = [part.view(torch.int32) if is_float(part) else part for part in parts]
+    whole = torch.cat([part.flatten().long() for part in bits])
+    if device.type == "cuda":
+        whole = whole.pin_memory()
+    flats = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
+    back = [flat.view(part.shape).to(part.dtype) for flat, part in zip(flats, bits, strict=True)]
+    return [
+        each.view(torch.float32) if is_float(part) else each
+        for each, part in zip(back, parts, strict=True)
+    ]
 
 
 class Arranged(NamedTuple):

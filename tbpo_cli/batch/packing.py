@@ -40,6 +40,8 @@ class Segments(NamedTuple):
         cu_seqlens_q, cu_seqlens_k: (segments + 1,) int32, cumulative numbers of queries and of
             keys, from 0.
         max_seqlen_q, max_seqlen_k: the largest number of queries and of keys of a segment.
+        repeats_keys: whether a prompt's keys stand in several segments; else `key_index` counts
+            from 0.
     """
 
     key_index: Tensor
@@ -47,6 +49,7 @@ class Segments(NamedTuple):
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    repeats_keys: bool
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on a device."""
@@ -95,4 +98,5 @@ def segments_of(sequences: Sequences) -> Segments:
         for counts in (num_queries, num_keys)
     )
     key_index = torch.from_numpy(np.concatenate(keys))
-    return Segments(key_index, cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys))
+    repeats = num_keys != num_queries
+    return Segments(key_index, cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys), repeats)

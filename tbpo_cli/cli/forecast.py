@@ -23,12 +23,15 @@ from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.shapes import policy_of_shapes
 from tbpo_cli.report.diagnoses import BEFORE, diagnose
 from tbpo_cli.report.facts import Facts
+from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import plan
 from tbpo_cli.train.checkpoint import bytes_on_disk
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import (
     MOMENTS,
+    bytes_of_learning,
+    bytes_of_weights,
     device_memory,
     estimate_memory,
     matrix_rate,
@@ -36,8 +39,9 @@ from tbpo_cli.train.memory import (
     operations,
 )
 from tbpo_cli.train.metrics import read_metrics
+from tbpo_cli.train.placement import choose_sharding, copies_on_machines, num_sharing
 from tbpo_cli.train.run import num_evaluated
-from tbpo_cli.train.stage import choose_sharding, open_stores
+from tbpo_cli.train.stage import open_stores
 
 # The share of the speed of bare matrix products that a step reaches, measured for the CPU: see
 # tests/benchmarks/results/train_step*.md.
@@ -98,8 +102,10 @@ class Counts:
     bounds: tuple[int, int]
 
 
-def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int = 1) -> Forecast:
-    """What is known of a training of `processes` processes, one a device."""
+def forecast(
+    training: Training, recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE
+) -> Forecast:
+    """What is known of a training in some processes, each of them with a device of its own."""
     settings = training.settings
     device = Group.of_environment().device
     counts = Counts("", {}, 0.0, recipe.data.max_length, (0, 2**31))
@@ -127,10 +133,18 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         lines.append(("model", f"{what}: {error.what}"))
     else:
         sharded, why = choose_sharding(policy, settings.sharding, recipe.model, device)
-        if processes > 1:
-            lines.append(("processes", f"{processes}, {'fsdp' if sharded else 'ddp'}: {why}"))
+        size = processes.total
+        parts = 1
+        if sharded:
+            needed = bytes_of_weights(policy) + bytes_of_learning(policy, settings)
+            local = processes.per_machine
+            parts = num_sharing(needed, settings.shard_over, device, size, local)
+        if size > 1:
+            how = f"{size}, {'fsdp' if sharded else 'ddp'}: {why}"
+            if sharded and parts < size:
+                how += f"; {copies_on_machines(size // parts, parts)}"
+            lines.append(("processes", how))
         lines += choices(policy, training, counts.longest, recipe.rounds)
-        parts = processes if sharded else 1
         memory, tokens = estimate_memory(
             policy, recipe.model, settings, device, parts, counts.bounds
         )
@@ -140,7 +154,7 @@ def forecast(training: Training, recipe: Recipe, run_dir: RunDir, processes: int
         trained = sum(weight.numel() for weight in policy.trained.values())
         disk = bytes_on_disk(trained, MOMENTS[settings.optimizer])
         if counts.tokens:
-            passed = counts.tokens / processes
+            passed = counts.tokens / size
             longest_pair = counts.bounds[0]
             kept = memory["weights"] + memory["gradients and moments"]
             time = _time(training, policy, run_dir, passed, longest_pair, kept)

@@ -209,7 +209,7 @@ def losses(
     console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@command("show", *RUN, "gpus")
+@command("show", *RUN, "gpus", "nodes")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
 
@@ -221,8 +221,10 @@ def show(call: Call) -> None:
 
     recipe, run_dir = call.load()
     from tbpo_cli.cli import show as showing  # it imports torch: after the recipe is checked
+    from tbpo_cli.runs.launch import Processes
 
-    showing.show(recipe, sources(call.recipe, call.overrides), run_dir, call.gpus or 1)
+    processes = Processes(call.gpus or 1, machines=call.nodes or 1)
+    showing.show(recipe, sources(call.recipe, call.overrides), run_dir, processes)
 
 
 def run_stage(name: str, call: Call, of_policy: bool = False) -> None:

@@ -15,11 +15,14 @@ from tbpo_cli.cli.forecast import forecast, trainings_of
 from tbpo_cli.cli.forecast_rounds import forecast_rounds
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.runs.launch import ALONE, Processes
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.chain import STAGES, STATES, plan
 
 
-def show(recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: int = 1) -> None:
+def show(
+    recipe: Recipe, given: dict[str, str], run_dir: RunDir, processes: Processes = ALONE
+) -> None:
     """Prints all of it to stdout.
 
     Args:

@@ -36,6 +36,7 @@ def _run(folder: Path) -> int:
     """Returns the exit code."""
     console.quiet_libraries()
     from tbpo_cli.config.recipe import load_recipe
+    from tbpo_cli.runs.files import explaining_disk_errors
     from tbpo_cli.runs.run_dir import RunDir
     from tbpo_cli.stages.chain import STAGES
     from tbpo_cli.train.group import Group
@@ -45,7 +46,8 @@ def _run(folder: Path) -> int:
         console.err.quiet = not group.is_main
         work = STAGES[folder.name].work
         assert work is not None
-        work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
+        with explaining_disk_errors(folder.parent):
+            work(load_recipe(folder.parent / "recipe.toml"), RunDir(folder.parent))
         group.gather(None)  # nobody closes its connections while others still talk
     except TbpoError as error:
         if _is_first(folder):

@@ -37,6 +37,7 @@ DIAGNOSTICS = frozenset({"logps", "log_ratio", "kl", "advantage", "reverse_kl", 
 STATISTICS = DIAGNOSTICS | {"collision_entropy"}
 REFERENCE_FREE = frozenset({"logps", "entropy", "collision_entropy"})
 CHUNK_TOKENS = 320  # rows enough for the full speed of a matrix product
+CHUNK_TOKENS_ON_GPU = 1024  # of a trained head: all of W's gradient is read and written for each
 TILE_ON_CPU = 1024  # tokens of the vocabulary whose logits, for a chunk, stay in the cache
 CHUNKED = (  # what `_ChunkedStatistics` returns, in this order
     "logps",
@@ -141,7 +142,7 @@ def _of_softmax(
     size = TILE_ON_CPU if hidden.is_cpu else num_vocabulary
     logps = hidden.new_empty(tokens.shape[0], dtype=_accumulator(head))
     direction = logps.new_empty((tokens.shape[0], head.weight.shape[1]) if with_direction else 0)
-    for part in _chunks(tokens):
+    for part in _chunks(tokens, head):
         highest = logps.new_full((len(tokens[part]), 1), -torch.inf)  # largest logit so far
         target = highest  # becomes the logit of y in the tile that has y
         total = torch.zeros_like(highest)  # Σ_v exp(z(v) − highest)
@@ -199,7 +200,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         directions = None
         if differentiated and head.frozen:
             directions = zeros.new_zeros(1 + with_mean, *policy_hidden.shape)
-        for part in _chunks(tokens):
+        for part in _chunks(tokens, head):
             target = tokens[part, None]
             reference = None
             reference_probs = None
@@ -250,7 +251,7 @@ class _ChunkedStatistics(torch.autograd.Function):
         grad_bias = None
         if head.bias is not None:
             grad_bias = torch.zeros_like(head.bias, dtype=_accumulator(head))
-        for part in _chunks(tokens):
+        for part in _chunks(tokens, head):
             logits = head.logits(hidden[part])
             grad = logits.softmax(dim=-1)
             grad.mul_(-(grad_logps + grad_mean)[part, None])  # −(g_a + g_b) π_θ
@@ -327,8 +328,19 @@ def _expected(probs: Tensor, values: Tensor) -> Tensor:
     return expected
 
 
-def _chunks(tokens: Tensor) -> Iterator[slice]:
-    return (slice(start, start + CHUNK_TOKENS) for start in range(0, tokens.shape[0], CHUNK_TOKENS))
+def chunk_tokens(is_trained: bool, device: str) -> int:
+    """Response tokens whose logits are computed at a time.
+
+    Args:
+        is_trained: whether the head is.
+        device: the type of the device, as "cuda".
+    """
+    return CHUNK_TOKENS_ON_GPU if is_trained and device != "cpu" else CHUNK_TOKENS
+
+
+def _chunks(tokens: Tensor, head: Head) -> Iterator[slice]:
+    size = chunk_tokens(not head.frozen, tokens.device.type)
+    return (slice(start, start + size) for start in range(0, tokens.shape[0], size))
 
 
 def _accumulator(head: Head) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +37,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) → (n, V), at least fp32."""
-        logits = at_least_fp32(hidden.to(self.weight.dtype) @ self.weight.detach().T)
+        logits = _product(hidden.to(self.weight.dtype), self.weight.detach().T)
         if self.bias is not None:
             logits += self.bias.detach()
         if self.scale != 1.0:
@@ -64,7 +65,25 @@ class Head:
 
     def to_hidden(self, linear_grad: Tensor) -> Tensor:
         """∂/∂(W h + bias), (n, V) → ∂/∂h, (n, H), at least fp32."""
-        return at_least_fp32(linear_grad.to(self.weight.dtype) @ self.weight.detach())
+        return _product(linear_grad.to(self.weight.dtype), self.weight.detach())
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product, at least fp32: not rounded to half precision where the device can."""
+    is_half = a.dtype in (torch.bfloat16, torch.float16)
+    if is_half and _has_wide_products(a.device.type, a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return at_least_fp32(a @ b)
+
+
+@functools.cache
+def _has_wide_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of half precision can be written in fp32 there: GPUs can, CPUs cannot."""
+    try:
+        small = torch.zeros(8, 8, device=device, dtype=dtype)
+        return torch.mm(small, small, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
 
 
 def at_least_fp32(values: Tensor) -> Tensor:

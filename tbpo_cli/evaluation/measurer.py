@@ -10,6 +10,7 @@ from typing import Any
 
 from tbpo_cli import console
 from tbpo_cli.batch.batches import collate_all
+from tbpo_cli.batch.layouts import blank_batch
 from tbpo_cli.config.recipe import Recipe, Sample
 from tbpo_cli.data.prompts import Prompt, prompts_of, prompts_of_pairs
 from tbpo_cli.data.store import PairStore
@@ -25,6 +26,8 @@ from tbpo_cli.model.generate import samples_of
 from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
+from tbpo_cli.model.sharding import causal_model
+from tbpo_cli.model.together import ALONE, Together
 
 Rows = list[dict[str, Any]]
 Known = Mapping[Key, dict[str, Any]]
@@ -43,6 +46,7 @@ class Measurer:
         attempt: calls a function with a number of tokens at a time; with fewer where memory runs
             out.
         known: gives the completions of a measurement that are there already.
+        together: the processes that make the passes, of which all measure the same.
     """
 
     recipe: Recipe
@@ -52,6 +56,7 @@ class Measurer:
     share: Callable[[Sequence[Any]], Sequence[Any]]
     attempt: Callable[[Callable[[int], Rows]], Rows]
     known: Callable[[Measurement], Known]
+    together: Together = ALONE
 
     def preference(self, candidate: Candidate) -> Rows:
         """The statistics of the held-out pairs, one row a pair."""
@@ -65,7 +70,7 @@ class Measurer:
             batches = collate_all(store, places, tokens, "response", "padded")
             rows = (
                 row
-                for batch in batches
+                for batch in self.together.equally_many(batches, blank_batch())
                 for row in pair_rows(scorer, candidate.view, batch.to(device))
             )
             return [
@@ -98,19 +103,29 @@ class Measurer:
         return measure(candidate, self.known(measurement))
 
     def suite(self, candidate: Candidate, suite: str) -> Rows:
-        """A suite in the first process: the harness cannot divide the work on a loaded model."""
-        if not self.share((0,)):
+        """A suite in the first process: the harness cannot divide the work on a loaded model.
+
+        Where the weights are sharded, the other processes run the same, for its passes.
+        """
+        is_first = bool(self.share((0,)))
+        is_alone = self.together.folder is None
+        if is_alone and not is_first:
             return []
         figures: dict[str, Any] = {}
-        batch_size = self.recipe.sample.batch_size
+        batch_size = self.together.batch_size(self.recipe.sample.batch_size)
         with self.policy.view(candidate.view) as model:
+            # transformers then generates until all processes have ended.
+            causal_model(model)._is_fsdp_managed_module = not is_alone
             for task, shots in tasks_of(suite):
                 console.say(f"{task}, {candidate.name} …")
                 found, batch_size = with_less_at_once(
-                    functools.partial(run_task, model, self.chat, task, shots), batch_size, task
+                    functools.partial(run_task, model, self.chat, task, shots),
+                    batch_size,
+                    task,
+                    self.together,
                 )
                 figures |= found
-        return [{"suite": suite, "figures": figures}]
+        return [{"suite": suite, "figures": figures}] if is_first else []
 
     def _complete(
         self,
@@ -128,11 +143,12 @@ class Measurer:
         ]
         ids = [(prompt.prompt_id, number) for prompt, number in keys]
         rows = [known[each] for each in ids if each in known]
-        if len(rows) == len(keys):
+        if not self.together.any(len(rows) < len(keys)):
             return rows
         places = {place for place, each in enumerate(ids) if each in known}
+        seed = self.recipe.run.seed
         batches = samples_of(
-            self.policy, candidate.view, self.chat, keys, settings, self.recipe.run.seed, places
+            self.policy, candidate.view, self.chat, keys, settings, seed, places, self.together
         )
         made = (row for batch in batches for row in batch)
         new = (row for row in made if (row["prompt_id"], row["sample"]) not in known)

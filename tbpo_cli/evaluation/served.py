@@ -39,26 +39,33 @@ def on_server(
     prompts: Sequence[Prompt],
     device: torch.device,
     is_base: bool = False,
+    compares: bool = True,
 ) -> Iterator[None]:
     """Loads the adapter on the server where that is asked for, and checks what answers there.
 
     Args:
         is_base: whether the policy is the base itself, as before the first round; without an
             adapter, nothing else is known of what the server is to answer with.
+        compares: whether its answers are compared with the policy, loaded here; not where the
+            weights are sharded, as the other processes take no part.
 
     Raises:
         TbpoError: if the server does not load it, or answers with other weights.
     """
     settings = recipe.sample
+    is_checked = is_base or settings.endpoint_adapter is not None
+    if settings.endpoint is not None and is_checked and not compares:
+        console.say("WARNING: the weights are sharded, and not compared with those of the server")
     if settings.endpoint is None or settings.endpoint_adapter is None:
-        if settings.endpoint is not None and is_base:
+        if settings.endpoint is not None and is_base and compares:
             _check_answers(recipe, chat, prompts, str(settings.endpoint_model), device, None)
         yield
         return
     folder = local_adapter(str(settings.adapter))
     base = str(settings.endpoint_model)
     with loaded_adapter(settings.endpoint, base, folder, settings.endpoint_adapter) as name:
-        _check_answers(recipe, chat, prompts, name, device, folder)
+        if compares:
+            _check_answers(recipe, chat, prompts, name, device, folder)
         yield
 
 

@@ -57,8 +57,9 @@ def run_task(
     """The headline figure, with `metric`, its name, of a task; of a tag, those of its tasks.
 
     A task of CHAT_TASKS is run with the model's chat template, its shots as turns, and answers end
-    where the template ends them. The interval is ± 1.96 of the harness's own standard error. Raises
-    TbpoError if the harness cannot run the task.
+    where the template ends them. The interval is ± 1.96 of the harness's own standard error. Where
+    several processes run the task for the passes of sharded weights, only the first has figures.
+    Raises TbpoError if the harness cannot run the task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -97,6 +98,8 @@ def run_task(
         raise TbpoError(
             f"lm-eval cannot run the task {task}: {reason}", "eval.suites", expected
         ) from error
+    if found is None:  # the harness gives it to the first process of a machine alone
+        return {}
     results = found["results"]
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
     names = [task] if task in results else list(found.get("groups") or results)

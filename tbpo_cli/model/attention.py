@@ -142,10 +142,12 @@ def in_one_kernel(
     if groups > 1 and not HAS_GROUPS:
         grouped = {}
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    if segments.repeats_keys:  # backward, `index_select` adds without sorting the index first
+        key, value = (states.index_select(0, segments.key_index) for states in (key, value))
     attended = varlen_attn(
         query.contiguous(),
-        key[segments.key_index],
-        value[segments.key_index],
+        key.contiguous(),
+        value.contiguous(),
         segments.cu_seqlens_q,
         segments.cu_seqlens_k,
         segments.max_seqlen_q,

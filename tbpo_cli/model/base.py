@@ -25,6 +25,7 @@ from tbpo_cli.model.fused import fuse_norms
 from tbpo_cli.model.policy import special_tokens_of
 from tbpo_cli.model.probes import check_causality
 from tbpo_cli.model.quantization import quantization
+from tbpo_cli.model.rotary import fuse_rotary
 from tbpo_cli.model.rows import Place, WholeOnlyError, read_rows, shapes_of
 from tbpo_cli.model.sharding import LanguageModel, Shards, shard
 
@@ -64,7 +65,7 @@ def load_base(
     2. Load the weights; refuse what the checkpoint lacks, has too much or in another shape.
     3. Turn off what is the base's own habit: dropout, outputs besides the logits, and the settings
        of its generation config.
-    4. Put in the fused norms, move it to the device, and check that no token sees a later one.
+    4. Put in the fused layers, move it to the device, and check that no token sees a later one.
 
     Of sharded weights step 2 gives shapes alone, and each process reads its own rows before the
     check. Where transformers has to change weights as it loads them, each process loads the whole
@@ -97,6 +98,7 @@ def load_base(
     loaded.config.dtype = own_dtype  # what it is saved in
     _turn_habits_off(loaded)
     fuse_norms(loaded)
+    fuse_rotary(loaded)
     if shards is not None and places:
         shard(loaded, shards)
         with refused_with_a_reason(source, "model.base"):

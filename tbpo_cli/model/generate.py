@@ -15,6 +15,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -24,16 +26,10 @@ from tbpo_cli.data.prompts import Prompt
 from tbpo_cli.data.templates import Chat
 from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.policy import Policy
-from tbpo_cli.model.probes import (
-    check_positions,
-    differ,
-    positions_change,
-    probe_ids,
-    reads_padding,
-)
-from tbpo_cli.model.sharding import LanguageModel, causal_model
-
-PROMPT_TOKENS, NEW_TOKENS = 6, 3  # of the sequences that are tried before any is generated
+from tbpo_cli.model.probes import check_positions, positions_change, reads_padding
+from tbpo_cli.model.sharding import LanguageModel
+from tbpo_cli.model.together import ALONE, Together
+from tbpo_cli.model.trials import mixes_sequences, reads_its_cache_otherwise, without_settings
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,11 @@ def generate(
     settings: Sample,
     stop_ids: Sequence[int],
     use_cache: bool = True,
+    together: Together = ALONE,
 ) -> list[Completion]:
     """One completion a prompt, in one batch, padded on the left.
+
+    Where several processes make the passes together, all of them go on until the last has ended.
 
     Args:
         prompts: B lists of token ids, none empty.
@@ -71,6 +70,7 @@ def generate(
         settings: temperature (0: greedy), top_p and max_new_tokens.
         stop_ids: tokens that end a completion.
         use_cache: whether keys and values of earlier tokens are kept, or all computed each time.
+        together: the processes that make the passes.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -81,16 +81,16 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
-        eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
         use_cache=use_cache,
     )
-    with _without_settings(model) as causal:
+    with without_settings(model) as causal:
         generated = causal.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
             logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([_AllStopped(stop_ids, together)]),
         )
     generated = generated[:, width:].cpu()
     logps, entropies = (torch.stack(steps, dim=1).cpu() for steps in (draw.logps, draw.entropies))
@@ -107,22 +107,6 @@ def generate(
     return completions
 
 
-@contextlib.contextmanager
-def _without_settings(model: LanguageModel) -> Iterator[LanguageModel]:
-    """The transformers model, in evaluation mode, without a generation config of its own.
-
-    transformers takes from that whatever the config of a call leaves open: penalties, top_k, beams.
-    """
-    causal = causal_model(model)
-    own = causal.generation_config
-    causal.eval()
-    causal.generation_config = GenerationConfig()
-    try:
-        yield causal
-    finally:
-        causal.generation_config = own
-
-
 def samples_of(
     policy: Policy,
     view: str,
@@ -131,6 +115,7 @@ def samples_of(
     settings: Sample,
     seed: int,
     known: Collection[int] = (),
+    together: Together = ALONE,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yields samples, a batch at a time; each depends on its prompt, its number and the seed alone.
 
@@ -139,11 +124,12 @@ def samples_of(
         keys: prompts, and the numbers of their samples.
         seed: of the run.
         known: places of keys whose samples are there. A batch of such keys alone is left out.
+        together: the processes that make the passes; all of them ask for samples of the same view.
     """
     prompts = [prompt.token_ids for prompt, _ in keys]
     seeds = [seed_of(seed, prompt.prompt_id, number) for prompt, number in keys]
     with policy.view(view) as model:
-        for batch in completions(model, prompts, seeds, settings, chat.end_ids, known):
+        for batch in completions(model, prompts, seeds, settings, chat.end_ids, known, together):
             yield [
                 {
                     "prompt_id": keys[place][0].prompt_id,
@@ -162,11 +148,15 @@ def completions(
     settings: Sample,
     stop_ids: Sequence[int],
     known: Collection[int] = (),
+    together: Together = ALONE,
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Yields (place, completion) of prompts, a batch of prompts of like length at a time.
 
     A batch in which all places are `known` is left out. Where memory runs out, half as many prompts
     go through at once from there on; a completion depends on its own prompt and seed alone.
+
+    Processes that make the passes together have equally many batches: where one has no more
+    prompts, it generates from a blank one.
 
     A model that reads the padding on the left gets prompts of one length at a time, without any;
     one that mixes the sequences of a batch as it generates (RWKV) gets one prompt at a time. A
@@ -178,9 +168,9 @@ def completions(
             memory than there is.
     """
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    if not places:
+    longest = max(together.gather(max(map(len, prompts), default=0)))
+    if not longest:
         return
-    longest = len(prompts[places[-1]])
     check_positions(
         [model],
         longest + settings.max_new_tokens,
@@ -188,26 +178,27 @@ def completions(
         "a smaller sample.max_new_tokens; for the diversity: eval.diversity_prompts = 0",
     )
     same_length = reads_padding(model) is not None
-    use_cache = not _reads_its_cache_otherwise(model)
-    mixes = settings.batch_size > 1 and _mixes_sequences(model, use_cache)
-    size = 1 if mixes else settings.batch_size
-    for batch in _batches(places, prompts, size, same_length):
-        if all(place in known for place in batch):
-            continue
+    use_cache = not reads_its_cache_otherwise(model)
+    mixes = settings.batch_size > 1 and mixes_sequences(model, use_cache)
+    size = 1 if mixes else together.batch_size(settings.batch_size)
+    batches = _batches(places, prompts, size, same_length)
+    left = (batch for batch in batches if not all(place in known for place in batch))
+    for batch in together.equally_many(left, []):
         done = 0
-        while done < len(batch):
+        while done < max(1, len(batch)):
             rest = batch[done:]
 
             def answered(count: int, rest: Sequence[int] = rest) -> list[Completion]:
-                asked = [prompts[place] for place in rest[:count]]
-                drawn = [seeds[place] for place in rest[:count]]
-                return _answers(model, asked, drawn, settings, stop_ids, use_cache)
+                asked = [prompts[place] for place in rest[:count]] or [stop_ids[:1]]  # a blank one
+                drawn = [seeds[place] for place in rest[:count]] or [0]
+                return _answers(model, asked, drawn, settings, stop_ids, use_cache, together)
 
-            wanted = min(size, len(rest))
-            answers, fitting = with_less_at_once(answered, wanted, "sampling")
+            wanted = min(size, max(1, len(rest)))
+            answers, fitting = with_less_at_once(answered, wanted, "sampling", together)
             if fitting < wanted:
                 size = fitting  # also of the batches that follow
-            yield list(zip(rest, answers, strict=False))
+            if rest:
+                yield list(zip(rest, answers, strict=False))
             done += fitting
 
 
@@ -218,13 +209,14 @@ def _answers(
     settings: Sample,
     stop_ids: Sequence[int],
     use_cache: bool,
+    together: Together,
 ) -> list[Completion]:
     """As `generate`; without a cache where earlier tokens get other positions on the way."""
     start, end = len(prompts[0]), len(prompts[-1]) + settings.max_new_tokens - 1
-    if not positions_change(model, start, end):
-        return generate(model, prompts, seeds, settings, stop_ids, use_cache)
+    if not together.any(positions_change(model, start, end)):
+        return generate(model, prompts, seeds, settings, stop_ids, use_cache, together)
     with _own_frequencies(model):
-        return generate(model, prompts, seeds, settings, stop_ids, use_cache=False)
+        return generate(model, prompts, seeds, settings, stop_ids, False, together)
 
 
 @contextlib.contextmanager
@@ -235,7 +227,7 @@ def _own_frequencies(model: LanguageModel) -> Iterator[None]:
     until it reads one that is shorter than the length that the model was trained with.
     """
     shortest = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with _without_settings(model) as causal, torch.no_grad():
+    with without_settings(model) as causal, torch.no_grad():
         causal(input_ids=shortest, use_cache=False)
         yield
         causal(input_ids=shortest, use_cache=False)
@@ -262,61 +254,23 @@ def seed_of(seed: int, prompt_id: str, number: int) -> int:
     )
 
 
-def _reads_its_cache_otherwise(model: LanguageModel) -> bool:
-    """Whether a sequence gets other logits with the cache of `generate` than in a single pass."""
-    ids = probe_ids(model, PROMPT_TOKENS + NEW_TOKENS)
-    device = next(model.parameters()).device
-    with _without_settings(model) as causal, torch.no_grad():
-        inputs = torch.tensor([ids[:-1]], device=device)
-        straight = causal(input_ids=inputs, use_cache=False).logits[:, PROMPT_TOKENS - 1 :]
-    return differ(_generated_logits(model, [ids], True), straight.float(), causal.dtype)
+class _AllStopped(StoppingCriteria):
+    """Ends a batch when all rows of all processes have ended.
 
-
-def _mixes_sequences(model: LanguageModel, use_cache: bool) -> bool:
-    """Whether sequences of one length get other logits in a batch than each alone."""
-    length = PROMPT_TOKENS + NEW_TOKENS
-    rows = [probe_ids(model, length, start) for start in (0, length)]
-    together, *alone = (_generated_logits(model, some, use_cache) for some in (rows, *zip(rows)))
-    return differ(together, torch.cat(alone), causal_model(model).dtype)
-
-
-def _generated_logits(
-    model: LanguageModel, rows: Sequence[Sequence[int]], use_cache: bool
-) -> Tensor:
-    """(B, n, V): logits as `generate` computes them while it says the last n tokens of the rows."""
-    ids = torch.tensor(rows, device=next(model.parameters()).device)
-    prompts = ids[:, :PROMPT_TOKENS]
-    say = _Say(ids)
-    with _without_settings(model) as causal, torch.no_grad():
-        causal.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            generation_config=GenerationConfig(
-                max_new_tokens=ids.shape[1] - PROMPT_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-                use_cache=use_cache,
-            ),
-            logits_processor=LogitsProcessorList([say]),
-        )
-    return torch.stack(say.logits, dim=1)
-
-
-class _Say(LogitsProcessor):
-    """Makes `generate` say given tokens, and notes the logits.
-
-    Args:
-        ids: (B, L), of which the prompts are the beginning.
+    A row that has ended goes on until then; what it says after its end is cut off.
     """
 
-    def __init__(self, ids: Tensor) -> None:
-        self.logits: list[Tensor] = []  # (B, V) a step
-        self._ids = ids
+    def __init__(self, stop_ids: Sequence[int], together: Together) -> None:
+        self._stop_ids = stop_ids
+        self._together = together
+        self._stopped: Tensor | None = None  # (B,) of the rows
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits.append(scores)
-        said = self._ids[:, input_ids.shape[1], None]
-        return torch.full_like(scores, -torch.inf).scatter_(1, said, 0.0)
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        last = input_ids[:, -1]
+        stops = torch.isin(last, torch.tensor(self._stop_ids, device=last.device))
+        self._stopped = stops if self._stopped is None else self._stopped | stops
+        is_over = not self._together.any(not bool(self._stopped.all()))
+        return torch.full_like(stops, is_over)
 
 
 class _Draw(LogitsProcessor):

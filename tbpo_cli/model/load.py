@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -103,22 +104,28 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def load_trained(
-    recipe: Recipe, device: torch.device, trained: Path, sft_output: Path | None
+    recipe: Recipe,
+    device: torch.device,
+    trained: Path,
+    sft_output: Path | None,
+    mesh: DeviceMesh | None = None,
 ) -> Policy:
     """The policy as training left it, with its reference.
 
     Args:
         trained: `align/adapter` or `align/model`, or the folder of any other adapter for the base.
         sft_output: `sft/adapter` or `sft/model` of this run, if an SFT stage came before.
+        mesh: as of `load_policy`.
     """
     compute = compute_dtype(recipe.model, device)
-    if not (trained / "adapter_config.json").exists():
+    if not is_adapter(trained):
         source = str(sft_output or recipe.model.base)
-        reference = load_base(recipe.model, source, device, compute)
-        policy = load_base(recipe.model, str(trained), device, compute)
+        shards = None if mesh is None else Shards(mesh)
+        reference = load_base(recipe.model, source, device, compute, shards)
+        policy = load_base(recipe.model, str(trained), device, compute, shards)
         return Policy(policy, {REFERENCE: reference})
     reference_adapter = sft_output or _named_adapter(recipe.model)
-    return _load_adapters(recipe, device, compute, trained, reference_adapter, None, trains=False)
+    return _load_adapters(recipe, device, compute, trained, reference_adapter, mesh, trains=False)
 
 
 def _load_adapters(
@@ -155,11 +162,43 @@ def _load_adapters(
     return loaded
 
 
-def load_base_alone(recipe: Recipe, device: torch.device, source: str | None = None) -> Policy:
+def load_base_alone(
+    recipe: Recipe, device: torch.device, source: str | None = None, mesh: DeviceMesh | None = None
+) -> Policy:
     """A whole model as the view of the reference, to answer with: the base, or that of a folder."""
     compute = compute_dtype(recipe.model, device)
-    base = load_base(recipe.model, source or recipe.model.base, device, compute)
+    shards = None if mesh is None else Shards(mesh)
+    base = load_base(recipe.model, source or recipe.model.base, device, compute, shards)
     return Policy(base, {REFERENCE: base})
+
+
+def weights_of(source: str) -> str:
+    """The folder of the weights of a run directory; any other source as it is."""
+    runs = [Path(source) / "align" / kind for kind in ("adapter", "model")]
+    return str(next((run for run in runs if run.is_dir()), source))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a local folder has an adapter."""
+    return (folder / "adapter_config.json").exists()
+
+
+def num_models(trained: Path, helpers: Iterable[str] = ()) -> int:
+    """How many models, each as large as the base, `load_trained` and `add_helper` load.
+
+    Args:
+        trained: as of `load_trained`.
+        helpers: the sources of `add_helper`.
+    """
+    sources = [weights_of(source) for source in helpers]
+    if is_adapter(trained):
+        return 1 + sum(is_whole_model(source) for source in sources)
+    return 2 + len(sources)
+
+
+def is_whole_model(folder: str) -> bool:
+    """Whether a local folder has a model, and not an adapter alone."""
+    return (Path(folder) / "config.json").exists()
 
 
 def _named_adapter(model: Model) -> Path | None:
@@ -203,10 +242,9 @@ def add_helper(
             'train it with `[align.loss] name = "dpo"`,'
             " the negative one with `[align] reverse = true` as well",
         )
-    runs = [Path(source) / "align" / kind for kind in ("adapter", "model")]
-    folder = str(next((run for run in runs if run.is_dir()), source))
+    folder = weights_of(source)
     try:
-        if policy.adapters and not (Path(folder) / "config.json").exists():
+        if policy.adapters and not is_whole_model(folder):
             adapter = local_adapter(folder)
             if policy.is_sharded and copies_layers(adapter):
                 what = "a sharded base cannot give it the copies of layers that it has"

@@ -12,6 +12,7 @@ from tbpo_cli.core import oracle
 from tbpo_cli.core.baseline import StateBaseline
 from tbpo_cli.core.head import (
     CHUNK_TOKENS,
+    CHUNK_TOKENS_ON_GPU,
     DIAGNOSTICS,
     REFERENCE_FREE,
     STATISTICS,
@@ -83,7 +84,8 @@ class Scorer:
             return "no policy logits: policy and reference have one frozen, linear head"
         why = "the head's logits are capped" if head.softcap else "the head is trained"
         why = why if statistics == {"advantage"} else "the loss reads log π_θ"
-        return f"logits of {CHUNK_TOKENS} response tokens at a time: {why}"
+        on_gpu = "" if head.frozen else f" ({CHUNK_TOKENS_ON_GPU:,} on a GPU)"
+        return f"logits of {CHUNK_TOKENS} response tokens at a time{on_gpu}: {why}"
 
     def score(
         self, batch: PairBatch, needs: frozenset[str], reference_logps: Tensor | None = None

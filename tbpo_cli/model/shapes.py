@@ -10,8 +10,10 @@ import torch
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.core.head import REFERENCE_FREE
 from tbpo_cli.core.losses import Loss
+from tbpo_cli.model.base import compute_dtype, load_base
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.policy import POLICY, REFERENCE, Policy
+from tbpo_cli.model.sharding import LanguageModel
 
 
 def policy_of_shapes(recipe: Recipe, loss: Loss, device: torch.device, after_sft: bool) -> Policy:
@@ -42,3 +44,11 @@ def policy_of_shapes(recipe: Recipe, loss: Loss, device: torch.device, after_sft
             else:
                 policy.frozen[view] = copy.deepcopy(policy.model).requires_grad_(False)
     return policy
+
+
+def base_of_shapes(recipe: Recipe, device: torch.device) -> LanguageModel:
+    """The base as it computes answers on a device, on "meta"."""
+    meta = torch.device("meta")
+    model = replace(recipe.model, initial_weights="random", quantization=None, adapter=None)
+    with meta:
+        return load_base(model, model.base, meta, compute_dtype(recipe.model, device))

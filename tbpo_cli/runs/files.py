@@ -15,7 +15,7 @@ from typing import Any
 
 from tbpo_cli.errors import TbpoError
 
-# In a stage's folder, while its workers run: tokens of a micro-batch, after memory ran out.
+# In a stage's folder, while its workers run: what was halved, after memory ran out.
 HALVED = ".halved"
 SEAL = "sealed.json"  # in a sealed folder: the hashes of its other files
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
@@ -57,10 +57,22 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def halved_tokens(folder: Path) -> int | None:
-    """The tokens of a micro-batch that workers begin again with; None: memory has not run out."""
+def halved(folder: Path) -> dict[str, int]:
+    """The keys of the recipe that workers begin again with in halves, after memory ran out."""
     path = folder / HALVED
-    return int(path.read_text(encoding="utf-8")) if path.exists() else None
+    sizes: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return sizes
+
+
+def note_halved(folder: Path, key: str, size: int) -> None:
+    """Leaves a smaller number for a key of the recipe, which all workers then begin again with.
+
+    Several workers may do so at once: each writes a file of its own, and gives it the one name.
+    """
+    known = halved(folder)
+    own = folder / f"{HALVED}-{os.environ.get('RANK', '0')}"
+    write_whole(own, json.dumps(known | {key: min(size, known.get(key, size))}))
+    own.replace(folder / HALVED)
 
 
 def json_lines(path: Path, may_be_cut: bool = False) -> list[Any]:

@@ -17,7 +17,7 @@ from tbpo_cli import console
 from tbpo_cli.errors import Interrupted, ReportedError, TbpoError
 from tbpo_cli.runs import interrupts, machines
 from tbpo_cli.runs.children import PARENT, die_with_parent
-from tbpo_cli.runs.files import HALVED, halved_tokens
+from tbpo_cli.runs.files import HALVED, halved
 from tbpo_cli.runs.lock import held_lock
 
 if TYPE_CHECKING:
@@ -177,15 +177,15 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
     try:
-        before = halved_tokens(folder)
+        before = halved(folder)
         while True:
             code, received = _launch(folder, processes)
-            tokens = halved_tokens(folder)
-            if not code or received or tokens == before:
+            sizes = halved(folder)
+            if not code or received or sizes == before:
                 break
-            how = f"from the last checkpoint, with max_tokens_per_device = {tokens:,}"
-            console.say(f"out of memory: all processes begin again, {how}")
-            before = tokens
+            how = ", ".join(f"{key} = {size:,}" for key, size in sizes.items())
+            console.say(f"out of memory: all processes begin again, from what is kept, with {how}")
+            before = sizes
     finally:
         for note in (LAUNCHED, HALVED):
             (folder / note).unlink(missing_ok=True)

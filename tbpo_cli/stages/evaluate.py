@@ -154,8 +154,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """
     from tbpo_cli.data.tokenizer import load_chat
     from tbpo_cli.evaluation.measurer import Measurer
-    from tbpo_cli.model.load import add_helper, load_trained
     from tbpo_cli.model.policy import POLICY, REFERENCE
+    from tbpo_cli.train.answering import load_measured
     from tbpo_cli.train.feed import TokenBudget
     from tbpo_cli.train.group import Group
     from tbpo_cli.train.memory import kept_bytes, tokens_that_fit
@@ -166,15 +166,12 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     wanted = group.gather(wanted)[0]  # what the first process has seen before it writes any
     if not wanted:
         return
-    candidates = {one.candidate.view: one.candidate for one in wanted}
-    device = group.device
-    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    policy = load_trained(recipe, device, run_dir.weights("align"), sft_output)
-    for view, each in candidates.items():
-        if view not in (POLICY, REFERENCE):
-            add_helper(policy, view, each.source, recipe.model, device, key="eval.against")
-    fit = tokens_that_fit(kept_bytes(policy.model, False)[0], device)
-    budget = TokenBudget(recipe.align.max_tokens_per_device, fit, group)
+    sources = {one.candidate.view: one.candidate.source for one in wanted}
+    helpers = {view: each for view, each in sources.items() if view not in (POLICY, REFERENCE)}
+    policy, placement = load_measured(recipe, run_dir, helpers, group)
+    fit = tokens_that_fit(kept_bytes(placement.shapes or policy.model, False)[0], group.device)
+    tokens = recipe.align.max_tokens_per_device
+    budget = TokenBudget(tokens, fit, group, placement.together.folder)
     chat = load_chat(recipe.model, recipe.data.template_date)
     measurer = Measurer(
         with_pairs(recipe, run_dir),
@@ -184,6 +181,7 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
         group.share,
         budget.attempt,
         lambda one: one.known(kept, run_dir.stage("sample") / KEPT),
+        placement.together,
     )
     for one in wanted:
         rows = [row for share in group.gather(measurer.measure(one)) for row in share]
@@ -273,6 +271,7 @@ def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: f
     """Writes results.json with the gate's decision, report.html, and that the stage is complete."""
     from tbpo_cli.report.evaluation import write_report
     from tbpo_cli.train.metrics import read_metrics
+    from tbpo_cli.train.placement import placed
 
     folder = run_dir.stage("eval")
     samples = _samples(recipe, run_dir)
@@ -283,7 +282,7 @@ def _finish(recipe: Recipe, run_dir: RunDir, results: dict[str, Any], seconds: f
         folder / "report.html", results, samples, json_lines(folder / "verdicts.jsonl"), metrics
     )
     outputs = [folder / name for name in ("results.json", "verdicts.jsonl", "report.html")]
-    run_dir.finish("eval", outputs, {"seconds": seconds})
+    run_dir.finish("eval", outputs, {"seconds": seconds, **placed(folder)})
 
 
 def report(recipe: Recipe, run_dir: RunDir) -> None:

@@ -27,7 +27,7 @@ from tbpo_cli.runs.stage import Stage
 if TYPE_CHECKING:
     from tbpo_cli.data.prompts import Prompt
     from tbpo_cli.data.templates import Chat
-    from tbpo_cli.model.policy import Policy
+    from tbpo_cli.train.placement import Placement
 
 Json = dict[str, Any]
 Key = tuple[str, int, int]  # model, place of the prompt, number of the sample
@@ -47,6 +47,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     The answers to AlpacaEval's or Arena-Hard's prompts are also written in their formats.
     """
     from tbpo_cli.data.prompts import prompt_rows
+    from tbpo_cli.train.placement import placed
 
     started = time.monotonic()
     run_or_launch(STAGE, recipe, run_dir, processes)
@@ -62,7 +63,7 @@ def run(recipe: Recipe, run_dir: RunDir, processes: Processes = ALONE) -> None:
     write_answers(folder / ANSWERS, prompt_rows(recipe), named)
     _keep_parts(folder)
     facts = {"num_samples": len(samples), "seconds": round(time.monotonic() - started, 1)}
-    run_dir.finish("sample", [folder / "samples.jsonl"], facts)
+    run_dir.finish("sample", [folder / "samples.jsonl"], facts | placed(folder))
     report(recipe, run_dir)
 
 
@@ -113,7 +114,9 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     """Samples in this process, which may be one of several; each writes its own part."""
     from tbpo_cli.data.prompts import prompts_of
     from tbpo_cli.evaluation.served import on_server
+    from tbpo_cli.train.answering import place_sampled
     from tbpo_cli.train.group import Group
+    from tbpo_cli.train.placement import Placement
 
     group = Group.of_environment()
     chat = _chat(recipe)
@@ -127,11 +130,14 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     group.gather(None)  # nobody writes before all have read what is there
     own = group.share(keys)
     num_left = sum(key not in done for key in own)
-    samples = _sample(recipe, run_dir, chat, prompts, own, done)
+    left = {*keys} - done
+    placement = place_sampled(recipe, run_dir, group) if left else Placement()
+    samples = _sample(recipe, run_dir, chat, prompts, own, done, placement)
     with ExitStack() as stack:
-        if group.is_main and any(model == "policy" for model, *_ in {*keys} - done):
+        if group.is_main and any(model == "policy" for model, *_ in left):
             is_base = root_of(run_dir) != run_dir.path and recipe.sample.adapter is None
-            stack.enter_context(on_server(recipe, chat, prompts, group.device, is_base))
+            compares = placement.mesh is None
+            stack.enter_context(on_server(recipe, chat, prompts, group.device, is_base, compares))
         group.gather(None)  # nobody asks before the server has the policy
         _write_part(folder / f"part-{group.rank}.jsonl", samples, num_left)
         group.gather(None)
@@ -230,31 +236,38 @@ def _sample(
     prompts: Sequence[Prompt],
     keys: Sequence[Key],
     done: Collection[Key] = (),
+    placement: Placement | None = None,
 ) -> Iterator[Json]:
     """Yields samples as they come, in batches that do not depend on which keys are `done`.
 
-    The models are loaded when one of them is to answer here.
+    The models are loaded when one of them is to answer here, or in another of the processes that
+    make the passes together.
     """
     from tbpo_cli.evaluation.served import served
     from tbpo_cli.model.generate import samples_of
     from tbpo_cli.model.policy import POLICY, REFERENCE
+    from tbpo_cli.train.answering import load_sampled
+    from tbpo_cli.train.placement import Placement
 
     settings = recipe.sample
     policy = None
+    placement = placement or Placement()
+    together = placement.together
     rows = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
-    for model, group in itertools.groupby(keys, key=itemgetter(0)):
-        of_model = list(group)
+    for model in settings.models:
+        of_model = [key for key in keys if key[0] == model]
         known = {place for place, key in enumerate(of_model) if key in done}
-        if len(known) == len(of_model):
+        if not together.any(len(known) < len(of_model)):
             continue
         asked = [(prompts[row], number) for _, row, number in of_model]
         if model == "policy" and settings.endpoint is not None:
             left = [key for place, key in enumerate(asked) if place not in known]
             samples = served(recipe, chat, left, {"logprobs": True})
         else:
-            policy = policy or _load(recipe, run_dir)
+            policy = policy or load_sampled(recipe, run_dir, placement.mesh)
             view = POLICY if model == "policy" else REFERENCE
-            batches = samples_of(policy, view, chat, asked, settings, recipe.run.seed, known)
+            seed = recipe.run.seed
+            batches = samples_of(policy, view, chat, asked, settings, seed, known, together)
             samples = itertools.chain.from_iterable(batches)
         for sample in samples:
             key = (model, rows[sample["prompt_id"]], sample["sample"])
@@ -275,24 +288,6 @@ def _line(recipe: Recipe, chat: Chat, prompts: Sequence[Prompt], key: Key, answe
 
 def _key_of(line: Json) -> Key:
     return line["model"], line["row"], line["sample"]
-
-
-def _load(recipe: Recipe, run_dir: RunDir) -> Policy:
-    """The aligned policy, or another adapter in its place, with the reference."""
-    from tbpo_cli.model.adapters import local_adapter
-    from tbpo_cli.model.load import load_base_alone, load_trained
-    from tbpo_cli.train.group import Group
-
-    device = Group.of_environment().device
-    settings = recipe.sample
-    if settings.models == ("reference",) and recipe.sft is None and recipe.model.adapter is None:
-        return load_base_alone(recipe, device)
-    if settings.adapter and (Path(settings.adapter) / "config.json").exists():
-        return load_base_alone(recipe, device, settings.adapter)  # of a round without an adapter
-    if settings.adapter:
-        return load_trained(recipe, device, local_adapter(settings.adapter), None)
-    sft_output = run_dir.weights("sft") if recipe.sft is not None else None
-    return load_trained(recipe, device, run_dir.weights("align"), sft_output)
 
 
 def _written(folder: Path) -> list[Json]:

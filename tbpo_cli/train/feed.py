@@ -15,11 +15,12 @@ from tbpo_cli import console
 from tbpo_cli.batch.layouts import PairBatch
 from tbpo_cli.errors import ReportedError, TbpoError
 from tbpo_cli.model.out_of_memory import is_out_of_memory
-from tbpo_cli.runs.files import HALVED, halved_tokens, write_whole
+from tbpo_cli.runs.files import halved, note_halved
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import MIN_TOKENS
 
 T = TypeVar("T")
+TOKENS = "max_tokens_per_device"  # the key of the recipe
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
@@ -43,10 +44,10 @@ class TokenBudget:
         self._is_fixed = wanted != "auto"
         self._group = group
         self._sharded_in = sharded_in
-        halved = None
+        tokens = fitting if wanted == "auto" else wanted
         if not self._is_fixed and sharded_in is not None:
-            halved = halved_tokens(sharded_in)
-        self.tokens = min(group.gather(halved or (fitting if wanted == "auto" else wanted)))
+            tokens = halved(sharded_in).get(TOKENS, tokens)
+        self.tokens = min(group.gather(tokens))
 
     def attempt(self, work: Callable[[int], T]) -> T:
         """The result of `work(tokens)`.
@@ -83,13 +84,13 @@ class TokenBudget:
             smaller = "activation_checkpointing = true, or a smaller data.max_length"
             raise TbpoError(
                 f"out of memory: {failure}",
-                f"max_tokens_per_device = {self.tokens}",
+                f"{TOKENS} = {self.tokens}",
                 "a micro-batch that fits into memory",
                 'max_tokens_per_device = "auto"' if self._is_fixed else smaller,
             )
         self.tokens //= 2
         if self._sharded_in:
-            write_whole(self._sharded_in / HALVED, str(self.tokens))
+            note_halved(self._sharded_in, TOKENS, self.tokens)
             raise ReportedError(1)
         console.say(
             f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"

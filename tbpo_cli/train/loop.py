@@ -26,12 +26,7 @@ from tbpo_cli.model.sharding import causal_model
 from tbpo_cli.report.charts import curves
 from tbpo_cli.report.pages import write_page
 from tbpo_cli.runs import interrupts
-from tbpo_cli.train.checkpoint import (
-    TrainState,
-    kept_checkpoints,
-    load_newest_checkpoint,
-    save_checkpoint,
-)
+from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints, load_newest_checkpoint
 from tbpo_cli.train.feed import TokenBudget, keep_freed_memory
 from tbpo_cli.train.memory import (
     bytes_of_learning,
@@ -73,10 +68,16 @@ def train(run: TrainingRun) -> MetricsLog:
     every = run.settings.log_every
     progress = console.progress(run.folder.name, run.num_steps, step, every)
     latest: dict[str, float] = {}
-    with closing(stepper.prefetcher), _signals() as received, progress as update:
+    with (
+        closing(stepper.prefetcher),
+        closing(stepper.checkpoints) as writer,
+        _signals() as received,
+        progress as update,
+    ):
         while True:
             if step % run.settings.eval_every == 0 or step == run.num_steps:
                 _evaluate(run, step, stepper, log)
+                writer.advance()
             if step == run.num_steps:
                 return log
             metrics = stepper.step(step)
@@ -85,13 +86,16 @@ def train(run: TrainingRun) -> MetricsLog:
             latest |= metrics
             shown = [form.format(latest[name]) for name, form in SHOWN if name in latest]
             update(step, "  ".join(shown))
+            writer.advance()
             signals = run.group.gather(received[0] if received else None)
             stops = [number for number in signals if number is not None]
             is_last = step == run.num_steps
             if step % run.settings.checkpoint_every == 0 or is_last or stops:
                 if stepper.cache is not None:
                     stepper.cache.sync()
-                save_checkpoint(checkpoints, step, stepper.states, run.group)
+                writer.begin(step)
+            if is_last or stops:
+                writer.finish()
             if stops:
                 what = f"a checkpoint of step {step} is kept"
                 raise Interrupted(stops[0], what, "the same command goes on from there")

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.benchmark import Timer
 
 from tbpo_cli.config.recipe import Model, Training
-from tbpo_cli.core.head import CHUNK_TOKENS
+from tbpo_cli.core.head import chunk_tokens
 from tbpo_cli.model.attention import BY_SEQUENCE
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.probes import attention_of, set_attention
@@ -33,7 +33,7 @@ TYPICAL = 20  # times the hidden size: what a layer of a Llama with LoRA saves f
 NF4_BYTES = 0.516  # of a weight, with its part of the scales (arXiv 2305.14314)
 MOMENTS = {"adamw": 2, "rmsprop": 1}  # numbers of an optimizer's state for each weight
 # What is allocated beside the tensors that must be there, by tests/benchmarks/memory.py: bytes of
-# Python and torch, or CUDA's context and workspaces; (CHUNK_TOKENS, V) tensors of the head; times
+# Python and torch, or CUDA's context and workspaces; (`chunk_tokens`, V) tensors of the head; times
 # what one layer saves. Those for a GPU are a guess.
 PEAKS = {"cpu": (0.51e9, 12, 5), "cuda": (0.6e9, 5, 3)}
 
@@ -244,14 +244,18 @@ def estimate_memory(
     fit = limit if isinstance(limit, int) else tokens_that_fit(kept, device, weights)
     tokens = min(bounds[1], max(bounds[0], fit))
     vocab_size = policy.model.config.get_text_config().vocab_size
+    chunk = chunk_tokens(id(ends[1].weight) in trained, device.type)
     parts = {
         "weights": weights,
         "gradients and moments": learning,
         "copies of weights": _copies(policy, processes),
         "activations": tokens * (kept + in_flight * layer),
-        "output head": fp32 * tiles * CHUNK_TOKENS * vocab_size,
+        "output head": fp32 * tiles * chunk * vocab_size,
         "CUDA" if device.type == "cuda" else "python and its libraries": libraries,
     }
+    copy = learning  # of weights instead of gradients, and the moments: see CheckpointWriter
+    if device.type == "cpu" and copy <= memory_left(device, sum(parts.values())) / 2:
+        parts["copy for checkpoints"] = copy
     return parts, tokens
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerFast
 
 from tbpo_cli import console
@@ -33,7 +33,8 @@ from tbpo_cli.runs.stage import Stage
 from tbpo_cli.train.checkpoint import bytes_on_disk, kept_checkpoints
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.loop import train
-from tbpo_cli.train.memory import MOMENTS, bytes_of_learning, bytes_of_weights, device_memory
+from tbpo_cli.train.memory import MOMENTS, bytes_of_learning, bytes_of_weights
+from tbpo_cli.train.placement import choose_sharding, mesh_of, words_of
 from tbpo_cli.train.run import TrainingRun
 from tbpo_cli.train.trackers import open_trackers
 
@@ -57,7 +58,10 @@ def train_stage(
     group.gather(None)
     console.say(f"{stage.name}: loading {recipe.model.base}")
     shapes = _shapes_if_sharded(stage.name, settings, recipe, loss, group)
-    mesh = None if shapes is None else mesh_of(shapes, settings, group)
+    mesh = None
+    if shapes is not None:
+        needed = bytes_of_weights(shapes) + bytes_of_learning(shapes, settings)
+        mesh = mesh_of(needed, settings.shard_over, group)
     policy = _load(stage.name, recipe, run_dir, loss, group, mesh)
     _check_fit(policy, stores, recipe.model)
     _check_space(policy, settings, folder, group)
@@ -203,47 +207,8 @@ def _shapes_if_sharded(
     after_sft = name == "align" and recipe.sft is not None
     shapes = policy_of_shapes(recipe, loss, group.device, after_sft)
     is_sharded, reason = choose_sharding(shapes, settings.sharding, recipe.model, group.device)
-    how = "the weights are sharded over the processes (fsdp)"
-    console.say(f"{how if is_sharded else 'each process has all weights (ddp)'}: {reason}")
+    console.say(words_of(is_sharded, reason))
     return shapes if is_sharded else None
-
-
-def mesh_of(shapes: Policy, settings: Sft | Align, group: Group) -> DeviceMesh:
-    """The processes over which weights are sharded: one dimension, or (machines, processes of one).
-
-    With two, each machine has a copy of the weights: what they exchange in each layer stays within
-    it, and the sums of gradients alone go between machines.
-    """
-    local = group.size_on_machine
-    is_several = 1 < local < group.size and group.size % local == 0
-    wanted = settings.shard_over
-    if wanted == "auto":
-        needed = bytes_of_weights(shapes) + bytes_of_learning(shapes, settings)
-        is_small = group.device.type == "cpu" or needed / local < device_memory(group.device) / 2
-        wanted = "machine" if is_small else "all"
-    kind = group.device.type
-    if not is_several or wanted == "all":
-        return init_device_mesh(kind, (group.size,))
-    machines = group.size // local
-    console.say(f"each of the {machines} machines has a copy of the weights, in {local} parts")
-    return init_device_mesh(kind, (machines, local), mesh_dim_names=("machine", "part"))
-
-
-def choose_sharding(
-    policy: Policy, wanted: str, model: Model, device: torch.device
-) -> tuple[bool, str]:
-    """Whether several processes shard the weights, and why."""
-    if wanted != "auto":
-        return wanted == "fsdp", "as the recipe says"
-    if not policy.adapters:
-        return True, "all of them are trained"
-    if device.type == "cuda" and model.quantization is None:
-        size = bytes_of_weights(policy)
-        memory = device_memory(device)
-        if size > memory / 2:  # the rest is for activations
-            sizes = f"{size / 1e9:,.0f} GB are more than half of a device's {memory / 1e9:,.0f} GB"
-            return True, f"their {sizes}"
-    return False, "only an adapter is trained"
 
 
 def _reference_key(

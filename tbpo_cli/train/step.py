@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,10 @@ from tbpo_cli.model.dropout import TokenKeys
 from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
+from tbpo_cli.model.together import equally_many
 from tbpo_cli.runs.files import write_sealed
 from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints
+from tbpo_cli.train.checkpoint_writer import CheckpointWriter
 from tbpo_cli.train.feed import Prefetcher, TokenBudget
 from tbpo_cli.train.metrics import Totals, average, measure, pair_weights
 from tbpo_cli.train.optim import learning_rate
@@ -46,6 +48,7 @@ class Stepper:
         cache: of log π_ref; None if it is computed in every step.
         token_keys: what the policy's dropout is drawn from; None without dropout.
         prefetcher: collates the micro-batches of the next step.
+        checkpoints: writes the states while the next steps are computed.
         new_reference_logps: of the current step, by the pairs' places: what the cache did not have.
     """
 
@@ -57,10 +60,13 @@ class Stepper:
     cache: ReferenceCache | None
     token_keys: TokenKeys | None
     prefetcher: Prefetcher = field(init=False)
+    checkpoints: CheckpointWriter = field(init=False)
     new_reference_logps: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        run = self.run
         self.prefetcher = Prefetcher(self.collate)
+        self.checkpoints = CheckpointWriter(run.folder / "checkpoints", self.states, run.group)
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step.
@@ -143,14 +149,18 @@ class Stepper:
         run.policy.train()
         random = np.random.SeedSequence((run.seed, number, part * run.group.size + run.group.rank))
         torch.manual_seed(int(random.generate_state(1)[0]))
+        is_incomplete = False
+        if self.cache is not None and not reports_all:
+            batch = replace(batch, reference_logps=self.cache.read(batch.indices))
+            is_incomplete = self._is_incomplete(batch)
         batch = batch.to(run.group.device)
         if self.token_keys is not None:
             self.token_keys.set(batch.token_keys, run.seed, number)
         if reports_all:
             scores = self.scorer.score_and_measure(batch, run.loss.needs)
         else:
-            reference = None if self.cache is None else self._reference_logps(self.cache, batch)
-            scores = self.scorer.score(batch, run.loss.needs, reference)
+            logps = self._all_reference_logps(batch) if is_incomplete else batch.reference_logps
+            scores = self.scorer.score(batch, run.loss.needs, logps)
         output = run.loss(scores)
         losses = output.per_pair * pair_weights(scores, run.loss)
         losses.sum().div(self._total_weight(number)).backward()
@@ -168,18 +178,20 @@ class Stepper:
             weights = weights * self.run.train.chosen_lengths[pairs]
         return float(weights.sum()) or 1.0
 
-    def _reference_logps(self, cache: ReferenceCache, batch: PairBatch) -> Tensor:
-        """log π_ref of a batch's tokens, (N,): from the cache, else from the reference."""
-        known = cache.read(batch.indices)
-        is_incomplete = bool(known.isnan().any())
+    def _is_incomplete(self, batch: PairBatch) -> bool:
+        """Whether log π_ref of a batch has to be computed; it is still on the host."""
+        assert batch.reference_logps is not None
+        own = bool(batch.reference_logps.isnan().any())
         if self.run.policy.is_sharded:  # a pass of the reference is made by all processes together
-            is_incomplete = any(self.run.group.gather(is_incomplete))
-        if self.run.group.device.type == "cuda":
-            known = known.pin_memory()  # else the host waits for the transfer
-        logps = known.to(self.run.group.device, non_blocking=True)
-        if is_incomplete:
-            logps = torch.where(logps.isnan(), self.scorer.view_logps(REFERENCE, batch), logps)
-            self.new_reference_logps[batch.indices] = logps
+            return any(self.run.group.gather(own))
+        return own
+
+    def _all_reference_logps(self, batch: PairBatch) -> Tensor:
+        """log π_ref of a batch's tokens, (N,): where it is not known, from the reference."""
+        known = batch.reference_logps
+        assert known is not None
+        logps = torch.where(known.isnan(), self.scorer.view_logps(REFERENCE, batch), known)
+        self.new_reference_logps[batch.indices] = logps
         return logps
 
     @torch.no_grad()
@@ -238,9 +250,7 @@ class Stepper:
         """
         if not self.run.policy.is_sharded:
             return batches
-        batches = list(batches)
-        missing = max(self.run.group.gather(len(batches))) - len(batches)
-        return [*batches, *[blank_batch()] * missing]
+        return equally_many(batches, blank_batch(), self.run.group.gather)
 
     def _drop_gradients(self) -> None:
         for state in self.states.values():
@@ -249,6 +259,7 @@ class Stepper:
     def _divergence(self, number: int) -> DivergenceError:
         """The error; it names the first micro-batch whose own gradient is not finite."""
         run = self.run
+        self.checkpoints.finish()
         every = run.group.gather(self._find_diverged(number))
         known = next((found for found in every if found), None)
         pairs = [run.train[index] for index in (known["indices"] if known else self._pairs(number))]

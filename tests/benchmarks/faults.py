@@ -6,7 +6,8 @@
 1. The commands prepare, align, sample, eval and push of a tiny run are repeated with one fault at
    one operation that changes a file. Then the same command is given again: it must end well, and
    leave the same bytes and the same files as a run that was left alone. A fault must not show a
-   traceback.
+   traceback. Operations of the main thread and of others (checkpoints are written in one) are
+   numbered apart, so that a number means the same operation in each run.
 2. A power cut loses what no fsync has reached: contents (zeros, or cut off) or names as well.
 3. Every file of the finished run is deleted, emptied, zeroed, or has a bit flipped. Then every
    command is given: it must notice (exit 2, no traceback), or its results be the same.
@@ -111,12 +112,14 @@ def faults_of(lab: Lab, command: str, before: Path | None, expected: dict) -> It
     disk = Disk.of(run)
     journal = lab.folder / f"journal-{command}"
     journal.mkdir()
-    count = lab.run(command, run, journal=journal).count
-    act = partial(fault, lab, command, before, expected)
-    for number in range(count):
-        yield command, "kill", str(number), partial(act, kill=number)
-        for name, error in ERRORS.items():
-            yield command, name, str(number), partial(act, fail=number, error=error)
+    counts = lab.run(command, run, journal=journal).counts
+    for in_thread, count in enumerate(counts):
+        act = partial(fault, lab, command, before, expected, in_thread=bool(in_thread))
+        for number in range(count):
+            place = f"{number} of a thread" if in_thread else str(number)
+            yield command, "kill", place, partial(act, kill=number)
+            for name, error in ERRORS.items():
+                yield command, name, place, partial(act, fail=number, error=error)
     for number, state in after_power_cuts(disk, journal):
         act = partial(power_cut, lab, command, state, run, expected)
         yield command, "power cut", str(number), act

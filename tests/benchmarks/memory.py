@@ -4,10 +4,10 @@
     python tests/benchmarks/memory.py --gpu --name memory_gpu  # its allocator's peak
 
 Random weights of several sizes (V = 32,000), real rows and the real command, three steps each, one
-of which reports all metrics, an evaluation and a checkpoint. Measured is the peak of the resident
-set of the process; on a GPU, that of torch's allocator, which does not count CUDA's own memory:
-there the forecast is taken without it. The results/memory.{json,md} are written anew after each
-case.
+of which reports all metrics, an evaluation, and a checkpoint after each step. Measured is the peak
+of the resident set of the process; on a GPU, that of torch's allocator, which does not count CUDA's
+own memory: there the forecast is taken without it. The results/memory.{json,md} are written anew
+after each case.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(shape: str, loss: str, lora: bool, tokens: int, checkpointing: bool)
         (folder / "recipe.toml").write_text(
             f'[model]\nbase = "{folder / "base"}"\ninitial_weights = "random"\n{table}'
             f'[data]\ntrain = "{folder / "rows.jsonl"}"\nmax_length = 1024\n'
-            "[align]\nbatch_pairs = 4\nmax_steps = 3\n"
+            "[align]\nbatch_pairs = 4\nmax_steps = 3\ncheckpoint_every = 1\n"
             f"log_every = 2\nmax_tokens_per_device = {tokens}\n"
             f"activation_checkpointing = {str(checkpointing).lower()}\n"
             f'[align.loss]\nname = "{loss}"\n'

@@ -49,12 +49,12 @@ class Outcome:
     Args:
         code: its exit code; negative, if a signal ended it.
         err: what it said.
-        count: of the operations that changed a file.
+        counts: of the operations that changed a file: of the main thread, and of all others.
     """
 
     code: int
     err: str
-    count: int
+    counts: tuple[int, int]
 
 
 class Lab:
@@ -120,9 +120,21 @@ class Lab:
         return self.folder / f"alone-{number}/case-{number}"
 
     def run(
-        self, command: str, run: Path, *, kill: int = -1, fail: int = -1, error: int = 0, journal=""
+        self,
+        command: str,
+        run: Path,
+        *,
+        in_thread: bool = False,
+        kill: int = -1,
+        fail: int = -1,
+        error: int = 0,
+        journal: Path | str = "",
     ) -> Outcome:
-        """`tbpo COMMAND` in a forked process, with a kill or an error at an operation."""
+        """`tbpo COMMAND` in a forked process, with a kill or an error at an operation.
+
+        Args:
+            in_thread: the operation is one of those that are not of the main thread.
+        """
         said = run.with_name(f"{run.name}-said")
         counted = run.with_name(f"{run.name}-count")
         arguments = [
@@ -141,16 +153,17 @@ class Lab:
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 os.chdir(self.folder)
-                code = _main(arguments, run, kill, fail, error, str(journal), counted)
+                faults = (int(in_thread), kill, fail, error, str(journal).encode())
+                code = _main(arguments, run, faults, counted)
             finally:
                 os._exit(code)
         alarm = threading.Timer(SECONDS, _kill, [process])
         alarm.start()
         _, status = os.waitpid(process, 0)
         alarm.cancel()
-        count = int(counted.read_text()) if counted.exists() else 0
+        counts = json.loads(counted.read_text()) if counted.exists() else (0, 0)
         outcome = Outcome(
-            os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), count
+            os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), tuple(counts)
         )
         said.unlink()
         counted.unlink(missing_ok=True)
@@ -177,10 +190,10 @@ def _kill(process: int) -> None:
 
 
 def _main(
-    arguments: list[str], run: Path, kill: int, fail: int, error: int, journal: str, counted: Path
+    arguments: list[str], run: Path, faults: tuple[int, int, int, int, bytes], counted: Path
 ) -> int:
     shim = ctypes.CDLL(None)
-    shim.shim_arm(str(run).encode(), kill, fail, error, journal.encode())
+    shim.shim_arm(str(run).encode(), *faults)
     sys.argv = ["tbpo", *arguments]
     from tbpo_cli.cli.main import main
 
@@ -194,7 +207,7 @@ def _main(
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    counted.write_text(str(shim.shim_count()))
+    counted.write_text(json.dumps([shim.shim_count(0), shim.shim_count(1)]))
     return code
 
 

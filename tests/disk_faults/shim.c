@@ -2,6 +2,9 @@
  * changes something under a folder, and at one of them kills the process or fails with an errno.
  * It can also keep a journal, from which the state of the disk after a power cut is made: a line an
  * operation, and a copy of each file's content whenever that was put on the disk (fsync, msync).
+ *
+ * The operations of the main thread and those of all other threads are numbered apart: which of the
+ * two comes first changes from run to run. The journal has the order in which they happened.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -22,15 +25,17 @@
 #define MAPS 64
 
 static char folder[LENGTH], journal[LENGTH];
-static int armed, counter, kill_at = -1, fail_at = -1, fail_with, journal_file = -1;
+static int armed, counters[2], noted, kill_at = -1, fail_at = -1, fail_with, journal_file = -1;
+static int in_thread; /* the fault is at an operation of a thread, not of the main one */
 static struct { char *begin; size_t length; int file; } maps[MAPS];
 
-void shim_arm(const char *where, int kill_number, int fail_number, int error, const char *journal_folder) {
+void shim_arm(const char *where, int of_thread, int kill_number, int fail_number, int error, const char *journal_folder) {
     strncpy(folder, where, LENGTH - 1);
     kill_at = kill_number;
     fail_at = fail_number;
     fail_with = error;
-    counter = 0;
+    in_thread = of_thread;
+    counters[0] = counters[1] = noted = 0;
     if (journal_folder && *journal_folder) {
         char path[2 * LENGTH];
         strncpy(journal, journal_folder, LENGTH - 1);
@@ -40,7 +45,7 @@ void shim_arm(const char *where, int kill_number, int fail_number, int error, co
     armed = 1;
 }
 
-int shim_count(void) { return counter; }
+int shim_count(int of_thread) { return counters[of_thread]; }
 
 static int inside(const char *path) {
     size_t length = strlen(folder);
@@ -76,12 +81,15 @@ static void note(int number, const char *operation, const char *path, const char
     syscall(SYS_write, journal_file, line, n);
 }
 
-/* The number of an operation before it is done; -1 if it is to fail. */
+/* The place of an operation in the journal before it is done; -1 if it is to fail. */
 static int begin(void) {
-    int number = __sync_fetch_and_add(&counter, 1);
-    if (number == kill_at) { syscall(SYS_kill, getpid(), SIGKILL); for (;;) pause(); }
-    if (number == fail_at) { errno = fail_with; return -1; }
-    return number;
+    int of_thread = syscall(SYS_gettid) != getpid();
+    int number = __sync_fetch_and_add(&counters[of_thread], 1);
+    if (of_thread == in_thread) {
+        if (number == kill_at) { syscall(SYS_kill, getpid(), SIGKILL); for (;;) pause(); }
+        if (number == fail_at) { errno = fail_with; return -1; }
+    }
+    return __sync_fetch_and_add(&noted, 1);
 }
 
 static void note_file(int number, const char *operation, int file) {

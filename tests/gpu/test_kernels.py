@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+import test_fused
+import test_rotary
 import torch
 from devices import DEVICES, ON_GPU
 from peft import LoraConfig, get_peft_model
@@ -19,7 +21,7 @@ from tbpo_cli.model.fused import fuse_lora, fuse_norms
 
 DTYPES = [torch.float32, torch.bfloat16]
 DIFFERENTIABLE = ("logps", "log_ratio", "kl", "advantage")
-N, H, V = 700, 64, 3_000  # more tokens than a chunk has
+N, H, V = 1_100, 64, 3_000  # more tokens than a chunk has
 
 
 def near(found, wanted, tolerance):
@@ -98,6 +100,29 @@ def test_a_fused_adapter_layer_is_pefts_layer(dtype, dropout, device):
         found.append([y, *torch.autograd.grad((y.float() * pull).sum(), leaves)])
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 5e-3
     assert all(near(got, want, tolerance) for want, got in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["adapters", "positions"])
+def test_a_fused_model_is_pefts_and_transformers_model(what, dtype, device):
+    """Logits and gradients, of LoRA layers with a common input and of rotary positions."""
+    values = {"adapters": test_fused.found, "positions": test_rotary.found}[what]
+
+    def built(fuses):
+        if what == "adapters":
+            return test_fused.adapted(fuses=fuses)
+        return test_rotary.build("llama", fuses)
+
+    wanted = values(built(False))
+    model = built(True).to(device)
+    for weight in model.parameters():
+        if what == "positions" or not weight.requires_grad:  # adapters are kept in fp32
+            weight.data = weight.data.to(dtype)
+    found = values(model)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 5e-3
+    assert found.keys() == wanted.keys()
+    assert all(near(found[name], value, tolerance) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,15 +2,21 @@
 
 import json
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import change_recipe
 from devices import DEVICES, ON_GPU, in_a_process, on_device
 from one_process import train_sharded
 from safetensors.torch import load_file
-from test_processes import metrics, wait_for_step
+from test_checkpoints import state_of
+from test_processes import metrics, wait_for_checkpoint
+
+from tbpo_cli.train.checkpoint_writer import CheckpointWriter
+from tbpo_cli.train.group import Group
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # A GPU adds up in an order of its own each time.
@@ -48,13 +54,32 @@ def test_a_training_that_is_killed_goes_on_to_the_same_end(
     change_recipe(recipe_file, align={"max_steps": 12, "loss": {"name": loss}})
     finish(start, device, "align", recipe_file, "--run-dir", tmp_path / "whole")
     killed = start("align", recipe_file, "--run-dir", tmp_path / "run", *on_device(device))
-    wait_for_step(tmp_path / "run", 3, killed)
+    wait_for_checkpoint(tmp_path / "run", killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     done = finish(start, device, "align", recipe_file, "--run-dir", tmp_path / "run")
     assert "going on from step" in done.stderr
     assert_near(adapter(tmp_path / "whole"), adapter(tmp_path / "run"), TOLERANCE[device])
     assert len(metrics(tmp_path / "run")) == len(metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_holds_what_was_on_the_device_when_it_was_begun(tmp_path, device):
+    """It is copied, through pinned memory from a GPU, twice into the same copy."""
+    state = state_of(torch.nn.Linear(300, 200).to(device), 1)
+    group = Group(device=torch.device(device))
+    with closing(CheckpointWriter(tmp_path, {"policy": state}, group)) as writer:
+        for step in (1, 2):
+            writer.begin(step)
+            with torch.no_grad():
+                for tensor in state.tensors.values():
+                    tensor.add_(1)
+        writer.finish()
+    found, expected = (state_of(torch.nn.Linear(300, 200), seed) for seed in (None, 1))
+    for step in (1, 2):
+        found.restore(tmp_path / f"step-{step}", "policy")
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(found.tensors[name], tensor + (step - 1)), name
 
 
 @pytest.mark.parametrize("trained", ["adapter", "all weights"])
