@@ -15,8 +15,8 @@ NUM_STEPS = 20
 NUM_PAIRS = 6
 RATES = {"lora": 2e-3, "all weights": 3e-4}
 # The first gradient of TBPO-Q's baseline is rounding alone, and AdamW makes whole steps of it:
-# where the two round differently, a few weights part by more.
-SHARE_OF_TBPO_Q = 0.01
+# where the two round differently, some weights, and with them the figures, part by more.
+SHARE_OF_TBPO_Q = 0.1
 LOG_EVERY = 7
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0}
 
@@ -83,13 +83,15 @@ def product(folder, base, rows, settings, adapter, helpers=()):
 
 def assert_same(lines, weights, want, share=0.0):
     losses = [line["loss"] for line in lines]
-    assert losses == pytest.approx(want.losses, abs=1e-5)
+    assert losses == pytest.approx(want.losses, abs=1e-4 if share else 1e-5)
     assert abs(losses[-1] - losses[0]) > 1e-3, "nothing was learned: the test would see nothing"
     grad_norms = [line["grad_norm"] for line in lines]
     assert grad_norms == pytest.approx(want.grad_norms, rel=2e-3)
     for line, figures in zip(lines, want.figures, strict=True):
         if line["step"] % LOG_EVERY == 0:
-            assert {name: line[name] for name in figures} == pytest.approx(figures, abs=1e-4)
+            assert {name: line[name] for name in figures} == pytest.approx(
+                figures, abs=1e-3 if share else 1e-4
+            )
     known = {name.replace(".default", ""): value for name, value in want.weights.items()}
     assert weights.keys() == known.keys()
     differences = torch.cat([(weights[name] - known[name]).abs().flatten() for name in known])
