@@ -54,6 +54,35 @@ WORDS = [
     "sees",
 ]
 
+# Of a model that a test makes in no time, of any family.
+SIZES_OF_A_MODEL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+}
+
+# Python that a process runs as it starts.
+SMALL_SECOND_DEVICE = """
+import os
+import torch
+embedding = torch.nn.functional.embedding
+def on_a_small_device(ids, *arguments, **named):
+    if os.environ.get("RANK") == "1" and ids.numel() > {}:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return embedding(ids, *arguments, **named)
+torch.nn.functional.embedding = on_a_small_device
+"""
+
+
+def small_second_device(num_tokens):
+    """The code by which the second process runs out of memory with more tokens at once."""
+    return SMALL_SECOND_DEVICE.format(num_tokens)
+
 
 def sentence(rng, low=2, high=9):
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high))) + "."

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import SIZES_OF_A_MODEL
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,17 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tbpo_cli.model.fused import fuse_lora
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES = SIZES_OF_A_MODEL | {"initializer_range": 0.2}
 IDS = torch.arange(1, 41).view(2, 20)
 TARGETS = {"all": "all-linear", "some": ["q_proj", "v_proj", "up_proj"], "one": ["k_proj"]}
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import SIZES_OF_A_MODEL
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
@@ -21,17 +22,7 @@ from tbpo_cli.model.probes import reads_padding
 from tbpo_cli.model.targets import text_layers
 
 CPU = torch.device("cpu")
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+TINY = SIZES_OF_A_MODEL | {"max_position_embeddings": 64}
 
 
 def make(kind, **settings):

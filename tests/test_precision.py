@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import change_recipe, run_stage
+from conftest import SIZES_OF_A_MODEL, change_recipe, run_stage
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -193,17 +193,7 @@ def test_4_bit_weights_are_refused_on_a_cpu(recipe_file):
         )
 
 
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+TINY = SIZES_OF_A_MODEL | {"initializer_range": 0.2}
 NORMS = {
     "llama": True,
     "qwen2": True,

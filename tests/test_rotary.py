@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import SIZES_OF_A_MODEL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,17 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tbpo_cli.model.rotary import fuse_rotary
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES = SIZES_OF_A_MODEL | {"initializer_range": 0.2}
 IDS = torch.arange(1, 41).view(2, 20)
 # Whether a family's rotation is the plain one: some interleave, or go back to a narrower type.
 FUSED = {

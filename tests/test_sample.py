@@ -19,6 +19,7 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.answer_files import read_answers
 from tbpo_cli.evaluation.answers import question_id
 from tbpo_cli.model.generate import generate
+from tbpo_cli.model.together import Together
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.stages.sample import answer
 
@@ -55,6 +56,22 @@ def test_a_completion_depends_on_its_own_seed_and_not_on_its_batch(model):
             model, PROMPTS[:1], [7], Sample(temperature=1.0, top_p=1.0, max_new_tokens=12), [2]
         )[0].token_ids
     )
+
+
+def test_a_batch_that_has_ended_goes_on_until_those_of_other_processes_have(model):
+    """Each pass of sharded weights is made by all; the answer is the same."""
+    greedy = Sample(temperature=0.0, max_new_tokens=12)
+    first = generate(model, PROMPTS[:1], [1], greedy, [2])[0].token_ids[0]
+    others = iter([True] * 4 + [False] * 8)  # whether another process has rows that go on
+    together = Together(gather=lambda own: [own, next(others)])
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    alone = generate(model, PROMPTS[:1], [1], greedy, [first])
+    num_alone = len(passes)
+    both = generate(model, PROMPTS[:1], [1], greedy, [first], together=together)
+    hook.remove()
+    assert (num_alone, len(passes) - num_alone) == (1, 5)
+    assert both[0].token_ids == alone[0].token_ids == (first,)
 
 
 def test_the_log_probability_is_that_of_the_tokens_under_the_model(model):

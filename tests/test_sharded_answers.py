@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import change_recipe, preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, small_second_device, write_jsonl
 from process import Process
 
 from tbpo_cli.config.recipe import Lora, Model, load_recipe
@@ -127,18 +127,6 @@ def test_answers_and_measurements_of_sharded_weights_are_those_of_one_process(al
         assert (manifest["weights"], manifest["num_processes"]) == (how, 2)
 
 
-SMALL_SECOND_DEVICE = """
-import os
-import torch
-embedding = torch.nn.functional.embedding
-def on_a_small_device(ids, *arguments, **named):
-    if os.environ.get("RANK") == "1" and ids.numel() > 500:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return embedding(ids, *arguments, **named)
-torch.nn.functional.embedding = on_a_small_device
-"""
-
-
 def test_all_processes_begin_again_when_one_is_out_of_memory_in_sampling_or_measuring(
     recipe_file, tmp_path, monkeypatch
 ):
@@ -149,7 +137,7 @@ def test_all_processes_begin_again_when_one_is_out_of_memory_in_sampling_or_meas
     run_stage("align", recipe_file, tmp_path / "run", *sets)
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     run_stage("eval", recipe_file, tmp_path / "alone", *sets)
-    (tmp_path / "sitecustomize.py").write_text(SMALL_SECOND_DEVICE)
+    (tmp_path / "sitecustomize.py").write_text(small_second_device(500))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     code, err = tbpo("eval", recipe_file, tmp_path / "run", sets=sets)
     assert code == 0 and "Traceback" not in err, err

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import change_recipe, preference_rows, run_stage, write_jsonl
+from conftest import change_recipe, preference_rows, run_stage, small_second_device, write_jsonl
 from safetensors.torch import load_file
 from test_processes import finish, metrics, start, two_machines, wait_for_step, workers_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -236,18 +236,6 @@ def test_models_of_many_kinds_can_be_sharded(mesh, name):
         assert (rounded - want).norm() < 0.1 * want.norm() + 1e-2
 
 
-SMALL_SECOND_DEVICE = """
-import os
-import torch
-embedding = torch.nn.functional.embedding
-def on_a_small_device(ids, *arguments, **named):
-    if os.environ.get("RANK") == "1" and ids.numel() > 300:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return embedding(ids, *arguments, **named)
-torch.nn.functional.embedding = on_a_small_device
-"""
-
-
 def test_all_processes_begin_again_with_half_the_tokens_when_one_of_a_sharded_run_is_out_of_memory(
     full_recipe, tmp_path, monkeypatch
 ):
@@ -256,7 +244,7 @@ def test_all_processes_begin_again_with_half_the_tokens_when_one_of_a_sharded_ru
     """
     sets = ("align.max_steps=2", "align.batch_pairs=64", "align.eval_every=1")
     run_stage("align", full_recipe, tmp_path / "whole", *sets)
-    (tmp_path / "sitecustomize.py").write_text(SMALL_SECOND_DEVICE)
+    (tmp_path / "sitecustomize.py").write_text(small_second_device(300))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     code, _, err = finish(start(full_recipe, tmp_path / "run", *SHARDED, "2", sets=sets))
     assert code == 0, err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tbpo_cli.model.generate import samples_of
 from tbpo_cli.model.out_of_memory import with_less_at_once
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.model.scoring import Scorer
-from tbpo_cli.model.sharding import causal_model
+from tbpo_cli.model.sharding import LanguageModel, causal_model
 from tbpo_cli.model.together import ALONE, Together
 
 Rows = list[dict[str, Any]]
@@ -113,9 +114,7 @@ class Measurer:
             return []
         figures: dict[str, Any] = {}
         batch_size = self.together.batch_size(self.recipe.sample.batch_size)
-        with self.policy.view(candidate.view) as model:
-            # transformers then generates until all processes have ended.
-            causal_model(model)._is_fsdp_managed_module = not is_alone
+        with self.policy.view(candidate.view) as model, _generating_together(model, not is_alone):
             for task, shots in tasks_of(suite):
                 console.say(f"{task}, {candidate.name} …")
                 found, batch_size = with_less_at_once(
@@ -154,3 +153,14 @@ class Measurer:
         new = (row for row in made if (row["prompt_id"], row["sample"]) not in known)
         left = len(keys) - len(rows)
         return [*rows, *console.track(new, f"{what}, {candidate.name}", left, every=left)]
+
+
+@contextlib.contextmanager
+def _generating_together(model: LanguageModel, is_sharded: bool) -> Iterator[None]:
+    """Lets transformers' own generation go on until all processes have ended."""
+    causal: Any = causal_model(model)
+    causal._is_fsdp_managed_module = is_sharded
+    try:
+        yield
+    finally:
+        causal._is_fsdp_managed_module = False

@@ -9,7 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tbpo_cli.config.recipe import Recipe
 from tbpo_cli.model.adapters import local_adapter
-from tbpo_cli.model.load import add_helper, load_base_alone, load_trained, num_models
+from tbpo_cli.model.load import (
+    add_helper,
+    is_whole_model,
+    load_base_alone,
+    load_trained,
+    num_models,
+)
 from tbpo_cli.model.policy import Policy
 from tbpo_cli.runs.run_dir import RunDir
 from tbpo_cli.train.group import Group
@@ -65,7 +71,7 @@ def _alone(recipe: Recipe) -> str | None:
     is_base = recipe.sample.models == ("reference",) and recipe.sft is None
     if is_base and recipe.model.adapter is None:
         return recipe.model.base
-    is_model = adapter is not None and (Path(adapter) / "config.json").exists()
+    is_model = adapter is not None and is_whole_model(adapter)
     return adapter if is_model else None  # of a round without an adapter
 
 
