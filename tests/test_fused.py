@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tbpo_cli.model.fused import fuse_lora
+from tbpo_cli.model.fused import cast_once, fuse_lora
 
 SIZES = SIZES_OF_A_MODEL | {"initializer_range": 0.2}
 IDS = torch.arange(1, 41).view(2, 20)
@@ -36,6 +36,14 @@ def disturb(model):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.2)
+
+
+def in_half(model):
+    """The base in bf16, the adapters in fp32, as on a GPU."""
+    for name, weight in model.named_parameters():
+        if "lora" not in name:
+            weight.data = weight.data.bfloat16()
+    return model
 
 
 def found(model):
@@ -103,11 +111,7 @@ def test_a_model_in_bf16_is_as_near_to_fp32_as_pefts():
     exact = found(adapted(fuses=False))
 
     def distances(fuses):
-        model = adapted(fuses=fuses)
-        for name, weight in model.named_parameters():
-            if "lora" not in name:
-                weight.data = weight.data.bfloat16()
-        result = found(model)
+        result = found(in_half(adapted(fuses=fuses)))
         assert result["logits"].dtype == torch.bfloat16
         return {
             name: float((result[name] - value).norm() / value.norm())
@@ -302,3 +306,73 @@ def test_a_pass_keeps_no_more_than_with_layers_of_their_own():
     # Beside them, the A of common inputs stand once more, in one tensor.
     rows = SIZES["num_hidden_layers"] * 5 * 3 * SIZES["hidden_size"] * 4
     assert kept(True) <= kept(False) + rows
+
+
+@pytest.mark.parametrize("way", ["plain", "dropout", "checkpointing"])
+def test_copies_that_are_made_once_are_what_each_pass_casts(way):
+    def passes(number):
+        torch.manual_seed(number)
+        return found(model)
+
+    model = adapted(fuses=False, lora_dropout=0.3 if way == "dropout" else 0.0)
+    groups = fuse_lora(in_half(model))
+    model.train(way != "plain")
+    if way == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    want = [passes(0), passes(1)]
+    with cast_once(groups):
+        got = [passes(0), passes(1)]
+    for each, other in zip(got, want, strict=True):
+        assert_same(each, other, 0)
+    assert (want[0]["logits"] != want[1]["logits"]).any() == (way == "dropout")
+
+    disturb(model)
+    changed = passes(0)
+    with cast_once(groups):
+        assert_same(passes(0), changed, 0)
+    assert (changed["logits"] != got[0]["logits"]).any()
+
+
+def test_within_a_step_nothing_casts_an_adapter_again():
+    class Casts(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ in ("_to_copy", "cat"):
+                self.number += 3 in result.shape  # r
+            return result
+
+    model = adapted(fuses=False)
+    groups = fuse_lora(in_half(model))
+    with torch.no_grad(), Casts() as seen:
+        model(input_ids=IDS)
+        each_pass = seen.number
+        with cast_once(groups):
+            model(input_ids=IDS)
+            model(input_ids=IDS)
+    num_matrices = 2 * 7 * SIZES["num_hidden_layers"]
+    assert each_pass > num_matrices / 2
+    assert seen.number == each_pass
+
+
+def test_another_adapter_does_not_read_the_copies_of_the_first():
+    model = adapted(fuses=False)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=TARGETS["some"]))
+    disturb(model)
+    groups = fuse_lora(in_half(model))
+
+    def views():
+        model.set_adapter("other")
+        other = found(model)["logits"]
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits.detach()
+        model.set_adapter("default")
+        return {"other": other, "base": base, "first": found(model)["logits"]}
+
+    want = views()
+    with cast_once(groups):
+        got = views()
+    assert_same(got, want, 0)
+    assert len({value.sum().item() for value in got.values()}) == 3

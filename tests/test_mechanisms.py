@@ -113,6 +113,7 @@ def test_norms_positions_and_lora_layers_are_computed_by_the_fused_ones(make_run
     with Operations() as seen, Functions() as called:
         stepper.step(0)
     assert seen.names["addmm_"] >= 2 * 7
+    assert seen.names["_foreach_copy_"] == 1, "all weights of the adapter are copied at once"
     assert called.names["rms_norm"] == 2 * 5
     assert seen.names["neg"] < 2 * 2 * 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 # Layers that read one input, by their names in an attention or an MLP.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# The adapters of layers; all their A (Σr, in); the B (out, r) of each.
+Copies = tuple[list[str | None], Tensor, list[Tensor]]
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -52,19 +55,59 @@ def _norm(module: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
 
 
-def fuse_lora(model: nn.Module) -> None:
+def fuse_lora(model: nn.Module) -> list[Siblings]:
     """Lets plain LoRA layers compute by `_LoraLinears`; others stay as they are.
 
-    Layers that read one input are computed together: see `_Siblings`.
+    Layers that read one input are computed together: see `Siblings`.
+
+    Returns:
+        Those layers in their groups, for `cast_once`.
     """
+    groups = []
     for parent in list(model.modules()):
         plain = {name: each for name, each in parent.named_children() if _is_plain_lora(each)}
         for names in (*SIBLINGS, *((name,) for name in plain)):
-            siblings = _Siblings([plain.pop(name) for name in names if name in plain])
+            siblings = Siblings([plain.pop(name) for name in names if name in plain])
             for place, layer in enumerate(siblings.layers):
                 layer.forward = functools.partial(siblings.forward, place)  # of this one only
             if len(siblings.layers) > 1:
                 parent.register_forward_hook(siblings.finish, always_call=True)
+            if siblings.layers:
+                groups.append(siblings)
+    return groups
+
+
+@contextmanager
+def cast_once(groups: Sequence[Siblings]) -> Iterator[None]:
+    """Layers read copies of their adapters' weights, in the base's dtype, within the context.
+
+    One operation writes them all, in place of some in each layer of each pass. The weights must not
+    change meanwhile, nor be sharded.
+    """
+    weights: list[Tensor] = []
+    copies: list[Tensor] = []
+    for group in groups:
+        adapters = [_only_adapter(layer) for layer in group.layers]
+        if group.are_apart or None in adapters:
+            continue
+        both = list(zip(group.layers, adapters, strict=True))
+        a = [layer.lora_A[name].weight for layer, name in both]
+        b = [layer.lora_B[name].weight for layer, name in both]
+        dtype = group.layers[0].base_layer.weight.dtype
+        ranks = [each.shape[0] for each in a]
+        stacked = a[0].new_empty(sum(ranks), a[0].shape[1], dtype=dtype)
+        ups = [torch.empty_like(each, dtype=dtype) for each in b]
+        group.copies = (adapters, stacked, ups)
+        weights += [*a, *b]
+        copies += [*stacked.split(ranks), *ups]
+    try:
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, weights)
+        yield
+    finally:
+        for group in groups:
+            group.copies = None
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
@@ -72,7 +115,7 @@ def _is_plain_lora(module: nn.Module) -> bool:
     return is_lora and type(module.base_layer) is nn.Linear
 
 
-class _Siblings:
+class Siblings:
     """LoRA layers of one attention or MLP that read one input; or a single one.
 
     The first that is called computes all, and the others hand out what is theirs. Where they turn
@@ -89,6 +132,7 @@ class _Siblings:
         self.are_apart = len({layer.in_features for layer in layers}) > 1
         self.input: Tensor | None = None
         self.results: dict[int, Tensor] = {}  # not handed out yet, by place in `layers`
+        self.copies: Copies | None = None
 
     def forward(self, place: int, x: Tensor) -> Tensor:
         """What the layer at that place makes of (…, in) states: (…, out)."""
@@ -99,14 +143,28 @@ class _Siblings:
         own = adapters[place]
         if own is None:
             return Linear.forward(layer, x)
+        copies = self._copies_for(adapters, x.dtype)
         if self.are_apart or any(map(_drops, self.layers, adapters)):
-            return _products([layer], [own], x)[0]
-        results = dict(enumerate(_products(self.layers, adapters, x)))
+            if copies is not None:
+                stacked, ups = copies
+                ranks = [up.shape[1] for up in ups]
+                copies = stacked.split(ranks)[place], [ups[place]]
+            return _products([layer], [own], x, copies)[0]
+        results = dict(enumerate(_products(self.layers, adapters, x, copies)))
         result = results.pop(place)
         if results:
             self.input = x
             self.results = results
         return result
+
+    def _copies_for(
+        self, adapters: list[str | None], dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """All A and the B of those adapters, if `cast_once` has made copies in that dtype."""
+        if self.copies is None:
+            return None
+        of, stacked, ups = self.copies
+        return (stacked, ups) if of == adapters and stacked.dtype == dtype else None
 
     def finish(self, parent: nn.Module, inputs: Any, output: Any) -> None:
         """Forgets an input, and with it the graph behind the results, as its pass ends.
@@ -132,7 +190,9 @@ def _drops(layer: Linear, adapter: str | None) -> bool:
     return dropout is None or (dropout.training and not isinstance(dropout, nn.Identity))
 
 
-def _products(layers: list[Linear], adapters: list[Any], x: Tensor) -> list[Tensor]:
+def _products(
+    layers: list[Linear], adapters: list[Any], x: Tensor, copies: tuple[Tensor, list[Tensor]] | None
+) -> list[Tensor]:
     """What layers, each with an adapter, make of one input; only a single one has dropout."""
     rows = x.flatten(0, -2)
     dropped = layers[0].lora_dropout[adapters[0]](rows)
@@ -141,6 +201,7 @@ def _products(layers: list[Linear], adapters: list[Any], x: Tensor) -> list[Tens
         rows,
         None if dropped is rows else dropped,
         [layer.scaling[name] for layer, name in both],
+        copies,
         *(layer.base_layer.weight for layer in layers),
         *(layer.base_layer.bias for layer in layers),
         *(layer.lora_A[name].weight for layer, name in both),
@@ -153,7 +214,7 @@ class _LoraLinears(torch.autograd.Function):
     """(n, in) rows → (n, out) for each of k layers: y = x Wᵀ + b + s (x Aᵀ) Bᵀ.
 
     W and b are frozen; the layers' A (r, in) and B (out, r) are cast to the rows' dtype once, for
-    both passes. Forward:
+    both passes, unless copies are given. Forward:
 
     1. x [A₁; A₂; …]ᵀ, (n, Σr), in one product, from the rows after dropout.
     2. For each layer the product with W, to which the scaled product with B is added in place.
@@ -167,17 +228,24 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, scalings: list[float], *tensors: Any
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        scalings: list[float],
+        copies: tuple[Tensor, list[Tensor]] | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, a, b = _fourths(tensors)
         read = x if dropped is None else dropped
-        stacked = (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype)
-        b = [each.to(x.dtype) for each in b]
+        ctx.dtypes = [each.dtype for each in (*a, *b)]
+        if copies is None:
+            stacked = (a[0] if len(a) == 1 else torch.cat(a)).to(x.dtype)
+            copies = stacked, [each.to(x.dtype) for each in b]
+        stacked, b = copies
         inner = read @ stacked.T
         ctx.ranks = [each.shape[1] for each in b]
         ctx.scalings = scalings
         ctx.with_dropout = dropped is not None
-        ctx.dtypes = [each.dtype for each in tensors[2 * len(a) :]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(read, inner, stacked, *weights, *b)
         parts = zip(weights, biases, inner.split(ctx.ranks, dim=1), b, scalings, strict=True)
@@ -219,7 +287,7 @@ class _LoraLinears(torch.autograd.Function):
             None if each is None else each.to(dtype)
             for each, dtype in zip(grad_b, ctx.dtypes[k:], strict=True)
         ]
-        return grad_x, grad_dropped, None, *[None] * (2 * k), *found
+        return grad_x, grad_dropped, None, None, *[None] * (2 * k), *found
 
 
 def _fourths(tensors: Sequence[Any]) -> Iterator[list[Any]]:

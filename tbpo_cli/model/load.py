@@ -206,10 +206,10 @@ def _named_adapter(model: Model) -> Path | None:
 
 
 def _with_adapter(peft_model: LanguageModel, model: Model, compute: torch.dtype) -> Policy:
-    fuse_lora(peft_model)
+    fused = fuse_lora(peft_model)
     is_half = compute != torch.float32
     autocast = compute if model.quantization is not None and is_half else None
-    return Policy(peft_model, autocast=autocast)
+    return Policy(peft_model, autocast=autocast, fused=fused)
 
 
 def add_helper(

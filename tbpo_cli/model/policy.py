@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tbpo_cli.model.fused import Siblings
 from tbpo_cli.model.sharding import LanguageModel, causal_model, gather_all, save_gathered
 
 # The policy's adapter has peft's own name for a first one, so that what is saved loads anywhere.
@@ -39,11 +40,13 @@ class Policy:
         frozen: whole models, by the name of their view.
         autocast: the dtype of matrix products where the weights are kept in a wider one; None: the
             dtype of the weights.
+        fused: LoRA layers that are computed in groups.
     """
 
     model: LanguageModel
     frozen: dict[str, LanguageModel] = field(default_factory=dict)
     autocast: torch.dtype | None = None
+    fused: Sequence[Siblings] = ()
 
     @property
     def adapters(self) -> dict[str, PeftConfig]:

@@ -262,7 +262,8 @@ def estimate_memory(
 def _copies(policy: Policy, processes: int) -> float:
     """Bytes of weights that a step has besides: what autocast or a gathering copies.
 
-    1. Autocast keeps a copy, in its dtype, of each matrix that is trained, until the backward pass.
+    1. A step keeps a copy, in the dtype of its products, of each matrix that is trained: that of
+       autocast, or of `cast_once`.
     2. Sharded weights are gathered instead: the heads of policy and reference, which a step reads
        in chunks, and one layer.
     3. The gradient of a head that is trained is made beside that of the micro-batch before.
@@ -280,7 +281,7 @@ def _copies(policy: Policy, processes: int) -> float:
         body = sum(weight.numel() for weight in policy.model.parameters()) - head_size
         size = itemsize * (head_size * len(models) + body / num_layers)
     else:
-        size = itemsize * sum(matrices) if autocast and not policy.adapters else 0.0
+        size = itemsize * sum(matrices) if autocast or policy.adapters else 0.0
     is_trained = any(weight is head.weight for weight in policy.trained.values())
     return float(size + (4.0 * head_size if is_trained else 0.0))
 

@@ -22,6 +22,7 @@ from tbpo_cli.core.types import LossOutput, PairScores, aligned_scores
 from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.errors import DivergenceError
 from tbpo_cli.model.dropout import TokenKeys
+from tbpo_cli.model.fused import cast_once
 from tbpo_cli.model.policy import REFERENCE
 from tbpo_cli.model.scoring import Scorer
 from tbpo_cli.model.sharding import gathered
@@ -130,13 +131,15 @@ class Stepper:
         self._drop_gradients()
         self.new_reference_logps.clear()
         totals = []
+        policy = self.run.policy
         batches = self._equally_many(self.prefetcher.batches(number, max_tokens))
-        for part, batch in enumerate(batches):
-            scores, output = self._backward(number, part, batch)
-            if self.run.loss.span == "aligned_and_chosen" and not self._reports_all(number):
-                scores = aligned_scores(scores)  # both sides' metrics are of the same positions
-            totals.append(measure(scores, output, self.run.loss))
-            totals[-1]["num_tokens"] = (batch.num_tokens, 1)
+        with cast_once(() if policy.is_sharded else policy.fused):
+            for part, batch in enumerate(batches):
+                scores, output = self._backward(number, part, batch)
+                if self.run.loss.span == "aligned_and_chosen" and not self._reports_all(number):
+                    scores = aligned_scores(scores)  # both sides' metrics are of the same positions
+                totals.append(measure(scores, output, self.run.loss))
+                totals[-1]["num_tokens"] = (batch.num_tokens, 1)
         return totals
 
     def _backward(self, number: int, part: int, batch: PairBatch) -> tuple[PairScores, LossOutput]:

@@ -32,17 +32,19 @@ from tbpo_cli.batch.layouts import collate
 from tbpo_cli.batch.packing import segments_of
 from tbpo_cli.core import StateBaseline
 from tbpo_cli.model.attention import in_one_kernel
+from tbpo_cli.model.fused import cast_once
 from tbpo_cli.model.layout import apply_layout
 from tbpo_cli.model.load import load_policy
 from tbpo_cli.model.scoring import Scorer
 
 META = torch.device("meta")
+NOTHING = ("aten::detach", "aten::empty_like", "aten::new_empty")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 WAYS = {  # what takes the place of a function that fuses layers
     "plain": {
         "tbpo_cli.model.base.fuse_norms": lambda model: None,
         "tbpo_cli.model.base.fuse_rotary": lambda model: None,
-        "tbpo_cli.model.load.fuse_lora": lambda model: None,
+        "tbpo_cli.model.load.fuse_lora": lambda model: [],
     },
     "fused": {},
 }
@@ -85,7 +87,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        is_view = func.is_view or func._schema.name in ("aten::detach", "aten::empty_like")
+        is_view = func.is_view or func._schema.name in NOTHING
         if not is_view and not func._schema.name.startswith("aten::_unsafe_view"):
             leaves = tree_leaves((args, kwargs, result))
             tensors = {id(each): each for each in leaves if isinstance(each, torch.Tensor)}
@@ -147,10 +149,12 @@ def counted(shape: str, name: str, way: str, store) -> dict:
     policy.train()
     norm = mock.patch.object(F, "rms_norm", one_norm)
     kernel = mock.patch("tbpo_cli.model.attention.one_by_one", one_kernel)
-    with norm, kernel, Counter() as forward:
-        total = loss(scorer.score(batch, loss.needs)).per_pair.sum()
-    with Counter() as backward:
-        total.backward()
+    with norm, kernel, ExitStack() as step:
+        with Counter() as forward:
+            step.enter_context(cast_once(policy.fused))
+            total = loss(scorer.score(batch, loss.needs)).per_pair.sum()
+        with Counter() as backward:
+            total.backward()
     return {
         "shape": shape,
         "loss": name,
