@@ -190,8 +190,9 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def names(run: Path) -> list[str]:
-    """The files and folders of a run."""
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    """The files and folders of a run; without the hash that names log π_ref, which has timings."""
+    paths = (path.relative_to(run) for path in run.rglob("*"))
+    return sorted(str(path.with_stem("logps") if path.suffix == ".f32" else path) for path in paths)
 
 
 def watch_long(minutes: float) -> None:
