@@ -145,6 +145,15 @@ def test_an_adapter_with_tied_embeddings_is_loaded_and_saved(tmp_path):
         torch.testing.assert_close(saved[1][name], tensor)
 
 
+def test_the_lists_of_an_adapters_config_have_the_same_order_in_each_process(tmp_path, checkpoint):
+    targets = ["v_proj", "k_proj", "up_proj", "o_proj", "gate_proj", "down_proj", "q_proj"]
+    adapter = save_adapter(load(checkpoint), tmp_path / "adapter", target_modules=targets)
+    model = Model(base=str(checkpoint))
+    Policy(continued_adapter(load(checkpoint), adapter, None, model)).save(tmp_path / "again")
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(targets)
+
+
 def test_lora_by_default_leaves_routers_and_fused_experts_alone():
     dense = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(text_layers(make("llama"))) == dense
