@@ -12,6 +12,7 @@ import time
 
 import httpx
 import pytest
+import torch
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
 from huggingface_hub.errors import (
@@ -772,6 +773,8 @@ def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_t
     assert "safetensors cannot use an input" in str(message_of(lambda: exec(rust, opened)))
     assert message_of(lambda: called_in("model/load.py", ours_fails)) is None
     assert message_of(lambda: called_in("train/loop.py", names["Broken"])) is None
+    assert "out of memory" in message_for(torch.OutOfMemoryError("CUDA out of memory")).what
+    assert message_for(RuntimeError("a bug")) is None
     with pytest.raises(OSError) as error:
         (tmp_path / "none").read_text()
     assert str(tmp_path / "none") in message_for(error.value).where
