@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -84,14 +85,16 @@ def _built(config: Any, dtype: torch.dtype, attention: str | None) -> LanguageMo
         WholeOnlyError: if the class needs numbers of its parameters to make them.
     """
     try:
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+        with torch.random.fork_rng(devices=[]):
+            with no_init_weights(), init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention
+                )
+            model.tie_weights()  # accelerate made a parameter of its own of each name
+            model.initialize_weights()  # of buffers, in fp32: above, `dtype` is the default
     except (NotImplementedError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
         raise WholeOnlyError(f"it cannot be built without its weights: {why}") from error
-    model.tie_weights()  # accelerate made a parameter of its own of each name
     for path, module in model.named_modules():
         kept = set(module._buffers) - module._non_persistent_buffers_set  # the files hold these
         held = {**module._buffers, **vars(module)}
