@@ -341,6 +341,9 @@ import shutil
 import sys
 import torch
 import torch.distributed as dist
+from pathlib import Path
+from tbpo_cli.errors import ReportedError
+from tbpo_cli.runs.files import halved
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -352,6 +355,14 @@ def work(tokens):
 model = torch.nn.Linear(2, 2)
 budget = TokenBudget("auto", 1024, Group(rank, 2))
 print(budget.attempt(work), budget.tokens, flush=True)
+# What all exchange: the second cannot do it alone once more, and has all begin again.
+budget = TokenBudget("auto", 256, Group(rank, 2), folder=Path(store).parent)
+try:
+    budget.once_more(lambda: rank == 1 and work(1024), "a sum")
+except ReportedError:
+    assert rank == 1 and halved(Path(store).parent) == {"max_tokens_per_device": 128}
+else:
+    assert rank == 0
 os._exit(0)  # as a worker ends
 """
 

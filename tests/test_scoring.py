@@ -5,10 +5,13 @@ reference is.
 import json
 import shutil
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from conftest import change_recipe, run_stage
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
@@ -19,7 +22,7 @@ from tbpo_cli.data.store import PairStore
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.preference import pair_rows
 from tbpo_cli.model.heads import read_head
-from tbpo_cli.model.load import load_policy
+from tbpo_cli.model.load import add_helper, load_policy
 from tbpo_cli.model.policy import POLICY
 from tbpo_cli.model.scoring import Scorer
 
@@ -294,9 +297,6 @@ def test_the_reference_is_the_model_the_recipe_names_and_never_moves(
     """Through the real stages: train, then compare the reference with the base (or what sft made)
     loaded by itself.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     from tbpo_cli.train.loop import train
     from tbpo_cli.train.run import TrainingRun
 
@@ -393,6 +393,40 @@ def test_a_view_is_what_peft_makes_of_its_adapter_and_leaves_everything_as_it_wa
         assert {name for name, module in model.named_modules() if module.training} == dropout
         assert set(policy.trained) == trained
     assert not torch.equal(wanted["reference"], wanted["positive"])
+
+
+def test_views_of_an_adapter_that_trains_single_tokens_are_those_of_peft(recipe, base, tmp_path):
+    """peft's layer of such tokens takes its state from its class until it is set."""
+    ids = torch.arange(5, 25)[None]
+    options = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [6, 7, 8]}
+    for seed, folder in enumerate(("start", "positive")):
+        torch.manual_seed(seed)
+        source = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = get_peft_model(source, LoraConfig(**options, task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for weight in adapted.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.2 * torch.randn(weight.shape))
+        adapted.save_pretrained(tmp_path / folder)
+
+    source = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(source, tmp_path / "start", adapter_name=POLICY).eval()
+    plain.load_adapter(tmp_path / "positive", adapter_name="positive")
+    with torch.no_grad():
+        wanted = {POLICY: plain(ids).logits}
+        with plain.disable_adapter():
+            wanted["reference"] = plain(ids).logits
+        plain.set_adapter("positive")
+        wanted["positive"] = plain(ids).logits
+
+    policy = load_policy(recipe, CPU, None, with_reference=True, start=str(tmp_path / "start"))
+    add_helper(policy, "positive", str(tmp_path / "positive"), recipe.model, CPU)
+    for name in [*wanted, *reversed(wanted)]:
+        with policy.view(name) as view:
+            logits = view(ids).logits
+        torch.testing.assert_close(logits, wanted[name], rtol=1e-4, atol=1e-4)
+    apart = [(wanted[a] - wanted[b]).abs().max() for a, b in combinations(wanted, 2)]
+    assert min(apart) > 0.01
 
 
 def test_a_view_goes_over_no_modules_once_the_training_has_begun(recipe, monkeypatch):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
@@ -112,7 +114,8 @@ class Policy:
     @functools.cached_property
     def _adapted(self) -> list[Any]:
         """peft's layers, each of which has the adapters' weights."""
-        return [module for module in self.model.modules() if hasattr(module, "_disable_adapters")]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        return [module for module in self.model.modules() if isinstance(module, kinds)]
 
     @contextlib.contextmanager
     def view(self, name: str) -> Iterator[LanguageModel]:
@@ -143,7 +146,7 @@ class Policy:
         key, value = (
             ("_active_adapter", name) if name in self.adapters else ("_disable_adapters", True)
         )
-        before = [vars(layer)[key] for layer in self._adapted]
+        before = [getattr(layer, key) for layer in self._adapted]  # some have the class's value
         for layer in self._adapted:
             vars(layer)[key] = value
         try:
@@ -201,6 +204,10 @@ class Policy:
         if not writes:
             return
         if self.adapters:
+            config = self.adapters[POLICY]
+            for name, value in vars(config).items():
+                if isinstance(value, set):  # its order differs from process to process
+                    setattr(config, name, sorted(value))
             self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
         else:
             dtype = self.model.config.dtype
