@@ -35,7 +35,7 @@ def state_of(model, filled_with=None):
 @pytest.fixture
 def sharded(mesh):
     model = make("llama", tie_word_embeddings=True)
-    shard(model, Shards(mesh))
+    shard(model, Shards(mesh, trains=True))
     return model
 
 
