@@ -42,11 +42,14 @@ EOF
   *) echo "DEVICE is cuda or cpu, and not $device" >&2; exit 2 ;;
 esac
 
-if [ -n "${WHEELS:-}" ] && [ ! -d .gpu-site ]; then
+# Of a folder with another name, dill (of datasets) would pickle pyarrow whole, which fails.
+site=.gpu-site/site-packages
+if [ -n "${WHEELS:-}" ] && [ ! -d "$site" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target .gpu-site.part "$WHEELS"/*.whl
-  mv .gpu-site.part .gpu-site
+  mkdir -p .gpu-site
+  mv .gpu-site.part "$site"
 fi
-export PYTHONPATH="$PWD:$PWD/.gpu-site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 checks() { # checks NUMBER ARGUMENTS...: those of a GPU; with DEVICE=cpu the same ones there
