@@ -429,3 +429,14 @@ def test_an_interrupted_sampling_of_several_processes_has_a_message_of_its_own(
     code, _, err = finish(process)
     assert code == 128 + number and "the same command goes on from there" in err
     assert "memory" not in err and "Traceback" not in err
+
+
+def test_a_machine_that_never_joins_is_named_without_a_traceback(executable, recipe_file):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--cpu", "--nodes", "2", "--node-rank", "0", "--main-address", f"127.0.0.1:{port}")
+    done = executable("align", recipe_file, *where, "--", "--rdzv_conf=timeout=3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "waiting for 2 machines to meet at 127.0.0.1:" in done.stderr
+    assert "not all of the 2 machines have come together" in done.stderr
