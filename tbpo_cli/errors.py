@@ -8,6 +8,9 @@ import copyreg
 from dataclasses import dataclass, replace
 from typing import Any
 
+# The messages of a process whose connection another one has closed.
+ECHOES = ("onnection closed by peer", "onnection reset by peer")
+
 
 @dataclass(eq=False)
 class TbpoError(Exception):
@@ -74,6 +77,11 @@ class Interrupted(TbpoError):  # noqa: N818 - an event, not a fault
 
     def __str__(self) -> str:
         return f"interrupted: {self.what}\n  {self.fix}"
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error says only that another process has closed its connection."""
+    return any(text in str(error) for text in ECHOES)
 
 
 def gather(faults: list[TbpoError]) -> None:

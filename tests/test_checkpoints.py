@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from test_loading import make
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from tbpo_cli.model.sharding import Shards, gathered, shard
 from tbpo_cli.train.checkpoint import TrainState, kept_checkpoints, load_newest_checkpoint
@@ -34,7 +35,7 @@ def state_of(model, filled_with=None):
 @pytest.fixture
 def sharded(mesh):
     model = make("llama", tie_word_embeddings=True)
-    shard(model, Shards(mesh))
+    shard(model, Shards(mesh, trains=True))
     return model
 
 
@@ -124,6 +125,23 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, sharded):
     assert caught.value.errno == errno.EFBIG
     assert {path.name for path in tmp_path.iterdir()} == {"step-1", "store"}
     assert load_newest_checkpoint(tmp_path, state, Group()) == 1
+
+
+def test_a_checkpoint_is_written_without_a_copy_where_memory_runs_out_for_that(
+    tmp_path, sharded, monkeypatch, capsys
+):
+    def stage(*_arguments, **_named):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(DefaultStager, "stage", stage)
+    state = state_of(sharded, 1)
+    with closing(CheckpointWriter(tmp_path / "steps", {"policy": state}, Group())) as writer:
+        writer.begin(1)
+        assert [*kept_checkpoints(tmp_path / "steps")] == [1], "the training waits for it"
+    assert "out of memory for a copy" in capsys.readouterr().err
+    found = state_of(sharded, 2)
+    assert load_newest_checkpoint(tmp_path / "steps", {"policy": found}, Group()) == 1
+    assert_equal(found, state_of(make("llama", tie_word_embeddings=True), 1))
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])

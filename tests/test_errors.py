@@ -12,6 +12,7 @@ import time
 
 import httpx
 import pytest
+import torch
 from conftest import change_recipe, command, preference_rows, write_jsonl, write_recipe
 from hub_server import hub
 from huggingface_hub.errors import (
@@ -292,25 +293,31 @@ MISTAKES = {
     ),
     "an unknown loss": (
         sets("prepare", "align.loss.name=tbp_a"),
-        (*FULL, "align.loss.name = 'tbp_a' is unknown", 'name = "tbpo_a"'),
+        (*FULL, "align.loss.name = 'tbp_a' is unknown", "fix: --set align.loss.name=tbpo_a"),
     ),
     "an unknown optimizer": (
         sets("prepare", "align.optimizer=adam"),
-        (*FULL, 'align.optimizer = "adam"', "'rmsprop'", 'optimizer = "adamw"'),
+        (*FULL, 'align.optimizer = "adam"', "'rmsprop'", "fix: --set align.optimizer=adamw"),
     ),
     "an unknown schedule": (
         sets("prepare", "align.schedule=cosin"),
-        (*FULL, 'schedule = "cosine"'),
+        (*FULL, "fix: --set align.schedule=cosine"),
     ),
     "an unknown dtype": (
         sets("prepare", "model.dtype=bfloat"),
-        (*FULL, 'model.dtype = "bfloat"', 'dtype = "bfloat16"'),
+        (*FULL, 'model.dtype = "bfloat"', "fix: --set model.dtype=bfloat16"),
     ),
-    "an unknown layout": (sets("prepare", "align.layout=packd"), (*FULL, 'layout = "packed"')),
-    "an unknown sharding": (sets("prepare", "align.sharding=fspd"), (*FULL, 'sharding = "fsdp"')),
+    "an unknown layout": (
+        sets("prepare", "align.layout=packd"),
+        (*FULL, "fix: --set align.layout=packed"),
+    ),
+    "an unknown sharding": (
+        sets("prepare", "align.sharding=fspd"),
+        (*FULL, "fix: --set align.sharding=fsdp"),
+    ),
     "an unknown tracker": (
         sets("prepare", 'run.trackers=["wandbb"]'),
-        (*FULL, "run.trackers", 'trackers = "wandb"'),
+        (*FULL, "run.trackers", """fix: --set 'run.trackers=["wandb"]'"""),
     ),
     "a day that is none": (
         sets("prepare", "data.template_date=today"),
@@ -560,7 +567,7 @@ MISTAKES = {
     ),
     "an unknown opponent": (
         sets("eval", 'eval.opponents=["referense"]'),
-        (*FULL, "eval.opponents", 'opponents = "reference"'),
+        (*FULL, "eval.opponents", """fix: --set 'eval.opponents=["reference"]'"""),
     ),
     "a scorer that is not there": (
         sets("eval", "judge.scorer=python:none.py:score"),
@@ -766,6 +773,8 @@ def test_an_error_of_the_system_or_a_library_names_the_input_and_a_bug_has_its_t
     assert "safetensors cannot use an input" in str(message_of(lambda: exec(rust, opened)))
     assert message_of(lambda: called_in("model/load.py", ours_fails)) is None
     assert message_of(lambda: called_in("train/loop.py", names["Broken"])) is None
+    assert "out of memory" in message_for(torch.OutOfMemoryError("CUDA out of memory")).what
+    assert message_for(RuntimeError("a bug")) is None
     with pytest.raises(OSError) as error:
         (tmp_path / "none").read_text()
     assert str(tmp_path / "none") in message_for(error.value).where
@@ -825,7 +834,10 @@ def test_a_mistake_is_a_message_that_helps_with_exit_2(mistake, tmp_path, base):
 
 def test_the_executable_says_the_same_without_a_traceback(executable, recipe_file):
     for arguments, part in (
-        (("prepare", recipe_file, "--set", "align.loss.name=tbp_a"), 'fix: name = "tbpo_a"'),
+        (
+            ("prepare", recipe_file, "--set", "align.loss.name=tbp_a"),
+            "fix: --set align.loss.name=tbpo_a",
+        ),
         (("algin", recipe_file), "No such command 'algin'"),
     ):
         done = executable(*arguments)

@@ -23,6 +23,7 @@ from tbpo_cli.train.run import TrainingRun
 OUT_OF_MEMORY = {
     "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "cublas on a full GPU": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"),
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "cpu": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
@@ -42,7 +43,7 @@ def train(recipe_file, run, *overrides, max_tokens=None, error=None):
             raise error
 
     policy.model.get_input_embeddings().register_forward_pre_hook(allocate)
-    (run / "align").mkdir()
+    (run / "align").mkdir(exist_ok=True)
     loop.train(TrainingRun(policy, recipe.align.loss, recipe.align, *stores, run / "align", 0))
     return {name: p.detach() for name, p in policy.trained.items()}
 
@@ -78,6 +79,61 @@ def test_a_pair_that_does_not_fit_and_a_budget_of_the_recipe_are_errors_that_nam
     with pytest.raises(TbpoError, match="out of memory") as error:
         train(recipe_file, tmp_path / "run", *settings, max_tokens=10, error=OUT_OF_MEMORY["gpu"])
     assert fix in error.value.fix and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step")]
+)
+def test_clipping_and_updating_are_done_once_more_if_memory_ran_out_before_anything_changed(
+    recipe_file, tmp_path, monkeypatch, capsys, place, name
+):
+    whole = train(recipe_file, tmp_path / "whole")
+    own = getattr(place, name)
+    calls = []
+
+    def fail_once(*arguments, **named):
+        calls.append(name)
+        if len(calls) == 3:
+            raise OUT_OF_MEMORY["gpu"]
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(place, name, fail_once)
+    again = train(recipe_file, tmp_path / "again")
+    assert capsys.readouterr().err.count("once more") == 1
+    for weight, other in zip(whole.values(), again.values(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_an_update_that_fails_half_way_ends_and_the_same_command_goes_on_with_the_same_result(
+    recipe_file, tmp_path, monkeypatch
+):
+    """In the third step: to update all of the weights again would be wrong for half of them."""
+    often = "align.checkpoint_every=1"
+    whole = train(recipe_file, tmp_path / "whole", often)
+    calls = []
+
+    def fail_half_way(optimizer):
+        calls.append(1)
+        (group,) = optimizer.param_groups
+        every = group["params"]
+        group["params"] = every[: len(every) // 2] if len(calls) == 4 else every
+        update(optimizer)
+        group["params"] = every
+        if len(calls) == 4:
+            raise OUT_OF_MEMORY["gpu"]
+
+    update = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail_half_way)
+    with pytest.raises(TbpoError, match="out of memory") as error:
+        train(recipe_file, tmp_path / "run", often)
+    assert error.value.where == "the optimizer's step" and len(calls) == 4
+    # The checkpoint of the second step may still be being written.
+    assert error.value.fix.startswith("the same command goes on from step ")
+    assert ", with max_tokens_per_device = 512; " in error.value.fix
+    monkeypatch.undo()
+    gone_on = train(recipe_file, tmp_path / "run", often)
+    for weight, other in zip(whole.values(), gone_on.values(), strict=True):
+        assert torch.equal(weight, other)
 
 
 def test_too_little_memory_for_the_moments_is_reported_before_the_first_step(

@@ -14,11 +14,12 @@ from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.adapters import continued_adapter
 from tbpo_cli.model.base import load_base
 from tbpo_cli.model.generate import completions
+from tbpo_cli.model.heads import read_head
 from tbpo_cli.model.layout import choose_layout
 from tbpo_cli.model.load import add_helper
 from tbpo_cli.model.merge import merge_adapter
 from tbpo_cli.model.policy import Policy
-from tbpo_cli.model.probes import reads_padding
+from tbpo_cli.model.probes import check_causality, reads_padding
 from tbpo_cli.model.targets import text_layers
 
 CPU = torch.device("cpu")
@@ -144,6 +145,15 @@ def test_an_adapter_with_tied_embeddings_is_loaded_and_saved(tmp_path):
         torch.testing.assert_close(saved[1][name], tensor)
 
 
+def test_the_lists_of_an_adapters_config_have_the_same_order_in_each_process(tmp_path, checkpoint):
+    targets = ["v_proj", "k_proj", "up_proj", "o_proj", "gate_proj", "down_proj", "q_proj"]
+    adapter = save_adapter(load(checkpoint), tmp_path / "adapter", target_modules=targets)
+    model = Model(base=str(checkpoint))
+    Policy(continued_adapter(load(checkpoint), adapter, None, model)).save(tmp_path / "again")
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(targets)
+
+
 def test_lora_by_default_leaves_routers_and_fused_experts_alone():
     dense = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(text_layers(make("llama"))) == dense
@@ -232,6 +242,54 @@ def test_what_makes_samples_depend_on_padding_is_said_and_nothing_where_nothing_
 ):
     reason = reads_padding(make(kind, **settings))
     assert reason is None if why is None else why in reason
+
+
+NO_ANSWERS = {
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+    "processes": RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection reset by peer"),
+}
+TRIALS = {
+    "causality": lambda model: check_causality(model, "base"),
+    "padding": reads_padding,
+    "head": read_head,
+    "layout": lambda model: choose_layout([model], "auto", 8),
+}
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+def test_memory_that_runs_out_in_a_trial_and_a_process_that_ends_are_no_answers_about_the_model(
+    trial, kind
+):
+    model = make("llama")
+
+    def fail(*_arguments):
+        raise NO_ANSWERS[kind]
+
+    model.get_input_embeddings().register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError) as error:
+        TRIALS[trial](model)
+    assert error.value is NO_ANSWERS[kind]
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "helps"),
+    [
+        (NO_ANSWERS["memory"], "out of memory while the model is loaded", "model.quantization"),
+        (OSError(28, "No space left on device"), "No space left on device", "HF_HOME"),
+    ],
+)
+def test_too_little_memory_or_disk_for_a_model_is_not_a_fault_of_the_model(
+    checkpoint, monkeypatch, error, says, helps
+):
+    def fail(*_arguments, **_named):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(TbpoError, match=says) as caught:
+        load(checkpoint)
+    assert helps in caught.value.fix and str(checkpoint) in caught.value.where
 
 
 def test_the_bases_generation_config_takes_no_part_in_samples(checkpoint):

@@ -341,6 +341,9 @@ import shutil
 import sys
 import torch
 import torch.distributed as dist
+from pathlib import Path
+from tbpo_cli.errors import ReportedError
+from tbpo_cli.runs.files import halved
 from tbpo_cli.train.feed import TokenBudget
 from tbpo_cli.train.group import Group
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -352,6 +355,14 @@ def work(tokens):
 model = torch.nn.Linear(2, 2)
 budget = TokenBudget("auto", 1024, Group(rank, 2))
 print(budget.attempt(work), budget.tokens, flush=True)
+# What all exchange: the second cannot do it alone once more, and has all begin again.
+budget = TokenBudget("auto", 256, Group(rank, 2), folder=Path(store).parent)
+try:
+    budget.once_more(lambda: rank == 1 and work(1024), "a sum")
+except ReportedError:
+    assert rank == 1 and halved(Path(store).parent) == {"max_tokens_per_device": 128}
+else:
+    assert rank == 0
 os._exit(0)  # as a worker ends
 """
 
@@ -418,3 +429,14 @@ def test_an_interrupted_sampling_of_several_processes_has_a_message_of_its_own(
     code, _, err = finish(process)
     assert code == 128 + number and "the same command goes on from there" in err
     assert "memory" not in err and "Traceback" not in err
+
+
+def test_a_machine_that_never_joins_is_named_without_a_traceback(executable, recipe_file):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--cpu", "--nodes", "2", "--node-rank", "0", "--main-address", f"127.0.0.1:{port}")
+    done = executable("align", recipe_file, *where, "--", "--rdzv_conf=timeout=3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "waiting for 2 machines to meet at 127.0.0.1:" in done.stderr
+    assert "not all of the 2 machines have come together" in done.stderr

@@ -10,6 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_loading import change_weights, make
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import initialization as init
 
 from tbpo_cli.config.recipe import Lora, Model, load_recipe
 from tbpo_cli.errors import TbpoError
@@ -45,6 +47,10 @@ def assert_same(sharded, whole):
     assert sharded.config.to_dict() == whole.config.to_dict()
 
 
+LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "num_key_value_heads": 4}
+MIXER = {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "settings"),
@@ -52,8 +58,11 @@ def assert_same(sharded, whole):
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 4}),
+        ("gptj", {"n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
         ("mistral", {}),
         ("gemma2", {}),
+        ("falcon_h1", {"ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9], **MIXER}),
+        ("zamba", {"num_hidden_layers": 5, "attn_layer_offset": 1, "attn_layer_period": 2}),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
     ],
 )
@@ -112,6 +121,47 @@ def test_where_transformers_changes_weights_it_loads_them_and_that_is_said(
     assert_same(found, load(tmp_path))
 
 
+class NormedConfig(LlamaConfig):
+    """Of a model with a buffer that no file holds, and that is made of its weights."""
+
+    model_type = "normed"
+
+
+class NormedModel(LlamaForCausalLM):
+    config_class = NormedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        start = self.lm_head.weight.sum() if config.starts_with_weights else torch.zeros(())
+        self.register_buffer("total", start, persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            init.copy_(self.total, self.lm_head.weight.sum())
+
+    def forward(self, *args, **inputs):
+        output = super().forward(*args, **inputs)
+        output.logits = output.logits * self.total
+        return output
+
+
+AutoConfig.register("normed", NormedConfig)
+AutoModelForCausalLM.register(NormedConfig, NormedModel)
+
+
+@pytest.mark.parametrize("starts_with_weights", [True, False])
+def test_what_is_made_of_weights_is_not_made_up(tmp_path, mesh, capsys, starts_with_weights):
+    """Then each process loads the whole model."""
+    make("normed", starts_with_weights=starts_with_weights).save_pretrained(tmp_path)
+    found, whole = load(tmp_path, mesh), load(tmp_path)
+    said = capsys.readouterr().err
+    assert WHOLE in said and ("total" in said or "cannot be built without" in said)
+    assert found.total == whole.lm_head.weight.sum() != 0
+    assert_same(found, whole)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -134,6 +184,15 @@ def test_a_damaged_file_is_a_message(tmp_path, mesh):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TbpoError, match="copy them again"):
         load(tmp_path, mesh)
+
+
+def test_frozen_weights_of_which_some_are_kept_in_fp32_are_sharded(tmp_path, mesh):
+    """FSDP takes no weights of several dtypes that are trained: such are the routers of experts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    make("deepseek_v2", first_k_dense_replace=0, **experts, **LATENT).save_pretrained(tmp_path)
+    found, whole = (load(tmp_path, one, torch.bfloat16) for one in (mesh, None))
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32, torch.bfloat16}
+    assert_same(found, whole)
 
 
 @pytest.mark.parametrize("copies", [None, ["lm_head"]])

@@ -212,6 +212,19 @@ MODELS = {
     "a softcap": ("Gemma2Config", {**SMALL, **ATTENDS, "head_dim": 8}),
     "a factor": ("CohereConfig", {**SMALL, **ATTENDS, "logit_scale": 0.25}),
     "experts": ("MixtralConfig", {**SMALL, **ATTENDS, "num_local_experts": 4}),
+    "a block in several layers": (
+        "ZambaConfig",
+        {
+            **SMALL,
+            **ATTENDS,
+            "num_hidden_layers": 5,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "n_mamba_heads": 2,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
     "layers within layers": ("MambaConfig", {**SMALL, "state_size": 4}),
 }
 
@@ -226,7 +239,7 @@ def test_models_of_many_kinds_can_be_sharded(mesh, name):
     for sharded, compute in ((False, None), (True, None), (True, torch.bfloat16)):
         policy = Policy(copy.deepcopy(model), autocast=compute)
         if sharded:
-            shard(policy.model, Shards(mesh, compute))
+            shard(policy.model, Shards(mesh, compute, trains=True))
         scorer = Scorer.of(policy)
         assert scorer.heads[POLICY] is not None and policy.is_sharded == sharded
         scorer.score(batch, frozenset({"logps"})).chosen.logps.sum().backward()

@@ -332,6 +332,12 @@ def test_the_command_loads_no_weights(tbpo, recipe_file, base, tmp_path):
     assert "4, ddp: only an adapter is trained" in flat(done.stdout) and done.stderr == ""
 
 
+def test_on_the_cpu_it_takes_the_options_of_align(tbpo, recipe_file):
+    text = flat(tbpo("show", recipe_file, "--cpu", "--gpus", "2").stdout)
+    assert re.search(r"memory about \S+ of \S+ GB on each cpu,", text)
+    assert re.search(r"processes 2, \w+:", text)
+
+
 def test_of_a_mixture_of_experts_no_line_of_torch_is_printed(start, recipe_file, tmp_path, base):
     """Its experts have no kernel for shapes without numbers, which torch logs with a traceback."""
     experts = tmp_path / "experts"
@@ -502,7 +508,7 @@ def test_what_the_stages_need_is_listed_with_a_tick_or_a_message(tbpo, recipe_fi
     sets = ("--set", "judge.scorer=python:./scorer.py:scor", "--set", 'run.trackers=["trackio"]')
     done = tbpo("show", recipe_file, *sets)
     text = flat(done.stdout)
-    assert "✗ trackers" in text and "trackio is not installed" in text
+    assert "✗ trackers trackio: trackio is not installed" in text
     assert "→ pip install trackio" in text
     assert "✗ files and models of the evaluation" in text and "has no function scor" in text
     assert "for checkpoints" in text and done.returncode == 2

@@ -69,7 +69,8 @@ def checks_of(stage: str, recipe: Recipe, asks: bool = True) -> Iterator[Check]:
     """
     for name, function in CHECKS.get(stage, {}).items():
         if function.wanted(recipe) and (asks or not function.asks):
-            yield run_check(name.format(recipe=recipe), partial(function.done, recipe))
+            said = name.format(recipe=recipe, trackers=", ".join(recipe.run.trackers))
+            yield run_check(said, partial(function.done, recipe))
 
 
 def require(stage: str, recipe: Recipe) -> None:
@@ -247,7 +248,7 @@ CHECKS: dict[str, dict[str, _Check]] = {
         ),
     },
     "align": {
-        "trackers {recipe.run.trackers}": _Check(lambda recipe: recipe.run.trackers, _trackers),
+        "trackers {trackers}": _Check(lambda recipe: recipe.run.trackers, _trackers),
         "bitsandbytes and a GPU for 4-bit weights": _Check(
             lambda recipe: recipe.model.quantization, _quantization
         ),

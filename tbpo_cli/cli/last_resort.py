@@ -45,6 +45,17 @@ def message_for(error: Exception) -> TbpoError | None:
             "a disk with space that works",
             "mend that, and give the same command again, which goes on from there",
         )
+    if isinstance(error, RuntimeError):
+        from tbpo_cli.core.memory import first_line, is_out_of_memory  # torch: seconds to import
+
+        if is_out_of_memory(error):
+            return TbpoError(
+                f"out of memory: {first_line(error)}",
+                "work that cannot be done in smaller parts",
+                "memory for the weights, and for a short text or an exchange between processes",
+                'more --gpus with sharding = "fsdp", model.quantization, or a device where nothing '
+                "else runs; the same command goes on from what is kept",
+            )
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     kind = type(error).__module__.partition(".")[0]
     if not frames or (frames[-1].is_relative_to(PACKAGE) and kind not in WITHOUT_FRAMES):

@@ -209,7 +209,7 @@ def losses(
     console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@command("show", *RUN, "gpus", "nodes")
+@command("show", *RUN, "gpus", "cpu", "nodes")
 def show(call: Call) -> None:
     """The resolved recipe, what would run, what it needs, and what usually goes wrong.
 
@@ -220,10 +220,12 @@ def show(call: Call) -> None:
     from tbpo_cli.config.recipe import sources
 
     recipe, run_dir = call.load()
+    if call.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     from tbpo_cli.cli import show as showing  # it imports torch: after the recipe is checked
     from tbpo_cli.runs.launch import Processes
 
-    processes = Processes(call.gpus or 1, machines=call.nodes or 1)
+    processes = Processes(call.gpus or 1, call.cpu, machines=call.nodes or 1)
     showing.show(recipe, sources(call.recipe, call.overrides), run_dir, processes)
 
 

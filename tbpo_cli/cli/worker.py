@@ -13,12 +13,9 @@ from pathlib import Path
 
 from tbpo_cli import console
 from tbpo_cli.cli.last_resort import message_for
-from tbpo_cli.errors import TbpoError
+from tbpo_cli.errors import TbpoError, is_echo
 from tbpo_cli.runs.children import PARENT, die_with_parent
 from tbpo_cli.runs.launch import REPORTED
-
-# The messages of a process whose connection another one has closed.
-ECHOES = ("onnection closed by peer", "onnection reset by peer")
 
 
 def main() -> None:
@@ -57,9 +54,8 @@ def _run(folder: Path) -> int:
         return 130
     except Exception as error:
         # A process that ends closes its connections; what the others then raise is only an echo.
-        is_echo = any(text in str(error) for text in ECHOES)
         message = None if os.environ.get("TBPO_TRACEBACK") else message_for(error)
-        if not is_echo and _is_first(folder):
+        if not is_echo(error) and _is_first(folder):
             if message is None:
                 traceback.print_exc()
             else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from contextlib import suppress
 from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
@@ -174,15 +177,22 @@ def _placed(faults: list[TbpoError], path: str, overrides: tuple[str, ...]) -> l
         place(path, tuple(key.split("."))): key for name in given for key in (name, f"{name}.name")
     }
     return [
-        replace(
-            fault,
-            where=f"--set {at[fault.where]}",
-            fix=fault.fix.replace("it there, or give", "it:"),
-        )
+        replace(fault, where=f"--set {at[fault.where]}", fix=_as_option(fault.fix, at[fault.where]))
         if fault.where in at
         else fault
         for fault in faults
     ]
+
+
+def _as_option(fix: str, key: str) -> str:
+    """What to do about a key that --set has given; a line of a recipe in the form of --set."""
+    line = fix.removeprefix("without quotes: ")
+    name, is_line, text = line.partition(" = ")
+    if is_line and key.rpartition(".")[2] == name:
+        with suppress(ValueError):
+            value = json.loads(text)
+            return f"--set {shlex.quote(f'{key}={value if isinstance(value, str) else text}')}"
+    return fix.replace("it there, or give", "it:")
 
 
 def sources(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, str]:

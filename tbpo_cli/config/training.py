@@ -207,7 +207,8 @@ class Training:
     """Steps between two measurements on the held-out pairs."""
     eval_pairs: Count | Literal["auto", "all"] = "auto"
     """Held-out pairs of a measurement between the first and the last, which read all. "auto": as
-    many as take about 5 % of the time, a tenth of the pairs that are trained on in between."""
+    many as take about 5 % of the time, a tenth of the pairs that are trained on in between, but
+    no fewer than 64 (or all, if there are fewer)."""
     log_every: Count = 10
     """Steps between two lines of metrics that have KL and entropy."""
     activation_checkpointing: bool | Literal["auto"] = "auto"

@@ -203,7 +203,10 @@ def _impossible(entry: Any, keys: Keys, path: str, others: Sequence[Any]) -> Tbp
         if each["type"] in {"literal_error", "value_error"}:
             options += text.replace("'", "").replace(" or ", ", ").split(", ")
     near = difflib.get_close_matches(str(given), options, n=1)
-    fix = f'{keys[-1]} = "{near[0]}"' if near else _as_wanted(kind, given, keys[-1])
+    fix = _as_wanted(kind, given, keys[-1])
+    if near:
+        is_in_list = isinstance(entry["loc"][-1], int)
+        fix = f"{keys[-1]} = {json.dumps(near[:1] if is_in_list else near[0])}"
     what = f"{name} = {json.dumps(given, default=str, ensure_ascii=False)} is not possible"
     if advice := advice_on(name, given):
         return fault(what, path, keys, *advice)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tbpo_cli.core.memory import is_out_of_memory
+
 
 @dataclass(frozen=True)
 class Head:
@@ -82,7 +84,9 @@ def _has_wide_products(device: str, dtype: torch.dtype) -> bool:
     try:
         small = torch.zeros(8, 8, device=device, dtype=dtype)
         return torch.mm(small, small, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbpo_cli import console
+from tbpo_cli.core.memory import is_out_of_memory
 from tbpo_cli.data.limits import limited
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.evaluation.measures import SUITES, is_chat, tasks_of
 from tbpo_cli.evaluation.stats import LEAST_ROWS, Figure, normal_figure, wilson, without_interval
-from tbpo_cli.model.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn

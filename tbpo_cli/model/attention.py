@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tbpo_cli.batch.packing import Segments, Sequences, segments_of
+from tbpo_cli.model.out_of_memory import refuse_as_answer
 
 BY_SEQUENCE = "tbpo_by_sequence"
 # Options of an attention that the varlen kernel does not have.
@@ -191,6 +192,7 @@ def varlen_fault(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> s
                 lambda query, key, value: in_one_kernel(query, key, value, segments, None)
             )
     except (RuntimeError, TypeError, ValueError) as error:
+        refuse_as_answer(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"the varlen kernel does not take {heads} heads of size {size} here: {reason}"
     agrees = all(

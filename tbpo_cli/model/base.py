@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -22,6 +17,7 @@ from tbpo_cli import console
 from tbpo_cli.config.recipe import Model
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.fused import fuse_norms
+from tbpo_cli.model.loading_errors import refused_with_a_reason
 from tbpo_cli.model.policy import special_tokens_of
 from tbpo_cli.model.probes import check_causality
 from tbpo_cli.model.quantization import quantization
@@ -35,10 +31,6 @@ SHOWN_KEYS = 6
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
 # What configs make a model return besides logits.
 OUTPUTS = ("output_router_logits", "output_attentions", "output_hidden_states")
-WEIGHTS = (
-    "a folder with config.json and *.safetensors (pickles are not loaded), or the id of a Hub"
-    " repository"
-)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -268,66 +260,3 @@ def turn_outputs_off(config: Any) -> list[tuple[Any, str]]:
                 setattr(part, name, False)
                 found.append((part, name))
     return found
-
-
-@contextmanager
-def refused_with_a_reason(source: str, key: str) -> Iterator[None]:
-    """Makes whatever the libraries raise while a model is loaded an error that names the cause."""
-    try:
-        yield
-    except TbpoError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Of an encoder's config, what follows are the names of some two hundred classes.
-        why = " ".join(lines[:2]).partition(" Model type should be one of ")[0]
-        what = f"the model cannot be loaded: {why or type(error).__name__}"
-        raise TbpoError(what, f"{key} = {source!r}", WEIGHTS, _fix(error, source, key)) from error
-
-
-def _fix(error: BaseException, source: str, key: str) -> str:
-    """What to do about an exception of the loading, by what caused it."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = str(error)
-    newer = f"an architecture that transformers {transformers.__version__} has"
-    once = f"AutoModelForCausalLM.from_pretrained({source!r}).save_pretrained('converted')"
-    convert = f'python -c "from transformers import AutoModelForCausalLM; {once}"'
-    fixes = [
-        (
-            any(isinstance(each, GatedRepoError) for each in causes),
-            f"ask for access at https://huggingface.co/{source}, then `hf auth login`",
-        ),
-        (
-            any(isinstance(each, RepositoryNotFoundError) for each in causes),
-            f"check {key}: no such repository, or a private one, which needs `hf auth login`",
-        ),
-        (
-            isinstance(error, FileNotFoundError) and "safetensors" in text,
-            "copy or download the model again: a file of its weights is missing",
-        ),
-        (
-            isinstance(error, ImportError),
-            'install what is missing; if it is for attention: model.attention = "auto"',
-        ),
-        (isinstance(error, SafetensorError), "its weights are damaged: copy them again"),
-        ("does not recognize this architecture" in text, f"take {newer}, or upgrade transformers"),
-        ("Unrecognized model" in text, f"check config.json: its model_type must name {newer}"),
-        ("trust_remote_code" in text, "model.trust_remote_code = true, if you trust its code"),
-        ("Unrecognized configuration class" in text, "take a decoder: a causal language model"),
-        ("safetensors" in text, f"convert it once: {convert}"),
-    ]
-    known = next((fix for holds, fix in fixes if holds), "")
-    return known or f"check {key} (and model.revision), and that the Hub can be reached"

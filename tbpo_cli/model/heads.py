@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tbpo_cli.core.head import Head
+from tbpo_cli.model.out_of_memory import refuse_as_answer
 from tbpo_cli.model.probes import evaluating, text_config
 from tbpo_cli.model.sharding import LanguageModel, backbone, causal_model, gathered
 
@@ -59,6 +60,7 @@ def read_head(model: LanguageModel, compute: torch.dtype | None = None) -> Head 
             logits = model(**inputs).logits[0].float()
             rebuilt = gathered_head(head).logits(hidden_states(model, inputs)[0]).float()
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        refuse_as_answer(error)
         return _unknown_head(f"its hidden states cannot be read: {str(error).splitlines()[0]}")
     is_half = (compute or linear.weight.dtype) in (torch.bfloat16, torch.float16)
     tolerance = 0.02 if is_half else 1e-4

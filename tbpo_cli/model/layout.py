@@ -12,6 +12,7 @@ from tbpo_cli.batch.layouts import LAYOUTS, PairBatch, collate
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE
+from tbpo_cli.model.out_of_memory import refuse_as_answer
 from tbpo_cli.model.probes import (
     WINDOWS,
     attention_of,
@@ -198,7 +199,8 @@ def _difference(causal: LanguageModel) -> str | None:
         packed, alone, other = (_predicting(causal, batch) for batch in batches)
     except (TypeError, ValueError, AttributeError, IndexError):
         return "its attention takes no rows of several sequences, or adds more than a causal mask"
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as error:  # also NotImplementedError
+        refuse_as_answer(error)
         if weight.is_meta:  # its code asks for numbers, as routers do
             return None
         return "its attention takes no rows of several sequences"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def load_policy(
         return _load_adapters(recipe, load_device, compute, policy, reference, mesh)
     # bf16 would round small updates of the weights away: they are kept in fp32.
     autocast = None if compute == torch.float32 else compute
-    shards = None if mesh is None else Shards(mesh, autocast)
+    shards = None if mesh is None else Shards(mesh, autocast, trains=True)
     source = str(sft_output or recipe.model.base)
     model = load_base(recipe.model, start or source, load_device, torch.float32, shards)
     frozen = {}
@@ -67,7 +68,8 @@ def load_policy(
     elif with_reference:
         # Gathered weights are cast to `compute`: those that never change are kept so.
         dtype = torch.float32 if shards is None else compute
-        other = load_base(recipe.model, source, load_device, dtype, shards)
+        frozen_shards = None if shards is None else replace(shards, trains=False)
+        other = load_base(recipe.model, source, load_device, dtype, frozen_shards)
         frozen[REFERENCE] = other.requires_grad_(False)
     return Policy(model, frozen, autocast)
 
@@ -158,7 +160,7 @@ def _load_adapters(
         adapted = continued_adapter(base, policy, reference, recipe.model, trains)
     loaded = _with_adapter(adapted, recipe.model, compute)
     if has_copies and shards is not None:
-        shard(loaded.model, shards)
+        shard(loaded.model, replace(shards, trains=trains))
     return loaded
 
 

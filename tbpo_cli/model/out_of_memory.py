@@ -1,4 +1,4 @@
-"""Memory that runs out: how torch says so, and the same work again with less of it at once."""
+"""Memory that runs out: no answer of a trial; and the same work again with less of it at once."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from typing import TypeVar
 import torch
 
 from tbpo_cli import console
-from tbpo_cli.errors import ReportedError, TbpoError
+from tbpo_cli.core.memory import first_line, is_out_of_memory
+from tbpo_cli.errors import ReportedError, TbpoError, is_echo
 from tbpo_cli.model.together import ALONE, BATCH_SIZE, Together
 from tbpo_cli.runs.files import note_halved
 
 T = TypeVar("T")
 
-# What the CUDA runtime, its libraries and the CPU's allocator say, in other classes of errors than
-# torch.OutOfMemoryError.
-OUT_OF_MEMORY = (
-    "can't allocate memory",  # the allocator of the CPU
-    "CUDA error: out of memory",  # an AcceleratorError, from the driver
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-)
+
+def refuse_as_answer(error: Exception) -> None:
+    """Raises an error again that says nothing about a model: of memory, or of other processes.
+
+    For the except clauses of trials, which take what a model's code raises for an answer. Where
+    only one of several processes took such an error for an answer, they would go on differently.
+    """
+    if is_out_of_memory(error) or is_of_processes(error):
+        raise error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device or the host has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
+def is_of_processes(error: BaseException) -> bool:
+    """Whether an error comes from the exchange with other processes; one may have ended."""
+    is_of_gloo = isinstance(error, RuntimeError) and (is_echo(error) or "gloo/" in str(error))
+    return isinstance(error, torch.distributed.DistError) or is_of_gloo
 
 
 def with_less_at_once(
@@ -57,10 +56,10 @@ def with_less_at_once(
     while True:
         try:
             return work(size), size
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failure = str(error).splitlines()[0]
+            failure = first_line(error)
         # Outside of the except block the tensors of the failed attempt are freed.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

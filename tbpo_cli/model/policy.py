@@ -204,6 +204,10 @@ class Policy:
         if not writes:
             return
         if self.adapters:
+            config = self.adapters[POLICY]
+            for name, value in vars(config).items():
+                if isinstance(value, set):  # its order differs from process to process
+                    setattr(config, name, sorted(value))
             self.model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=state)
         else:
             dtype = self.model.config.dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tbpo_cli.errors import TbpoError
+from tbpo_cli.model.out_of_memory import refuse_as_answer
 from tbpo_cli.model.sharding import LanguageModel, causal_model, text_decoder
 
 PROBE_TOKENS = 12
@@ -109,6 +110,7 @@ def check_causality(model: LanguageModel, source: str) -> None:
                 logits = model(input_ids=inputs, use_cache=False).logits
                 found.append(logits[0, :-CHANGED_TOKENS])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        refuse_as_answer(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"the model cannot be called with the tokens of a text alone: {reason}"
         raise TbpoError(what, where, "a causal language model of text", fix) from error
@@ -270,7 +272,8 @@ def reads_padding(model: LanguageModel) -> str | None:
                 )
                 step = {name: value for name, value in step.items() if value is not None}
                 logits.append(causal(**step).logits[0, -1])
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        refuse_as_answer(error)
         return "its code takes no padding on the left"
     if differ(logits[1], logits[0], causal.dtype):
         return "its logits change with padding on the left"

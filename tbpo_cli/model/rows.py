@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -36,9 +38,9 @@ class WholeOnlyError(Exception):
 def shapes_of(
     config: Any, source: str, revision: str | None, dtype: torch.dtype, attention: str | None
 ) -> tuple[LanguageModel, dict[str, Place]]:
-    """A model of shapes without numbers ("meta"), and where each of its weights is read from.
+    """A model whose parameters are shapes ("meta"), and where each of its weights is read from.
 
-    1. Build the model from its config.
+    1. Build the model from its config, with the numbers of what no file holds.
     2. Refuse what transformers changes while it loads: code of the checkpoint's own, weights that
        are converted or renamed, and those that are kept in fp32.
     3. Find each weight in the files, with the same shape.
@@ -53,8 +55,7 @@ def shapes_of(
     """
     if getattr(config, "auto_map", None):
         raise WholeOnlyError("its code is not transformers' own")
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model = _built(config, dtype, attention)
     kept = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
@@ -74,22 +75,50 @@ def shapes_of(
     return model.eval(), places
 
 
+def _built(config: Any, dtype: torch.dtype, attention: str | None) -> LanguageModel:
+    """A model of parameters without numbers; its buffers and other tensors have theirs.
+
+    Those that no file holds (rotary frequencies, multipliers) are then what the class makes of its
+    config, in whichever of its methods it does so.
+
+    Raises:
+        WholeOnlyError: if the class needs numbers of its parameters to make them.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with no_init_weights(), init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention
+                )
+            model.tie_weights()  # accelerate made a parameter of its own of each name
+            model.initialize_weights()  # of buffers, in fp32: above, `dtype` is the default
+    except (NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise WholeOnlyError(f"it cannot be built without its weights: {why}") from error
+    for path, module in model.named_modules():
+        kept = set(module._buffers) - module._non_persistent_buffers_set  # the files hold these
+        held = {**module._buffers, **vars(module)}
+        for name, tensor in held.items():
+            if isinstance(tensor, Tensor) and tensor.is_meta and name not in kept:
+                raise WholeOnlyError(f"no file holds {path}.{name}, which is made of weights")
+    return model
+
+
 def read_rows(model: LanguageModel, places: dict[str, Place], device: torch.device) -> None:
     """Gives a sharded model of shapes its numbers, on a device.
 
-    1. Make tensors for this process's rows.
-    2. Compute what no file holds, as transformers does it: rotary frequencies and the like.
-    3. Read the rows, a tensor at a time, and cast them.
+    1. Make tensors for this process's rows; what has numbers, which no file holds, keeps them.
+    2. Read the rows, a tensor at a time, and cast them.
 
     Args:
         places: from `shapes_of`, by the names of the weights in the model.
     """
+    computed = dict(model.named_buffers(remove_duplicate=False))
     model.to_empty(device=device)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if not computed[name].is_meta:  # else a file holds it
+            buffer.copy_(computed[name])
     state = model.state_dict(keep_vars=True)
-    for tensor in state.values():
-        tensor._is_hf_initialized = True  # transformers computes those without this mark
-    with torch.random.fork_rng(devices=[]):
-        model.initialize_weights()
     with ExitStack() as files, torch.no_grad():
         opened = {
             path: files.enter_context(safe_open(path, "pt"))

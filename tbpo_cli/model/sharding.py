@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -58,10 +58,13 @@ class Shards:
         mesh: the processes. Of two dimensions, the second one shards, and the first has replicas.
         compute: the dtype that gathered weights are cast to; None: their own. (Autocast would keep
             the casts of all layers until the backward pass.)
+        trains: whether some of them are trained. FSDP takes weights of several dtypes (a router of
+            experts is kept in fp32) only where none of them is.
     """
 
     mesh: DeviceMesh
     compute: torch.dtype | None = None
+    trains: bool = False
 
 
 def shard(model: LanguageModel, shards: Shards) -> None:
@@ -70,27 +73,43 @@ def shard(model: LanguageModel, shards: Shards) -> None:
     All processes call it. Gradients become sums over the processes; a pass, forward or backward, is
     then a collective operation of all of them.
 
-    1. Shard each layer, the innermost first: what is sharded is left out of what contains it.
-    2. Shard the input and the output embeddings; where they are tied, they stay in step 3.
-    3. Shard what is left of the model.
-    4. Let the backbone be called by itself, through the model, which gathers what is in step 3.
+    1. Freeze weights that are not trained.
+    2. Shard each layer, the innermost first: what is sharded is left out of what contains it.
+       Layers that share weights stay in step 4: a weight is in one group of FSDP only.
+    3. Shard the input and the output embeddings; where they are tied, they stay in step 4.
+    4. Shard what is left of the model.
+    5. Let the backbone be called by itself, through the model, which gathers what is in step 4.
     """
     causal = causal_model(model)
+    if not shards.trains:
+        model.requires_grad_(False)
     precision = MixedPrecisionPolicy()
     if shards.compute is not None:
         precision = MixedPrecisionPolicy(param_dtype=shards.compute, reduce_dtype=torch.float32)
-    layers = set(causal._no_split_modules or ())
-    units = [each for each in reversed(list(causal.modules())) if type(each).__name__ in layers]
     embeddings = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     ends = [end for end in embeddings if end is not None]
     is_tied = len({id(end.weight) for end in ends}) < len(ends)
-    for unit in [*units, *([] if is_tied else ends), causal]:
+    for unit in [*_layers(causal), *([] if is_tied else ends), causal]:
         fully_shard(unit, mesh=shards.mesh, reshard_after_forward=True, mp_policy=precision)
         unit.set_gradient_divide_factor(1.0)
         # Without this, a factor other than that of the mean asks for NCCL.
         unit.set_force_sum_reduction_for_comms(True)
     causal.sharded_backbone = backbone(causal).__call__
     register_fsdp_forward_method(causal, "sharded_backbone")
+
+
+def _layers(causal: LanguageModel) -> list[nn.Module]:
+    """The layers of a model that share no weights with others, the innermost first."""
+    kinds = set(causal._no_split_modules or ())
+    layers = [each for each in reversed(list(causal.modules())) if type(each).__name__ in kinds]
+    first: dict[Tensor, nn.Module] = {}
+    shared: set[Tensor] = set()
+    for layer in layers:
+        inside = set(layer.modules())
+        for weight in layer.parameters():
+            if first.setdefault(weight, layer) not in inside:
+                shared.add(weight)
+    return [layer for layer in layers if shared.isdisjoint(layer.parameters())]
 
 
 def gathered(tensor: MaybeTensor) -> MaybeTensor:

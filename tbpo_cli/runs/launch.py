@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LAUNCHED, REPORTED = ".launched", ".reported"
 # torch's settings of its allocator; the second is its old name.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-ABSENT = 600.0  # seconds without the first machine that another one waits for it
+ABSENT = 600.0  # seconds that machines wait for each other
+NOT_ALL_CAME = 75  # exit code of the launcher
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Processes:
         options = ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
         options += [f"--num_processes={self.total}", f"--num_machines={self.machines}"]
         options += [f"--machine_rank={self.machine_rank}", f"--main_process_port={port or 0}"]
-        options += [f"--main_process_ip={host}"] if host else []
+        if host:
+            options += [f"--main_process_ip={host}", f"--rdzv_conf=timeout={ABSENT:.0f}"]
         return [
             sys.executable,
             "-m",
@@ -176,6 +178,9 @@ def _run_workers(folder: Path, processes: Processes) -> None:
     check_gpus(processes)
     if processes.machine_rank == 0:
         (folder / LAUNCHED).touch()
+        if processes.machines > 1:
+            address = processes.main_address
+            console.say(f"waiting for {processes.machines} machines to meet at {address} …")
     try:
         before = halved(folder)
         while True:
@@ -196,10 +201,18 @@ def _run_workers(folder: Path, processes: Processes) -> None:
         raise Interrupted(received, "nothing is lost", "the same command goes on from there")
     if code > 0 and is_reported:
         raise ReportedError(code)
+    if code == NOT_ALL_CAME:
+        raise TbpoError(
+            f"not all of the {processes.machines} machines have come together in time",
+            f"--main-address {processes.main_address}, on machine {processes.machine_rank}",
+            "the same command on every machine, each with its own --node-rank",
+            "start it where it does not run, and check that the address is reached from there",
+        )
     if code:
         number = -code if code < 0 else code - 128
         what = f"a worker process {f'was killed by signal {number}' if number > 0 else 'failed'}"
-        fix = "look at the memory of the machine; the same command goes on from the last checkpoint"
+        whose = "the machine" if processes.machines == 1 else "this machine, and at the other ones"
+        fix = f"look at the memory of {whose}; the same command goes on from the last checkpoint"
         raise TbpoError(what, str(folder), "processes that end by themselves", fix)
 
 
@@ -299,11 +312,14 @@ def main() -> None:
     die_with_parent(int(os.environ[PARENT]), signal.SIGTERM)
     os.environ[PARENT] = str(os.getpid())  # of the workers
     from accelerate.commands.launch import main as launch
+    from torch.distributed import DistStoreError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable()  # what the launcher says of a failure, the worker has said better
     try:
         launch()
+    except DistStoreError:
+        sys.exit(NOT_ALL_CAME)
     except ChildFailedError as error:
         # One that was killed comes first, if not by the launcher: when its connections close, the
         # others fail as well.

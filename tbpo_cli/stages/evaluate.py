@@ -171,7 +171,8 @@ def work(recipe: Recipe, run_dir: RunDir) -> None:
     policy, placement = load_measured(recipe, run_dir, helpers, group)
     fit = tokens_that_fit(kept_bytes(placement.shapes or policy.model, False)[0], group.device)
     tokens = recipe.align.max_tokens_per_device
-    budget = TokenBudget(tokens, fit, group, placement.together.folder)
+    smaller = 'more --gpus with align.sharding = "fsdp", or a smaller data.max_length'
+    budget = TokenBudget(tokens, fit, group, placement.together.folder, smaller=smaller)
     chat = load_chat(recipe.model, recipe.data.template_date)
     measurer = Measurer(
         with_pairs(recipe, run_dir),

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tbpo_cli import console
+from tbpo_cli.core.memory import first_line, is_out_of_memory
 from tbpo_cli.runs.files import sha256, sync, write_sealed
 from tbpo_cli.train.checkpoint import KEPT, TrainState, kept_checkpoints
 from tbpo_cli.train.group import Group
@@ -80,8 +81,8 @@ class CheckpointWriter:
     def begin(self, step: int) -> None:
         """Has `step-N` written; waits until the one before is there.
 
-        Where the copy would take more than half of the free memory, the tensors are written as
-        they are, and the training waits.
+        Where the copy would take more than half of the free memory, or does not fit in the end,
+        the tensors are written as they are, and the training waits.
         """
         self.finish()
         self._step = step
@@ -91,9 +92,7 @@ class CheckpointWriter:
         if self._copies is None:
             self._copies = self._fits(parts)
         if self._copies:
-            copies = self._stager.stage({part.file: part.tensors for part in parts})
-            staged = cast(dict[str, Tensors], copies)
-            parts = [part._replace(tensors=staged[part.file]) for part in parts]
+            parts = self._copied(parts)
         self._work = self._thread.submit(_write, self._partial, parts)
         if not self._copies:
             self.finish()
@@ -155,6 +154,28 @@ class CheckpointWriter:
             sizes = f"a copy of {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
             console.say(f"WARNING: the training waits while checkpoints are written: {sizes}")
         return fits
+
+    def _copied(self, parts: list[Part]) -> list[Part]:
+        """Copies in the host's memory; the parts themselves if one of the processes lacks that.
+
+        None of them makes copies from then on.
+        """
+        staged: dict[str, Tensors] = {}
+        failure = None
+        try:
+            copies = self._stager.stage({part.file: part.tensors for part in parts})
+            staged = cast(dict[str, Tensors], copies)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = first_line(error)
+        failures = [each for each in self._group.gather(failure) if each is not None]
+        if not failures:
+            return [part._replace(tensors=staged[part.file]) for part in parts]
+        self._copies = False
+        why = f"out of memory for a copy: {failures[0]}"
+        console.say(f"WARNING: the training waits while checkpoints are written: {why}")
+        return parts
 
     def _own_part(self, name: str, state: TrainState) -> Part:
         """What this process writes of a state; without tensors if that is nothing."""

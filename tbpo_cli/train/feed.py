@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, NoReturn, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tbpo_cli import console
 from tbpo_cli.batch.layouts import PairBatch
+from tbpo_cli.core.memory import first_line, is_out_of_memory
 from tbpo_cli.errors import ReportedError, TbpoError
-from tbpo_cli.model.out_of_memory import is_out_of_memory
 from tbpo_cli.runs.files import halved, note_halved
+from tbpo_cli.train.checkpoint import kept_checkpoints
 from tbpo_cli.train.group import Group
 from tbpo_cli.train.memory import MIN_TOKENS
 
@@ -33,6 +36,8 @@ class TokenBudget:
         fitting: int,
         group: Group,
         sharded_in: Path | None = None,
+        folder: Path | None = None,
+        smaller: str = "activation_checkpointing = true, or a smaller data.max_length",
     ) -> None:
         """
         Args:
@@ -40,13 +45,17 @@ class TokenBudget:
             fitting: the tokens to begin with for "auto".
             group: the processes, which all have the same number.
             sharded_in: the stage's folder, if the weights are sharded over the processes.
+            folder: that of a training, for `once_more`.
+            smaller: what helps where the number cannot be halved any more.
         """
         self._is_fixed = wanted != "auto"
         self._group = group
         self._sharded_in = sharded_in
+        self._folder = folder or sharded_in
+        self._smaller = smaller
         tokens = fitting if wanted == "auto" else wanted
-        if not self._is_fixed and sharded_in is not None:
-            tokens = halved(sharded_in).get(TOKENS, tokens)
+        if not self._is_fixed and self._folder is not None:
+            tokens = halved(self._folder).get(TOKENS, tokens)
         self.tokens = min(group.gather(tokens))
 
     def attempt(self, work: Callable[[int], T]) -> T:
@@ -65,10 +74,10 @@ class TokenBudget:
             failure = None
             try:
                 result = work(self.tokens)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]
+                failure = first_line(error)
             # Outside of the except block the tensors of the failed attempt are freed.
             everyone = [failure] if self._sharded_in else self._group.gather(failure)
             failures = [one for one in everyone if one is not None]
@@ -79,22 +88,84 @@ class TokenBudget:
                 torch.cuda.empty_cache()
             self._halve(failures[0])
 
+    def once_more(
+        self, work: Callable[[], T], what: str, changes: Sequence[Tensor] | None = None
+    ) -> T:
+        """The result of what a step does after its passes, when their activations are freed.
+
+        1. If memory runs out before any of `changes` has changed, the allocator's cache is emptied,
+           and the work done once more.
+        2. Otherwise nothing is done twice: a weight could be updated twice, or a process wait for
+           an exchange that the others are through with. Several processes begin again from the
+           newest checkpoint, with half as many tokens; a single one ends.
+
+        Args:
+            work: what is done.
+            what: the same in words, for the message.
+            changes: all that the work changes; None if it may not be repeated in one process alone.
+
+        Raises:
+            TbpoError: in a single process, or if the number cannot be halved.
+            ReportedError: in one of several.
+        """
+        before = _versions(changes or ())
+        for attempt in range(2):
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = first_line(error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if attempt or changes is None or _versions(changes) != before:
+                break
+            console.say(f"out of memory: {what} once more, with the memory that was kept freed")
+        if self._group.size > 1 and self._can_halve:
+            self.tokens //= 2
+            self._begin_again()
+        assert self._folder is not None
+        kept = ["the start", *map("step {}".format, kept_checkpoints(self._folder / "checkpoints"))]
+        half = f", with {TOKENS} = {self.tokens // 2}" if self.tokens >= 2 * MIN_TOKENS else ""
+        raise TbpoError(
+            f"out of memory: {failure}",
+            what,
+            "memory for it beside weights, gradients and the optimizer's moments",
+            f"the same command goes on from {kept[-1]}{half}; less memory is needed for an adapter "
+            '([model.lora]), or with more --gpus and sharding = "fsdp"',
+        )
+
+    @property
+    def _can_halve(self) -> bool:
+        return not self._is_fixed and self.tokens >= 2 * MIN_TOKENS
+
     def _halve(self, failure: str) -> None:
-        if self._is_fixed or self.tokens < 2 * MIN_TOKENS:
-            smaller = "activation_checkpointing = true, or a smaller data.max_length"
+        if not self._can_halve:
             raise TbpoError(
                 f"out of memory: {failure}",
                 f"{TOKENS} = {self.tokens}",
                 "a micro-batch that fits into memory",
-                'max_tokens_per_device = "auto"' if self._is_fixed else smaller,
+                'max_tokens_per_device = "auto"' if self._is_fixed else self._smaller,
             )
         self.tokens //= 2
         if self._sharded_in:
-            note_halved(self._sharded_in, TOKENS, self.tokens)
-            raise ReportedError(1)
+            self._begin_again()
         console.say(
             f"out of memory: the same step again with max_tokens_per_device = {self.tokens:,}"
         )
+
+    def _begin_again(self) -> NoReturn:
+        """Leaves the number for the launcher, which starts all processes again."""
+        assert self._folder is not None
+        note_halved(self._folder, TOKENS, self.tokens)
+        raise ReportedError(1)
+
+
+@torch.no_grad()
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor has been changed in place, as torch counts it."""
+    own = (each.to_local() if isinstance(each, DTensor) else each for each in tensors)
+    return [each._version for each in own]
 
 
 def keep_freed_memory() -> None:

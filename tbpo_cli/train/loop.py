@@ -13,13 +13,13 @@ from tbpo_cli import console
 from tbpo_cli.batch.batches import longest_sequence, span_lengths
 from tbpo_cli.batch.reference import ReferenceCache
 from tbpo_cli.core.baseline import StateBaseline
+from tbpo_cli.core.memory import first_line, is_out_of_memory
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.errors import Interrupted, TbpoError
 from tbpo_cli.model.attention import BY_SEQUENCE, describe_attention
 from tbpo_cli.model.dropout import use_token_dropout
 from tbpo_cli.model.layout import PADDED, apply_layout, choose_layout, confirm_layout
-from tbpo_cli.model.out_of_memory import is_out_of_memory
 from tbpo_cli.model.probes import attention_of
 from tbpo_cli.model.scoring import Scorer, from_reference_logps
 from tbpo_cli.model.sharding import causal_model
@@ -138,6 +138,7 @@ def build_stepper(run: TrainingRun) -> Stepper:
         tokens_that_fit(kept, device),
         run.group,
         run.folder if policy.is_sharded else None,
+        run.folder,
     )
     scorer = Scorer.of(policy, baseline)
     pairs = sample_pairs(run.train)
@@ -223,7 +224,7 @@ def allocate_moments(state: TrainState, device: torch.device) -> None:
             raise
         num_weights = sum(weight.numel() for weight in state.parameters.values())
         raise TbpoError(
-            f"out of memory: {str(error).splitlines()[0]}",
+            f"out of memory: {first_line(error)}",
             f"the optimizer's moments of {num_weights:,} trained weights on {device}",
             "memory for weights, gradients and moments, 16 bytes a weight with adamw",
             'train an adapter ([model.lora]), or give more --gpus with sharding = "fsdp"',

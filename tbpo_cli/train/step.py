@@ -94,9 +94,9 @@ class Stepper:
         totals = self.budget.attempt(functools.partial(self._accumulate, number))
 
         for state in self.states.values():
-            run.group.sum_gradients(state.parameters.values())
-        max_norm = run.settings.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters.values(), max_norm)
+            add_up = functools.partial(run.group.sum_gradients, state.parameters.values())
+            self.budget.once_more(add_up, "the sum of the gradients over the processes")
+        norm = self._clip(policy)
 
         metrics = average([*totals, {"grad_norm": (gathered(norm), 1)}], run.group)
         metrics.setdefault("loss", 0.0)  # there is no mean over pairs that all weigh 0
@@ -111,7 +111,8 @@ class Stepper:
         for group in policy.optimizer.param_groups:
             group["lr"] = rate
         for state in self.states.values():
-            state.optimizer.step()
+            changes = [*state.tensors.values()]
+            self.budget.once_more(state.optimizer.step, "the optimizer's step", changes)
             state.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.monotonic() - started
@@ -125,6 +126,16 @@ class Stepper:
             "seconds": seconds,
             "peak_memory_gb": peak_memory_gb(run.group.device),
         }
+
+    def _clip(self, state: TrainState) -> Tensor:
+        """Clips the gradients; returns their norm. That of sharded ones is an exchange."""
+        parameters = state.parameters.values()
+        clip = functools.partial(
+            torch.nn.utils.clip_grad_norm_, parameters, self.run.settings.max_grad_norm
+        )
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        changes = None if state.is_sharded else gradients
+        return self.budget.once_more(clip, "the clipping of the gradients", changes)
 
     def _accumulate(self, number: int, max_tokens: int) -> list[Totals]:
         """The gradients of a step's micro-batches, in place of those of an earlier attempt."""

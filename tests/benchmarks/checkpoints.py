@@ -61,7 +61,7 @@ def train(rank: int, folder: str, repeats: int, name: str) -> None:
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=2000, **shape, **heads))
     num_weights = sum(weight.numel() for weight in model.parameters())
-    shard(model, Shards(init_device_mesh("cpu", (2,))))
+    shard(model, Shards(init_device_mesh("cpu", (2,)), trains=True))
     parameters = dict(model.named_parameters())
     state = TrainState(parameters, torch.optim.AdamW(parameters.values(), lr=1e-5))
     make_moments(state.optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -17,6 +18,14 @@ from tbpo_cli.data.store import PairStore, pair_writer, record_batch
 from tbpo_cli.data.tokens import TokenizedPair
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def why_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process ended, in a line: its signal, or the last line that it wrote to stderr."""
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
+    *_, last = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return last[:200]
 
 
 def write_results(name: str, title: str, rows: list[dict], table: str) -> None:

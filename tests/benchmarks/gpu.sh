@@ -22,11 +22,34 @@ if [ "${1:-}" = download ]; then
     "${platforms[@]}" --dest "$2" --requirement tests/benchmarks/gpu-wheels.txt
 fi
 
-if [ -n "${WHEELS:-}" ] && [ ! -d .gpu-site ]; then
+for name in "$@"; do
+  [[ " ${parts[*]} " == *" $name "* ]] || { echo "no part $name; there are: ${parts[*]}" >&2; exit 2; }
+done
+case $device in
+  cpu) ;;
+  cuda) "$python" - <<'EOF' || exit 2 ;;
+import sys
+
+fix = "DEVICE=cpu tries the parts at a tiny size without a GPU, PYTHON names another interpreter"
+try:
+    import torch
+
+    torch.cuda.init()
+    torch.cuda.get_device_name()
+except Exception as error:
+    sys.exit(f"no CUDA device can be used: {str(error).splitlines()[0]}; {fix}")
+EOF
+  *) echo "DEVICE is cuda or cpu, and not $device" >&2; exit 2 ;;
+esac
+
+# Of a folder with another name, dill (of datasets) would pickle pyarrow whole, which fails.
+site=.gpu-site/site-packages
+if [ -n "${WHEELS:-}" ] && [ ! -d "$site" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target .gpu-site.part "$WHEELS"/*.whl
-  mv .gpu-site.part .gpu-site
+  mkdir -p .gpu-site
+  mv .gpu-site.part "$site"
 fi
-export PYTHONPATH="$PWD:$PWD/.gpu-site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 checks() { # checks NUMBER ARGUMENTS...: those of a GPU; with DEVICE=cpu the same ones there
@@ -34,6 +57,7 @@ checks() { # checks NUMBER ARGUMENTS...: those of a GPU; with DEVICE=cpu the sam
   shift
   [ "$device" = cuda ] || chosen=(-m "not gpu")
   "$python" -m pytest -v -n 0 -p no:cacheprovider "${chosen[@]}" "$@" 2>&1 | tee "$log"
+  grep -qE "[0-9]+ passed" "$log" || { echo "no check of part $name has run" >&2; return 1; }
 }
 
 steps() { # steps NAME SHAPE ARGUMENTS...
@@ -65,19 +89,33 @@ part() {
       local model=(--shape llama-3.2-1b)
       [ "$device" = cuda ] || model=(--shape tiny --sizes 64)
       "$python" tests/benchmarks/sample.py --name gpu_sampling "${model[@]}" ;;
-    *) echo "no part $1; there are: ${parts[*]}" >&2; return 2 ;;
   esac
 }
 
 [ $# -gt 0 ] || set -- "${parts[@]}"
 failed=()
+signal=0
+export -f part steps checks
+export python device results
 for name in "$@"; do
-  [[ " ${parts[*]} " == *" $name "* ]] || { part "$name"; }
   began=$SECONDS
-  # Ended after nine minutes, a part leaves what it has measured until then.
-  export -f part steps checks
-  export python device results
-  timeout --signal=INT --kill-after=20 540 bash -euo pipefail -c "parts=(); part $name" || failed+=("$name")
+  # Ended after nine minutes, a part leaves what it has measured until then. It has a process group
+  # of its own (set -m: one that does not ignore SIGINT), to which `timeout` passes signals on.
+  set -m
+  timeout --signal=INT --kill-after=20 540 bash -euo pipefail -c "name=$name; part $name" &
+  running=$!
+  set +m
+  for number in 1 2 15; do
+    trap "signal=$number; kill -$number $running || true" "$number"
+  done
+  status=0
+  wait "$running" || status=$?
+  while kill -0 "$running" 2>/dev/null; do # a signal ended the first wait
+    wait "$running" || true
+  done
+  trap - 1 2 15
   echo "$name: $((SECONDS - began)) s"
+  [ "$signal" -eq 0 ] || { echo "$name was interrupted, and what comes after it is not begun" >&2; exit $((128 + signal)); }
+  [ "$status" -eq 0 ] || failed+=("$name")
 done
 [ ${#failed[@]} -eq 0 ] || { echo "not done whole: ${failed[*]}" >&2; exit 1; }

@@ -31,7 +31,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from common import about_lengths, make_store, write_results
+from common import about_lengths, make_store, why_failed, write_results
 from roofline import matrix_rate, roofline
 
 from tbpo_cli.batch.batches import step_indices
@@ -87,11 +87,11 @@ def main() -> None:
         *what, steps = arguments.one
         print(json.dumps(measure(*what, int(steps))))
         return
-    if importlib.util.find_spec("trl") is None and any(
-        way.startswith("trl") for way in arguments.ways
-    ):
+    of_trl = [way for way in arguments.ways if way.startswith("trl")]
+    is_trl_missing = bool(of_trl) and importlib.util.find_spec("trl") is None
+    if is_trl_missing:
         print("trl is missing: its rows are left out (pip install trl)")
-        arguments.ways = [way for way in arguments.ways if not way.startswith("trl")]
+        arguments.ways = [way for way in arguments.ways if way not in of_trl]
     rows = []
     cases = itertools.product(arguments.shapes, arguments.trained, arguments.losses, arguments.ways)
     title = "A training step: this project, the dense way, and TRL"
@@ -104,13 +104,15 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
         write_results(arguments.name, title, rows, f"{about}\n\n{markdown(rows)}")
     print(markdown(rows))
+    if is_trl_missing and ON_GPU:
+        sys.exit("trl is missing, and this table is a comparison with it (pip install trl)")
 
 
 def child(way: str, loss: str, shape: str, trained: str, steps: int) -> dict:
     command = [sys.executable, __file__, "--one", way, loss, shape, trained, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:200]}
+        return {"failed": why_failed(done)}
     return json.loads(done.stdout.splitlines()[-1])
 
 

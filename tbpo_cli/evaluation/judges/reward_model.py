@@ -91,7 +91,7 @@ def _tokenizer(source: str, key: str) -> Any:
     """Its tokenizer. Raises TbpoError without a template, or with another number of outputs."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from tbpo_cli.model.base import refused_with_a_reason
+    from tbpo_cli.model.loading_errors import refused_with_a_reason
 
     with refused_with_a_reason(source, key):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -114,7 +114,8 @@ def _reward_model(source: str, key: str) -> Any:
     from accelerate.utils import parse_flag_from_env
     from transformers import AutoModelForSequenceClassification, pipeline
 
-    from tbpo_cli.model.base import load_whole, refused_with_a_reason
+    from tbpo_cli.model.base import load_whole
+    from tbpo_cli.model.loading_errors import refused_with_a_reason
 
     with refused_with_a_reason(source, key):
         kind = AutoModelForSequenceClassification
