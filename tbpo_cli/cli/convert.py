@@ -217,8 +217,10 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
         name = "stage"
         given = stage
     parts = list(given) if isinstance(given, list | tuple) else [given]
-    losses = [each for each in parts if each != "sft"]
+    losses = [each for each in parts if each != "sft"] or parts
     ours = LOSS_NAMES.get(str(losses[0]).lower()) if len(losses) == 1 else None
+    if ours == "dpo" and "cpo_alpha" in full:  # TRL's CPOConfig calls its own loss "sigmoid"
+        ours = "cpo"
     if ours is None:
         why = f"there is no loss {given!r}, and dpo stands in its place; tbpo losses lists all"
         converted.left.append((name, why))

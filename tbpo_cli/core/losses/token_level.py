@@ -55,7 +55,7 @@ class TbpoQ(RatioMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.baseline_clip > 0, f"baseline_clip must be positive, got {self.baseline_clip}")
+        require(self.baseline_clip > 0, f"baseline_clip must be above 0, got {self.baseline_clip}")
 
     def compare(self, scores: PairScores) -> LossOutput:
         c = _aligned_difference(scores, "state_baseline")
