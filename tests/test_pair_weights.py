@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from decimal import Decimal
 
 import pytest
 import torch
@@ -13,15 +14,16 @@ from tbpo_cli.batch.batches import cut_to_span
 from tbpo_cli.batch.layouts import collate
 from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.core import PairScores, SideScores, build_loss
-from tbpo_cli.data.formats import to_pairs
+from tbpo_cli.data.formats import recognise, to_pairs
 from tbpo_cli.data.pairs import RejectedRow
-from tbpo_cli.data.sources import Row
+from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
 from tbpo_cli.train.group import ONE
 from tbpo_cli.train.metrics import average, measure, pair_weights
 
 EXACT = ("model.lora.dropout=0.0", "align.log_every=1000", "align.eval_every=1000")
+OUT_OF_RANGE = (10**400, 10**21, 1e39, 1e38, 9e-21, 1e-40, 1e-50, -1e-30)
 ONE_STEP = ("align.max_steps=2", "align.warmup=0", "data.dedup=false")
 
 
@@ -58,12 +60,86 @@ def test_a_row_without_the_column_weighs_1_and_another_what_it_says():
     assert pair_of(weight=2.5).weight == 2.5
 
 
-@pytest.mark.parametrize("weight", [None, -1, -0.5, "2", True, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "weight", [None, -1, -0.5, "2", True, float("nan"), float("inf"), *OUT_OF_RANGE]
+)
 def test_a_weight_that_is_none_is_a_reason_to_reject_the_row(weight):
     with pytest.raises(RejectedRow) as rejected:
         pair_of(weight=weight)
     assert rejected.value.reason == "bad_weight"
-    assert repr(weight) in rejected.value.detail
+    assert repr(weight)[:40] in rejected.value.detail
+    assert "not 0, or a number from 1e-20 to 1e+20" in rejected.value.detail
+    assert len(rejected.value.detail) < 120
+
+
+def test_weights_of_columnar_files_and_of_the_ends_of_the_range_are_numbers():
+    weights = [Decimal("2.50"), Decimal(0), 1e20, 1e-20, 0]
+    assert [pair_of(weight=weight).weight for weight in weights] == [2.5, 0, 1e20, 1e-20, 0]
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_a_weight_in_a_file_of_texts_is_the_number_that_its_text_says(tmp_path, ending, delimiter):
+    path = tmp_path / f"rows.{ending}"
+    said = ["0.5", "2", "1e-3", "0", "", "x", "-1", "nan", "1" + 400 * "0"]
+    lines = [("prompt", "chosen", "rejected", "weighs")]
+    lines += [(f"p{number}", "b", "c", weight) for number, weight in enumerate(said)]
+    path.write_text("".join(delimiter.join(line) + "\n" for line in lines))
+    source = Source(str(path))
+    data = Data(train=(source,), columns={"weight": "weighs"})
+    found = [outcome(row, "prompt", data) for row in read_rows(source, "train", "data.train")]
+    assert found == [0.5, 2.0, 0.001, 0.0] + 5 * ["bad_weight"]
+
+
+def outcome(row, name, data):
+    """The weight of the pair of a row, or the reason why it is rejected."""
+    try:
+        return to_pairs(row, name, data).pairs[0].weight
+    except RejectedRow as rejected:
+        return rejected.reason
+
+
+def outcomes_of_labelled(*rows):
+    """By the number of a row: its outcome. A row is (label, columns), of one prompt."""
+    data = Data(train=(Source("rows.jsonl"),))
+    contents = [
+        {"prompt": "a", "completion": f"{label} {number}", "label": label, **columns}
+        for number, (label, columns) in enumerate(rows)
+    ]
+    rows = [Row("rows.jsonl", number, content) for number, content in enumerate(contents, 1)]
+    name, found = recognise(lambda: iter(rows), data)
+    return name, {row.number: outcome(row, name, data) for row in found}
+
+
+@pytest.mark.parametrize("labels", [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"weight": 3}, {"weight": 3.0}, {2: 3.0}),
+        ({}, {"weight": 1}, {2: 1.0}),
+        ({"weight": 7.0}, {}, {1: "unpaired", 2: "unpaired"}),
+        ({}, {"weight": 7.0}, {1: "unpaired", 2: "unpaired"}),
+        ({"weight": -1}, {"weight": 0.5}, {1: "bad_weight", 2: "unpaired"}),
+        ({"weight": 0.5}, {"weight": None}, {1: "unpaired", 2: "bad_weight"}),
+        ({"weight": "x"}, {}, {1: "bad_weight", 2: "unpaired"}),
+    ],
+)
+def test_two_labelled_completions_make_a_pair_only_if_both_weigh_the_same(
+    labels, first, second, expected
+):
+    name, found = outcomes_of_labelled((labels[0], first), (labels[1], second))
+    assert (name, found) == ("unpaired", expected)
+
+
+def test_a_labelled_completion_pairs_with_the_one_of_its_weight_in_any_order():
+    rows = [(True, {"weight": 7}), (True, {}), (False, {"weight": 1})]
+    assert outcomes_of_labelled(*rows)[1] == {1: "unpaired", 3: 1.0}
+    assert outcomes_of_labelled(*rows[::-1])[1] == {2: 1.0, 3: "unpaired"}
+
+
+def test_a_completion_without_a_counterpart_of_its_weight_says_which_it_seeks():
+    row = {"prompt": "a", "completion": "b", "label": True, "weight": 7.0}
+    with pytest.raises(RejectedRow, match=r"labelled bad, of the same weight \(7\)"):
+        to_pairs(Row("rows.jsonl", 1, row), "unpaired", Data(train=(Source("rows.jsonl"),)))
 
 
 def test_weights_are_kept_with_the_pairs_and_bad_ones_reported(recipe_file, tmp_path):

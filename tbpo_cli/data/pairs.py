@@ -7,8 +7,12 @@ import itertools
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
+
+from tbpo_cli.data.sources import Field
 
 # role, content; of an assistant also tool_calls, of a tool also name and tool_call_id; of a
 # response also is_cut, where a limit and not the model ended it
@@ -27,6 +31,10 @@ ROLES_BEFORE = {
     "tool": {"assistant", "tool"},
 }
 
+
+# Of a weight that is not 0: products with losses and sums over a step stay far inside of fp32.
+MIN_WEIGHT = 1e-20
+MAX_WEIGHT = 1e20
 
 Noted = Counter[str]  # by reason: how many answers of a row are left out, or never chosen
 
@@ -57,7 +65,8 @@ class PreferencePair:
         rejected: the other one; None for a demonstration, which only `sft` can use.
         tools: JSON schemas of the functions that the assistant may call.
         score_margin: score_chosen − score_rejected, for rows that have both.
-        weight: how much the pair counts for in a step's loss; at least 0, 1 without the column.
+        weight: how much the pair counts for in a step's loss: 0, or from MIN_WEIGHT to
+            MAX_WEIGHT; 1 without the column.
     """
 
     pair_id: str
@@ -99,8 +108,27 @@ def make_pair(
     tools = _tools(row)
     prompt_hash, *responses = (_hash(content) for content in ((prompt, tools), chosen, rejected))
     pair_id, reversed_id = (_hash((prompt_hash, *order)) for order in (responses, responses[::-1]))
-    about = (tools, _score_margin(row), _weight(row))
+    about = (tools, _score_margin(row), weight_of(row))
     return PreferencePair(pair_id, reversed_id, prompt_hash, prompt, chosen, rejected, *about)
+
+
+def weight_of(row: dict[str, Any]) -> float:
+    """The `weight` column: 0, or a number from MIN_WEIGHT to MAX_WEIGHT; 1 in a row without it.
+
+    A text is a number only in a file of a format that has nothing but texts.
+
+    Raises:
+        RejectedRow: bad_weight.
+    """
+    weight = row.get("weight", 1.0)
+    number = math.nan
+    if isinstance(weight, int | float | Decimal | Field) and not isinstance(weight, bool):
+        with suppress(ValueError, OverflowError):  # a text that is no number; a very long integer
+            number = float(weight)
+    if number != 0 and not MIN_WEIGHT <= number <= MAX_WEIGHT:
+        expected = f"0, or a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+        raise RejectedRow("bad_weight", f"weight is {weight!r:.40}, not {expected}")
+    return abs(number)  # of -0.0 as well
 
 
 def draw(seed: int, text: str) -> float:
@@ -135,15 +163,6 @@ def _score_margin(row: dict[str, Any]) -> float | None:
         return float(row["score_chosen"]) - float(row["score_rejected"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-
-
-def _weight(row: dict[str, Any]) -> float:
-    """The `weight` column: a finite number, at least 0; 1 in a row without it."""
-    weight = row.get("weight", 1.0)
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight < 0:
-        raise RejectedRow("bad_weight", f"weight is {weight!r}, not a number of at least 0")
-    return float(weight)
 
 
 def _hash(content: Any) -> str:

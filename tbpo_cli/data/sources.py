@@ -23,6 +23,12 @@ DELIMITERS = ",;\t|"
 Numbered = Iterator[tuple[int, Any]]  # contents of rows, each with the row's number
 
 
+class Field(str):
+    """A field of a .csv or .tsv file: these formats have no numbers, so its text may mean one."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a source. `number` counts from 1; in a text file it is the line."""
@@ -163,7 +169,7 @@ def _rows_of_columns(columns: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
-def _parse_csv(lines: Iterator[str]) -> Iterator[dict[str, str]]:
+def _parse_csv(lines: Iterator[str]) -> Iterator[dict[str, Field]]:
     """Every field is text, as it stands: `datasets` would read 007 as a number and NA as null."""
     csv.field_size_limit(2**31 - 1)
     first = next(lines, "")
@@ -176,7 +182,7 @@ def _parse_csv(lines: Iterator[str]) -> Iterator[dict[str, str]]:
     for fields in reader:
         if len(fields) != len(names):
             raise csv.Error(f"{len(fields)} fields, but the first line names {len(names)}")
-        yield dict(zip(names, fields, strict=True))
+        yield dict(zip(names, map(Field, fields), strict=True))
 
 
 def _parse_txt(lines: Iterator[str]) -> Iterator[str]:

@@ -270,7 +270,6 @@ NOTES = {
     "cut_answer": "{:,} answers were cut at their limit (never chosen)",
 }
 
-
 NAME_COLUMNS = 'name the columns that hold them, e.g. [data.columns] chosen = "better_answer"'
 OTHER_TEMPLATE = "name a template that does as model.chat_template"
 FIXES = {  # by the most frequent reason
@@ -281,7 +280,7 @@ FIXES = {  # by the most frequent reason
     "not_rendered": f"{OTHER_TEMPLATE}, or take that part out of the rows",
     "template_error": f"{OTHER_TEMPLATE}, or change the rows",
     "in_eval": "give data.eval other prompts than data.train",
-    "unpaired": "give rows with both labels for a prompt, or use the good ones as sft.train",
+    "unpaired": "give rows with both labels, of one weight, or the good ones as sft.train",
     "no_preference": "give rows of which one answer is better, or another [judge]",
     "identical": "give rows whose answers differ",
     "no_mark": "mend [judge], or give rows with two answers that have a mark",
@@ -290,6 +289,7 @@ FIXES = {  # by the most frequent reason
     "length_difference": "raise choose.max_length_difference",
     "unwanted": "give rows with label = true",
     "marks_differ": "take the wrong ones of scores and ranks out of the rows",
+    "bad_weight": "mend the column weight of these rows, or take it out: a row without it weighs 1",
     "not_text": "take these rows out, or their pictures and sound if the text stands for itself",
 }
 

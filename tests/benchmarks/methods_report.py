@@ -155,7 +155,8 @@ def _heading(searches: dict[str, Search], runs: dict[Key, dict]) -> list[str]:
         "",
         "- search: 5 learning rates × 4 β, and for losses that match ratios without saturating "
         "also × 2 `min_ratio`. All settings run with one seed, the better half with two, the "
-        "better quarter with four. A grid whose best stands at an edge is widened there.",
+        "better quarter with four. A grid whose best stands at an edge is widened there, down to "
+        "0.03 × β, which is then called the limit.",
         "- best so far: the setting and its mean over its seeds (their number in brackets) on the "
         "validation prompts: the best of many, thus too high.",
         "- new prompts: the best setting of a search that is done, 8 other seeds, means ± 95 % "
@@ -163,7 +164,7 @@ def _heading(searches: dict[str, Search], runs: dict[Key, dict]) -> list[str]:
         "- at KL: the score at that KL(reference ‖ policy), nats a token of held-out pairs, linear "
         "between neighbours on the upper envelope of all settings tried and the base; past its "
         "end, the score there. Validation prompts; the best of many, thus too high, but for all "
-        "losses alike.",
+        "losses alike. The points that decide it have four seeds; of the variants some have two.",
         f"- within {MARGIN}: the share of the first 5 × 4 settings, without a floor, that come "
         f"that close to the loss's best, all with the same one seed: how forgiving it is.",
     ]

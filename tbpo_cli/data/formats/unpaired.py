@@ -11,7 +11,7 @@ from typing import Any
 
 from tbpo_cli.data.formats.answers import from_answers
 from tbpo_cli.data.formats.columns import PROMPTS, Columns, first_of
-from tbpo_cli.data.pairs import PreferencePair, RejectedRow
+from tbpo_cli.data.pairs import PreferencePair, RejectedRow, weight_of
 from tbpo_cli.data.sources import Row
 
 GOOD = {"true", "1", "1.0", "good", "chosen", "yes"}
@@ -34,8 +34,8 @@ def is_unpaired(row: Columns) -> bool:
 def pair_up(rows: Iterator[Row], renamed: Callable[[Any], Any]) -> Iterator[Row]:
     """Rows in which a good and a bad completion of one prompt stand together, then what is left.
 
-    1. A row waits until one of the same prompt, input, system and tools comes with the other
-       label.
+    1. A row waits until one of the same prompt, input, system, tools and weight comes with the
+       other label.
     2. The two make one row, with the number of the later one; the first to wait is the first taken.
     3. What still waits at the end follows as it is, as do rows that are no such rows at once.
 
@@ -49,6 +49,7 @@ def pair_up(rows: Iterator[Row], renamed: Callable[[Any], Any]) -> Iterator[Row]
             good = is_good(content)
             asked = [content[first_of(content, PROMPTS)]]
             asked += [content.get(name) for name in ("input", "system", "tools")]
+            asked.append(weight_of(content))
             key = json.dumps(asked, sort_keys=True)
         except (RejectedRow, TypeError, KeyError, ValueError):
             yield row
@@ -65,8 +66,13 @@ def pair_up(rows: Iterator[Row], renamed: Callable[[Any], Any]) -> Iterator[Row]
 
 
 def from_unpaired(row: Columns) -> PreferencePair:
-    """A row that `pair_up` made of two. Raises RejectedRow: unpaired, for one that stayed alone."""
+    """A row that `pair_up` made of two.
+
+    Raises:
+        RejectedRow: bad_weight, or unpaired, for a row that stayed alone.
+    """
     if "chosen" in row and "rejected" in row:
         return from_answers(row)
     label = "bad" if is_good(row) else "good"
-    raise RejectedRow("unpaired", f"the prompt has no further completion that is labelled {label}")
+    which = f"labelled {label}, of the same weight ({weight_of(row):g})"
+    raise RejectedRow("unpaired", f"the prompt has no further completion that is {which}")
