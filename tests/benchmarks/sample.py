@@ -47,17 +47,18 @@ def main() -> None:
         ways = {"generate": lambda size=size: theirs(model, tokenizer, prompts, size),
                 "tbpo": lambda size=size: ours(model, tokenizer, prompts, size)}  # fmt: skip
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(REPEATS):
+        found.append({})
+        for _ in range(REPEATS):  # a part that is ended leaves the table of what is measured
             for name, way in ways.items():
                 started = time.perf_counter()
                 tokens = way()
                 rates[name].append(tokens / (time.perf_counter() - started))
-        found.append(
-            {"batch size": size, **{name: median(values) for name, values in rates.items()}}
-        )
+            middle = {name: median(values) for name, values in rates.items()}
+            found[-1] = {"batch size": size, "repeats": len(rates["tbpo"]), **middle}
+            title = "Sampling against transformers' generate"
+            table = table_of(found, len(prompts), arguments.shape)
+            write_results(arguments.name, title, found, table)
         print(found[-1], flush=True)
-        title = "Sampling against transformers' generate"
-        write_results(arguments.name, title, found, table_of(found, len(prompts), arguments.shape))
 
 
 def the_model(shape: str | None):
