@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tbpo_cli.cli.losses import as_markdown
+from tbpo_cli.cli.losses import FROZEN_HEAD, WHERE_MEASURED, as_markdown
 from tbpo_cli.config import choosing, evaluation, judging, rounds, training
 from tbpo_cli.config.other_tools import LOSS_NAMES, THEIRS
 from tbpo_cli.config.recipe import DEFAULT_RATES
@@ -144,10 +144,11 @@ def losses() -> str:
         "",
         as_markdown().strip(),
         "",
-        "The times of a step were measured by `tests/benchmarks/loss_costs.py`, on the CPU, with a",
-        "small model and LoRA ([results](../tests/benchmarks/results/loss_costs.md)); what makes",
+        "The times of a step were measured by `tests/benchmarks/loss_costs.py`,",
+        f"{WHERE_MEASURED} ([results](../tests/benchmarks/results/loss_costs.md)); what makes",
         "the difference is how many models a step runs, and whether it computes the policy's",
         "logits.",
+        FROZEN_HEAD.replace("tbpo_a", "`tbpo_a`"),
         "From the second epoch on, losses that read nothing of the reference but log π_ref take it",
         "from disk.",
         "",

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tbpo_cli.cli.losses import descriptions
+from tbpo_cli.cli.losses import as_text, descriptions
 from tbpo_cli.cli.main import app
 from tbpo_cli.config.recipe import load_recipe
 from tbpo_cli.core import GENERATORS, LOSSES
+from tbpo_cli.errors import TbpoError
 
 
 def described(name):
@@ -42,6 +43,36 @@ def test_an_unknown_name_is_answered_with_the_list(tbpo, name, fix):
     assert done.returncode == 2 and f"there is no loss '{name}'" in done.stderr
     assert f"expected: one of {', '.join([*LOSSES, *GENERATORS])}" in done.stderr
     assert done.stderr.endswith(f"fix: {fix}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("exo_pair", 'it is not offered; of the losses of pairs, name = "dpo" is the usual one'),
+        ("KTO", "it trains on single answers that are marked good or bad, and is not offered"),
+        ("dpo-norm", "tbpo losses dpo_norm"),
+        ("Sigmoid", "tbpo losses dpo"),
+        ("klieb", "tbpo losses kliep"),
+    ],
+)
+def test_an_unknown_name_is_answered_as_in_a_recipe(name, fix):
+    with pytest.raises(TbpoError) as error:
+        as_text(name)
+    assert error.value.fix.startswith(fix)
+
+
+def test_what_holds_with_lora_alone_is_said_of_tbpo_a():
+    said = " ".join(as_text("tbpo_a").split())
+    assert "where all weights are trained, its steps compute them as well" in said
+    assert "with LoRA, a step takes 0.83 times dpo's" in said
+    assert "where all weights are trained" not in as_text("dpo")
+
+
+def test_the_table_is_of_all_losses_and_takes_no_name(tbpo):
+    done = tbpo("losses", "--markdown", "wpo")
+    assert done.returncode == 2 and not done.stdout
+    assert "cannot make one of wpo alone" in done.stderr
+    assert done.stderr.endswith("fix: tbpo losses wpo\n")
 
 
 def test_as_markdown_it_is_a_row_a_loss():

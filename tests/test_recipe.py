@@ -99,7 +99,7 @@ DPO = {"name": "dpo"}
         (
             {"align": {"loss": DPO | {"beta": -1}}},
             "align.loss.beta is not possible",
-            "must be positive",
+            "must be a finite number above 0",
         ),
         (
             {"align": {"loss": DPO | {"beta": "x"}}},
@@ -343,6 +343,13 @@ def test_a_byte_order_mark_says_nothing(tmp_path):
         ("align.xyz=1", "remove it"),
         ("align.loss=kto", "single answers that are marked good or bad, and is not offered"),
         ("align.loss=kto", 'then name = "dpo"'),
+        ("align.loss=apo_zero_unpaired", 'then name = "apo_zero"'),
+        ("align.loss=gdpo", "a table [rounds] chooses pairs by the marks of a judge"),
+        ("align.loss=ebft", "it is not offered, and no loss here is like it"),
+        ("align.loss=dpo-norm", "--set align.loss.name=dpo_norm"),
+        ("align.loss=gxpo", "change it: --set align.loss.name=…"),
+        ("align.loss={name = 'dpo', sft_weight = -1}", "change it: --set align.loss.sft_weight=…"),
+        ("align.cpo_alpha=0.5", "here it is align.loss.sft_weight = 0.5"),
         ("align.loss=ppo", "a table [rounds] chooses pairs by the marks of a judge"),
         ("align.loss=nca_pair", 'name = "dpo" is the usual one; tbpo losses lists all'),
         ("align.loss_type=kto", "here it is align.loss.name; of kto: it trains on single answers"),
@@ -376,6 +383,25 @@ def test_a_fault_of_the_command_line_is_placed_there(load):
     places = {fault.where for fault in faults(error)}
     assert len(places) == 3 and {"--set align.epochs", "--set align.loss.name"} < places
     assert any(where.endswith("recipe.toml, [align] warmup") for where in places)
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("align.loss={name = 'dpo', sft_weight = -1}", "--set align.loss"),
+        ("align.loss={name = 'dpo', nme = 1}", "--set align.loss"),
+        ("align.loss={generator = {lam = -2}}", "--set align.loss"),
+        ("align.loss={label_smoothing = 0.1}", "recipe.toml, [align.loss] beta"),
+    ],
+)
+def test_a_fault_in_a_table_of_the_command_line_is_placed_there(load, override, where):
+    """That of a key of the same table that the file gives is placed in the file."""
+    faulty = override.startswith("align.loss={label")
+    recipe = merged(SMALL, {"align": {"loss": {"beta": -1}}}) if faulty else SMALL
+    with pytest.raises(TbpoError) as error:
+        load(recipe, override)
+    (fault,) = faults(error)
+    assert fault.where.endswith(where) and fault.where.startswith("--set") != faulty
 
 
 def test_set_makes_a_table_that_is_absent(load):

@@ -82,6 +82,13 @@ def test_before_prepare_it_says_so_and_afterwards_it_knows_pairs_tokens_and_step
     )
 
 
+def test_a_training_without_a_reference_says_so(recipe_file, tmp_path, capsys):
+    overrides = ("align.loss=simpo", "model.lora=none", "align.max_steps=1")
+    run_stage("align", recipe_file, tmp_path / "run", *overrides)
+    said = flat(capsys.readouterr().err)
+    assert "no reference: the loss needs none" in said and "the reference is" not in said
+
+
 def test_what_it_foretells_is_what_the_training_says(recipe_file, tmp_path, capsys):
     before = flat(shown(recipe_file, tmp_path / "run", capsys))
     run_stage("align", recipe_file, tmp_path / "run")

@@ -8,7 +8,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 
-from tbpo_cli.config.other_tools import LOSS_NAMES
+from tbpo_cli.config.loss import instead_of
 from tbpo_cli.core.generators import GENERATORS
 from tbpo_cli.core.head import REFERENCE_FREE, STATISTICS
 from tbpo_cli.core.losses import LOSSES, Loss
@@ -46,6 +46,12 @@ COSTS = {
     "tbpo_q": 0.95,
     "tbpo_a": 0.83,
 }
+WHERE_MEASURED = "on the CPU, with a small model and LoRA"
+LOGITS = "policy logits"
+FROZEN_HEAD = (
+    "tbpo_a computes no policy logits where the head is frozen, as with LoRA; where all weights "
+    "are trained, its steps compute them as well."
+)
 HELPERS = {1: "a helper policy", 2: "two helper policies"}
 
 
@@ -107,7 +113,7 @@ def _needs(loss: Loss) -> str:
     if "state_baseline" in loss.needs:
         models.append("a learned baseline")
     if statistics != {"advantage"}:
-        models.append("policy logits")
+        models.append(LOGITS)
     return ", ".join(models)
 
 
@@ -135,6 +141,7 @@ def as_text(wanted: str | None = None, width: int = 100) -> str:
         lines = [
             each.summary,
             f"compares {each.compares}; needs {each.needs}{_cost(each)}",
+            "" if LOGITS in each.needs else FROZEN_HEAD,
             each.fields,
             each.source,
             each.when,
@@ -147,13 +154,14 @@ def as_text(wanted: str | None = None, width: int = 100) -> str:
         return "\n\n".join(paragraphs.values())
     if wanted not in paragraphs:
         expected = f"one of {', '.join(paragraphs)}"
-        fix = f"tbpo losses {near}" if (near := LOSS_NAMES.get(wanted.lower())) else "tbpo losses"
+        near, why = instead_of(wanted, list(paragraphs))
+        fix = why or (f"tbpo losses {near}" if near else "tbpo losses")
         raise TbpoError(f"there is no loss {wanted!r}", "the command line", expected, fix)
     return paragraphs[wanted]
 
 
 def _cost(each: Description) -> str:
-    return "" if each.cost is None else f"; a step takes {each.cost:.2g} times dpo's"
+    return "" if each.cost is None else f"; with LoRA, a step takes {each.cost:.2g} times dpo's"
 
 
 def _paragraph(name: str, lines: list[str], width: int) -> str:

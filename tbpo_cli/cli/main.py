@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -205,6 +206,11 @@ def losses(
     """
     from tbpo_cli.cli.losses import as_markdown, as_text
 
+    if markdown and name is not None:
+        what = f"--markdown makes the table of all losses, and cannot make one of {name} alone"
+        raise TbpoError(
+            what, "the command line", "NAME or --markdown", f"tbpo losses {shlex.quote(name)}"
+        )
     text = as_markdown() if markdown else as_text(name, width=min(100, console.out.width))
     console.out.print(text, markup=False, highlight=False, soft_wrap=True)
 

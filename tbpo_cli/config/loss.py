@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Keys = tuple[str, ...]
 DEFAULT_GENERATOR = "sba"
+# How alike a name must be to be suggested: a loss that is only somewhat alike is another method.
+ALIKE = 0.8
 
 
 def complete_loss(
@@ -68,16 +70,12 @@ def _build(
         classes: by name.
         given: a table with the key `name`, or the name alone.
     """
-    from tbpo_cli.config.keys import nearest
-    from tbpo_cli.config.other_tools import LOSS_NAMES, NOT_OFFERED
-
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
     if not (isinstance(name, str) and name in classes):
-        small = str(name).lower()
         what = f"{'.'.join(keys)}.name = {name!r} is unknown"
-        near = LOSS_NAMES.get(small, "") or nearest(small, list(classes))
-        fix = NOT_OFFERED.get(small) or (f'name = "{near}"' if near in classes else "")
+        near, why = instead_of(str(name), list(classes))
+        fix = why or (f'name = "{near}"' if near else "")
         return None, [fault(what, path, (*keys, "name"), f"one of {', '.join(classes)}", fix)]
     names = ["name", *(each.name for each in dataclasses.fields(classes[name]))]
     unknown = [key for key in options if key not in names]
@@ -88,6 +86,26 @@ def _build(
         faults.append(dataclasses.replace(found, fix=owner or found.fix))
     loss, other_faults = validate(classes[name], options, path, keys)
     return loss, faults + other_faults
+
+
+def instead_of(name: str, names: list[str]) -> tuple[str, str]:
+    """What stands for the name of a loss or generator that is not here.
+
+    Args:
+        name: as it was given.
+        names: of those that can be taken.
+
+    Returns:
+        The name that was meant, or "", and why there is no such method, or "".
+    """
+    from tbpo_cli.config.keys import nearest
+    from tbpo_cli.config.other_tools import LOSS_NAMES, NOT_OFFERED
+
+    small = name.lower().replace("-", "_")
+    if small in NOT_OFFERED:
+        return "", NOT_OFFERED[small]
+    near = LOSS_NAMES.get(small, "") or nearest(small, names, ALIKE)
+    return (near if near in names else ""), ""
 
 
 def _owner(key: str, keys: Keys, name: str, classes: dict[str, type]) -> str:

@@ -46,7 +46,10 @@ LOSS_NAMES = {
     "simpo": "simpo",
     "orpo": "orpo",
     "cpo": "cpo",
+    "sft": "sft",
 }
+# Of TRL's CPOConfig, which has a key cpo_alpha.
+CPO_NAMES = {**LOSS_NAMES, "sigmoid": "cpo"}
 # Methods without a loss here, by their names: why, and what to write.
 _SINGLE = (
     "it trains on single answers that are marked good or bad, and is not offered: pairs are needed "
@@ -54,11 +57,13 @@ _SINGLE = (
 )
 _SAMPLES = "it trains on a reward of sampled answers, and is not offered; "
 _PAIRS = "it is not offered; of the losses of pairs, "
-REFUSED = ("ppo", "grpo", "rloo", "reinforce", "rm", "pt")  # no loss can stand in their place
+# No loss can stand in their place.
+REFUSED = ("ppo", "grpo", "gdpo", "rloo", "reinforce", "rm", "pt")
 NOT_OFFERED = {
     **dict.fromkeys(("kto", "kto_pair", "bco"), f'{_SINGLE}then name = "dpo"'),
+    "apo_zero_unpaired": f'{_SINGLE}then name = "apo_zero"',
     **dict.fromkeys(
-        ("ppo", "grpo", "rloo", "reinforce"),
+        ("ppo", "grpo", "gdpo", "rloo", "reinforce"),
         f"{_SAMPLES}a table [rounds] chooses pairs by the marks of a judge (docs/rounds.md)",
     ),
     **dict.fromkeys(
@@ -66,6 +71,7 @@ NOT_OFFERED = {
          "discopop"),
         f'{_PAIRS}name = "dpo" is the usual one; tbpo losses lists all',
     ),
+    "ebft": "it is not offered, and no loss here is like it; tbpo losses lists all",
     "rm": "a reward model is not trained here; judge.reward_model names one that is there",
     "pt": "there is no pre-training here; a table [sft] trains on demonstrations",
 }  # fmt: skip
@@ -172,6 +178,7 @@ THEIRS: dict[str, Theirs] = {
     "dpo_label_smoothing": Theirs(FACTORY, "align.loss.label_smoothing"),
     "simpo_gamma": Theirs("TRL, LLaMA-Factory", "align.loss.gamma"),
     "rpo_alpha": Theirs("TRL, axolotl", "align.loss.sft_weight"),
+    "cpo_alpha": Theirs(TRL, "align.loss.sft_weight"),
     "pref_ftx": Theirs(FACTORY, "align.loss.sft_weight"),
     "precompute_ref_log_probs": Theirs(TRL, note=CACHED),
     "reference_free": Theirs(TRL, note="simpo, orpo and cpo are the losses without a reference"),
@@ -258,6 +265,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
 }
+# Of TRL, where loss_type is of its CPOConfig alone (cpo_config.py: cpo_alpha, simpo_gamma).
+DEFAULTS_BY_LOSS: dict[str, dict[str, Any]] = {"simpo": {"cpo_alpha": 1.0, "simpo_gamma": 0.5}}
 # Keys of TRL's SFTConfig that its DPOConfig does not have.
 SFT_KEYS = {
     "assistant_only_loss",

@@ -176,12 +176,23 @@ def _placed(faults: list[TbpoError], path: str, overrides: tuple[str, ...]) -> l
     at = {
         place(path, tuple(key.split("."))): key for name in given for key in (name, f"{name}.name")
     }
-    return [
-        replace(fault, where=f"--set {at[fault.where]}", fix=_as_option(fault.fix, at[fault.where]))
-        if fault.where in at
-        else fault
-        for fault in faults
-    ]
+    overriding: dict[str, Any] = {}
+    apply_overrides(overriding, overrides, partial(may_be_absent, Recipe))
+    # The keys of the tables that --set has given whole, as in align.loss={name = "dpo", beta = 1}.
+    inner = {
+        place(path, tuple(key.split("."))): (name, key)
+        for key in _flatten(overriding)
+        for name in given
+        if key.startswith(f"{name}.")
+    }
+    placed = []
+    for fault in faults:
+        name = key = at.get(fault.where, "")
+        name, key = (name, key) if key else inner.get(fault.where, ("", ""))
+        if key:
+            fault = replace(fault, where=f"--set {name}", fix=_as_option(fault.fix, key))
+        placed.append(fault)
+    return placed
 
 
 def _as_option(fix: str, key: str) -> str:

@@ -117,7 +117,7 @@ class Sba:
     def __post_init__(self) -> None:
         _check_lam(self.lam)
         if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be positive, got {self.scale}")
+            raise ValueError(f"scale must be a finite number above 0, got {self.scale}")
 
     def h(self, ratio: Tensor) -> Tensor:
         return Ba(self.lam).h(ratio) / (self.scale * (1 + self.lam))

@@ -152,7 +152,11 @@ def _say_what_is_trained(
     if policy.adapters and (bare := without_adapter(policy.model)):
         console.say(f"linear layers without an adapter: {', '.join(bare)}")
     if name == "align":
-        console.say(f"the reference is {policy.describe_reference()}")
+        console.say(
+            f"the reference is {policy.describe_reference()}"
+            if policy.has_reference
+            else "no reference: the loss needs none"
+        )
 
 
 def open_stores(settings: Sft | Align, run_dir: RunDir) -> Stores:

@@ -5,12 +5,11 @@ A loss of the margin alone may lower both responses. `sft_weight` is another rem
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from tbpo_cli.core.losses.base import BetaLoss, require, sum_of
+from tbpo_cli.core.losses.base import BetaLoss, require_not_negative, sum_of
 from tbpo_cli.core.types import LossOutput, PairScores
 
 
@@ -58,9 +57,7 @@ class Dpop(BetaLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}"
-        )
+        require_not_negative("lam", self.lam)
 
     def compare(self, scores: PairScores) -> LossOutput:
         penalty = self.lam * F.relu(-sum_of(scores.chosen, "log_ratio"))

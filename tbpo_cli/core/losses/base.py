@@ -76,10 +76,7 @@ class PreferenceLoss(Loss):
     compares: ClassVar[Literal["responses", "tokens"]] = "responses"
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.sft_weight) and self.sft_weight >= 0,
-            f"sft_weight must not be negative, got {self.sft_weight}",
-        )
+        require_not_negative("sft_weight", self.sft_weight)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]  # nobody assigns it
@@ -113,9 +110,8 @@ class BetaLoss(PreferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            math.isfinite(self.beta) and self.beta > 0, f"beta must be positive, got {self.beta}"
-        )
+        is_possible = math.isfinite(self.beta) and self.beta > 0
+        require(is_possible, f"beta must be a finite number above 0, got {self.beta}")
 
     def z(self, scores: PairScores) -> Tensor:
         """z = β (Σr^l − Σr^w), (B,)."""
@@ -150,6 +146,12 @@ class RatioMatching(BetaLoss):
             flipped = self.generator.loss((-z).clamp(min=floor))
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * flipped
         return loss
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """Raises ValueError unless the value of that name is a finite number ≥ 0."""
+    is_possible = math.isfinite(value) and value >= 0
+    require(is_possible, f"{name} must be a finite number of at least 0, got {value}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbpo_cli.core.losses.base import BetaLoss, Loss, PreferenceLoss, mean_of, require, sum_of
+from tbpo_cli.core.losses.base import (
+    BetaLoss,
+    Loss,
+    PreferenceLoss,
+    mean_of,
+    require_not_negative,
+    sum_of,
+)
 from tbpo_cli.core.types import LossOutput, PairScores
 
 
@@ -60,9 +66,7 @@ class Orpo(PreferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            math.isfinite(self.lam) and self.lam >= 0, f"lam must not be negative, got {self.lam}"
-        )
+        require_not_negative("lam", self.lam)
 
     def compare(self, scores: PairScores) -> LossOutput:
         chosen = mean_of(scores.chosen, "logps")

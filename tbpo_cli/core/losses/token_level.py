@@ -28,7 +28,7 @@ class TbpoA(RatioMatching):
     compares = "tokens"
     when = (
         "The default, and the method of this project: responses are compared token by token, and a "
-        "step costs less than dpo's."
+        "step with LoRA costs less than dpo's."
     )
 
     def compare(self, scores: PairScores) -> LossOutput:
@@ -55,7 +55,7 @@ class TbpoQ(RatioMatching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.baseline_clip > 0, f"baseline_clip must be positive, got {self.baseline_clip}")
+        require(self.baseline_clip > 0, f"baseline_clip must be above 0, got {self.baseline_clip}")
 
     def compare(self, scores: PairScores) -> LossOutput:
         c = _aligned_difference(scores, "state_baseline")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbpo_cli.core.losses.base import BetaLoss, require, statistic_of
+from tbpo_cli.core.losses.base import BetaLoss, require, require_not_negative, statistic_of
 from tbpo_cli.core.types import (
     LossOutput,
     PairScores,
@@ -83,8 +83,7 @@ class TgDpo(TokenWeighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_possible = math.isfinite(self.alpha) and self.alpha >= 0
-        require(is_possible, f"alpha must not be negative, got {self.alpha}")
+        require_not_negative("alpha", self.alpha)
 
     def token_weights(self, scores: PairScores) -> tuple[Tensor, Tensor]:
         strength = self.alpha * self.beta
