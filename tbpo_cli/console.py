@@ -134,6 +134,9 @@ def show_evaluations(title: str, metrics: list[dict[str, Any]], summary: Summary
         if name in after:
             first = form.format(before[name]) if has_meaning_before else "–"
             rows.append([label, first, form.format(after[name])])
+    if not rows:
+        say("the held-out pairs all have the weight 0: there are no figures of them")
+        return
     show_table(title, ["", "before", "after"], rows)
 
 

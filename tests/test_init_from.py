@@ -182,6 +182,10 @@ FACTORY_KEYS = {"model_name_or_path": "a/b", "dataset": "c", "stage": "dpo"}
             {**TRL_KEYS, "loss_type": "simpo", "cpo_alpha": 0.25, "simpo_gamma": 0.6},
             {"name": "simpo", "beta": 0.1, "gamma": 0.6, "sft_weight": 0.25},
         ),
+        (
+            {**TRL_KEYS, "loss_type": "simpo"},
+            {"name": "simpo", "beta": 0.1, "gamma": 0.5, "sft_weight": 1.0},
+        ),
         ({**TRL_KEYS, "cpo_alpha": 0.5}, {"name": "cpo", "beta": 0.1, "sft_weight": 0.5}),
         (FACTORY_KEYS, {"name": "dpo", "beta": 0.1}),
         ({**FACTORY_KEYS, "pref_loss": "orpo", "pref_beta": 0.2}, {"name": "orpo", "lam": 0.2}),

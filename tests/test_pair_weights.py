@@ -19,6 +19,7 @@ from tbpo_cli.data.pairs import RejectedRow
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
+from tbpo_cli.errors import TbpoError
 from tbpo_cli.train.group import ONE
 from tbpo_cli.train.metrics import average, measure, pair_weights
 
@@ -227,11 +228,47 @@ def test_sft_weighs_demonstrations_by_their_tokens_and_weights(recipe_file, tmp_
     assert_same_weights(weighted, twice, "sft")
 
 
-def test_a_step_whose_pairs_all_weigh_0_changes_nothing(recipe_file, tmp_path):
+def test_a_step_whose_pairs_all_weigh_0_has_loss_0(recipe_file, tmp_path):
+    rows = [row | {"weight": number} for number, row in enumerate(preference_rows(2, seed=9))]
+    run = train(recipe_file, tmp_path / "run", rows, "align.batch_pairs=1")
+    found = sorted(losses(run))
+    assert found[0] == 0 and found[1] > 0.1
+
+
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_a_training_whose_pairs_all_weigh_0_is_refused(recipe_file, tmp_path, stage, capsys):
     rows = [row | {"weight": 0} for row in preference_rows(2, seed=9)]
-    run = train(recipe_file, tmp_path / "run", rows, "align.batch_pairs=2")
-    assert losses(run) == [0.0, 0.0]
-    assert not any(tensor.any() for name, tensor in adapter(run).items() if "lora_B" in name)
+    sets = ["sft.max_steps=2"] if stage == "sft" else []
+    with pytest.raises(TbpoError, match="all pairs to train on have the weight 0"):
+        train(recipe_file, tmp_path / "run", rows, *sets, stage=stage)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "WARNING: all pairs of train have the weight 0: there will be nothing to learn" in shown
+    assert "all pairs of eval" not in shown
+
+
+def test_held_out_pairs_that_all_weigh_0_are_said_in_place_of_an_empty_table(
+    recipe_file, tmp_path, capsys
+):
+    held_out = [row | {"weight": 0} for row in preference_rows(2, seed=10)]
+    path = write_jsonl(tmp_path / "eval.jsonl", held_out)
+    train(recipe_file, tmp_path / "run", preference_rows(2, seed=9), f"data.eval={path}")
+    out = capsys.readouterr()
+    shown = " ".join((out.out + out.err).split())
+    assert "WARNING: all pairs of eval have the weight 0: there will be no figures" in shown
+    assert "the held-out pairs all have the weight 0: there are no figures of them" in shown
+
+
+def test_the_first_of_repeated_comparisons_is_kept_and_other_weights_are_counted(
+    recipe_file, tmp_path
+):
+    row, other = preference_rows(2, seed=9)
+    weighted = [row | {"weight": weight} for weight in (0, 5, 0)] + [other, other]
+    path = write_jsonl(tmp_path / "rows.jsonl", weighted)
+    run = run_stage("prepare", recipe_file, tmp_path / "run", f"data.train={path}")
+    assert PairStore(run / "prepare/train").weights.tolist() == [0, 1]
+    counts = json.loads((run / "prepare/manifest.json").read_text())["counts"]
+    (noted,) = (count["noted"] for count in counts if count["key"] == "data.train")
+    assert (noted["duplicate"], noted["other_weight"]) == (3, 1)
 
 
 def test_two_processes_and_a_resumed_run_divide_by_the_same_sum_of_weights(recipe_file, tmp_path):

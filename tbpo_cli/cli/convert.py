@@ -14,7 +14,9 @@ from tbpo_cli import console
 from tbpo_cli.cli.their_files import Unread, read
 from tbpo_cli.config.other_tools import (
     AXOLOTL,
+    CPO_NAMES,
     DEFAULTS,
+    DEFAULTS_BY_LOSS,
     FACTORY,
     LONG,
     LORA_DEFAULTS,
@@ -197,6 +199,8 @@ def defaults_of(tool: str, theirs: dict[str, Any], is_sft: bool) -> dict[str, An
     found = dict(DEFAULTS[tool])
     if is_sft:
         found |= SFT_DEFAULTS[tool]
+    elif tool == TRL:
+        found |= DEFAULTS_BY_LOSS.get(str(theirs.get("loss_type")), {})
     if has_adapter(tool, theirs):
         found |= LORA_DEFAULTS[tool]
     if tool == FACTORY and "lora_alpha" not in theirs and has_adapter(tool, theirs):
@@ -218,9 +222,8 @@ def _convert_loss(full: dict[str, Any], stage: str, converted: Converted) -> str
         given = stage
     parts = list(given) if isinstance(given, list | tuple) else [given]
     losses = [each for each in parts if each != "sft"] or parts
-    ours = LOSS_NAMES.get(str(losses[0]).lower()) if len(losses) == 1 else None
-    if ours == "dpo" and "cpo_alpha" in full:  # TRL's CPOConfig calls its own loss "sigmoid"
-        ours = "cpo"
+    names = CPO_NAMES if "cpo_alpha" in full else LOSS_NAMES
+    ours = names.get(str(losses[0]).lower()) if len(losses) == 1 else None
     if ours is None:
         why = f"there is no loss {given!r}, and dpo stands in its place; tbpo losses lists all"
         converted.left.append((name, why))

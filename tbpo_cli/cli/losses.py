@@ -47,9 +47,10 @@ COSTS = {
     "tbpo_a": 0.83,
 }
 WHERE_MEASURED = "on the CPU, with a small model and LoRA"
+LOGITS = "policy logits"
 FROZEN_HEAD = (
     "tbpo_a computes no policy logits where the head is frozen, as with LoRA; where all weights "
-    "are trained, its steps compute them as well, and take longer."
+    "are trained, its steps compute them as well."
 )
 HELPERS = {1: "a helper policy", 2: "two helper policies"}
 
@@ -112,7 +113,7 @@ def _needs(loss: Loss) -> str:
     if "state_baseline" in loss.needs:
         models.append("a learned baseline")
     if statistics != {"advantage"}:
-        models.append("policy logits")
+        models.append(LOGITS)
     return ", ".join(models)
 
 
@@ -140,7 +141,7 @@ def as_text(wanted: str | None = None, width: int = 100) -> str:
         lines = [
             each.summary,
             f"compares {each.compares}; needs {each.needs}{_cost(each)}",
-            FROZEN_HEAD if each.name == "tbpo_a" else "",
+            "" if LOGITS in each.needs else FROZEN_HEAD,
             each.fields,
             each.source,
             each.when,

@@ -48,6 +48,8 @@ LOSS_NAMES = {
     "cpo": "cpo",
     "sft": "sft",
 }
+# Of TRL's CPOConfig, which has a key cpo_alpha.
+CPO_NAMES = {**LOSS_NAMES, "sigmoid": "cpo"}
 # Methods without a loss here, by their names: why, and what to write.
 _SINGLE = (
     "it trains on single answers that are marked good or bad, and is not offered: pairs are needed "
@@ -263,6 +265,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
 }
+# Of TRL, where loss_type is of its CPOConfig alone (cpo_config.py: cpo_alpha, simpo_gamma).
+DEFAULTS_BY_LOSS: dict[str, dict[str, Any]] = {"simpo": {"cpo_alpha": 1.0, "simpo_gamma": 0.5}}
 # Keys of TRL's SFTConfig that its DPOConfig does not have.
 SFT_KEYS = {
     "assistant_only_loss",

@@ -36,7 +36,8 @@ class Counts:
         kept: number of pairs written, by split.
         rejected: number of rows, or of pairs of a row of several, that cannot be used, by reason.
         noted: number of pairs, by what a reader should know of them: duplicate (left out, since
-            the same comparison came before), reversed (the same comparison also occurs with chosen
+            the same comparison came before), other_weight (such a repeat that has another weight
+            than the one before), reversed (the same comparison also occurs with chosen
             and rejected exchanged), cut (to data.max_length), unsampled (left out by the weight of
             the source), overlap (left out of the held-out pairs by data.max_eval_overlap); and
             number of answers of rows with several of them, by what `choose` notes.
@@ -59,7 +60,7 @@ class PairFilter:
         split: where the pairs go.
         eval_prompts: hashes of the prompts that must not be trained on.
         rejects: where the rows that cannot be used are written.
-        seen: ids of the pairs that were kept.
+        seen: ids of the pairs that were kept, each with its weight.
         prompts: of each pair that was written, in order, the hash of its prompt.
         counts: of each source.
     """
@@ -69,7 +70,7 @@ class PairFilter:
     split: str
     eval_prompts: set[str]
     rejects: TextIO
-    seen: set[str] = field(default_factory=set)
+    seen: dict[str, float] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
 
@@ -117,8 +118,9 @@ class PairFilter:
             return []
         if self.recipe.data.dedup and result.pair_id in self.seen:
             counts.noted["duplicate"] += 1
+            counts.noted["other_weight"] += result.weight != self.seen[result.pair_id]
             return []
-        self.seen.add(result.pair_id)
+        self.seen[result.pair_id] = result.weight
         copies = int(weight) + (draw(self.recipe.run.seed, result.pair_id) < weight % 1)
         counts.noted["reversed"] += result.reversed_id in self.seen
         counts.noted["cut"] += result.is_cut

@@ -87,6 +87,11 @@ class PairStore:
         return np.asarray(self.table["score_margin"].drop_null())
 
     @property
+    def weighs_nothing(self) -> bool:
+        """Whether there are pairs, and all of them have the weight 0."""
+        return len(self) > 0 and not self.weights.any()
+
+    @property
     def has_rejected(self) -> bool:
         """Whether these are comparisons, not demonstrations."""
         return bool((self.rejected_lengths > 0).all())

@@ -208,27 +208,21 @@ def report(recipe: Recipe, run_dir: RunDir) -> None:
     folder = run_dir.stage("prepare")
     counts = run_dir.manifest("prepare")["counts"]
     rows = [
-        [
-            split,
-            count["source"].rpartition("/")[2],
-            count["format"],
-            f"{count['rows']:,}",
-            f"{pairs:,}",
-        ]
-        for count in counts
-        for split, pairs in count["kept"].items()
+        [split, c["source"].rpartition("/")[2], c["format"], f"{c['rows']:,}", f"{pairs:,}"]
+        for c in counts
+        for split, pairs in c["kept"].items()
     ]
     console.show_table("Prepared pairs", ["split", "from", "format", "rows", "pairs"], rows)
     _show_rejected(counts, folder)
-    rows = []
-    for split in dict.fromkeys(split for count in counts for split in count["kept"]):
-        lengths = PairStore(folder / split).lengths
-        rows.append(
-            [split, *(f"{mean:.0f}" for mean in lengths.mean(axis=0))]
-            if len(lengths)
-            else [split, "", "", ""]
-        )
+    stores = {split: PairStore(folder / split) for count in counts for split in count["kept"]}
+    rows = [
+        [split, *([f"{m:.0f}" for m in store.lengths.mean(axis=0)] if len(store) else 3 * [""])]
+        for split, store in stores.items()
+    ]
     console.show_table("Mean tokens", ["split", "prompt", "chosen", "rejected"], rows)
+    for split in (split for split, store in stores.items() if store.weighs_nothing):
+        what = "no figures of them" if split == "eval" else "nothing to learn"
+        console.say(f"WARNING: all pairs of {split} have the weight 0: there will be {what}")
     console.say(f"more about them: {console.short(folder / 'report.html')}")
 
 
@@ -261,6 +255,7 @@ def _show_rejected(counts: list[dict[str, Any]], folder: Path) -> None:
 
 NOTES = {
     "duplicate": "{:,} rows repeat an earlier comparison (left out; data.dedup = false keeps them)",
+    "other_weight": "{:,} of these repeats have another weight than the first one, which is kept",
     "overlap": "{:,} held-out pairs have a prompt that occurs in the training pairs (left out)",
     "reversed": "{:,} pairs are there the other way round as well (kept)",
     "cut": "{:,} pairs have a response that was cut to data.max_length",

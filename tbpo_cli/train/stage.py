@@ -112,13 +112,22 @@ def _save(policy: Policy, chat: Chat, folder: Path, group: Group) -> list[Path]:
 def _check_prepared(
     stores: Stores, tokenizer: PreTrainedTokenizerFast, model: Model, run_dir: RunDir, loss: Loss
 ) -> None:
-    """Raises TbpoError if the pairs are not what the loss reads, or are of another tokenizer."""
+    """Raises TbpoError if the pairs are not what the loss reads, all weigh 0, or are of another
+    tokenizer.
+    """
     if loss.span != "chosen" and not all(store.has_rejected for store in stores):
         raise TbpoError(
             "the rows have no rejected responses",
             "data.train or data.eval",
             "preference pairs, with a chosen and a rejected response",
             "demonstrations are for `tbpo sft`",
+        )
+    if stores[0].weighs_nothing:
+        raise TbpoError(
+            "all pairs to train on have the weight 0: nothing would be learnt",
+            "the column weight of the rows",
+            "at least one pair with a weight above 0",
+            'mend that column, or name another one: [data.columns] weight = "importance"',
         )
     if fingerprint(tokenizer) != run_dir.manifest("prepare")["tokenizer"]:
         raise TbpoError(

@@ -28,7 +28,7 @@ class TbpoA(RatioMatching):
     compares = "tokens"
     when = (
         "The default, and the method of this project: responses are compared token by token, and a "
-        "step costs less than dpo's."
+        "step with LoRA costs less than dpo's."
     )
 
     def compare(self, scores: PairScores) -> LossOutput:
