@@ -333,7 +333,12 @@ MISTAKES = {
     ),
     "several at once": (
         sets("prepare", "align.layuot=padded", "data.overlong=dorp", "model.dtyp=auto"),
-        (*FULL, "did you mean align.layout?", 'overlong = "drop"', "did you mean model.dtype?"),
+        (
+            *FULL,
+            "did you mean align.layout?",
+            "--set data.overlong=drop",
+            "did you mean model.dtype?",
+        ),
     ),
     # ------------------------------------------------------------------------------------- the rows
     "rows that are not there": (

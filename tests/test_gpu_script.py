@@ -20,6 +20,8 @@ def script(*parts, **settings):
         "text": True,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
+        # A suite in the background ignores it, and bash cannot trap what it begins with ignored.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     }
 
 
