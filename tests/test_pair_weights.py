@@ -16,6 +16,7 @@ from tbpo_cli.config.recipe import Data, Source
 from tbpo_cli.core import PairScores, SideScores, build_loss
 from tbpo_cli.data.formats import recognise, to_pairs
 from tbpo_cli.data.pairs import RejectedRow
+from tbpo_cli.data.selection import read_otherwise
 from tbpo_cli.data.sources import Row, read_rows
 from tbpo_cli.data.store import PairStore
 from tbpo_cli.data.tokens import TokenizedPair
@@ -141,6 +142,14 @@ def test_a_completion_without_a_counterpart_of_its_weight_says_which_it_seeks():
     row = {"prompt": "a", "completion": "b", "label": True, "weight": 7.0}
     with pytest.raises(RejectedRow, match=r"labelled bad, of the same weight \(7\)"):
         to_pairs(Row("rows.jsonl", 1, row), "unpaired", Data(train=(Source("rows.jsonl"),)))
+
+
+def test_unpaired_rows_that_an_earlier_version_weighed_by_one_of_two_are_read_anew():
+    def said(name, reading):
+        return read_otherwise({"counts": [{"format": name}], "reading": reading})
+
+    assert ["the weight of one of two rows" in line for line in said("unpaired", 1)] == [True]
+    assert said("unpaired", 2) == said("prompt", 1) == said("winner", 1) == []
 
 
 def test_weights_are_kept_with_the_pairs_and_bad_ones_reported(recipe_file, tmp_path):

@@ -25,7 +25,13 @@ from tbpo_cli.errors import TbpoError
 EXCERPT_CHARACTERS = 200
 # The version of how rows are read: it is raised when the same rows are read as other pairs. 1: what
 # a number says of the better answer follows from the whole column (1 and 2 were taken for 0 and 1).
-READING = 1
+# 2: both rows of an unpaired comparison have the same weight (that of one was taken).
+READING = 2
+# By format, from which READING on its rows are read as now, and what may be wrong before.
+READ_SINCE = {
+    "winner": (1, "rows of the format winner with numbers: {}the worse answer for the better"),
+    "unpaired": (2, "rows of the format unpaired: {}the weight of one of two rows for both"),
+}
 
 
 @dataclass
@@ -179,7 +185,10 @@ def read_otherwise(manifest: dict[str, Any]) -> list[str]:
         manifest: of the stage; it may be empty.
     """
     formats = {count["format"] for count in manifest.get("counts", ())}
-    if manifest.get("reading", 0) == READING or "winner" not in formats:
-        return []
-    what = "an earlier version prepared them, and may have taken the worse answer for the better"
-    return [f"rows of the format winner with numbers: {what}"]
+    reading = manifest.get("reading", 0)
+    earlier = "an earlier version prepared them, and may have taken "
+    return [
+        what.format(earlier)
+        for name, (since, what) in READ_SINCE.items()
+        if name in formats and reading < since
+    ]
