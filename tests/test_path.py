@@ -33,7 +33,7 @@ DOORS = {  # file, function: the form that it makes
     ("core/losses/base.py", "PreferenceLoss.__call__"): LossOutput,
 }
 STEP = "train/step.py"
-MOST_FUNCTIONS, MOST_FILES = 176, 33  # that a stranger reads to know all of the way
+MOST_FUNCTIONS, MOST_FILES = 176, 34  # that a stranger reads to know all of the way
 
 
 @dataclass

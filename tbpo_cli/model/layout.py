@@ -199,7 +199,7 @@ def _difference(causal: LanguageModel) -> str | None:
         packed, alone, other = (_predicting(causal, batch) for batch in batches)
     except (TypeError, ValueError, AttributeError, IndexError):
         return "its attention takes no rows of several sequences, or adds more than a causal mask"
-    except RuntimeError as error:  # also NotImplementedError
+    except RuntimeError as error:
         refuse_as_answer(error)
         if weight.is_meta:  # its code asks for numbers, as routers do
             return None

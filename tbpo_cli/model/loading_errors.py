@@ -33,7 +33,6 @@ def refused_with_a_reason(source: str, key: str) -> Iterator[None]:
         ValueError,
         KeyError,
         AttributeError,
-        NotImplementedError,
         ImportError,
         RuntimeError,
         SafetensorError,

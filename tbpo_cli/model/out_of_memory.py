@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 
@@ -32,6 +33,22 @@ def is_of_processes(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or is_of_gloo
 
 
+def result_or_failure(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `work()` and None; or None and, in a line, how memory ran out.
+
+    The tensors of a failed attempt, and what the allocator had kept, are free afterwards.
+    """
+    try:
+        return work(), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = first_line(error)
+    if torch.cuda.is_available():  # outside of the except block, which holds the tensors
+        torch.cuda.empty_cache()
+    return None, failure
+
+
 def with_less_at_once(
     work: Callable[[int], T], size: int, what: str, together: Together = ALONE
 ) -> tuple[T, int]:
@@ -54,15 +71,9 @@ def with_less_at_once(
         ReportedError: if the weights are sharded.
     """
     while True:
-        try:
-            return work(size), size
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = first_line(error)
-        # Outside of the except block the tensors of the failed attempt are freed.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        result, failure = result_or_failure(partial(work, size))
+        if failure is None:
+            return cast(T, result), size
         if size == 1:
             raise TbpoError(
                 f"out of memory: {failure}",

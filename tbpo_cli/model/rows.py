@@ -92,7 +92,7 @@ def _built(config: Any, dtype: torch.dtype, attention: str | None) -> LanguageMo
                 )
             model.tie_weights()  # accelerate made a parameter of its own of each name
             model.initialize_weights()  # of buffers, in fp32: above, `dtype` is the default
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         why = str(error).partition("\n")[0]
         raise WholeOnlyError(f"it cannot be built without its weights: {why}") from error
     for path, module in model.named_modules():

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tbpo_cli import console
-from tbpo_cli.core.memory import first_line, is_out_of_memory
+from tbpo_cli.model.out_of_memory import result_or_failure
 from tbpo_cli.runs.files import sha256, sync, write_sealed
 from tbpo_cli.train.checkpoint import KEPT, TrainState, kept_checkpoints
 from tbpo_cli.train.group import Group
@@ -160,17 +160,11 @@ class CheckpointWriter:
 
         None of them makes copies from then on.
         """
-        staged: dict[str, Tensors] = {}
-        failure = None
-        try:
-            copies = self._stager.stage({part.file: part.tensors for part in parts})
-            staged = cast(dict[str, Tensors], copies)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = first_line(error)
+        tensors = {part.file: part.tensors for part in parts}
+        copies, failure = result_or_failure(lambda: self._stager.stage(tensors))
         failures = [each for each in self._group.gather(failure) if each is not None]
         if not failures:
+            staged = cast(dict[str, Tensors], copies)
             return [part._replace(tensors=staged[part.file]) for part in parts]
         self._copies = False
         why = f"out of memory for a copy: {failures[0]}"

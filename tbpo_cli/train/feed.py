@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar, cast
 
@@ -15,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from tbpo_cli import console
 from tbpo_cli.batch.layouts import PairBatch
-from tbpo_cli.core.memory import first_line, is_out_of_memory
 from tbpo_cli.errors import ReportedError, TbpoError
+from tbpo_cli.model.out_of_memory import result_or_failure
 from tbpo_cli.runs.files import halved, note_halved
 from tbpo_cli.train.checkpoint import kept_checkpoints
 from tbpo_cli.train.group import Group
@@ -70,22 +71,12 @@ class TokenBudget:
             ReportedError: if the weights are sharded.
         """
         while True:
-            result = None
-            failure = None
-            try:
-                result = work(self.tokens)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = first_line(error)
-            # Outside of the except block the tensors of the failed attempt are freed.
+            result, failure = result_or_failure(partial(work, self.tokens))
             everyone = [failure] if self._sharded_in else self._group.gather(failure)
             failures = [one for one in everyone if one is not None]
             if not failures:
                 return cast(T, result)
             result = None
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             self._halve(failures[0])
 
     def once_more(
@@ -110,14 +101,9 @@ class TokenBudget:
         """
         before = _versions(changes or ())
         for attempt in range(2):
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = first_line(error)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            result, failure = result_or_failure(work)
+            if failure is None:
+                return cast(T, result)
             if attempt or changes is None or _versions(changes) != before:
                 break
             console.say(f"out of memory: {what} once more, with the memory that was kept freed")
